@@ -1,0 +1,51 @@
+"""Learned mixed-precision weight compression for PyTorch models: prepare, train normally, convert, export.
+
+Importing this needs torch alone; :mod:`diffq_fx.export` needs onnx and onnxruntime.
+"""
+
+from diffq_fx.convert import CompressionRecord, convert_diffq
+from diffq_fx.errors import (
+    CaptureError,
+    ConversionError,
+    DiffQError,
+    DiffQWarning,
+    ExportError,
+    PassError,
+    PreparationError,
+)
+from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.prepare import prepare, prepare_diffq
+from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.training.compression import Compression, model_size
+from diffq_fx.training.optimizer import setup_optimizer
+from diffq_fx.weights import SkippedWeight, WeightSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the road
+    "DiffQConfig",
+    "prepare_diffq",
+    "prepare",
+    "model_size",
+    "setup_optimizer",
+    "convert_diffq",
+    # what the road is made of
+    "Compression",
+    "CompressionRecord",
+    "IntegerWeight",
+    "Method",
+    "SkippedWeight",
+    "StoredWeight",
+    "WeightQuantizer",
+    "WeightSpec",
+    # what can go wrong
+    "CaptureError",
+    "ConversionError",
+    "DiffQError",
+    "DiffQWarning",
+    "ExportError",
+    "PassError",
+    "PreparationError",
+]

@@ -1,0 +1,97 @@
+"""Model scope: the whole model as one GraphModule, every weight to quantize a get_attr node of its graph."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
+from diffq_fx.capture.consumers import hooked_modules
+from diffq_fx.capture.plan import WeightPlan
+from diffq_fx.capture.scopes import call_whole
+from diffq_fx.capture.tracing import WeightTracer, omitted_arguments, trace_in_both_modes
+from diffq_fx.errors import CaptureError
+
+
+class CapturedModel(fx.GraphModule):
+    """A GraphModule that keeps, through copies and pickles, also what its graph does not read: unused and tied names, the compression."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModel":
+        """Copy the graph and everything that the module holds."""
+        copied = super().__deepcopy__(memo)
+        graft(self, copied, lambda value: copy.deepcopy(value, memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Pickle as fx does, and keep what fx drops."""
+        _, (body, imports) = super().__reduce__()
+        return _unpickle, (body, imports, type(self).__name__)
+
+
+def _unpickle(body: dict[str, Any], imports: str, name: str) -> CapturedModel:
+    graph = reduce_graph_module(dict(body), imports).graph
+    source = nn.Module()
+    source.__dict__.update(body)
+    model = CapturedModel(source, graph, name)
+    graft(source, model)
+    return model
+
+
+def graft(source: nn.Module, target: nn.Module, duplicate: Callable[[Any], Any] = lambda value: value) -> None:
+    """Give ``target`` every submodule, parameter, buffer and plain attribute of ``source`` that it lacks, under the same names.
+
+    fx.GraphModule keeps only what its graph reads, and makes every buffer persistent.
+    """
+    target.training = source.training
+    for name, value in source.__dict__.items():
+        if name not in target.__dict__ and name not in ("_graph", "_code"):
+            object.__setattr__(target, name, duplicate(value))
+    for name, parameter in source._parameters.items():  # noqa: SLF001
+        if name not in target._parameters:  # noqa: SLF001
+            target.register_parameter(name, duplicate(parameter))
+    for name, buffer in source._buffers.items():  # noqa: SLF001
+        if name not in target._buffers:  # noqa: SLF001
+            target.register_buffer(name, duplicate(buffer))
+    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)  # noqa: SLF001
+    for name, child in source._modules.items():  # noqa: SLF001
+        mine = target._modules.get(name)  # noqa: SLF001
+        if mine is None:
+            target._modules[name] = duplicate(child)  # noqa: SLF001
+        elif child is not None and type(mine) is nn.Module:  # a container that fx made: it holds only what the graph reads
+            graft(child, mine, duplicate)
+
+
+def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> CapturedModel:
+    """Trace the whole model into one graph.
+
+    Args:
+        model: the float model; not changed.
+        call: the example; the graph has the arguments that it gives.
+        plan: the weights that must be get_attr nodes.
+
+    Returns:
+        A GraphModule that shares the model's Parameters and has its own copies of everything else.
+
+    Raises:
+        CaptureError: says why a graph of the whole model would not be faithful.
+    """
+    hooked = hooked_modules(model)
+    if hooked:
+        raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")
+    omitted = omitted_arguments(model, call)
+    if omitted:
+        raise CaptureError(f"the forward also takes {', '.join(omitted)}, which the example leaves out and a graph would lose")
+    graph, tracer = trace_in_both_modes(
+        lambda training: copy_sharing_parameters(model).train(training), lambda: WeightTracer(plan)
+    )
+    private = copy_sharing_parameters(model)
+    for path in tracer.called_whole:
+        call_whole(private.get_submodule(path))
+    graph._tracer_cls = None  # noqa: SLF001  pickles are re-traced with every module a leaf
+    captured = CapturedModel(private, graph, type(model).__name__)
+    graft(private, captured)
+    for path, module in private.named_modules():
+        captured.get_submodule(path).training = module.training
+    return captured

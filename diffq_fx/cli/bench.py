@@ -1,0 +1,89 @@
+"""``diffq-fx bench``: two ONNX files against each other in onnxruntime."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from diffq_fx.cli.output import add_row, errors_as_messages, new_table, print_json, standard_output
+
+if TYPE_CHECKING:
+    from diffq_fx.export.onnx.benchmark import LatencyComparison, Quartiles
+
+
+def bench(
+    a: Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference, usually float.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare with it.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Size of open first dimensions.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Pairs of runs to time.")] = 100,
+    threads: Annotated[int, typer.Option(help="Threads inside an operator; 0 leaves it to onnxruntime.")] = 0,
+    dim: Annotated[list[str] | None, typer.Option(help="NAME=SIZE of another open dimension; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Run two ONNX files in turns on the same random inputs: latency, ratio, size, difference of the outputs."""
+    with errors_as_messages():
+        from diffq_fx.export.onnx.benchmark import compare_latency
+
+        dims = _parse_dims(dim or [])
+        stderr = Console(stderr=True)
+        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+            task = progress.add_task("timing in turns", total=repeats)
+            comparison = compare_latency(
+                a,
+                b,
+                batch=batch,
+                repeats=repeats,
+                threads=threads,
+                seed=seed,
+                dims=dims,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        if json:
+            print_json(comparison.to_dict())
+            return
+        console = standard_output()
+        console.print(_table(comparison))
+        for line in _summary(comparison):
+            console.print(line, markup=False, soft_wrap=True)
+
+
+def _parse_dims(entries: list[str]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    for entry in entries:
+        name, _, size = entry.rpartition("=")
+        if not name or not size.strip().isdecimal():
+            raise ValueError(f"--dim takes NAME=SIZE, such as length=128, got '{entry}'.")
+        dims[name.strip()] = int(size)
+    return dims
+
+
+def _table(comparison: "LatencyComparison") -> Table:
+    table = new_table("latency of one run: median [q1, q3]")
+    table.add_column("model")
+    table.add_column("file", overflow="fold")
+    table.add_column("latency ms", justify="right")
+    table.add_column("size MiB", justify="right")
+    add_row(table, "A", comparison.path_a, _spread(comparison.a_ms, 4), f"{comparison.size_a_mib:.4f}")
+    add_row(table, "B", comparison.path_b, _spread(comparison.b_ms, 4), f"{comparison.size_b_mib:.4f}", end_section=True)
+    size_ratio = f"{comparison.size_a_mib / comparison.size_b_mib:.2f}"
+    add_row(table, "A / B", "", _spread(comparison.ratio, 2), size_ratio, style="bold")
+    return table
+
+
+def _spread(quartiles: "Quartiles", digits: int) -> str:
+    q1, median, q3 = (f"{value:.{digits}f}" for value in (quartiles.q1, quartiles.median, quartiles.q3))
+    return f"{median} [{q1}, {q3}]"
+
+
+def _summary(comparison: "LatencyComparison") -> list[str]:
+    worst = comparison.worst_output
+    inputs = ", ".join(f"{name} {kind} {list(shape)}" for name, (kind, shape) in comparison.inputs.items())
+    threads = comparison.threads or "onnxruntime's choice"
+    return [
+        f"outputs: differ by at most {worst.max_abs:.3g} ({100 * worst.max_relative:.3g} % of A's largest value), worst in '{worst.name}'",
+        f"inputs: {inputs}; threads: {threads}; {comparison.repeats} pairs in turns, seed {comparison.seed}",
+    ]

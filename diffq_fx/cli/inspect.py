@@ -1,0 +1,116 @@
+"""``diffq-fx inspect``: what lies in an ONNX file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
+
+if TYPE_CHECKING:
+    from diffq_fx.export.onnx.inspection import OnnxInspection, Role, TensorReport
+
+_SMALL_VALUES = 1024
+"""Float and other tensors with fewer values are summed up, not listed."""
+
+
+_ROLES: "dict[Role, str]" = {
+    "quantized": "quantized, in ONNX containers",
+    "scale": "scales",
+    "zero_point": "zero points",
+    "float": "float",
+    "other": "other (indices, shapes, text)",
+}
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Any ONNX file.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="List scales, zero points and small tensors too.")] = False,
+) -> None:
+    """Show the weights of an ONNX file: width, container and payload bytes, scales, and who reads them."""
+    with errors_as_messages():
+        from diffq_fx.export.onnx.inspection import inspect_onnx
+
+        inspection = inspect_onnx(file)
+        if json:
+            print_json(inspection.to_dict())
+            return
+        console = standard_output()
+        console.print(_tensor_table(inspection, everything))
+        console.print(_totals_table(inspection))
+
+
+def _is_listed(tensor: "TensorReport") -> bool:
+    return tensor.role == "quantized" or (tensor.role in ("float", "other") and tensor.values >= _SMALL_VALUES)
+
+
+def _tensor_table(inspection: "OnnxInspection", everything: bool) -> Table:
+    table = new_table(f"{inspection.path}: tensors")
+    table.add_column("name", overflow="fold")
+    table.add_column("read by", overflow="fold")
+    for heading in ("shape", "type", "MiB", "scales MiB", "file %"):
+        table.add_column(heading, justify="left" if heading in ("shape", "type") else "right", no_wrap=True)
+    if inspection.metadata is not None:
+        table.add_column("learned bits", justify="right", no_wrap=True)
+        table.add_column("learned MiB", justify="right", no_wrap=True)
+    hidden = 0
+    hidden_bytes = 0
+    for tensor in inspection.tensors:
+        if everything or _is_listed(tensor):
+            cells = _cells(tensor)[: len(table.columns)]
+            add_row(table, *cells, style="dim" if tensor.role != "quantized" else None)
+        else:
+            hidden += 1
+            hidden_bytes += tensor.payload_bytes
+    if hidden:
+        size = mib(hidden_bytes)
+        table.caption = Text(f"and {hidden} more (scales, zero points, small tensors), {size} MiB together: see --all")
+        table.caption_justify = "left"
+    return table
+
+
+def _cells(tensor: "TensorReport") -> list[str]:
+    has_scales = tensor.role == "quantized"
+    return [
+        tensor.name,
+        "\n".join(tensor.readers) or "nothing",
+        "x".join(map(str, tensor.shape)) or "scalar",
+        tensor.dtype if not tensor.is_packed else f"{tensor.container_bits} bits in {tensor.dtype}",
+        mib(tensor.payload_bytes),
+        mib(tensor.scale_bytes + tensor.zero_point_bytes) if has_scales else "-",
+        f"{100 * tensor.file_share:.1f}",
+        _bits(tensor.learned_bits),
+        mib(tensor.learned_payload_bytes),
+    ]
+
+
+def _bits(histogram: dict[int, int] | None) -> str:
+    """Mean of the learned bits, and their range: ``3.40 (2-6)``."""
+    if not histogram:
+        return "-"
+    mean = sum(bits * count for bits, count in histogram.items()) / max(sum(histogram.values()), 1)
+    return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
+
+
+def _totals_table(inspection: "OnnxInspection") -> Table:
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in inspection.opsets.items())
+    layout = f"; layout {inspection.metadata.layout}" if inspection.metadata else ""
+    table = new_table(f"totals; opset {opsets}; IR {inspection.ir_version}{layout}")
+    table.add_column("what")
+    for heading in ("tensors", "values", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if inspection.metadata is not None:
+        levels = sum(record.numel for record in inspection.metadata.weights)
+        add_row(table, "quantized, bit-packed as learned", "", str(levels), mib(inspection.learned_payload_bytes))
+    for role, text in _ROLES.items():
+        tensors = inspection.of_role(role)
+        if tensors or role in ("quantized", "float"):
+            values = sum(tensor.values for tensor in tensors)
+            add_row(table, text, str(len(tensors)), str(values), mib(inspection.payload_bytes(role)))
+    rest = inspection.file_bytes - inspection.payload_bytes()
+    add_row(table, "graph, names, encoding", "", "", mib(rest), end_section=True)
+    add_row(table, "file on disk", str(len(inspection.tensors)), "", mib(inspection.file_bytes), style="bold")
+    return table

@@ -1,0 +1,176 @@
+"""convert: a prepared model in, the same model with integer weights and real rounding out."""
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffq_fx.capture.model_scope import CapturedModel
+from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
+from diffq_fx.capture.swapping import owner_of
+from diffq_fx.errors import ConversionError, DiffQWarning
+from diffq_fx.methods.base import Method
+from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
+from diffq_fx.passes.replace_quantizers import replace_quantizers
+from diffq_fx.passes.runner import run_passes
+from diffq_fx.passes.verify import verify_converted
+from diffq_fx.prepare import CHILD
+from diffq_fx.storage import StoredWeight
+from diffq_fx.training.compression import Compression
+from diffq_fx.weights import SkippedWeight
+
+
+@dataclass(frozen=True)
+class CompressionRecord:
+    """What a converted model remembers of its compression; it holds it as ``model.compression``."""
+
+    method: Method
+    skipped: tuple[SkippedWeight, ...]
+    scope: str
+    rest_numel: int
+
+
+def convert_diffq(model: nn.Module) -> nn.Module:
+    """Round every weight of a prepared model for good and keep the integers: ``w = (q - zero_point) * scale``.
+
+    The result computes exactly what the prepared model computes in eval(). It holds no float copy of a quantized weight, and shares nothing
+    with the prepared model, which stays usable.
+
+    Args:
+        model: from :func:`prepare_diffq`, trained; a wrapper such as DistributedDataParallel is looked through.
+
+    Returns:
+        The converted model in eval mode: a GraphModule in model scope, else of the model's own class.
+
+    Raises:
+        ConversionError: the model was never prepared, or is converted already.
+
+    Warns:
+        DiffQWarning: the bits were never trained, or no pressure on the size ever reached them.
+
+    Example:
+        >>> import warnings
+        >>> from diffq_fx import prepare_diffq
+        >>> prepared = prepare_diffq(torch.nn.Linear(32, 32), torch.zeros(1, 32))
+        >>> with warnings.catch_warnings(action="ignore"):
+        ...     converted = convert_diffq(prepared)
+        >>> sorted(name for name, _ in converted.named_parameters())
+        ['bias']
+    """
+    root, compression = _prepared_root(model)
+    _warn_untrained(compression)
+    with torch.no_grad():
+        compression.allocate()
+        weights = {quantizer.spec.name: root.get_parameter(quantizer.spec.name) for quantizer in compression.quantizers}
+        stored = {q.spec.name: _stored(q, weights[q.spec.name]) for q in compression.quantizers}
+    converted = copy.deepcopy(root, {id(weight): weight for weight in weights.values()})
+    if isinstance(converted, CapturedModel):
+        _convert_model_scope(converted, stored)
+    else:
+        _convert_module_scope(converted, stored)
+    record = CompressionRecord(compression.method, compression.skipped, compression.scope, compression.rest_numel)
+    del converted._modules[CHILD]  # noqa: SLF001
+    object.__setattr__(converted, CHILD, record)
+    if compression.config.rest_dtype == "float16":
+        _round_rest_to_half(converted)
+    return converted.eval()
+
+
+def _prepared_root(model: nn.Module) -> tuple[nn.Module, Compression]:
+    """The module that holds the compression: the model itself, or the one inside its wrapper."""
+    for module in model.modules():
+        compression = module._modules.get(CHILD)  # noqa: SLF001
+        if isinstance(compression, Compression):
+            return module, compression
+    if any(isinstance(module, StoredWeight) for module in model.modules()):
+        raise ConversionError(f"convert_diffq: the {type(model).__name__} is converted already.")
+    raise ConversionError(
+        f"convert_diffq: the {type(model).__name__} was never prepared. Call prepare_diffq(model, example_inputs) and train the result first."
+    )
+
+
+def _warn_untrained(compression: Compression) -> None:
+    config = compression.config
+    aimless = config.target_bits is None and config.target_mib is None and config.penalty is None
+    if not int(compression.steps):
+        warnings.warn(
+            "convert_diffq: the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
+            "parameters(), or add the bits to yours with setup_optimizer(optimizer, model).",
+            DiffQWarning,
+            stacklevel=3,
+        )
+    elif aimless and not compression.penalized:
+        warnings.warn(
+            "convert_diffq: no pressure on the size ever reached this model: the config has no target and no penalty, and model_size(model) was "
+            "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss.",
+            DiffQWarning,
+            stacklevel=3,
+        )
+
+
+def _stored(quantizer: Any, weight: nn.Parameter) -> StoredWeight:
+    """The stored weight, checked to be the one that eval() computes with."""
+    stored = quantizer.store(weight.detach())
+    if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
+        raise ConversionError(f"convert_diffq: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
+    return stored
+
+
+def _register_stored(model: nn.Module, stored: dict[str, StoredWeight]) -> list[tuple[nn.Module, str]]:
+    """Put the stored weights beside the weights, under every name; returns where."""
+    places = []
+    for weight in stored.values():
+        for name in weight.spec.names:
+            owner, attribute = owner_of(model, name)
+            owner.add_module(attribute + STORED_SUFFIX, weight)
+            places.append((owner, attribute))
+    return places
+
+
+def _drop_floats(places: list[tuple[nn.Module, str]]) -> None:
+    """Remove the float weights and their quantizers; an RNN also keeps its weights in a list."""
+    for owner, attribute in places:
+        owner._parameters.pop(attribute, None)  # noqa: SLF001
+        owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)  # noqa: SLF001
+        if isinstance(owner, nn.RNNBase):
+            owner._flat_weights = [getattr_or_none(owner, name) for name in owner._flat_weights_names]
+            owner._flat_weight_refs = [None] * len(owner._flat_weights)
+
+
+def getattr_or_none(owner: nn.Module, name: str) -> Any:
+    """A parameter of a module, None where it is gone."""
+    return owner._parameters.get(name)  # noqa: SLF001
+
+
+def _convert_model_scope(converted: CapturedModel, stored: dict[str, StoredWeight]) -> None:
+    places = _register_stored(converted, stored)
+    run_passes(converted, [replace_quantizers, verify_converted])
+    _drop_floats(places)
+
+
+def _convert_module_scope(converted: nn.Module, stored: dict[str, StoredWeight]) -> None:
+    scopes = [m for m in converted.modules() if isinstance(m, ScopedModule) and m.scope_kind in ("own forward", "weights")]
+    graphs = [scope_graph(module) for module in scopes]
+    places = _register_stored(converted, stored)
+    for module, gm in zip(scopes, graphs, strict=True):
+        for node in gm.graph.nodes:
+            target = str(node.target)
+            if node.op == "call_module" and target.endswith(QUANTIZER_SUFFIX) and module_of(gm, node) is not None:
+                name = target.removesuffix(QUANTIZER_SUFFIX) + STORED_SUFFIX
+                gm.add_submodule(name, module.get_submodule(name))
+        run_passes(gm, [replace_quantizers, verify_converted])
+        install_graph(module, module.scope_kind, gm)
+    _drop_floats(places)
+    for owner, _ in places:
+        answer_for_stored_weights(owner)
+
+
+def _round_rest_to_half(model: nn.Module) -> None:
+    """Give the parameters that are not quantized values that float16 holds; exporters then store them as such."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dtype == torch.float32:
+                parameter.copy_(parameter.half().float())

@@ -1,0 +1,33 @@
+"""The errors and the one warning that diffq_fx raises.
+
+A bad argument is a ``ValueError`` or ``TypeError``, as everywhere in Python; a model or a file that cannot be worked on is
+a :class:`DiffQError`. Every message says which weight or node, what was expected against what was found, and what to do.
+"""
+
+
+class DiffQError(Exception):
+    """A model, graph or file that diffq_fx cannot work on."""
+
+
+class CaptureError(DiffQError):
+    """The model could not be captured without changing its result or losing a weight's noise node."""
+
+
+class PassError(DiffQError):
+    """A graph pass was given, or produced, a graph that breaks its contract."""
+
+
+class PreparationError(DiffQError):
+    """The model cannot be prepared: nothing to quantize, already prepared, or unusable weights."""
+
+
+class ConversionError(DiffQError):
+    """The model cannot be converted: it was never prepared, or it is converted already."""
+
+
+class ExportError(DiffQError):
+    """A converted model cannot be exported, or its file does not compute what the model computes."""
+
+
+class DiffQWarning(UserWarning):
+    """The call worked, but probably not the way it was meant."""

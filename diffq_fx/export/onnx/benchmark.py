@@ -1,0 +1,241 @@
+"""Two ONNX files against each other in onnxruntime: latency, difference of their outputs, size.
+
+The two run in turns on the same inputs, A B, B A, A B, ..., so that whatever slows the computer down meets both, and
+the ratio is taken pair by pair. Medians and quartiles, never means: the noise of a computer is one-sided.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffq_fx.errors import DiffQError
+from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
+from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs, resolve_shapes
+from diffq_fx.export.onnx.runtime import check_same_signature, open_session, run_session, session_entries, signature_of
+from diffq_fx.export.onnx.usage import external_locations
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+_SAMPLE_SECONDS = 1e-3
+"""A sample repeats a fast model until it has run this long: caches are warm again and the clock is fine enough."""
+_WARMUP_RUNS = 5
+_MAX_RUNS_PER_SAMPLE = 1000
+
+_Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quartiles:
+    """The middle half of a set of measurements."""
+
+    q1: float
+    median: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Quartiles":
+        """The quartiles of at least one value.
+
+        Example:
+            >>> Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0])
+            Quartiles(q1=2.0, median=3.0, q3=4.0)
+        """
+        q1, median, q3 = np.percentile(values, (25, 50, 75))
+        return cls(q1=float(q1), median=float(median), q3=float(q3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputDifference:
+    """How far one output of B is from that of A."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float
+    """Largest ``|A - B|``; inf where only one of them is NaN or infinite."""
+    max_relative: float
+    """``max_abs`` divided by the largest finite ``|A|`` of this output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyComparison:
+    """Latency, outputs and size of two models on the same inputs."""
+
+    path_a: str
+    path_b: str
+    a_ms: Quartiles
+    """Milliseconds of one run of A."""
+    b_ms: Quartiles
+    ratio: Quartiles
+    """A's time divided by B's, pair by pair: above 1, B is the faster one."""
+    outputs: tuple[OutputDifference, ...]
+    size_a_mib: float
+    """The file and its external data."""
+    size_b_mib: float
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    """Input name -> dtype and shape that both were run on."""
+    threads: int
+    """Threads inside an operator; 0 for as many as onnxruntime takes by itself."""
+    repeats: int
+    """Pairs that were timed."""
+    runs_per_sample: tuple[int, int]
+    """Runs of A and of B that one timing spans; several for models that are faster than the clock is good."""
+    seed: int
+    session_a: dict[str, str]
+    """The onnxruntime session entries that A asks for."""
+    session_b: dict[str, str]
+
+    @property
+    def worst_output(self) -> OutputDifference:
+        """The output with the largest relative difference."""
+        return max(self.outputs, key=lambda output: output.max_relative)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above as plain lists, dicts and numbers."""
+        return {**asdict(self), "worst_output": asdict(self.worst_output)}
+
+
+def compare_latency(
+    path_a: str | Path,
+    path_b: str | Path,
+    *,
+    batch: int = 1,
+    repeats: int = 100,
+    threads: int = 0,
+    seed: int = 0,
+    dims: Mapping[str, int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatencyComparison:
+    """Run two ONNX files in turns on the same random inputs.
+
+    Both run as their users would: onnxruntime's CPU provider with its default optimizations, and the session entries
+    that a file asks for in its metadata (``diffq_fx.session.*``: onnxruntime's own key with ``diffq_fx.`` before it).
+
+    Args:
+        path_a: an ONNX file; the inputs are made from its signature.
+        path_b: another one, with inputs and outputs of the same names and types.
+        batch: size of open first dimensions.
+        repeats: pairs to time, at least 1.
+        threads: threads inside an operator; 0 leaves it to onnxruntime.
+        seed: of the inputs.
+        dims: sizes of other open dimensions, by name, or by ``"input.position"`` for one without a name.
+        on_progress: called after every pair with the pairs done and ``repeats``.
+
+    Returns:
+        Latency and spread of each, their ratio, the difference of their outputs, their sizes.
+
+    Raises:
+        FileNotFoundError: A file, or one that holds its weights, is missing.
+        ValueError: A size is missing, wrong, or names no open dimension.
+        DiffQError: A file is not ONNX, cannot be run, or the two do not take the same inputs and give the same outputs.
+    """
+    for name, value, least in (("repeats", repeats, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    paths = (path_a, path_b)
+    models = [load_graph(path) for path in paths]
+    sizes = [size_bytes(path, external_locations(model)) / MIB for path, model in zip(paths, models, strict=True)]
+    entries = [session_entries(model) for model in models]
+    a, b = (open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True))
+    signature = signature_of(a.get_inputs())
+    shapes = resolve_shapes(signature, batch, dims)
+    check_same_signature((a, b), paths, shapes)
+    inputs = make_inputs(signature, shapes, index_bounds(models), seed)
+    outputs = compare_outputs(run_session(a, inputs, path_a), run_session(b, inputs, path_b))
+    runs = (_warm_up(a, inputs), _warm_up(b, inputs))
+    a_ms, b_ms = _time_in_turns((a, b), inputs, runs, repeats, on_progress)
+    return LatencyComparison(
+        path_a=str(path_a),
+        path_b=str(path_b),
+        a_ms=Quartiles.of(a_ms),
+        b_ms=Quartiles.of(b_ms),
+        ratio=Quartiles.of([time_a / time_b for time_a, time_b in zip(a_ms, b_ms, strict=True)]),
+        outputs=outputs,
+        size_a_mib=sizes[0],
+        size_b_mib=sizes[1],
+        inputs={name: (str(value.dtype), value.shape) for name, value in inputs.items()},
+        threads=threads,
+        repeats=repeats,
+        runs_per_sample=runs,
+        seed=seed,
+        session_a=entries[0],
+        session_b=entries[1],
+    )
+
+
+def compare_outputs(outputs_a: _Arrays, outputs_b: _Arrays) -> tuple[OutputDifference, ...]:
+    """Compare the outputs of two runs, one by one.
+
+    Args:
+        outputs_a: output name -> value.
+        outputs_b: the same names.
+
+    Returns:
+        The differences in the order of ``outputs_a``.
+
+    Raises:
+        DiffQError: An output has another shape.
+
+    Example:
+        >>> one, other = np.array([1.0, -2.0]), np.array([1.0, -2.5])
+        >>> compare_outputs({"y": one}, {"y": other})[0].max_relative
+        0.25
+    """
+    return tuple(_difference(name, value, outputs_b[name]) for name, value in outputs_a.items())
+
+
+def _difference(name: str, a: np.ndarray, b: np.ndarray) -> OutputDifference:
+    if a.shape != b.shape:
+        raise DiffQError(f"output '{name}' has shape {list(a.shape)} in A and {list(b.shape)} in B on the same inputs.")
+    if not a.size:
+        return OutputDifference(name=name, shape=a.shape, max_abs=0.0, max_relative=0.0)
+    if a.dtype.kind not in "fiub":
+        far = math.inf if (a != b).any() else 0.0
+        return OutputDifference(name=name, shape=a.shape, max_abs=far, max_relative=far)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(invalid="ignore"):
+        distance = np.where(same, 0.0, np.abs(a - b))
+    max_abs = float(np.where(np.isnan(distance), np.inf, distance).max())
+    largest = float(np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
+    relative = max_abs / largest if largest else (math.inf if max_abs else 0.0)
+    return OutputDifference(name=name, shape=a.shape, max_abs=max_abs, max_relative=relative)
+
+
+def _warm_up(session: "InferenceSession", inputs: _Arrays) -> int:
+    """Run until nothing is new, and tell how many runs one sample takes."""
+    feeds = dict(inputs)
+    fastest = math.inf
+    for _ in range(_WARMUP_RUNS):
+        fastest = min(fastest, _seconds(session, feeds, 1))
+    return min(max(1, math.ceil(_SAMPLE_SECONDS / fastest)), _MAX_RUNS_PER_SAMPLE)
+
+
+def _time_in_turns(
+    sessions: "tuple[InferenceSession, InferenceSession]",
+    inputs: _Arrays,
+    runs: tuple[int, int],
+    repeats: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of one run of A and of B, for every pair."""
+    feeds = dict(inputs)
+    times: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            times[which].append(1e3 * _seconds(sessions[which], feeds, runs[which]) / runs[which])
+        if on_progress is not None:
+            on_progress(repeat + 1, repeats)
+    return times
+
+
+def _seconds(session: "InferenceSession", feeds: dict[str, np.ndarray], runs: int) -> float:
+    start = time.perf_counter()
+    for _ in range(runs):
+        session.run(None, feeds)
+    return time.perf_counter() - start

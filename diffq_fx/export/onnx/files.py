@@ -1,0 +1,136 @@
+"""ONNX files as they lie on disk: read without their external data, measured with it, and the tensors' sizes.
+
+Nothing here decodes a tensor, so a file is read as fast as protobuf parses it and no weight is held twice.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffq_fx.errors import DiffQError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+MIB = 2**20
+"""Bytes in a MiB, the unit of every size that people read."""
+
+_SUB_BYTE_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
+
+
+def load_graph(path: str | Path) -> "ModelProto":
+    """Read an ONNX file without its external data.
+
+    Args:
+        path: an ONNX file (protobuf, whatever its ending).
+
+    Returns:
+        The model; a tensor kept in another file stays there.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DiffQError: The file is not ONNX, or cut short.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'.")
+    size = path.stat().st_size
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: {error}.") from error
+    if not model.HasField("graph") or not model.opset_import:
+        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: it has no graph or no opset.")
+    return model
+
+
+def dtype_name(data_type: int) -> str:
+    """Name of a TensorProto data type, lower case.
+
+    Example:
+        >>> dtype_name(22), dtype_name(1)
+        ('int4', 'float')
+    """
+    from onnx import TensorProto
+
+    return TensorProto.DataType.Name(data_type).lower()
+
+
+def container_bits(data_type: int) -> int:
+    """Bits that one value of a TensorProto data type takes in a file; 0 for strings, whose length varies.
+
+    Example:
+        >>> container_bits(22), container_bits(1)
+        (4, 32)
+    """
+    from onnx import TensorProto, helper
+
+    if data_type == TensorProto.STRING:
+        return 0
+    name = TensorProto.DataType.Name(data_type)
+    return _SUB_BYTE_BITS.get(name) or 8 * helper.tensor_dtype_to_np_dtype(data_type).itemsize
+
+
+def payload_bytes(tensor: "TensorProto") -> int:
+    """Bytes of the values alone, packed as raw_data packs them, wherever and however the file keeps them.
+
+    Args:
+        tensor: an initializer, its data inside the file or out of it.
+
+    Returns:
+        ``ceil(values * container bits / 8)``; the summed length of strings.
+
+    Raises:
+        DiffQError: The tensor holds fewer or more bytes than its shape needs.
+    """
+    if bits := container_bits(tensor.data_type):
+        expected = -(-math.prod(tensor.dims) * bits // 8)
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != expected:
+            raise DiffQError(
+                f"tensor '{tensor.name}' of shape {list(tensor.dims)} and type {dtype_name(tensor.data_type)} "
+                f"holds {len(tensor.raw_data)} bytes instead of {expected}: the file is damaged."
+            )
+        return expected
+    return sum(len(text) for text in tensor.string_data)
+
+
+class Region(NamedTuple):
+    """A part of a file, in bytes."""
+
+    location: str
+    offset: int
+    length: int
+
+
+def external_region(tensor: "TensorProto") -> Region | None:
+    """Where a tensor's data lies outside the ONNX file; None if it lies inside."""
+    if tensor.data_location != tensor.EXTERNAL:
+        return None
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    length = int(entries["length"]) if "length" in entries else payload_bytes(tensor)
+    return Region(entries.get("location", ""), int(entries.get("offset", 0)), length)
+
+
+def size_bytes(path: str | Path, locations: Iterable[str]) -> int:
+    """Size on disk of an ONNX file and of the files that hold its external data, in bytes.
+
+    Args:
+        path: an ONNX file.
+        locations: the other files as the tensors name them, relative to the folder of ``path``.
+
+    Returns:
+        The sum of their sizes.
+
+    Raises:
+        FileNotFoundError: One of them is missing.
+    """
+    path = Path(path)
+    outside = [path.parent / location for location in sorted(set(locations))]
+    for file in outside:
+        if not file.is_file():
+            raise FileNotFoundError(f"'{path}' keeps weights in '{file.name}', which is missing: put it in the same folder.")
+    return sum(file.stat().st_size for file in (path, *outside))

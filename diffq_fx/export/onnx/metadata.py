@@ -1,0 +1,183 @@
+"""What an exported file says about itself: the learned bits next to the containers that ONNX has for them.
+
+An ONNX file knows the width of its initializers, 2, 4, 8 or 16 bits, but not that a weight has learned 3 or 5. The
+export therefore writes these ``metadata_props`` (strings to strings, kept by every ONNX tool), one of them JSON:
+
+==================== ==================================================================================================
+key                  value
+==================== ==================================================================================================
+diffq_fx.schema      "1", the version of this table; a reader refuses a larger one
+diffq_fx.producer    "diffq_fx"
+diffq_fx.layout      "onnxruntime" or "qdq"
+diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` except the name
+==================== ==================================================================================================
+
+In the JSON the keys of ``bits`` and ``containers`` are decimal strings, as JSON demands. All counts are of weights, so that
+``sum(bits * count)`` is the bit-packed payload of a weight and the same sum over ``containers`` what its levels take in
+the file. Scales and zero points are not part of either.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from diffq_fx.errors import ExportError
+
+SCHEMA_VERSION = 1
+PREFIX = "diffq_fx."
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRecord:
+    """One quantized weight of an exported file."""
+
+    name: str
+    """The weight's name in the model's state_dict."""
+    aliases: tuple[str, ...] = ()
+    """The other names of a tied weight."""
+    shape: tuple[int, ...]
+    """As PyTorch has it; the initializers may be transposed."""
+    axis: int
+    """The output channel axis of ``shape``."""
+    grid: str
+    """"affine" (the initializers are unsigned, with zero points) or "symmetric" (signed, without)."""
+    bits: dict[int, int]
+    """Learned bits -> number of weights that have them."""
+    containers: dict[int, int]
+    """Container bits in the file -> number of weights held in them. Several when a weight is split by width."""
+    rule: str
+    """How the weight reaches its consumers: "linear", "split_linear", "fold", "split_fold" or "qdq"; joined by "+"."""
+    reason: str | None = None
+    """Why the rule that onnxruntime runs fastest did not apply; None where it did."""
+    remarks: tuple[str, ...] = ()
+    """Other things worth knowing about this weight in this file."""
+    initializers: tuple[str, ...] = ()
+    """Names of the initializers that hold the levels."""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(self.bits.values())
+
+    @property
+    def payload_bits(self) -> int:
+        """Bits of the levels, each at the width it has learned."""
+        return sum(width * count for width, count in self.bits.items())
+
+    @property
+    def container_payload_bits(self) -> int:
+        """Bits of the levels in the containers of the file."""
+        return sum(width * count for width, count in self.containers.items())
+
+    @property
+    def container_bits(self) -> int:
+        """The widest container of the weight."""
+        return max(self.containers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportMetadata:
+    """Everything that the export writes into ``metadata_props``."""
+
+    layout: str
+    weights: tuple[WeightRecord, ...] = field(default=())
+
+    @property
+    def payload_bits(self) -> int:
+        """Bits of all levels, each at the width it has learned."""
+        return sum(record.payload_bits for record in self.weights)
+
+    @property
+    def container_payload_bits(self) -> int:
+        """Bits of all levels in the containers of the file."""
+        return sum(record.container_payload_bits for record in self.weights)
+
+
+def to_props(metadata: ExportMetadata) -> dict[str, str]:
+    """Write metadata as ``metadata_props``.
+
+    Args:
+        metadata: what to write.
+
+    Returns:
+        The entries of the table above.
+
+    Example:
+        >>> sorted(to_props(ExportMetadata(layout="qdq")))
+        ['diffq_fx.layout', 'diffq_fx.producer', 'diffq_fx.schema', 'diffq_fx.weights']
+    """
+    weights = {}
+    for record in metadata.weights:
+        entry = asdict(record)
+        weights[entry.pop("name")] = entry
+    return {
+        f"{PREFIX}schema": str(SCHEMA_VERSION),
+        f"{PREFIX}producer": "diffq_fx",
+        f"{PREFIX}layout": metadata.layout,
+        f"{PREFIX}weights": json.dumps(weights, separators=(",", ":")),
+    }
+
+
+def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
+    """Read metadata back from ``metadata_props``.
+
+    Args:
+        props: the file's entries; those of other producers are ignored. ``onnxruntime``'s
+            ``session.get_modelmeta().custom_metadata_map`` and ``onnx_ir.Model.metadata_props`` are such mappings.
+
+    Returns:
+        The metadata, or None for a file that diffq_fx has not written.
+
+    Raises:
+        ExportError: The entries are of a newer schema, or damaged.
+
+    Example:
+        >>> from_props(to_props(ExportMetadata(layout="qdq"))).layout
+        'qdq'
+        >>> from_props({"author": "somebody"}) is None
+        True
+    """
+    if f"{PREFIX}schema" not in props:
+        return None
+    try:
+        schema = int(props[f"{PREFIX}schema"])
+        if schema > SCHEMA_VERSION:
+            raise ExportError(
+                f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx."
+            )
+        entries = json.loads(props[f"{PREFIX}weights"])
+        weights = tuple(_record(name, entry) for name, entry in entries.items())
+        return ExportMetadata(layout=props[f"{PREFIX}layout"], weights=weights)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
+
+
+def read_metadata(path: str | Path) -> ExportMetadata | None:
+    """Read the metadata of an ONNX file, without its external data.
+
+    Args:
+        path: an ONNX file.
+
+    Returns:
+        The metadata, or None for a file that diffq_fx has not written.
+
+    Raises:
+        ExportError: The entries are of a newer schema, or damaged.
+    """
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    return from_props({entry.key: entry.value for entry in proto.metadata_props})
+
+
+def _record(name: str, entry: dict[str, Any]) -> WeightRecord:
+    """One entry of the JSON; fields that a later minor version adds are ignored."""
+    known = {f.name for f in fields(WeightRecord)} - {"name"}
+    values = {key: value for key, value in entry.items() if key in known}
+    for key in ("bits", "containers"):
+        values[key] = {int(width): int(count) for width, count in values[key].items()}
+    for key in ("aliases", "shape", "remarks", "initializers"):
+        values[key] = tuple(values.get(key, ()))
+    return WeightRecord(name=name, **values)

@@ -1,0 +1,264 @@
+"""Who reads the constant tensors of an ONNX graph, and which of them are the scales and zero points of which.
+
+One walk over the nodes in the order of the file carries every constant (initializer or Constant node, of the graph, of
+the graphs inside its nodes and of its functions) through the operators that only move or dequantize values, up to the
+operator that computes with it. The path of operators is part of the answer: it decides whether onnxruntime fuses.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from diffq_fx.export.onnx.files import container_bits, dtype_name, external_region
+
+if TYPE_CHECKING:
+    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+_VIEWS = frozenset(
+    (
+        "Identity",
+        "Cast",
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Slice",
+        "Split",
+        "Expand",
+        "Gather",
+    )
+)
+"""Operators that move the values of their first input and compute nothing."""
+
+_Positions = tuple[int | None, int | None, int]
+
+_QUANTIZED_INPUTS: dict[str, tuple[_Positions, ...]] = {
+    "DequantizeLinear": ((0, 1, 2),),
+    "QuantizeLinear": ((None, 1, 2),),
+    "QLinearConv": ((0, 1, 2), (3, 4, 5), (None, 6, 7)),
+    "QLinearMatMul": ((0, 1, 2), (3, 4, 5), (None, 6, 7)),
+    "QGemm": ((0, 1, 2), (3, 4, 5), (None, 7, 8)),
+    "MatMulIntegerToFloat": ((0, 2, 4), (1, 3, 5)),
+    "DynamicQuantizeMatMul": ((1, 2, 3),),
+    "MatMulInteger": ((1, None, 3),),
+    "ConvInteger": ((1, None, 3),),
+    "MatMulNBits": ((1, 2, 3),),
+    "GatherBlockQuantized": ((0, 2, 3),),
+}
+"""Positions of values, scale and zero point among the inputs of operators that take, or give, quantized values."""
+
+_SEPARATOR = " > "
+
+Part = Literal["scale", "zero_point"]
+
+
+@dataclass(eq=False)
+class Constant:
+    """A constant tensor of the file and what the walk has found out about it."""
+
+    name: str
+    """Its name; behind the name of the node and of the graph where it belongs to an inner graph or a function."""
+    tensor: "TensorProto"
+    """The values; of a sparse tensor the ones that are not zero."""
+    shape: tuple[int, ...]
+    sparse_indices: "TensorProto | None" = None
+    readers: dict[str, None] = field(default_factory=dict)
+    """Paths of operators up to the one that computes, in the order of the file."""
+    scales: list["Constant"] = field(default_factory=list)
+    zero_points: list["Constant"] = field(default_factory=list)
+    part: Part | None = None
+    """What it is for quantized values, of another constant or of activations."""
+    has_owner: bool = False
+    """Whether it is listed among the scales or zero points of a constant; the first one if it serves several."""
+    packed_bits: int | None = None
+    """Width of the values packed into the bytes of the tensor, where the reading operator says so (MatMulNBits)."""
+    packed_values: int | None = None
+
+    @property
+    def parts(self) -> "list[TensorProto]":
+        """What the file keeps: the values, and of a sparse tensor their places."""
+        return [self.tensor] if self.sparse_indices is None else [self.tensor, self.sparse_indices]
+
+    @property
+    def holds_levels(self) -> bool:
+        """Whether the type is one that quantized values are kept in: an integer of at most 16 bits, or 8-bit float."""
+        name = dtype_name(self.tensor.data_type)
+        return name.startswith(("int", "uint", "float8", "float4")) and container_bits(self.tensor.data_type) <= 16
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the type is floating point."""
+        return dtype_name(self.tensor.data_type).startswith(("float", "bfloat", "double", "complex"))
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A value of the graph that is made of a constant alone, or of rows of it (``is_selected``)."""
+
+    constant: Constant
+    path: tuple[str, ...] = ()
+    is_selected: bool = False
+    is_dequantized: bool = False
+
+    def through(self, op: str) -> "_Trace":
+        # Behind a Gather by ids the rows are activations: only their dequantization still belongs to the constant.
+        return self if self.is_selected and op in _VIEWS else replace(self, path=(*self.path, op))
+
+    def end(self, op: str) -> None:
+        path = self.path if self.is_selected else (*self.path, op)
+        self.constant.readers[_SEPARATOR.join(path)] = None
+
+
+_Values = dict[str, tuple[_Trace, ...]]
+
+
+def find_constants(model: "ModelProto") -> list[Constant]:
+    """Find every constant tensor of a model, its readers, its scales and its zero points.
+
+    Args:
+        model: a model; external data need not be loaded.
+
+    Returns:
+        The constants in the order of the file: those of the graph, of the graphs inside its nodes, of its functions.
+    """
+    found: list[Constant] = []
+    _walk_graph(model.graph, "", {}, found)
+    for function in model.functions:
+        _walk_nodes(function, f"{function.name}/", {}, found)
+    return found
+
+
+def external_locations(model: "ModelProto") -> list[str]:
+    """The other files in which the constants of a model lie, relative to its folder."""
+    regions = [external_region(tensor) for constant in find_constants(model) for tensor in constant.parts]
+    return sorted({region.location for region in regions if region is not None})
+
+
+def _walk_graph(graph: "GraphProto", scope: str, outer: _Values, found: list[Constant]) -> None:
+    values = dict(outer)
+    for tensor in graph.initializer:
+        _add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values, found)
+    for sparse in graph.sparse_initializer:
+        name = sparse.values.name
+        _add(Constant(scope + name, sparse.values, tuple(sparse.dims), sparse.indices), name, values, found)
+    _walk_nodes(graph, scope, values, found)
+    for output in graph.output:
+        for trace in values.get(output.name, ()):
+            trace.end("graph output")
+
+
+def _walk_nodes(graph: "GraphProto | FunctionProto", scope: str, values: _Values, found: list[Constant]) -> None:
+    for node in graph.node:
+        if node.op_type == "Constant":
+            for constant in _constant_of(node, scope):
+                _add(constant, node.output[0], values, found)
+            continue
+        for name, inner in _inner_graphs(node):
+            _walk_graph(inner, f"{scope}{node.name or node.op_type}/{name}/", values, found)
+        _visit(node, values)
+
+
+def _add(constant: Constant, name: str, values: _Values, found: list[Constant]) -> None:
+    found.append(constant)
+    values[name] = (_Trace(constant),)
+
+
+def _constant_of(node: "NodeProto", scope: str) -> Iterator[Constant]:
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            yield Constant(scope + node.output[0], attribute.t, tuple(attribute.t.dims))
+        elif attribute.name == "sparse_value":
+            sparse = attribute.sparse_tensor
+            yield Constant(scope + node.output[0], sparse.values, tuple(sparse.dims), sparse.indices)
+
+
+def _inner_graphs(node: "NodeProto") -> Iterator[tuple[str, "GraphProto"]]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.name, attribute.g
+        for place, graph in enumerate(attribute.graphs):
+            yield f"{attribute.name}.{place}", graph
+
+
+def _visit(node: "NodeProto", values: _Values) -> None:
+    """Carry the constants among a node's inputs to its outputs, or end them there."""
+    inputs = [values.get(name, ()) for name in node.input]
+    _pair_with_scales(node, inputs)
+    carried = _carried_positions(node, inputs)
+    outputs: list[_Trace] = []
+    for position, traces in enumerate(inputs):
+        for trace in traces:
+            if position not in carried:
+                trace.end(node.op_type)
+            else:
+                outputs.append(_carry(trace, node, inputs))
+    if outputs:
+        values.update(dict.fromkeys(node.output, tuple(outputs)))
+
+
+def _carry(trace: _Trace, node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> _Trace:
+    carried = trace.through(node.op_type)
+    if node.op_type == "Gather" and not (len(inputs) > 1 and inputs[1]):
+        return replace(carried, is_selected=True)
+    return replace(carried, is_dequantized=True) if node.op_type in ("DequantizeLinear", "Mul") else carried
+
+
+def _carried_positions(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> set[int]:
+    """Inputs whose constants go on to the output; the others end at this node."""
+    if node.op_type in _VIEWS or node.op_type == "DequantizeLinear":
+        return {0}
+    if node.op_type == "Concat" and all(inputs):
+        return set(range(len(inputs)))
+    if (pair := _eager_dequantization(node, inputs)) is not None:
+        return {pair[0]}
+    return set()
+
+
+def _pair_with_scales(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> None:
+    """Note which constants are the scales and zero points of which."""
+    for levels, scale, zero_point in _QUANTIZED_INPUTS.get(node.op_type, ()):
+        owners = _constants(inputs, levels)
+        _claim(owners, "scale", _constants(inputs, scale))
+        _claim(owners, "zero_point", _constants(inputs, zero_point))
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            _note_packing(owners, node)
+    if (pair := _eager_dequantization(node, inputs)) is not None:
+        part: Part = "scale" if node.op_type == "Mul" else "zero_point"
+        _claim(_constants(inputs, pair[0]), part, _constants(inputs, pair[1]))
+
+
+def _eager_dequantization(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> tuple[int, int] | None:
+    """Positions of levels and of what is subtracted or multiplied, where Cast, Sub, Mul spell out a dequantization."""
+    if node.op_type not in ("Mul", "Sub") or len(inputs) != 2 or not all(inputs):
+        return None
+    for levels, other in ((0, 1), (1, 0)) if node.op_type == "Mul" else ((0, 1),):
+        are_levels = all(t.constant.holds_levels and not t.is_dequantized for t in inputs[levels])
+        if are_levels and (node.op_type == "Sub" or all(t.constant.is_floating for t in inputs[other])):
+            return levels, other
+    return None
+
+
+def _constants(inputs: list[tuple[_Trace, ...]], position: int | None) -> list[Constant]:
+    if position is None or position >= len(inputs):
+        return []
+    return [trace.constant for trace in inputs[position]]
+
+
+def _claim(owners: list[Constant], part: Part, constants: list[Constant]) -> None:
+    for constant in constants:
+        constant.part = part
+        if owners and not constant.has_owner:
+            constant.has_owner = True
+            (owners[0].scales if part == "scale" else owners[0].zero_points).append(constant)
+
+
+def _note_packing(constants: list[Constant], node: "NodeProto") -> None:
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    for constant in constants:
+        if dtype_name(constant.tensor.data_type) == "uint8":
+            bits = attributes.get("bits", 4)
+            constant.packed_bits = bits
+            packed = math.prod(constant.shape) * 8 // bits  # MatMulNBits pads the last block of every column
+            constant.packed_values = attributes.get("N", 0) * attributes.get("K", 0) or packed

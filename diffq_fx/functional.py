@@ -1,0 +1,177 @@
+"""The maths of quantization, and nothing else: bits from logits, ranges, steps, levels and back.
+
+Everything here works on rows and groups (see :mod:`diffq_fx.groups`); no modules, no graphs, no state.
+
+Shape legend: O rows (output channels), I columns, R x C grid of groups; (R, C) values broadcast together.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffq_fx.groups import GroupLayout
+
+Grid = Literal["affine", "symmetric", "float"]
+"""affine: integer zero_point; symmetric: zero_point in the middle; float: the paper's float offset (no ONNX form)."""
+
+
+class QuantParams(NamedTuple):
+    """Scale and zero point per group; ``offset`` in place of ``zero_point`` on the paper's float grid."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    offset: Tensor | None
+
+
+def bits_from_logits(logits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
+    """Number of bits of each group: ``b = b_min + sigmoid(gain * l) (b_max - b_min)``, DiffQ (arXiv:2104.09987).
+
+    Args:
+        logits: trainable, any shape.
+        min_bits: smallest width, in bits.
+        max_bits: largest width, in bits.
+        gain: how much faster than the logit its sigmoid's argument moves; the paper has 1.
+
+    Returns:
+        Bits as float, the shape of ``logits``.
+
+    Example:
+        >>> bits_from_logits(torch.zeros(2), 2, 8)
+        tensor([5., 5.])
+    """
+    return min_bits + torch.sigmoid(logits * gain) * (max_bits - min_bits)
+
+
+def logits_from_bits(bits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
+    """Inverse of :func:`bits_from_logits`, kept finite where ``bits`` sits on a limit.
+
+    Example:
+        >>> logits_from_bits(torch.tensor([5.0]), 2, 8)
+        tensor([0.])
+    """
+    share = ((bits - min_bits) / (max_bits - min_bits)).clamp(0.01, 0.99)
+    return torch.logit(share) / gain
+
+
+def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Range ``(low, high)`` of each group that the grid has to cover, in float32 or better.
+
+    The integer grids hold zero exactly, so the affine range is widened to include it; the symmetric one mirrors max|w|.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        layout: the groups that share a range.
+        grid: see :data:`Grid`.
+
+    Returns:
+        Two tensors of shape (R, C).
+
+    Example:
+        >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
+        (tensor([[0.]]), tensor([[3.]]))
+    """
+    low, high = layout.aminmax(rows_OI.detach())
+    if low.dtype in (torch.float16, torch.bfloat16):
+        low, high = low.float(), high.float()
+    if grid == "affine":
+        return low.clamp(max=0), high.clamp(min=0)
+    if grid == "symmetric":
+        largest = torch.maximum(low.abs(), high.abs())
+        return -largest, largest
+    return low, high
+
+
+def step_size(low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
+    """Distance between neighbouring levels: ``step = (high - low) / (2^b - 1)``, DiffQ (arXiv:2104.09987).
+
+    Differentiable in ``bits``, which may be fractional. A group of one value has step 0 and so no noise.
+
+    Example:
+        >>> step_size(torch.tensor(-1.0), torch.tensor(2.0), torch.tensor(2.0))
+        tensor(1.)
+    """
+    return (high - low) / (torch.exp2(bits) - 1)
+
+
+def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantParams:
+    """Scale and zero point of a grid of ``2^b`` levels over ``[low, high]``.
+
+    ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``, which keeps every weight of the range
+    within ``scale / 2`` of a level. A range of length zero gets scale 1: its one value is a level.
+
+    Args:
+        low: shape (R, C).
+        high: shape (R, C).
+        bits: whole numbers from 1 to 16, shape that broadcasts with ``low``.
+        grid: see :data:`Grid`.
+
+    Returns:
+        Scale as float32 or better, zero_point as int32 in ``[0, 2^b - 1]``, or a float offset on the "float" grid.
+
+    Example:
+        >>> params = quant_params(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[2]]), "affine")
+        >>> params.scale.item(), params.zero_point.item()
+        (1.0, 1)
+    """
+    scale = step_size(low, high, bits.to(low.dtype))
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    if grid == "float":
+        return QuantParams(scale, None, low.expand_as(scale).contiguous())
+    if grid == "symmetric":
+        zero_point = (2 ** (bits.to(torch.int32) - 1)).expand_as(scale)
+    else:
+        top = 2 ** bits.to(torch.int32) - 1
+        zero_point = torch.minimum(torch.round(-low / scale).clamp(min=0).to(torch.int32), top)
+    return QuantParams(scale, zero_point.to(torch.int32).contiguous(), None)
+
+
+def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLayout) -> Tensor:
+    """Nearest level of each weight: ``q = clamp(round(w / scale) + zero_point, 0, 2^b - 1)``.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        params: from :func:`quant_params`.
+        bits: whole numbers, shape that broadcasts with ``params.scale``.
+        layout: the layout of ``params.scale``.
+
+    Returns:
+        Levels as int32, shape (O, I), in ``[0, 2^b - 1]``.
+
+    Example:
+        >>> layout = GroupLayout.of(1, 3, "channel")
+        >>> params = quant_params(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[2]]), "affine")
+        >>> quantize(torch.tensor([[-1.0, 0.4, 2.0]]), params, torch.tensor([[2]]), layout)
+        tensor([[0, 1, 3]], dtype=torch.int32)
+    """
+    scale = layout.expand(params.scale)
+    if params.zero_point is None:
+        levels = torch.round((rows_OI - layout.expand(params.offset)) / scale)
+    else:
+        levels = torch.round(rows_OI / scale) + layout.expand(params.zero_point)
+    top = layout.expand((2 ** bits.to(torch.int32) - 1).expand_as(params.scale))
+    return torch.minimum(levels.clamp_(min=0), top).to(torch.int32)
+
+
+def dequantize(levels_OI: Tensor, params: QuantParams, layout: GroupLayout) -> Tensor:
+    """Weights of the levels: ``w = (q - zero_point) * scale``, as ONNX's DequantizeLinear computes it.
+
+    On the paper's float grid ``w = q * scale + offset``.
+
+    Args:
+        levels_OI: int, shape (O, I).
+        params: from :func:`quant_params`.
+        layout: the layout of ``params.scale``.
+
+    Returns:
+        Weight rows in the dtype of ``params.scale``, shape (O, I).
+
+    Example:
+        >>> params = QuantParams(torch.tensor([[0.5]]), torch.tensor([[1]]), None)
+        >>> dequantize(torch.tensor([[0, 3]]), params, GroupLayout.of(1, 2, "channel"))
+        tensor([[-0.5000,  1.0000]])
+    """
+    scale = layout.expand(params.scale)
+    if params.zero_point is None:
+        return levels_OI * scale + layout.expand(params.offset)
+    return (levels_OI - layout.expand(params.zero_point)).to(scale.dtype) * scale

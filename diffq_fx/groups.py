@@ -1,0 +1,103 @@
+"""How the weights of one tensor are divided into groups that share a number of bits or a range.
+
+Every layout works on the *rows* of a weight: the output channel axis moved to the front and the rest flattened.
+Groups never straddle rows, so each of them lies along an axis of ONNX's DequantizeLinear.
+
+Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of groups, one of
+(1, 1) per tensor, (O, 1) per channel, (O, ceil(I / block)) per block. Group values of two layouts broadcast together.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GroupKind = Literal["tensor", "channel", "block"]
+
+
+def to_rows(weight: Tensor, axis: int) -> Tensor:
+    """View (or copy, where strides demand it) a weight as rows, shape (O, I)."""
+    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+
+
+def from_rows(rows_OI: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    """Undo :func:`to_rows`: rows of shape (O, I) back to a weight of ``shape``."""
+    if axis == 0:
+        return rows_OI.reshape(shape)
+    moved = [shape[axis], *(n for i, n in enumerate(shape) if i != axis)]
+    return rows_OI.reshape(moved).movedim(0, axis)
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The groups of a weight with ``rows`` x ``columns`` elements."""
+
+    rows: int
+    columns: int
+    kind: GroupKind
+    block: int
+    """Columns in a group: the last block of a row may be shorter. Equal to ``columns`` unless ``kind`` is "block"."""
+
+    @staticmethod
+    def of(rows: int, columns: int, group_size: int | GroupKind) -> "GroupLayout":
+        """Make a layout from what users write: a block length, "channel" or "tensor"."""
+        if group_size == "tensor" or group_size == "channel":
+            return GroupLayout(rows, columns, group_size, columns)
+        block = int(group_size)
+        return GroupLayout(rows, columns, "block", block) if block < columns else GroupLayout(rows, columns, "channel", columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (R, C) of a tensor with one value per group."""
+        if self.kind == "tensor":
+            return (1, 1)
+        return (self.rows, -(-self.columns // self.block))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return self.shape[0] * self.shape[1]
+
+    def counts(self) -> Tensor:
+        """Number of weights in each group, shape (R, C), int64."""
+        if self.kind == "tensor":
+            return torch.tensor([[self.rows * self.columns]])
+        widths = torch.full((self.shape[1],), self.block)
+        widths[-1] = self.columns - self.block * (self.shape[1] - 1)
+        return widths.expand(self.shape).contiguous()
+
+    def aminmax(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group, both of shape (R, C)."""
+        if self.kind == "tensor":
+            low, high = torch.aminmax(rows_OI)
+            return low.reshape(1, 1), high.reshape(1, 1)
+        low, high = torch.aminmax(self._blocks(rows_OI, edge=True), dim=-1)
+        return low, high
+
+    def sum(self, rows_OI: Tensor) -> Tensor:
+        """Sum over each group, shape (R, C)."""
+        if self.kind == "tensor":
+            return rows_OI.sum().reshape(1, 1)
+        return self._blocks(rows_OI).sum(-1)
+
+    def expand(self, values_RC: Tensor) -> Tensor:
+        """Values per group as a tensor that broadcasts against rows of shape (O, I)."""
+        if values_RC.shape[1] == 1:
+            return values_RC
+        return values_RC.repeat_interleave(self.block, dim=1)[:, : self.columns]
+
+    def _blocks(self, rows_OI: Tensor, edge: bool = False) -> Tensor:
+        """Rows as (O, C, block), a short last block filled up with zeros or with copies of its own last weight."""
+        missing = self.shape[1] * self.block - self.columns
+        if missing:
+            filled = rows_OI[:, -1:].expand(-1, missing)
+            rows_OI = torch.cat([rows_OI, filled], 1) if edge else F.pad(rows_OI, (0, missing))
+        return rows_OI.reshape(self.rows, self.shape[1], self.block)
+
+
+def combine(first: GroupLayout, second: GroupLayout) -> GroupLayout:
+    """Layout of values that depend on a group of ``first`` and a group of ``second``: the finer of the two."""
+    order = {"tensor": 0, "channel": 1, "block": 2}
+    return first if order[first.kind] >= order[second.kind] else second

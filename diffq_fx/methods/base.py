@@ -1,0 +1,145 @@
+"""What a method is: a frozen config that picks weights and puts a quantizer on each of them.
+
+A new method is one file: a subclass of :class:`Method` (its settings) and one of :class:`WeightQuantizer` (what happens
+to a weight in training, how it is rounded, how it is stored). No pass, capture or exporter knows a method's name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupKind
+from diffq_fx.storage import StoredWeight
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """The settings that every method has: which weights it leaves alone, and how the rest is kept."""
+
+    exclude: tuple[str, ...] = ()
+    """Patterns (as in a shell: ``*``, ``?``, ``[ab]``) of state_dict names that stay in float. Each must match something."""
+    min_size: int = 0
+    """Weights with fewer elements stay in float."""
+    rest_dtype: Literal["float32", "float16"] = "float32"
+    """What is not quantized is counted and exported in this type."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> tuple[int | GroupKind, int | GroupKind, Grid]:
+        """``(group_size, range_size, grid)`` for the weights of this method."""
+
+    @abstractmethod
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "WeightQuantizer":
+        """Make the quantizer of one weight."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the rounded weight, gradient of the weight: the straight-through estimator."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
+    """Give ``rounded`` forward and the identity gradient to ``weight`` backward.
+
+    Example:
+        >>> weight = torch.tensor([0.4], requires_grad=True)
+        >>> straight_through(weight, weight.detach().round()).backward()
+        >>> weight.grad
+        tensor([1.])
+    """
+    return _StraightThrough.apply(weight, rounded)
+
+
+class WeightQuantizer(nn.Module, ABC):
+    """The node on one weight of a prepared model: weight in, the weight that the layer computes with out.
+
+    In train() it gives the method's training-time weight. In eval() it gives the truly rounded weight, made once and kept
+    until the weight or the quantizer's own state changes; gradients go straight through.
+    """
+
+    def __init__(self, spec: WeightSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self._stand_in: Callable[[], Tensor] | None = None
+        self._rounded: Tensor | None = None
+        self._rounded_from: tuple[Any, ...] = ()
+
+    @abstractmethod
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The weight that the layer trains with; differentiable in the weight and the method's parameters."""
+
+    @abstractmethod
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """What the converted model will compute with: exactly ``store(weight)()``, in operations a compiler can trace."""
+
+    @abstractmethod
+    def store(self, weight: Tensor) -> StoredWeight:
+        """Round the weight for good."""
+
+    @abstractmethod
+    def rounded_bits(self) -> Tensor:
+        """The width of each group after rounding, int32, shape of the spec's ``bits_layout``."""
+
+    @abstractmethod
+    def state_key(self) -> tuple[Any, ...]:
+        """A cheap value that changes whenever ``rounded_weight`` would give another result for the same weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight to compute with, of the weight's shape and dtype."""
+        if self._stand_in is not None:
+            return self._stand_in()
+        if self.training:
+            return self.training_weight(weight)
+        rounded = self._rounded_weight(weight)
+        return straight_through(weight, rounded) if torch.is_grad_enabled() and weight.requires_grad else rounded
+
+    def _rounded_weight(self, weight: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # a compiled graph fuses the rounding and has no use for the check
+            return self.rounded_weight(weight.detach())
+        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device, *self.state_key())  # noqa: SLF001
+        if self._rounded is None or self._rounded_from != source:
+            with torch.no_grad():
+                self._rounded = self.rounded_weight(weight.detach())
+            self._rounded_from = source
+        return self._rounded
+
+    def train(self, mode: bool = True) -> "WeightQuantizer":
+        """Change the mode, and drop the rounded weight that eval() keeps."""
+        self._rounded = None
+        return super().train(mode)
+
+    def pass_through(self, stand_in: Callable[[], Tensor] | None) -> None:
+        """Give out ``stand_in()`` whatever comes in, until called again with None (the capture gate uses it)."""
+        self._stand_in = stand_in
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightQuantizer":
+        """Follow the model to another device, but stay in float32: half precision cannot hold a small step of the bits."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        super()._apply(keep_dtype, recurse)
+        self._rounded = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The module without the weight that eval() keeps: a copy or a pickle makes its own."""
+        return {**self.__dict__, "_rounded": None, "_rounded_from": ()}
+
+    def extra_repr(self) -> str:
+        """Name and shape for ``print(model)``."""
+        return f"{self.spec.name!r}, shape={self.spec.shape}"

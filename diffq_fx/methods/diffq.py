@@ -1,0 +1,198 @@
+"""DiffQ: the number of bits of every weight group is trained by gradient (Défossez, Adi, Synnaeve, arXiv:2104.09987).
+
+In training a weight is ``w + step(b) * n`` with independent noise n, so that the loss is differentiable in the number of bits b
+of each group: ``b = b_min + sigmoid(l) (b_max - b_min)``, l trainable. In eval() and after conversion the weight is truly rounded.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx import functional
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupKind, to_rows
+from diffq_fx.methods.base import Method
+from diffq_fx.methods.grid import GridQuantizer
+from diffq_fx.noise import add_noise
+from diffq_fx.weights import WeightSpec
+
+if TYPE_CHECKING:
+    from diffq_fx.training.compression import Compression
+
+_DEFAULT_TARGET_BITS = float("4")  # compared by identity: a 4 that the user wrote does not yield to another target
+_GRIDS = ("affine", "symmetric", "float")
+_NOISES = ("uniform", "gaussian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffQConfig(Method):
+    """Settings of DiffQ. The defaults compress to 4 bits a weight, scales and everything else about the weights included.
+
+    Give at most one of ``target_bits``, ``target_mib`` and ``penalty``; with ``target_bits=None`` and no other there is no
+    pressure on the size but what you add to the loss yourself (``penalty * model_size(model)``).
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> DiffQConfig(target_bits=3, group_size=8).target_bits
+        3
+        >>> DiffQConfig(min_bits=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: DiffQConfig: min_bits must be from 1 to 16, got 0.
+    """
+
+    target_bits: float | None = _DEFAULT_TARGET_BITS
+    """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths."""
+    target_mib: float | None = None
+    """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
+    penalty: float | None = None
+    """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
+    group_size: int | GroupKind = "channel"
+    """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
+    range_per: Literal["tensor", "channel", "group"] = "channel"
+    """Weights that share a range; "group" is the group that shares a number of bits."""
+    grid: Grid = "affine"
+    """"affine" (integer zero_point), "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold)."""
+    noise: Literal["uniform", "gaussian"] = "uniform"
+    """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
+    min_bits: float = 2
+    """Smallest width, 1 to 16."""
+    max_bits: float = 8
+    """Largest width, 1 to 16."""
+    init_bits: float = 6
+    """Width at the start, above ``min_bits`` and at most ``max_bits``."""
+    bits_gain: float = 10
+    """How much faster the bits move than a weight under the same optimizer; the paper has 1 and an optimizer of their own."""
+    ramp_steps: int = 100
+    """Optimizer steps in which the size in training goes from ``init_bits`` to the target. eval() and convert always use the target."""
+
+    @staticmethod
+    def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":
+        """The paper's settings: lambda, groups of 8, Gaussian noise, per-tensor float ranges, 2 to 15 bits from 8.
+
+        Args:
+            penalty: lambda, in loss per MiB; None to add it to the loss yourself.
+            group_size: weights that share a number of bits.
+
+        Returns:
+            A config; its models do not export to ONNX (the float grid has no integer zero_point).
+
+        Example:
+            >>> DiffQConfig.paper().grid
+            'float'
+        """
+        return DiffQConfig(
+            target_bits=None,
+            penalty=penalty,
+            group_size=group_size,
+            range_per="tensor",
+            grid="float",
+            noise="gaussian",
+            min_bits=2,
+            max_bits=15,
+            init_bits=8,
+            bits_gain=1,
+            min_size=2622,  # 0.01 MiB of float32
+        )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        if self.target_bits is _DEFAULT_TARGET_BITS and (self.target_mib is not None or self.penalty is not None):
+            object.__setattr__(self, "target_bits", None)  # the default yields to what was asked for
+        aims = {k: v for k in ("target_bits", "target_mib", "penalty") if (v := getattr(self, k)) is not None}
+        if len(aims) > 1:
+            raise ValueError(f"DiffQConfig: give one of target_bits, target_mib and penalty, got {aims}.")
+        for name, value in aims.items():
+            if not value > 0:
+                raise ValueError(f"DiffQConfig: {name} must be positive, got {value}.")
+        for name in ("min_bits", "max_bits", "init_bits"):
+            if not 1 <= getattr(self, name) <= 16:
+                raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {getattr(self, name)}.")
+        if self.min_bits >= self.init_bits or self.init_bits > self.max_bits:
+            found = f"got {self.min_bits}, {self.init_bits}, {self.max_bits}"
+            raise ValueError(f"DiffQConfig: expected min_bits < init_bits <= max_bits, {found}.")
+        self._check_groups()
+        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("rest_dtype", ("float32", "float16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.ramp_steps < 0 or self.min_size < 0 or not self.bits_gain > 0:
+            raise ValueError("DiffQConfig: ramp_steps and min_size must not be negative, bits_gain must be positive.")
+        if isinstance(self.exclude, str):
+            raise TypeError(f"DiffQConfig: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if isinstance(size, str):
+            if size not in ("tensor", "channel"):
+                raise ValueError(f'DiffQConfig: group_size must be "tensor", "channel" or a number, got {size!r}.')
+        elif size < 1:
+            raise ValueError(f"DiffQConfig: group_size must be at least 1, got {size}.")
+        if self.range_per not in ("tensor", "channel", "group"):
+            raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
+        if self.range_per == "group" and size == 1:
+            raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
+
+    @property
+    def layout(self) -> tuple[int | GroupKind, int | GroupKind, Grid]:
+        """``(group_size, range_size, grid)``."""
+        return self.group_size, self.group_size if self.range_per == "group" else self.range_per, self.grid
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
+        """Make the noise node of one weight."""
+        return DiffQWeight(spec, self, weight.device)
+
+
+class DiffQWeight(GridQuantizer):
+    """Pseudo quantization noise on one weight, with a trainable number of bits per group.
+
+    Parameters:
+        logits: float32, shape of the spec's ``bits_layout``; see :func:`diffq_fx.functional.bits_from_logits`.
+
+    Buffers:
+        width: int32, the same shape: the rounded bits, set for the whole model at once so that the size meets its target.
+    """
+
+    logits: nn.Parameter
+    width: Tensor
+
+    def __init__(self, spec: WeightSpec, config: DiffQConfig, device: torch.device) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.compression: Compression | None = None
+        self.index = 0  # among the model's learned weights
+        bits = torch.full(spec.bits_layout.shape, float(config.init_bits), device=device)
+        self.logits = nn.Parameter(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain))
+        self.register_buffer("width", bits.round().to(torch.int32), persistent=False)
+
+    def bits(self) -> Tensor:
+        """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""
+        return functional.bits_from_logits(self.logits, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """``w + step(b) * n``."""
+        spec = self.spec
+        low, high = self.range_of(to_rows(weight, spec.axis))
+        step = functional.step_size(low, high, self.bits().to(low.dtype))
+        gaussian = self.config.noise == "gaussian"
+        return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=gaussian)
+
+    def rounded_bits(self) -> Tensor:
+        """Bits of each group as the converted model has them."""
+        return self.width
+
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes with the rounded bits of the model."""
+        if self.compression is not None:
+            self.compression.refresh(self)
+        return (self.width._version, self.width.data_ptr())  # noqa: SLF001
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""
+        if name == "compression":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)

@@ -1,0 +1,45 @@
+"""Run passes over one graph: lint, recompile, log what changed, and say which pass broke what."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassResult
+
+from diffq_fx.errors import DiffQError, PassError
+
+Pass = Callable[[fx.GraphModule], PassResult]
+
+_log = logging.getLogger(__name__)
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
+    """Apply passes in order, in place.
+
+    Args:
+        gm: the graph; changed in place.
+        passes: functions from a GraphModule to a PassResult; their ``__name__`` appears in logs and errors.
+
+    Returns:
+        The GraphModule of the last result.
+
+    Raises:
+        PassError: a pass failed or left a broken graph; names the pass and those that ran before it.
+    """
+    done: list[str] = []
+    for each in passes:
+        name = getattr(each, "__name__", None) or getattr(getattr(each, "func", None), "__name__", type(each).__name__)
+        before = len(gm.graph.nodes)
+        try:
+            result = each(gm)
+            if result.modified:
+                result.graph_module.graph.lint()
+                result.graph_module.recompile()
+        except DiffQError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as err:
+            raise PassError(f"pass {name} failed after {done or 'no other pass'}: {err}") from err
+        gm = result.graph_module
+        _log.debug("%s: modified=%s, %d -> %d nodes", name, result.modified, before, len(gm.graph.nodes))
+        done.append(name)
+    return gm

@@ -1,0 +1,257 @@
+"""prepare: float model in, the same model with a quantizer between every weight and what reads it out."""
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
+from diffq_fx.capture.gate import check_faithful, is_repeatable, reference_outputs
+from diffq_fx.capture.model_scope import capture_model
+from diffq_fx.capture.module_scope import ModuleScope, capture_modules
+from diffq_fx.capture.plan import WeightPlan, plan_weights
+from diffq_fx.capture.scopes import install_graph
+from diffq_fx.capture.swapping import owner_of
+from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
+from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.passes._graph import QUANTIZER_SUFFIX
+from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
+from diffq_fx.passes.insert_quantizers import insert_quantizers
+from diffq_fx.passes.runner import run_passes
+from diffq_fx.passes.verify import verify_prepared
+from diffq_fx.storage import StoredWeight
+from diffq_fx.training.compression import Compression, find_compression
+from diffq_fx.training.size import mib
+
+Scope = Literal["auto", "model", "module"]
+
+CHILD = "compression"
+"""Name under which a prepared model holds its :class:`~diffq_fx.training.compression.Compression`."""
+
+
+def prepare_diffq(
+    model: nn.Module, example_inputs: Any, config: DiffQConfig | None = None, *, scope: Scope = "auto"
+) -> nn.Module:
+    """Put pseudo quantization noise with a trainable number of bits on every weight of a model, DiffQ (arXiv:2104.09987).
+
+    In train() every weight w is read as ``w + step(b) * n``, in eval() as its truly rounded value. Train the result as you
+    trained the model: any optimizer over its ``parameters()``, the loop as it is. With a target in the config the size is held by itself.
+
+    The prepared model *shares its Parameters* with the model: training one trains the other, and no second copy of the
+    weights is held. Modules and buffers are copies; the model itself is left as it was.
+
+    Args:
+        model: a float model.
+        example_inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments. The example is run
+            through the original and the prepared model in train and eval mode, and both must agree bit by bit with the noise off.
+        config: the settings; by default 4 bits a weight.
+        scope: "model" traces the whole model into one fx graph; "module" rewrites only the modules that read weights and keeps the class,
+            methods and signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says which it was and why.
+
+    Returns:
+        The prepared model; a GraphModule in model scope, else of the model's own class.
+
+    Raises:
+        PreparationError: there is no weight to quantize, one is not finite, or the model is prepared already.
+        ValueError: the example does not run, an exclude pattern matches nothing, or the target cannot be reached.
+        CaptureError: the model's result would change, or a weight would be read past its noise.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> prepared = prepare_diffq(model, torch.zeros(1, 8), DiffQConfig(target_bits=8, max_bits=10))
+        >>> [node.name for node in prepared.graph.nodes if "quantizer" in node.name]
+        ['_0_weight_quantizer', '_2_weight_quantizer']
+    """
+    return prepare(model, example_inputs, config or DiffQConfig(), scope=scope, caller="prepare_diffq")
+
+
+def prepare(
+    model: nn.Module, example_inputs: Any, method: Method, *, scope: Scope = "auto", caller: str = "prepare"
+) -> nn.Module:
+    """Put a method's quantizer on every weight of a model; :func:`prepare_diffq` says what is shared and what is raised.
+
+    Args:
+        model: a float model.
+        example_inputs: what the model is called with.
+        method: the settings of the method.
+        scope: "auto", "model" or "module".
+        caller: the name to use in messages.
+
+    Returns:
+        The prepared model.
+
+    Example:
+        >>> import torch
+        >>> prepared = prepare(torch.nn.Linear(32, 32), torch.zeros(1, 32), DiffQConfig())
+        >>> prepared.compression.scope
+        'model'
+    """
+    _refuse_unfit(model, scope, caller)
+    call = ExampleCall.of(example_inputs)
+    plan = plan_weights(model, method, caller)
+    expected = _reference(model, call, caller)
+    prepared, compression = _first_faithful(model, call, plan, method, expected, scope, caller)
+    _check_target(compression, caller)
+    if compression.notes:
+        warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
+    return prepared
+
+
+def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
+    if scope not in ("auto", "model", "module"):
+        raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
+    if find_compression(model) is not None:
+        raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
+    if any(isinstance(module, StoredWeight) for module in model.modules()):
+        raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
+    if hasattr(model, CHILD):
+        raise PreparationError(f"{caller}: the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it.")
+
+
+def _reference(model: nn.Module, call: ExampleCall, caller: str) -> list[Any]:
+    """Outputs of the original, run on a copy; whatever it raises is the example's fault."""
+    try:
+        twin = copy_sharing_parameters(model)
+    except Exception as err:  # any object in the model may refuse to be copied  # noqa: BLE001
+        raise PreparationError(
+            f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
+            "  A model with tensors that are results of a computation (old torch.nn.utils.weight_norm) is one such case:\n"
+            "  use torch.nn.utils.parametrizations.weight_norm."
+        ) from err
+    try:
+        return reference_outputs(twin, call)
+    except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
+        given = ", ".join([_described(a) for a in call.args] + [f"{k}={_described(v)}" for k, v in call.kwargs.items()])
+        raise ValueError(
+            f"{caller}: the model does not run on example_inputs ({given}).\n  {type(err).__name__}: {err}\n"
+            "  Give what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device."
+        ) from err
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{value.dtype} {tuple(shape)} on {value.device}"
+
+
+def _first_faithful(
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, expected: list[Any], scope: Scope, caller: str
+) -> tuple[nn.Module, Compression]:
+    """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
+    ways = {
+        "model": [("model", _prepare_model_scope)],
+        "module": [
+            ("module", partial(_prepare_module_scope, trace_forwards=True)),
+            ("module", partial(_prepare_module_scope, trace_forwards=False)),
+        ],
+    }
+    reasons: list[str] = []
+    for name, way in ways.get(scope, ways["model"] + ways["module"]):
+        own_plan = WeightPlan(dict(plan.specs), list(plan.skipped), plan.parameters)
+        try:
+            prepared, compression = way(model, call, own_plan, method)
+            check_faithful(prepared, compression.quantizers, call, expected)
+        except CaptureError as err:
+            reasons.append(f"{name} scope: {err}")
+            continue
+        prepared.train(model.training)
+        compression.scope, compression.scope_reason = name, "; ".join(reasons) or "asked for" * (scope != "auto")
+        return prepared, compression
+    unsteady = is_repeatable(copy_sharing_parameters(model), call, expected)
+    if unsteady:
+        reasons.append(f"the original model itself gives another result when it runs again from the same seed ({unsteady})")
+    raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
+
+
+def _prepare_model_scope(
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method
+) -> tuple[nn.Module, Compression]:
+    captured = capture_model(model, call, plan)
+    run_passes(captured, [partial(annotate_weights, plan=plan)])
+    read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
+    unread = [spec.name for spec in plan.specs.values() if spec.name not in read]
+    if unread:
+        raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
+    quantizers = _add_quantizers(captured, plan, method)
+    run_passes(captured, [insert_quantizers, verify_prepared])
+    return captured, _add_compression(captured, plan, method, quantizers)
+
+
+def _prepare_module_scope(
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, *, trace_forwards: bool
+) -> tuple[nn.Module, Compression]:
+    private, scopes, unseen = capture_modules(model, call, plan, trace_forwards=trace_forwards)
+    for each in scopes:
+        run_passes(each.graph, [partial(annotate_weights, plan=plan)])
+    for key, spec in plan.specs.items():
+        plan.specs[key] = replace(spec, consumer=spec.consumer or "nothing in the example")
+    quantizers = _add_quantizers(private, plan, method)
+    for each in scopes:
+        _rewrite_scope(each)
+    compression = _add_compression(private, plan, method, quantizers)
+    if unseen:
+        compression.notes = (
+            f"the example never read {', '.join(unseen)}; their noise is put where the weights are kept. "
+            "If another module reads them directly, give an example that does.",
+        )
+    return private, compression
+
+
+def _rewrite_scope(scope: ModuleScope) -> None:
+    """Insert the quantizer nodes into one module's graph, and make the graph its forward."""
+    weights = []
+    for node in scope.graph.graph.nodes:
+        if META_KEY in node.meta:
+            owner, attribute = owner_of(scope.module, node.target)
+            scope.graph.add_submodule(f"{node.target}{QUANTIZER_SUFFIX}", owner.get_submodule(attribute + QUANTIZER_SUFFIX))
+            weights.append(node.target)
+    gm: fx.GraphModule = run_passes(scope.graph, [insert_quantizers, verify_prepared])
+    install_graph(scope.module, scope.kind, gm, tuple(weights))
+
+
+def _add_quantizers(model: nn.Module, plan: WeightPlan, method: Method) -> list[WeightQuantizer]:
+    """Make one quantizer per weight and register it beside the weight under each of its names."""
+    quantizers = []
+    for key, spec in plan.specs.items():
+        quantizer = method.make_quantizer(spec, plan.parameters[key])
+        for name in spec.names:
+            owner, attribute = owner_of(model, name)
+            owner.add_module(attribute + QUANTIZER_SUFFIX, quantizer)
+        quantizers.append(quantizer)
+    return quantizers
+
+
+def _add_compression(
+    model: nn.Module, plan: WeightPlan, method: Method, quantizers: list[WeightQuantizer]
+) -> Compression:
+    rest = sum(p.numel() for key, p in plan.parameters.items() if key not in plan.specs)
+    compression = Compression(method, quantizers, plan.skipped, rest)
+    model.add_module(CHILD, compression)
+    return compression
+
+
+def _check_target(compression: Compression, caller: str) -> None:
+    """Refuse a target that no choice of widths within the limits reaches."""
+    budget = compression.budget_bits()
+    if budget is None:
+        return
+    config, weights = compression.config, compression.groups().num_weights
+    smallest, largest = compression.reachable_bits()
+    if smallest <= budget <= largest:
+        return
+    if config.target_mib is not None:
+        asked, unit = f"target_mib={config.target_mib}", "MiB"
+        low, high = (mib(size + compression.rest_bits) for size in (smallest, largest))
+    else:
+        asked, unit = f"target_bits={config.target_bits}", "bits a weight"
+        low, high = smallest / weights, largest / weights
+    raise ValueError(
+        f"{caller}: {asked} cannot be reached with widths from {config.min_bits:g} to {config.max_bits:g} bits: the {weights} weights take"
+        f" from {low:.4g} to {high:.4g} {unit}, scales and what is not quantized included.\n"
+        "  Change the target, min_bits or max_bits, or use larger groups (group_size, range_per) for smaller scales."
+    )

@@ -1,0 +1,49 @@
+"""Give the bits a parameter group of their own: optional, for those who want their own rate for them."""
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from diffq_fx.training.compression import require_compression
+
+
+def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 1e-3) -> Optimizer:
+    """Put the bits of a prepared model into their own group of the optimizer: rate ``bits_lr``, no weight decay.
+
+    Nothing needs this call; without it the bits train with the rate of the group they are in. It may come before or after the model is
+    wrapped (DistributedDataParallel), and once or several times.
+
+    Args:
+        optimizer: any torch optimizer that holds the model's weights, with the bits among them or not.
+        model: prepared, or a wrapper of a prepared model.
+        bits_lr: learning rate of the bits.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        PreparationError: the model is not prepared.
+        ValueError: the optimizer holds no parameter of the model, or ``bits_lr`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from diffq_fx import prepare_diffq
+        >>> prepared = prepare_diffq(torch.nn.Linear(32, 32), torch.zeros(1, 32))
+        >>> optimizer = setup_optimizer(torch.optim.SGD(prepared.parameters(), lr=0.1), prepared, bits_lr=0.01)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.1, 0.01]
+    """
+    compression = require_compression(model, "setup_optimizer")
+    if not bits_lr > 0:
+        raise ValueError(f"setup_optimizer: bits_lr must be positive, got {bits_lr}.")
+    bits = [quantizer.logits for quantizer in compression.learned]
+    ours = {id(logits) for logits in bits}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & {id(p) for p in model.parameters()}:
+        raise ValueError(
+            f"setup_optimizer: the {type(optimizer).__name__} holds no parameter of this model. Build it from the prepared model's parameters()."
+        )
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ours]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    optimizer.add_param_group({"params": bits, "lr": bits_lr, "weight_decay": 0.0})
+    return optimizer

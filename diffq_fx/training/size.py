@@ -1,0 +1,186 @@
+"""How large the compressed model is: the differentiable size that training presses on, and the exact one.
+
+What counts as size is one abstraction, :class:`SizeMeasure`. :class:`BitPackedSize` is the paper's: every group at exactly its
+width, plus the ranges and the coding of the widths.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffq_fx.weights import WeightSpec
+
+MIB_BITS = 8 * 2**20
+"""Bits in one MiB."""
+
+_WIDTH_HEADER_BITS = 8
+"""Smallest and largest width of a weight, 4 bits each; the widths are coded relative to them."""
+
+
+def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
+    """What one weight stores: values per group that take the group's width, and bits that no width changes.
+
+    A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width. Where a
+    range holds groups of several widths, or has a float offset, both of its ends are stored.
+
+    Args:
+        spec: the weight.
+
+    Returns:
+        Values per group, int64, shape of the spec's ``bits_layout``; and the fixed number of bits.
+
+    Example:
+        >>> values, fixed = bit_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
+        >>> values.tolist(), fixed
+        ([[9], [9]], 72)
+    """
+    values, ranges = spec.bits_layout.counts(), spec.range_layout
+    if spec.grid == "symmetric":
+        return values, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+    several_widths_in_a_range = spec.bits_layout.num_groups > ranges.num_groups
+    if spec.grid == "float" or several_widths_in_a_range:
+        return values, 64 * ranges.num_groups + _WIDTH_HEADER_BITS
+    return values + ranges.num_groups // spec.bits_layout.num_groups, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+
+
+class FlatGroups:
+    """The groups of all weights of a model in one row, so that size costs a few kernels and not a few per weight.
+
+    Shape legend: T groups in all, W weights.
+    """
+
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
+        costs = [bit_costs(spec) for spec in specs]
+        counts = [values.numel() for values, _ in costs]
+        self.counts = counts
+        self.values_T = torch.cat([values.reshape(-1) for values, _ in costs]).to(device, torch.float32)
+        self.weight_of_T = torch.repeat_interleave(torch.arange(len(specs)), torch.tensor(counts)).to(device)
+        self.groups_W = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.fixed_bits = sum(fixed for _, fixed in costs)
+        self.num_weights = sum(spec.numel for spec in specs)
+
+    def coding_bits(self, width_T: Tensor) -> Tensor:
+        """Bits that code the widths: ``groups * ceil(log2(1 + max - min))`` per weight, summed; 0-d, no device sync."""
+        empty = torch.zeros_like(self.groups_W)
+        low_W = empty.scatter_reduce(0, self.weight_of_T, width_T.float(), "amin", include_self=False)
+        high_W = empty.scatter_reduce(0, self.weight_of_T, width_T.float(), "amax", include_self=False)
+        return (self.groups_W * torch.ceil(torch.log2(1 + high_W - low_W))).sum()
+
+    def split(self, flat_T: Tensor) -> list[Tensor]:
+        """One flat tensor per weight."""
+        return list(flat_T.split(self.counts))
+
+
+class SizeMeasure(ABC):
+    """An answer to "how many bits do the quantized weights take?"."""
+
+    @abstractmethod
+    def expected_bits(self, groups: FlatGroups, bits_T: Tensor) -> Tensor:
+        """Size in bits for fractional widths, 0-d, differentiable in ``bits_T``, without a device sync."""
+
+    @abstractmethod
+    def exact_bits(self, groups: FlatGroups, width_T: Tensor) -> int:
+        """Size in bits for whole widths."""
+
+
+class BitPackedSize(SizeMeasure):
+    """Every value at exactly its group's width: ``M(b) = sum_s n_s b_s``, DiffQ (arXiv:2104.09987), plus ranges and coded widths.
+
+    Differs from the paper: the widths of a weight are coded relative to its smallest one, and a zero point costs its group's width.
+    """
+
+    def expected_bits(self, groups: FlatGroups, bits_T: Tensor) -> Tensor:
+        """``sum_s n_s b_s`` plus what ranges and the coding of the rounded widths take."""
+        with torch.no_grad():
+            overhead = groups.coding_bits(bits_T.round()) + groups.fixed_bits
+        return torch.dot(groups.values_T, bits_T) + overhead
+
+    def exact_bits(self, groups: FlatGroups, width_T: Tensor) -> int:
+        """The same for whole widths, in exact arithmetic."""
+        payload = (groups.values_T.double() * width_T.double()).sum()
+        return round(payload.item()) + round(groups.coding_bits(width_T).item()) + groups.fixed_bits
+
+
+def allocate_widths(groups: FlatGroups, bits_T: Tensor, limits: tuple[int, int], budget_bits: int, measure: SizeMeasure) -> Tensor:
+    """Round the widths of all groups so that the exact size comes as close to a budget as it can without exceeding it.
+
+    Every group gets the whole part of its bits; the budget's remainder goes, one bit each, to the groups with the largest
+    fractions. Where the trained bits are off the budget they are first shifted together until they meet it.
+
+    Args:
+        groups: the model's groups.
+        bits_T: trained bits, fractional.
+        limits: smallest and largest width allowed.
+        budget_bits: size that must not be exceeded, where the limits allow.
+        measure: what counts as size.
+
+    Returns:
+        int32, shape (T,).
+    """
+    low, high = limits
+    bits = bits_T.double().cpu()
+    values = groups.values_T.double().cpu()
+    overhead = measure.exact_bits(groups, bits_T.round()) - float(torch.dot(values, bits.round()))
+    for _ in range(3):  # the coding cost depends on the widths: settle it in a few rounds
+        payload = budget_bits - overhead
+        width = _largest_remainder((bits + _common_shift(values, bits, payload, low, high)).clamp(low, high), values, payload, high)
+        exact = measure.exact_bits(groups, width.to(bits_T.device))
+        if exact <= budget_bits and overhead == exact - float(torch.dot(values, width)):
+            break
+        overhead = exact - float(torch.dot(values, width))
+    while measure.exact_bits(groups, width.to(bits_T.device)) > budget_bits and bool((width > low).any()):
+        payload -= max(1.0, measure.exact_bits(groups, width.to(bits_T.device)) - budget_bits)
+        width = _largest_remainder((bits + _common_shift(values, bits, payload, low, high)).clamp(low, high), values, payload, high)
+    return width.to(bits_T.device, torch.int32)
+
+
+def _common_shift(values: Tensor, bits: Tensor, payload: float, low: int, high: int) -> float:
+    """The shift of all bits at which the clamped total meets ``payload``, by bisection."""
+    left, right = float(low - high), float(high - low)
+    for _ in range(40):
+        middle = (left + right) / 2
+        total = float(torch.dot(values, (bits + middle).clamp(low, high)))
+        left, right = (middle, right) if total < payload else (left, middle)
+    return left
+
+
+def _largest_remainder(bits: Tensor, values: Tensor, payload: float, high: int) -> Tensor:
+    """Whole parts of ``bits``, then one bit more by falling fraction while the payload holds it."""
+    width = bits.floor()
+    room = payload - float(torch.dot(values, width))
+    order = torch.argsort(bits - width, descending=True, stable=True)
+    order = order[width[order] < high]
+    taken = torch.cumsum(values[order], 0) <= room
+    width[order[taken]] += 1
+    room -= float(values[order[taken]].sum())
+    for group in order[~taken][:_LAST_GROUPS].tolist():  # the first that did not fit may hide smaller ones that do
+        if values[group] <= room:
+            width[group] += 1
+            room -= float(values[group])
+    return width
+
+
+_LAST_GROUPS = 4096
+
+
+def mib(bits: float) -> float:
+    """Bits to MiB.
+
+    Example:
+        >>> mib(8 * 2**20)
+        1.0
+    """
+    return bits / MIB_BITS
+
+
+def widths_limits(min_bits: float, max_bits: float) -> tuple[int, int]:
+    """The whole widths that lie within the limits of training.
+
+    Example:
+        >>> widths_limits(1.5, 8)
+        (2, 8)
+    """
+    return math.ceil(min_bits), max(math.ceil(min_bits), math.floor(max_bits))

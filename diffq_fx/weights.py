@@ -1,0 +1,73 @@
+"""What the library knows about one weight: the frozen facts that every pass, method and exporter agrees on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupKind, GroupLayout, combine
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """One weight to quantize: which, its shape, its output channel axis and how it is divided into groups."""
+
+    name: str
+    """The weight's name in the model's state_dict."""
+    aliases: tuple[str, ...] = ()
+    """The other names of a tied weight. All of them share one quantizer and one set of bits."""
+    shape: tuple[int, ...]
+    axis: int
+    """The output channel axis: 0 for Linear, Conv, Embedding and RNNs, 1 for ConvTranspose and ``x @ weight``."""
+    dtype: torch.dtype = torch.float32
+    group_size: int | GroupKind = "channel"
+    """Weights that share a number of bits: a block length along the input axis, "channel" or "tensor"."""
+    range_size: int | GroupKind = "channel"
+    """Weights that share a range, in the same terms."""
+    grid: Grid = "affine"
+    consumer: str = ""
+    """What reads the weight: a function of the graph ("linear", "conv2d") or a module that is called whole ("LSTM")."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the weight, the first one first."""
+        return (self.name, *self.aliases)
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.shape[self.axis]
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one output channel."""
+        return self.numel // max(self.rows, 1)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bits_layout(self) -> GroupLayout:
+        """The groups that share a number of bits."""
+        return GroupLayout.of(self.rows, self.columns, self.group_size)
+
+    @property
+    def range_layout(self) -> GroupLayout:
+        """The groups that share a range."""
+        return GroupLayout.of(self.rows, self.columns, self.range_size)
+
+    @property
+    def scale_layout(self) -> GroupLayout:
+        """The groups that share a scale: the finer of the two, since ``scale = range / (2^bits - 1)``."""
+        return combine(self.bits_layout, self.range_layout)
+
+
+@dataclass(frozen=True)
+class SkippedWeight:
+    """A parameter that stays in float, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str

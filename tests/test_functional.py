@@ -1,0 +1,120 @@
+"""The grid: properties that must hold for every width, layout and kind of grid."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffq_fx import functional
+from diffq_fx.groups import GroupLayout, combine, from_rows, to_rows
+
+EPS = torch.finfo(torch.float32).eps
+
+group_sizes = st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 20))
+grids = st.sampled_from(["affine", "symmetric", "float"])
+
+
+@st.composite
+def rows(draw):
+    shape = draw(st.integers(1, 6)), draw(st.integers(1, 19))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    weight = torch.randn(shape, generator=generator) * 10 ** draw(st.integers(-6, 4)) + draw(st.sampled_from([0.0, 1.0, -3.0]))
+    return torch.full_like(weight, weight[0, 0].item()) if draw(st.booleans()) and draw(st.booleans()) else weight
+
+
+def round_trip(rows_OI, bits, group_size, range_size, grid):
+    o, i = rows_OI.shape
+    bits_layout, range_layout = GroupLayout.of(o, i, group_size), GroupLayout.of(o, i, range_size)
+    layout = combine(bits_layout, range_layout)
+    low, high = functional.weight_range(rows_OI, range_layout, grid)
+    params = functional.quant_params(low, high, bits, grid)
+    levels = functional.quantize(rows_OI, params, bits, layout)
+    return levels, params, layout, functional.dequantize(levels, params, layout)
+
+
+@settings(deadline=None, max_examples=300)
+@given(rows_OI=rows(), bits=st.integers(1, 16), group_size=group_sizes, range_per=st.sampled_from(["tensor", "channel", "group"]), grid=grids)
+def test_error_is_within_half_a_step(rows_OI, bits, group_size, range_per, grid):
+    layout = GroupLayout.of(*rows_OI.shape, group_size)
+    width = torch.full(layout.shape, bits, dtype=torch.int32)
+    levels, params, scale_layout, restored = round_trip(rows_OI, width, group_size, group_size if range_per == "group" else range_per, grid)
+    bound = scale_layout.expand(params.scale) / 2 + 4 * EPS * rows_OI.abs().max()
+    constant = bool((rows_OI.max() == rows_OI.min()).all())
+    error = (restored - rows_OI).abs()
+    assert bool((error <= bound).all()), (error - bound).max()
+    assert int(levels.min()) >= 0
+    assert int(levels.max()) <= 2**bits - 1
+    if constant and grid != "symmetric":  # one value is a level of its own (a symmetric grid has none at +max)
+        assert float(error.max()) <= 4 * EPS * float(rows_OI.abs().max())
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows_OI=rows(), group_size=group_sizes, seed=st.integers(0, 1000))
+def test_mixed_widths_stay_within_their_own_levels(rows_OI, group_size, seed):
+    layout = GroupLayout.of(*rows_OI.shape, group_size)
+    bits = torch.randint(1, 17, layout.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    levels, params, scale_layout, restored = round_trip(rows_OI, bits, group_size, "channel", "affine")
+    top = scale_layout.expand((2**bits - 1).expand_as(params.scale))
+    assert bool((levels <= top).all())
+    assert bool(((params.zero_point >= 0) & (params.zero_point <= (2**bits - 1))).all())
+    bound = scale_layout.expand(params.scale) / 2 + 4 * EPS * rows_OI.abs().max()
+    assert bool(((restored - rows_OI).abs() <= bound).all())
+
+
+@settings(deadline=None)
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
+def test_rows_and_back(shape, data):
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    weight = torch.randn(shape)
+    rows_OI = to_rows(weight, axis)
+    assert rows_OI.shape == (shape[axis], weight.numel() // shape[axis])
+    assert torch.equal(from_rows(rows_OI, tuple(shape), axis), weight)
+    assert torch.equal(rows_OI[0].reshape(-1), weight.select(axis, 0).reshape(-1))
+
+
+@settings(deadline=None)
+@given(rows_OI=rows(), group_size=group_sizes)
+def test_group_reductions_against_loops(rows_OI, group_size):
+    layout = GroupLayout.of(*rows_OI.shape, group_size)
+    low, high = layout.aminmax(rows_OI)
+    total, counts = layout.sum(rows_OI.double()), layout.counts()
+    assert low.shape == high.shape == total.shape == counts.shape == layout.shape
+    assert int(counts.sum()) == rows_OI.numel()
+    for r in range(layout.shape[0]):
+        for c in range(layout.shape[1]):
+            part = rows_OI if layout.kind == "tensor" else rows_OI[r, c * layout.block : (c + 1) * layout.block]
+            assert low[r, c] == part.min()
+            assert high[r, c] == part.max()
+            assert counts[r, c] == part.numel()
+            torch.testing.assert_close(total[r, c], part.double().sum())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8, 15, 16])
+def test_step_matches_its_formula(bits):
+    step = functional.step_size(torch.tensor(-1.5), torch.tensor(2.5), torch.tensor(float(bits)))
+    assert step.item() == pytest.approx(4.0 / (2**bits - 1), rel=1e-6)
+
+
+def test_gradients_stay_finite_at_both_limits():
+    logits = torch.tensor([-200.0, 0.0, 200.0], requires_grad=True)
+    bits = functional.bits_from_logits(logits, 1, 16)
+    functional.step_size(torch.tensor(-1.0), torch.tensor(1.0), bits).sum().backward()
+    assert bits.tolist() == [1.0, 8.5, 16.0]
+    assert bool(torch.isfinite(logits.grad).all())
+
+
+@pytest.mark.parametrize("gain", [1.0, 10.0])
+def test_bits_and_logits_are_inverse(gain):
+    bits = torch.tensor([2.5, 4.0, 7.5])
+    logits = functional.logits_from_bits(bits, 2, 8, gain)
+    torch.testing.assert_close(functional.bits_from_logits(logits, 2, 8, gain), bits)
+
+
+def test_a_one_percent_scale_error_would_be_seen():
+    rows_OI = torch.randn(4, 64)
+    bits = torch.full((4, 1), 8, dtype=torch.int32)
+    levels, params, layout, restored = round_trip(rows_OI, bits, "channel", "channel", "affine")
+    wrong = functional.dequantize(levels, params._replace(scale=params.scale * 1.01), layout)
+    bound = params.scale / 2 + 4 * EPS * rows_OI.abs().max()
+    assert bool(((restored - rows_OI).abs() <= bound).all())
+    assert not bool(((wrong - rows_OI).abs() <= bound).all())

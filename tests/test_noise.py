@@ -1,0 +1,117 @@
+"""Pseudo quantization noise: its distribution, its independence, its gradients."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from diffq_fx.groups import GroupLayout
+from diffq_fx.noise import add_noise
+
+N = 200_000
+
+
+def noise_of(shape=(100, N // 100), gaussian=False, dtype=torch.float32):
+    weight = torch.zeros(shape, dtype=dtype)
+    return add_noise(weight, torch.ones(shape[0], 1), axis=0, block=shape[1], gaussian=gaussian)
+
+
+@pytest.mark.parametrize(("gaussian", "std"), [(False, 1 / math.sqrt(12)), (True, 0.5)])
+def test_mean_and_variance(gaussian, std):
+    noise = noise_of(gaussian=gaussian).double()
+    assert abs(noise.mean().item()) < 4 * std / math.sqrt(N)
+    assert noise.std().item() == pytest.approx(std, rel=0.01)
+
+
+def test_uniform_by_kolmogorov_smirnov():
+    noise = noise_of().flatten()
+    spread = noise + (torch.rand(noise.shape) - 0.5) / 256  # the resolution of one byte, smeared out
+    assert stats.kstest(spread.numpy(), "uniform", args=(-0.5, 1)).pvalue > 1e-3
+    assert float(noise.abs().max()) < 0.5
+
+
+def test_gaussian_by_kolmogorov_smirnov():
+    assert stats.kstest(noise_of(gaussian=True).flatten().numpy(), "norm", args=(0, 0.5)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_independent_between_weights_and_draws(gaussian):
+    first, second = noise_of(gaussian=gaussian).flatten(), noise_of(gaussian=gaussian).flatten()
+    bound = 5 / math.sqrt(N)
+    assert not torch.equal(first, second)
+    for a, b in ((first, second), (first[:-1], first[1:]), (first[:-8], first[8:]), (first[: N // 2], first[N // 2 :])):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < bound * 1.5
+
+
+def test_ranks_seeded_alike_draw_differently(monkeypatch):
+    draws = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(7)
+        draws.append(noise_of().flatten())
+    correlation = torch.corrcoef(torch.stack(draws))
+    assert float((correlation - torch.eye(3)).abs().max()) < 8 / math.sqrt(N)
+
+
+def test_a_seed_repeats_a_draw():
+    torch.manual_seed(3)
+    first = noise_of()
+    torch.manual_seed(3)
+    assert torch.equal(first, noise_of())
+
+
+LAYOUTS = [("tensor", (4, 6), 0), ("channel", (4, 6), 0), (4, (4, 10), 0), (1, (3, 5), 0), ("channel", (4, 6, 3), 1), (5, (4, 6, 3), 1)]
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize(("group_size", "shape", "axis"), LAYOUTS)
+def test_gradients(group_size, shape, axis, gaussian):
+    rows = shape[axis]
+    layout = GroupLayout.of(rows, math.prod(shape) // rows, group_size)
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    step = torch.rand(layout.shape, dtype=torch.float64).add(0.1).requires_grad_()
+    upstream = torch.randn(shape, dtype=torch.float64)
+
+    def loss(step):
+        torch.manual_seed(11)
+        return (add_noise(weight, step, axis=axis, block=layout.block, gaussian=gaussian) * upstream).sum()
+
+    loss(step).backward()
+    assert torch.equal(weight.grad, upstream)  # the identity
+    epsilon = 1e-5
+    for r in range(layout.shape[0]):
+        for c in range(layout.shape[1]):
+            shift = torch.zeros_like(step)
+            shift[r, c] = epsilon
+            with torch.no_grad():
+                finite = (loss(step + shift) - loss(step - shift)) / (2 * epsilon)
+            torch.testing.assert_close(step.grad[r, c], finite, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_dtypes_and_strides(dtype, contiguous):
+    weight = torch.randn(6, 8, dtype=dtype)
+    weight = weight if contiguous else weight.t().contiguous().t()
+    weight.requires_grad_()
+    noisy = add_noise(weight, torch.full((6, 1), 0.5), axis=0, block=8)
+    noisy.sum().backward()
+    assert noisy.dtype == dtype
+    assert noisy.shape == weight.shape
+    assert float((noisy - weight).abs().max()) <= 0.26
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+def test_short_last_block_gets_its_own_step():
+    step = torch.tensor([[0.0, 1.0]])
+    noisy = add_noise(torch.zeros(1, 5), step, axis=0, block=4)
+    assert noisy[0, :4].abs().max() == 0
+    assert noisy[0, 4] != 0
+
+
+def test_the_operator_is_registered_as_torch_expects():
+    weight, step = torch.randn(4, 6, requires_grad=True), torch.ones(4, 1, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, 0, 6, False), test_utils=checks)

@@ -1,0 +1,62 @@
+"""Packed integers: every width and layout comes back exactly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffq_fx import functional
+from diffq_fx.groups import to_rows
+from diffq_fx.storage import CONTAINER_BITS, IntegerWeight, container_for, pack_levels, unpack_levels
+from diffq_fx.weights import WeightSpec
+
+
+@settings(deadline=None)
+@given(width=st.sampled_from(CONTAINER_BITS), numel=st.integers(1, 67), seed=st.integers(0, 999))
+def test_pack_and_unpack_are_inverse(width, numel, seed):
+    levels = torch.randint(0, 2**width, (numel,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    packed = pack_levels(levels, width)
+    assert packed.numel() == -(-numel * width // 8)
+    assert torch.equal(unpack_levels(packed, width, numel), levels)
+
+
+@pytest.mark.parametrize(("bits", "width"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
+def test_smallest_container(bits, width):
+    assert container_for(bits) == width
+
+
+def make(shape, axis, bits, group_size, grid, dtype=torch.float32):
+    spec = WeightSpec(name="w", shape=shape, axis=axis, dtype=dtype, group_size=group_size, grid=grid)
+    weight = torch.randn(shape, dtype=dtype)
+    width = torch.full(spec.bits_layout.shape, bits, dtype=torch.int32)
+    rows_OI = to_rows(weight, axis)
+    low, high = functional.weight_range(rows_OI, spec.range_layout, grid)
+    params = functional.quant_params(low, high, width, grid)
+    levels = functional.quantize(rows_OI.to(low.dtype), params, width, spec.scale_layout)
+    return weight, IntegerWeight(spec, levels, params, width), params
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8, 12, 16])
+@pytest.mark.parametrize(("shape", "axis", "group_size"), [((6, 10), 0, "channel"), ((4, 6, 3, 3), 1, "tensor"), ((5, 11), 0, 4), ((3, 7), 1, 1)])
+def test_stored_weight_is_close_to_the_weight(shape, axis, group_size, bits, grid):
+    weight, stored, params = make(shape, axis, bits, group_size, grid)
+    restored = stored()
+    assert restored.shape == weight.shape
+    assert restored.is_contiguous()
+    assert float((restored - weight).abs().max()) <= float(params.scale.max()) / 2 + 1e-5
+    assert stored.payload_bits() == weight.numel() * bits
+    assert stored.levels.numel() == -(-weight.numel() * stored.container_bits // 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_come_back_as_such(dtype):
+    weight, stored, params = make((6, 10), 0, 8, "channel", "affine", dtype)
+    assert stored().dtype == dtype
+    assert float((stored().double() - weight.double()).abs().max()) <= float(params.scale.max()) * 0.51 + 0.02
+
+
+def test_the_operator_is_registered_as_torch_expects():
+    _, stored, _ = make((6, 10), 0, 4, 4, "affine")
+    args = (stored.levels, stored.scale, stored.zero_point, None, stored.container_bits, [6, 10], 0, 4, torch.float32)
+    torch.library.opcheck(torch.ops.diffq_fx.dequantize.default, args)
