@@ -245,13 +245,13 @@ def _check_target(compression: Compression, caller: str) -> None:
     if smallest <= budget <= largest:
         return
     if config.target_mib is not None:
-        asked, unit = f"target_mib={config.target_mib}", "MiB"
+        asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
         low, high = (mib(size + compression.rest_bits) for size in (smallest, largest))
     else:
-        asked, unit = f"target_bits={config.target_bits}", "bits a weight"
+        asked, unit = f"target_bits={config.target_bits}", "bits a weight, scales included"
         low, high = smallest / weights, largest / weights
     raise ValueError(
         f"{caller}: {asked} cannot be reached with widths from {config.min_bits:g} to {config.max_bits:g} bits: the {weights} weights take"
-        f" from {low:.4g} to {high:.4g} {unit}, scales and what is not quantized included.\n"
+        f" from {low:.4g} to {high:.4g} {unit}.\n"
         "  Change the target, min_bits or max_bits, or use larger groups (group_size, range_per) for smaller scales."
     )

@@ -59,6 +59,8 @@ def plan_weights(model: nn.Module, method: Method, caller: str) -> WeightPlan:
     plan = WeightPlan()
     everything = list(model.named_parameters(remove_duplicate=False))
     for name, parameter in everything:
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise PreparationError(f"{caller}: weight {name!r} is not initialized yet: run the model once before preparing it.")
         names.setdefault(id(parameter), []).append(name)
         plan.parameters[id(parameter)] = parameter
     _check_patterns(method.exclude, [name for name, _ in everything], caller)
@@ -100,8 +102,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _reason_to_skip(model: nn.Module, name: str, names: tuple[str, ...], parameter: Tensor, method: Method) -> str:
     """Why this parameter stays in float; empty if it does not."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-        return "not initialized yet: run the model once before preparing it"
     if not parameter.is_floating_point():
         return f"{parameter.dtype}: not a float type"
     for pattern in method.exclude:

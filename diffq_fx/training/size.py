@@ -59,6 +59,7 @@ class FlatGroups:
         self.values_T = torch.cat([values.reshape(-1) for values, _ in costs]).to(device, torch.float32)
         self.weight_of_T = torch.repeat_interleave(torch.arange(len(specs)), torch.tensor(counts)).to(device)
         self.groups_W = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.num_groups = sum(counts)
         self.fixed_bits = sum(fixed for _, fixed in costs)
         self.num_weights = sum(spec.numel for spec in specs)
 
@@ -104,6 +105,11 @@ class BitPackedSize(SizeMeasure):
         return round(payload.item()) + round(groups.coding_bits(width_T).item()) + groups.fixed_bits
 
 
+_PAYLOAD_ROUNDS = 20
+_CLOSE_ENOUGH = 1e-3
+_LAST_GROUPS = 4096
+
+
 def allocate_widths(groups: FlatGroups, bits_T: Tensor, limits: tuple[int, int], budget_bits: int, measure: SizeMeasure) -> Tensor:
     """Round the widths of all groups so that the exact size comes as close to a budget as it can without exceeding it.
 
@@ -123,18 +129,22 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, limits: tuple[int, int],
     low, high = limits
     bits = bits_T.double().cpu()
     values = groups.values_T.double().cpu()
-    overhead = measure.exact_bits(groups, bits_T.round()) - float(torch.dot(values, bits.round()))
-    for _ in range(3):  # the coding cost depends on the widths: settle it in a few rounds
-        payload = budget_bits - overhead
+    coding = float(groups.coding_bits(bits_T.round()))
+    # What the coding of the widths takes depends on the widths: search the payload that leaves just enough for it.
+    most = budget_bits - groups.fixed_bits
+    least = most - groups.num_groups * math.ceil(math.log2(1 + high - low))
+    payload, best = most - coding, torch.full_like(bits, low)
+    for _ in range(_PAYLOAD_ROUNDS):
         width = _largest_remainder((bits + _common_shift(values, bits, payload, low, high)).clamp(low, high), values, payload, high)
         exact = measure.exact_bits(groups, width.to(bits_T.device))
-        if exact <= budget_bits and overhead == exact - float(torch.dot(values, width)):
+        if exact <= budget_bits:
+            least, best = payload, width
+        else:
+            most = payload
+        if 0 <= budget_bits - exact <= _CLOSE_ENOUGH * budget_bits:
             break
-        overhead = exact - float(torch.dot(values, width))
-    while measure.exact_bits(groups, width.to(bits_T.device)) > budget_bits and bool((width > low).any()):
-        payload -= max(1.0, measure.exact_bits(groups, width.to(bits_T.device)) - budget_bits)
-        width = _largest_remainder((bits + _common_shift(values, bits, payload, low, high)).clamp(low, high), values, payload, high)
-    return width.to(bits_T.device, torch.int32)
+        payload = (least + most) / 2
+    return best.to(bits_T.device, torch.int32)
 
 
 def _common_shift(values: Tensor, bits: Tensor, payload: float, low: int, high: int) -> float:
@@ -162,8 +172,6 @@ def _largest_remainder(bits: Tensor, values: Tensor, payload: float, high: int) 
             room -= float(values[group])
     return width
 
-
-_LAST_GROUPS = 4096
 
 
 def mib(bits: float) -> float:

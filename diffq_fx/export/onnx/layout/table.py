@@ -1,0 +1,184 @@
+"""One quantized weight as numbers: what the layout rules read, and how the file may hold it.
+
+Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.groups`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import prod
+from typing import Literal
+
+import numpy as np
+import torch
+
+from diffq_fx.errors import ExportError
+from diffq_fx.storage import CONTAINER_BITS, IntegerWeight, container_for
+from diffq_fx.weights import WeightSpec
+
+Form = Literal["weight", "transposed", "rows"]
+"""How an array lies in the file: as PyTorch has it, as its transpose [K, N], or as rows (O, I)."""
+
+_PART_BYTES = 150
+"""What one more initializer and its Cast node take in the file."""
+_JOIN_BYTES = 300
+"""What Concat, Gather and the Cast of the indices take, without the indices."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightTable:
+    """The integers, scales and zero points of one weight."""
+
+    spec: WeightSpec
+    levels_OI: np.ndarray
+    """int32; with the zero point subtracted on the symmetric grid, unsigned else."""
+    scale_RC: np.ndarray
+    zero_point_RC: np.ndarray | None
+    """int32; None on the symmetric grid."""
+    widths_O: np.ndarray
+    """Smallest container of each row."""
+    bits: dict[int, int]
+    """Learned bits -> number of weights."""
+
+    @property
+    def signed(self) -> bool:
+        """Whether the levels are signed: the symmetric grid."""
+        return self.zero_point_RC is None
+
+    @property
+    def container_bits(self) -> int:
+        """The container that holds every row."""
+        return int(self.widths_O.max())
+
+    @property
+    def blocks(self) -> int:
+        """Scales along one row, C."""
+        return self.scale_RC.shape[1]
+
+    @property
+    def is_per_tensor(self) -> bool:
+        """Whether there is one scale."""
+        return self.scale_RC.size == 1
+
+    @property
+    def block(self) -> int:
+        """Columns that share a scale."""
+        return self.spec.scale_layout.block
+
+    def stored_shape(self, form: Form) -> tuple[int, ...]:
+        """Shape of the levels in the file."""
+        if form == "weight":
+            return self.spec.shape
+        return self.spec.shape[::-1] if form == "transposed" else self.levels_OI.shape
+
+    def stored_axis(self, form: Form) -> int:
+        """Axis of the output channels in the file."""
+        if form == "weight":
+            return self.spec.axis
+        return 1 - self.spec.axis if form == "transposed" else 0
+
+    def stored_levels(self, form: Form, rows: np.ndarray | None = None) -> np.ndarray:
+        """The levels as they lie in the file, of all rows or of some."""
+        picked = self.levels_OI if rows is None else self.levels_OI[rows]
+        if form == "rows":
+            return picked
+        moved = [n for i, n in enumerate(self.spec.shape) if i != self.spec.axis]
+        weight = np.moveaxis(picked.reshape(-1, *moved), 0, self.spec.axis)
+        return weight.T if form == "transposed" else weight
+
+    def stored_groups(self, values_RC: np.ndarray, form: Form) -> np.ndarray:
+        """Scales or zero points as they lie in the file: broadcastable to the levels if there is one per row, else 2D."""
+        axis = self.stored_axis(form)
+        if self.blocks > 1:
+            return values_RC if axis == 0 else values_RC.T
+        shape = [1] * len(self.stored_shape(form))
+        shape[axis] = values_RC.shape[0]
+        return values_RC.reshape(shape)
+
+
+def read_table(weight: IntegerWeight) -> WeightTable:
+    """Read an integer weight.
+
+    Raises:
+        ExportError: The weight is on the paper's float grid, which has no ONNX form.
+    """
+    spec = weight.spec
+    if weight.offset is not None or weight.zero_point is None:
+        raise ExportError(
+            f"weight {spec.name!r} is on the float grid, whose offset is a float; an ONNX zero_point is an integer. "
+            'Train with grid="affine" or grid="symmetric" to export.'
+        )
+    levels_OI = weight.levels_OI().cpu()
+    zero_point: torch.Tensor | None = weight.zero_point.cpu()
+    if spec.grid == "symmetric":
+        levels_OI = levels_OI - spec.scale_layout.expand(zero_point)
+        zero_point = None
+    bits = weight.bits.cpu().int()
+    widths, counts = bits.flatten(), spec.bits_layout.counts().expand_as(bits).flatten()
+    histogram = {int(b): int(counts[widths == b].sum()) for b in widths.unique()}
+    row_bits = bits.amax(1).expand(spec.rows).numpy()
+    return WeightTable(
+        spec=spec,
+        levels_OI=levels_OI.numpy(),
+        scale_RC=weight.scale.detach().float().cpu().numpy(),
+        zero_point_RC=None if zero_point is None else zero_point.numpy(),
+        widths_O=np.array([container_for(int(b)) for b in row_bits]),
+        bits=histogram,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """How the file holds a weight: its form, and the container of each row."""
+
+    form: Form
+    widths_O: np.ndarray
+
+    @cached_property
+    def parts(self) -> dict[int, np.ndarray]:
+        """Container -> the rows that it holds, narrow containers first."""
+        return {int(width): np.flatnonzero(self.widths_O == width) for width in np.unique(self.widths_O)}
+
+    @property
+    def width(self) -> int | None:
+        """The container, None where there are several."""
+        return next(iter(self.parts)) if len(self.parts) == 1 else None
+
+    @property
+    def widest(self) -> int:
+        """The widest container."""
+        return max(self.parts)
+
+    @cached_property
+    def order_O(self) -> np.ndarray:
+        """For each row its place among the parts one after another, in the narrowest type that holds it."""
+        order = np.argsort(np.concatenate(list(self.parts.values())))
+        dtype = next(t for t in (np.uint8, np.uint16, np.int32) if order.size <= np.iinfo(t).max + 1)
+        return order.astype(dtype)
+
+    def file_bytes(self, columns: int) -> int:
+        """What the levels take in the file, with what it takes to join the parts; scales are the same in every storage."""
+        levels = sum(-(-len(rows) * columns * width // 8) for width, rows in self.parts.items())
+        joins = 0 if self.width else _JOIN_BYTES + self.order_O.nbytes
+        return levels + joins + _PART_BYTES * (len(self.parts) - 1)
+
+
+def one_container(table: WeightTable, form: Form) -> Storage:
+    """Hold every row in the container of the widest."""
+    return Storage(form, np.full_like(table.widths_O, table.container_bits))
+
+
+def split_by_width(table: WeightTable, form: Form) -> Storage:
+    """Hold the rows in the containers that make the file smallest; onnxruntime joins them when it loads the file.
+
+    Returns:
+        The best storage of up to four parts; that of :func:`one_container` where splitting saves nothing.
+    """
+    columns = prod(table.spec.shape) // table.spec.rows
+    narrower = [width for width in CONTAINER_BITS if width < table.container_bits]
+    choices = []
+    for count in range(len(narrower) + 1):
+        for picked in combinations(narrower, count):
+            offered = np.array([*picked, table.container_bits])
+            choices.append(Storage(form, offered[np.searchsorted(offered, table.widths_O)]))
+    return min(choices, key=lambda storage: storage.file_bytes(columns))

@@ -1,0 +1,9 @@
+"""Where the bits went: per weight its widths and sizes, what was skipped and why, as text, rich table, dict and picture.
+
+Importing this needs torch alone; rich and matplotlib are imported by the methods that use them.
+"""
+
+from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
+from diffq_fx.report.collect import bits_report
+
+__all__ = ["BitsReport", "SizeParts", "WeightBits", "bits_report"]

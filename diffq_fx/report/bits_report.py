@@ -1,0 +1,271 @@
+"""The report itself: frozen facts about the bits of one model, and the sums over them.
+
+Sizes are kept as whole numbers of bits, so that sums are exact; what is shown is in MiB, and says so.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffq_fx.training.size import mib
+from diffq_fx.weights import SkippedWeight
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+Stage = Literal["prepared", "converted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBits:
+    """One quantized weight: its widths and what it takes in each of the three sizes."""
+
+    name: str
+    """The weight's name in the float model's state_dict."""
+    aliases: tuple[str, ...] = ()
+    """The other names of a tied weight, which is counted once."""
+    shape: tuple[int, ...]
+    consumer: str
+    """What reads it: "linear", "conv2d", "LSTM"."""
+    histogram: dict[int, int]
+    """Bits -> number of weights that have them, by rising bits."""
+    scale_bits: int
+    """Bit-packed: scales, zero points or ends of the ranges, and the limits of the widths."""
+    coding_bits: int
+    """Bit-packed: one code per group that says how wide it is."""
+    container_bits: int
+    """The narrowest of ONNX's 2, 4, 8 and 16 bits that holds every level of this weight."""
+    container_scale_bits: int
+    """In the container: a float32 scale for each group that needs one, and its zero point."""
+    float_bits: int
+    """The weight before it was quantized, in its own dtype."""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(self.histogram.values())
+
+    @property
+    def payload_bits(self) -> int:
+        """The levels alone, each at its own width."""
+        return sum(width * count for width, count in self.histogram.items())
+
+    @property
+    def overhead_bits(self) -> int:
+        """What is stored beside the bit-packed levels: scales, zero points and coded widths."""
+        return self.scale_bits + self.coding_bits
+
+    @property
+    def container_payload_bits(self) -> int:
+        """The levels alone in their container."""
+        return self.numel * self.container_bits
+
+    @property
+    def average_bits(self) -> float:
+        """Mean width over the weights (not over the groups)."""
+        return self.payload_bits / self.numel
+
+    @property
+    def min_bits(self) -> int:
+        """Smallest width."""
+        return min(self.histogram)
+
+    @property
+    def max_bits(self) -> int:
+        """Largest width."""
+        return max(self.histogram)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; sizes in MiB, the keys of the histogram as text."""
+        return {
+            "name": self.name,
+            "aliases": list(self.aliases),
+            "shape": list(self.shape),
+            "consumer": self.consumer,
+            "weights": self.numel,
+            "average_bits": self.average_bits,
+            "min_bits": self.min_bits,
+            "max_bits": self.max_bits,
+            "histogram": {str(width): count for width, count in self.histogram.items()},
+            "payload_mib": mib(self.payload_bits),
+            "overhead_mib": mib(self.overhead_bits),
+            "overhead_scale_mib": mib(self.scale_bits),
+            "overhead_width_coding_mib": mib(self.coding_bits),
+            "container_bits": self.container_bits,
+            "container_payload_mib": mib(self.container_payload_bits),
+            "container_overhead_mib": mib(self.container_scale_bits),
+            "float_mib": mib(self.float_bits),
+        }
+
+
+@dataclass(frozen=True)
+class SizeParts:
+    """One of the three sizes of a whole model, in its parts. Parameters only: buffers, graph and names are not counted."""
+
+    levels_bits: int
+    """The quantized weights themselves."""
+    overhead_bits: int
+    """Their scales, zero points and coded widths."""
+    rest_bits: int
+    """The parameters that are not quantized."""
+
+    @property
+    def total_mib(self) -> float:
+        """All parts together."""
+        return mib(self.levels_bits + self.overhead_bits + self.rest_bits)
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain data for JSON, in MiB."""
+        return {
+            "levels_mib": mib(self.levels_bits),
+            "overhead_mib": mib(self.overhead_bits),
+            "not_quantized_mib": mib(self.rest_bits),
+            "total_mib": self.total_mib,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsReport:
+    """The bits of a prepared or converted model; :func:`diffq_fx.bits_report` makes it.
+
+    ``print(report)`` gives plain text, ``rich.print(report)`` tables, :meth:`as_dict` plain data, :meth:`save_picture` a picture.
+    """
+
+    model: str
+    """Class of the model."""
+    stage: Stage
+    method: str
+    """Class of the method's settings."""
+    scope: str
+    """How the model was captured: "model" (one graph) or "module" (rewritten modules)."""
+    scope_reason: str
+    """Why that scope; empty where it is not known."""
+    weights: tuple[WeightBits, ...]
+    """One row per quantized weight, in the model's order."""
+    skipped: tuple[SkippedWeight, ...]
+    """The parameters that stay in float, and why."""
+    rest_bits: int
+    """Size of the skipped parameters as they are kept (float32 or float16)."""
+    rest_float_bits: int
+    """Size of the skipped parameters in the float model."""
+    target_bits: float | None = None
+    """Bits per weight that training aims at, scales and coded widths included."""
+    target_mib: float | None = None
+    """Size of the whole model that training aims at."""
+    penalty: float | None = None
+    """The paper's lambda that was asked for, loss per MiB."""
+    lambda_per_bit: float | None = None
+    """What a bit costs now, in loss per bit of size: the Lagrange multiplier of the target, or the penalty. None if not known."""
+    notes: tuple[str, ...] = ()
+    """What else one should know."""
+
+    @property
+    def numel(self) -> int:
+        """Number of quantized weights."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """Bits -> number of weights that have them, over the whole model."""
+        total: dict[int, int] = {}
+        for weight in self.weights:
+            for width, count in weight.histogram.items():
+                total[width] = total.get(width, 0) + count
+        return dict(sorted(total.items()))
+
+    @property
+    def packed(self) -> SizeParts:
+        """Bit-packed: ``model_size(model, exact=True)``, every group at its own width."""
+        levels = sum(weight.payload_bits for weight in self.weights)
+        return SizeParts(levels, sum(weight.overhead_bits for weight in self.weights), self.rest_bits)
+
+    @property
+    def container(self) -> SizeParts:
+        """Estimate of the ONNX file: every weight in one of ONNX's widths. Layouts that split a weight by width take less."""
+        levels = sum(weight.container_payload_bits for weight in self.weights)
+        return SizeParts(levels, sum(weight.container_scale_bits for weight in self.weights), self.rest_bits)
+
+    @property
+    def float(self) -> SizeParts:
+        """The model as it was."""
+        return SizeParts(sum(weight.float_bits for weight in self.weights), 0, self.rest_float_bits)
+
+    @property
+    def average_bits(self) -> "float":
+        """Bits per quantized weight, levels alone."""
+        return self.packed.levels_bits / self.numel
+
+    @property
+    def average_bits_in_all(self) -> "float":
+        """Bits per quantized weight with scales, zero points and coded widths: what ``target_bits`` speaks of."""
+        return (self.packed.levels_bits + self.packed.overhead_bits) / self.numel
+
+    @property
+    def compression_ratio(self) -> "float":
+        """Float size over bit-packed size, of the whole model."""
+        return self.float.total_mib / self.packed.total_mib
+
+    @property
+    def lambda_per_mib(self) -> "float | None":
+        """:attr:`lambda_per_bit` as the paper has it, in loss per MiB."""
+        return None if self.lambda_per_bit is None else self.lambda_per_bit / mib(1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole report as plain data that JSON can hold; sizes in MiB."""
+        return {
+            "model": self.model,
+            "stage": self.stage,
+            "method": self.method,
+            "scope": self.scope,
+            "scope_reason": self.scope_reason,
+            "quantized_weights": self.numel,
+            "average_bits": self.average_bits,
+            "average_bits_in_all": self.average_bits_in_all,
+            "histogram": {str(width): count for width, count in self.histogram.items()},
+            "target_bits": self.target_bits,
+            "target_mib": self.target_mib,
+            "penalty_per_mib": self.penalty,
+            "lambda_per_mib": self.lambda_per_mib,
+            "lambda_per_bit": self.lambda_per_bit,
+            "compression_ratio": self.compression_ratio,
+            "sizes": {"bit_packed": self.packed.as_dict(), "onnx_container": self.container.as_dict(), "float": self.float.as_dict()},
+            "weights": [weight.as_dict() for weight in self.weights],
+            "skipped": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in self.skipped],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        """Plain text, every weight in a line."""
+        from diffq_fx.report.tables import plain_text
+
+        return plain_text(self)
+
+    def __rich__(self) -> "RenderableType":
+        """Tables for ``rich.print``."""
+        from diffq_fx.report.rich_view import RichReport
+
+        return RichReport(self)
+
+    def figure(self) -> "Figure":
+        """A matplotlib Figure: the three sizes, and for every weight (beyond 80, every module) how many weights have which bits."""
+        from diffq_fx.report.picture import draw
+
+        return draw(self)
+
+    def save_picture(self, path: str | Path) -> Path:
+        """Save :meth:`figure`; needs no display.
+
+        Args:
+            path: its suffix decides the format: png, svg, pdf; png is added where there is none.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ValueError: an unknown suffix.
+            OSError: the path cannot be written.
+        """
+        from diffq_fx.report.picture import save
+
+        return save(self, path)

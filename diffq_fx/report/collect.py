@@ -1,0 +1,167 @@
+"""bits_report: read the bits of a prepared or a converted model."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.convert import CompressionRecord
+from diffq_fx.errors import PreparationError
+from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.prepare import CHILD
+from diffq_fx.report.bits_report import BitsReport, WeightBits
+from diffq_fx.storage import StoredWeight, container_for
+from diffq_fx.training.compression import Compression
+from diffq_fx.training.size import BitPackedSize, FlatGroups, mib
+from diffq_fx.weights import SkippedWeight, WeightSpec
+
+_SCALE_BITS = 32
+
+
+def bits_report(model: nn.Module) -> BitsReport:
+    """Report the bits of every quantized weight, the sizes of the model, and what was left in float and why.
+
+    Args:
+        model: from ``prepare_diffq`` (trained or not) or ``convert_diffq``; a wrapper such as DistributedDataParallel is looked through.
+            Its widths are those that eval() and convert use, and a converted model has the report of the prepared one it came from.
+
+    Returns:
+        The report. ``print`` it, ``rich.print`` it, or see its ``as_dict``, ``figure`` and ``save_picture``.
+
+    Raises:
+        PreparationError: the model is neither prepared nor converted.
+
+    Example:
+        >>> import torch
+        >>> from diffq_fx import DiffQConfig, bits_report, prepare_diffq
+        >>> prepared = prepare_diffq(torch.nn.Linear(64, 64), torch.zeros(1, 64), DiffQConfig(target_bits=None))
+        >>> report = bits_report(prepared)
+        >>> report.weights[0].histogram
+        {6: 4096}
+        >>> report.average_bits, report.average_bits_in_all  # scale: 32 bits, zero point: 6 bits for 64 weights; 8 bits a weight tensor
+        (6.0, 6.595703125)
+    """
+    for module in model.modules():
+        record = module._modules.get(CHILD, module.__dict__.get(CHILD))  # noqa: SLF001
+        if isinstance(record, Compression):
+            return _of_prepared(module, record)
+        if isinstance(record, CompressionRecord):
+            return _of_converted(module, record)
+    found = type(model).__name__
+    if any(isinstance(module, StoredWeight) for module in model.modules()):
+        raise PreparationError(f"bits_report: the {found} is a part of a converted model. Give the whole model that convert_diffq returned.")
+    raise PreparationError(
+        f"bits_report: the {found} is neither prepared nor converted. Call prepare_diffq(model, example_inputs) first and give its result."
+    )
+
+
+def _of_prepared(root: nn.Module, compression: Compression) -> BitsReport:
+    if compression.learned:
+        compression.allocate()
+    rows = [_row(quantizer.spec, quantizer.rounded_bits()) for quantizer in _in_order(root, WeightQuantizer)]
+    notes = compression.notes
+    if compression.learned and not int(compression.steps):
+        notes += ("no optimizer step has moved the bits yet",)
+    return _report(root, compression, rows, notes)
+
+
+def _of_converted(root: nn.Module, record: CompressionRecord) -> BitsReport:
+    return _report(root, record, [_row(stored.spec, _stored_bits(stored)) for stored in _in_order(root, StoredWeight)], ())
+
+
+def _in_order[T: nn.Module](root: nn.Module, kind: type[T]) -> list[T]:
+    """Quantizers or stored weights, each once, by the module that holds the weight; the same order before and after conversion."""
+    found = {id(child): child for module in root.modules() for child in module.children() if isinstance(child, kind)}
+    return list(found.values())
+
+
+def _stored_bits(stored: StoredWeight) -> Tensor:
+    bits = getattr(stored, "bits", None)
+    if not isinstance(bits, Tensor):
+        kind = type(stored).__name__
+        raise TypeError(f"bits_report: the {kind} of weight {stored.spec.name!r} has no tensor 'bits' with the width of each group.")
+    return bits
+
+
+def _row(spec: WeightSpec, bits: Tensor) -> WeightBits:
+    """One weight; the bit-packed size is split so that its parts sum up to what ``model_size(model, exact=True)`` counts."""
+    width = bits.detach().reshape(-1).cpu().long()
+    counts = spec.bits_layout.counts().reshape(-1)
+    total = torch.bincount(width, weights=counts.double())
+    histogram = {index: int(count) for index, count in enumerate(total.tolist()) if count}
+    groups = FlatGroups([spec], torch.device("cpu"))
+    payload = sum(each * count for each, count in histogram.items())
+    coding = width.numel() * math.ceil(math.log2(1 + max(histogram) - min(histogram)))
+    container = container_for(max(histogram))
+    return WeightBits(
+        name=spec.name,
+        aliases=spec.aliases,
+        shape=spec.shape,
+        consumer=spec.consumer,
+        histogram=histogram,
+        scale_bits=BitPackedSize().exact_bits(groups, width) - payload - coding,
+        coding_bits=coding,
+        container_bits=container,
+        container_scale_bits=spec.scale_layout.num_groups * (_SCALE_BITS + _second_value_bits(spec, container)),
+        float_bits=spec.numel * _float_bits(spec.dtype),
+    )
+
+
+def _second_value_bits(spec: WeightSpec, container: int) -> int:
+    """What DequantizeLinear stores beside a scale: a zero point as wide as the levels, or the float grid's offset."""
+    return {"symmetric": 0, "affine": container, "float": _SCALE_BITS}[spec.grid]
+
+
+def _float_bits(dtype: torch.dtype) -> int:
+    return 8 * dtype.itemsize
+
+
+def _report(root: nn.Module, record: Compression | CompressionRecord, rows: Sequence[WeightBits], notes: tuple[str, ...]) -> BitsReport:
+    """The report, from what a prepared and a converted model have in common."""
+    method = record.method
+    if getattr(method, "grid", None) == "float":
+        notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
+    penalty = getattr(method, "penalty", None)
+    return BitsReport(
+        model=type(root).__name__,
+        stage="prepared" if isinstance(record, Compression) else "converted",
+        method=type(method).__name__,
+        scope=record.scope,
+        scope_reason=_scope_reason(record),
+        weights=tuple(rows),
+        skipped=tuple(record.skipped),
+        rest_bits=_rest_bits(record.rest_numel, method),
+        rest_float_bits=_rest_float_bits(root, record.skipped),
+        target_bits=getattr(method, "target_bits", None),
+        target_mib=getattr(method, "target_mib", None),
+        penalty=penalty,
+        lambda_per_bit=_lambda_per_bit(record, penalty),
+        notes=notes,
+    )
+
+
+def _scope_reason(record: Compression | CompressionRecord) -> str:
+    """Why the scope was taken; a record that does not know it leaves it empty."""
+    reason = getattr(record, "scope_reason", None)
+    if reason == "" and record.scope == "model":
+        return "the default, and faithful for this model"
+    return reason or ""
+
+
+def _lambda_per_bit(record: Compression | CompressionRecord, penalty: float | None) -> float | None:
+    """The price of a bit: the penalty where one was asked for, else the multiplier that the record may hold (loss per bit)."""
+    if penalty is not None:
+        return penalty * mib(1)
+    multiplier = getattr(record, "lambda_per_bit", None)
+    return None if multiplier is None else float(multiplier)
+
+
+def _rest_bits(numel: int, method: Method) -> int:
+    return numel * (16 if method.rest_dtype == "float16" else 32)
+
+
+def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:
+    """What the skipped parameters take in their own dtypes."""
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    return sum(parameters[each.name].numel() * _float_bits(parameters[each.name].dtype) for each in skipped)

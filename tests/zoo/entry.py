@@ -1,0 +1,61 @@
+"""What the zoo knows about one model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the zoo: how to build it, how to call it, and what prepare must make of it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+    """Example inputs; ``inputs(0)`` is the example, ``inputs(1)`` has another batch size and, where the model allows it, another length."""
+    scope: Literal["model", "module"] = "model"
+    weights: int
+    """Quantized weights, counted by hand: a tied weight once."""
+    skipped: tuple[str, ...] = ()
+    """Parameters with two dimensions or more that stay in float."""
+    unseen: tuple[str, ...] = ()
+    """Weights that the example never reads."""
+    exports: bool = True
+    """torch.onnx.export takes the float model."""
+    pickles: bool = True
+    """torch.save takes the float model."""
+    draws: bool = False
+    """The output is random even in eval mode."""
+    slow: bool = False
+
+    def example(self, variant: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments."""
+        inputs = self.inputs(variant)
+        if isinstance(inputs, dict):
+            return (), inputs
+        return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+
+    def make(self) -> nn.Module:
+        """The model with random weights, the same at every call."""
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            return self.build()
+
+
+def randn(*shape: int) -> torch.Tensor:
+    """Normal values, the same at every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
+    """Token numbers, the same at every call."""
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(7))
+
+
+def parameters_of(entries: list[Entry]) -> list[Any]:
+    """The entries as pytest parameters, the slow ones marked."""
+    return [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * entry.slow) for entry in entries]
