@@ -16,6 +16,7 @@ from diffq_fx.errors import (
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.prepare import prepare, prepare_diffq
+from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.training.compression import Compression, model_size
 from diffq_fx.training.optimizer import setup_optimizer
@@ -31,7 +32,9 @@ __all__ = [
     "model_size",
     "setup_optimizer",
     "convert_diffq",
+    "bits_report",
     # what the road is made of
+    "BitsReport",
     "Compression",
     "CompressionRecord",
     "IntegerWeight",

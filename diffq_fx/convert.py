@@ -1,6 +1,5 @@
 """convert: a prepared model in, the same model with integer weights and real rounding out."""
 
-import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffq_fx.capture.calls import copy_replacing
 from diffq_fx.capture.model_scope import CapturedModel
 from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
 from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import ConversionError, DiffQWarning
-from diffq_fx.methods.base import Method
+from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
@@ -30,7 +30,26 @@ class CompressionRecord:
     method: Method
     skipped: tuple[SkippedWeight, ...]
     scope: str
+    scope_reason: str
     rest_numel: int
+    steps: int
+    """Optimizer steps that the bits have made."""
+    lambda_per_bit: float | None
+    """Loss that the last bit of size was worth at the end of training; None without a target."""
+
+    @staticmethod
+    def of(compression: Compression) -> "CompressionRecord":
+        """What is left of a prepared model's compression."""
+        worth = compression.lambda_per_bit
+        return CompressionRecord(
+            method=compression.method,
+            skipped=compression.skipped,
+            scope=compression.scope,
+            scope_reason=compression.scope_reason,
+            rest_numel=compression.rest_numel,
+            steps=int(compression.steps),
+            lambda_per_bit=None if worth is None else float(worth),
+        )
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:
@@ -66,24 +85,22 @@ def convert_diffq(model: nn.Module) -> nn.Module:
         compression.allocate()
         weights = {quantizer.spec.name: root.get_parameter(quantizer.spec.name) for quantizer in compression.quantizers}
         stored = {q.spec.name: _stored(q, weights[q.spec.name]) for q in compression.quantizers}
-    converted = copy.deepcopy(root, {id(weight): weight for weight in weights.values()})
+    converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
     if isinstance(converted, CapturedModel):
         _convert_model_scope(converted, stored)
     else:
         _convert_module_scope(converted, stored)
-    record = CompressionRecord(compression.method, compression.skipped, compression.scope, compression.rest_numel)
-    del converted._modules[CHILD]  # noqa: SLF001
-    object.__setattr__(converted, CHILD, record)
+    object.__setattr__(converted, CHILD, CompressionRecord.of(compression))
     if compression.config.rest_dtype == "float16":
         _round_rest_to_half(converted)
     return converted.eval()
 
 
 def _prepared_root(model: nn.Module) -> tuple[nn.Module, Compression]:
-    """The module that holds the compression: the model itself, or the one inside its wrapper."""
+    """The module that was prepared: the model itself, or the one inside its wrapper."""
     for module in model.modules():
-        compression = module._modules.get(CHILD)  # noqa: SLF001
-        if isinstance(compression, Compression):
+        compression = vars(module).get(CHILD)
+        if isinstance(compression, Compression) and not isinstance(module, WeightQuantizer):
             return module, compression
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise ConversionError(f"convert_diffq: the {type(model).__name__} is converted already.")
@@ -136,13 +153,8 @@ def _drop_floats(places: list[tuple[nn.Module, str]]) -> None:
         owner._parameters.pop(attribute, None)  # noqa: SLF001
         owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)  # noqa: SLF001
         if isinstance(owner, nn.RNNBase):
-            owner._flat_weights = [getattr_or_none(owner, name) for name in owner._flat_weights_names]
+            owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]  # noqa: SLF001
             owner._flat_weight_refs = [None] * len(owner._flat_weights)
-
-
-def getattr_or_none(owner: nn.Module, name: str) -> Any:
-    """A parameter of a module, None where it is gone."""
-    return owner._parameters.get(name)  # noqa: SLF001
 
 
 def _convert_model_scope(converted: CapturedModel, stored: dict[str, StoredWeight]) -> None:

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import fx, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
-from diffq_fx.capture.gate import check_faithful, is_repeatable, reference_outputs
+from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.model_scope import capture_model
 from diffq_fx.capture.module_scope import ModuleScope, capture_modules
 from diffq_fx.capture.plan import WeightPlan, plan_weights
@@ -29,7 +31,9 @@ from diffq_fx.training.size import mib
 Scope = Literal["auto", "model", "module"]
 
 CHILD = "compression"
-"""Name under which a prepared model holds its :class:`~diffq_fx.training.compression.Compression`."""
+"""Attribute of a prepared model that is its :class:`~diffq_fx.training.compression.Compression`."""
+
+_HELD = "model_compression"
 
 
 def prepare_diffq(
@@ -110,22 +114,29 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
         raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001
+            if isinstance(hook, WeightNorm | SpectralNorm):
+                kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
+                raise PreparationError(
+                    f"{caller}: {path or 'the model'} makes its {hook.name} in a hook of torch.nn.utils.{kind}, where no quantizer can stand.\n"
+                    f"  Use torch.nn.utils.parametrizations.{kind}."
+                )
     if hasattr(model, CHILD):
         raise PreparationError(f"{caller}: the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it.")
 
 
-def _reference(model: nn.Module, call: ExampleCall, caller: str) -> list[Any]:
-    """Outputs of the original, run on a copy; whatever it raises is the example's fault."""
+def _reference(model: nn.Module, call: ExampleCall, caller: str) -> Reference:
+    """What the original does, run on a copy; whatever it raises is the example's fault."""
     try:
         twin = copy_sharing_parameters(model)
     except Exception as err:  # any object in the model may refuse to be copied  # noqa: BLE001
         raise PreparationError(
             f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
-            "  A model with tensors that are results of a computation (old torch.nn.utils.weight_norm) is one such case:\n"
-            "  use torch.nn.utils.parametrizations.weight_norm."
+            "  An attribute of the model is in the way of copy.deepcopy(model)."
         ) from err
     try:
-        return reference_outputs(twin, call)
+        return Reference.of(twin, call)
     except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
         given = ", ".join([_described(a) for a in call.args] + [f"{k}={_described(v)}" for k, v in call.kwargs.items()])
         raise ValueError(
@@ -140,7 +151,7 @@ def _described(value: Any) -> str:
 
 
 def _first_faithful(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, expected: list[Any], scope: Scope, caller: str
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, expected: Reference, scope: Scope, caller: str
 ) -> tuple[nn.Module, Compression]:
     """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
     ways = {
@@ -159,10 +170,9 @@ def _first_faithful(
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
             continue
-        prepared.train(model.training)
         compression.scope, compression.scope_reason = name, "; ".join(reasons) or "asked for" * (scope != "auto")
         return prepared, compression
-    unsteady = is_repeatable(copy_sharing_parameters(model), call, expected)
+    unsteady = unrepeatable(copy_sharing_parameters(model), call, expected)
     if unsteady:
         reasons.append(f"the original model itself gives another result when it runs again from the same seed ({unsteady})")
     raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
@@ -226,12 +236,17 @@ def _add_quantizers(model: nn.Module, plan: WeightPlan, method: Method) -> list[
     return quantizers
 
 
-def _add_compression(
-    model: nn.Module, plan: WeightPlan, method: Method, quantizers: list[WeightQuantizer]
-) -> Compression:
+def _add_compression(model: nn.Module, plan: WeightPlan, method: Method, quantizers: list[WeightQuantizer]) -> Compression:
+    """Make the handle and let the model show it.
+
+    The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
+    """
     rest = sum(p.numel() for key, p in plan.parameters.items() if key not in plan.specs)
     compression = Compression(method, quantizers, plan.skipped, rest)
-    model.add_module(CHILD, compression)
+    quantizers[0].add_module(_HELD, compression)
+    object.__setattr__(model, CHILD, compression)
+    for quantizer in quantizers:
+        quantizer.train(model.training)
     return compression
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
+from diffq_fx import functional
 from diffq_fx.groups import GroupLayout
-from diffq_fx.noise import add_noise
+from diffq_fx.noise import add_noise, step_of_logits
 
 N = 200_000
 
@@ -26,13 +27,16 @@ def test_mean_and_variance(gaussian, std):
 
 def test_uniform_by_kolmogorov_smirnov():
     noise = noise_of().flatten()
-    spread = noise + (torch.rand(noise.shape) - 0.5) / 256  # the resolution of one byte, smeared out
+    spread = noise + (torch.rand(noise.shape) - 0.5) / 128  # the resolution of 128 values, smeared out
     assert stats.kstest(spread.numpy(), "uniform", args=(-0.5, 1)).pvalue > 1e-3
     assert float(noise.abs().max()) < 0.5
 
 
 def test_gaussian_by_kolmogorov_smirnov():
-    assert stats.kstest(noise_of(gaussian=True).flatten().numpy(), "norm", args=(0, 0.5)).pvalue > 1e-3
+    noise = noise_of(gaussian=True).flatten().double() / 0.5
+    share = torch.special.ndtr(noise * (1 - 1e-9))
+    spread = share + (torch.rand(noise.shape, dtype=torch.float64) - 0.5) / 128  # the resolution of 128 quantiles, smeared out
+    assert stats.kstest(spread.numpy(), "uniform").statistic < 0.01
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
@@ -115,3 +119,30 @@ def test_the_operator_is_registered_as_torch_expects():
     weight, step = torch.randn(4, 6, requires_grad=True), torch.ones(4, 1, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, 0, 6, False), test_utils=checks)
+
+
+@pytest.mark.parametrize("shape", [(3, 700_000), (700, 1000), (90_000, 8)])
+def test_tiles_cover_every_weight_once(shape):
+    weight, step = torch.randn(shape), torch.rand(shape[0], 1).requires_grad_()
+    torch.manual_seed(1)
+    noisy = add_noise(weight, step, axis=0, block=shape[1])
+    torch.manual_seed(1)
+    by_columns = add_noise(weight.t().contiguous().t(), step, axis=0, block=shape[1])  # strided: the path without tiles
+    torch.testing.assert_close(noisy, by_columns, rtol=0, atol=1e-6)
+    noisy.square().sum().backward(retain_graph=True)
+    tiled, step.grad = step.grad, None
+    by_columns.square().sum().backward()
+    torch.testing.assert_close(tiled, step.grad, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("shapes", [((5, 4), (5, 1)), ((1, 1), (5, 1)), ((5, 1), (1, 1)), ((5, 1), (5, 1))])
+def test_step_of_logits_is_the_long_form(shapes):
+    logits = torch.randn(shapes[0], dtype=torch.float64, requires_grad=True)
+    span = torch.rand(shapes[1], dtype=torch.float64)
+    short = step_of_logits(logits, span, min_bits=2, max_bits=8, gain=3.0)
+    long = functional.step_size(torch.zeros_like(span), span, functional.bits_from_logits(logits, 2, 8, 3.0))
+    torch.testing.assert_close(short, long)
+    upstream = torch.randn_like(long)
+    (found,) = torch.autograd.grad((short * upstream).sum(), logits)
+    (expected,) = torch.autograd.grad((long * upstream).sum(), logits)
+    torch.testing.assert_close(found, expected)

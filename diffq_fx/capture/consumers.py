@@ -116,9 +116,11 @@ def _by_consumer(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
     return consumers
 
 
-def hooked_modules(model: nn.Module) -> list[str]:
-    """Paths of modules with forward or backward hooks of the user's, which a traced graph would bake in or lose."""
+def hooked_modules(model: nn.Module, plan: WeightPlan) -> list[str]:
+    """Paths of modules that hold weights and have hooks of the user's, which a traced graph would bake in or lose."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [path or "the model" for path, module in model.named_modules() if any(getattr(module, kind) for kind in kinds)]
-
-
+    return [
+        path or "the model"
+        for path, module in model.named_modules()
+        if any(getattr(module, kind) for kind in kinds) and any(plan.spec_of(parameter) for parameter in module.parameters())
+    ]

@@ -21,6 +21,7 @@ class CapturedModel(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModel":
         """Copy the graph and everything that the module holds."""
         copied = super().__deepcopy__(memo)
+        type(copied).__name__ = type(self).__name__  # fx makes a class for each instance, and names the copy's anew
         graft(self, copied, lambda value: copy.deepcopy(value, memo))
         return copied
 
@@ -42,7 +43,8 @@ def _unpickle(body: dict[str, Any], imports: str, name: str) -> CapturedModel:
 def graft(source: nn.Module, target: nn.Module, duplicate: Callable[[Any], Any] = lambda value: value) -> None:
     """Give ``target`` every submodule, parameter, buffer and plain attribute of ``source`` that it lacks, under the same names.
 
-    fx.GraphModule keeps only what its graph reads, and makes every buffer persistent.
+    fx.GraphModule keeps only what its graph reads, in the order in which it reads it, and makes every buffer persistent. An optimizer's
+    saved state goes by the order of the parameters, so that must be the source's too.
     """
     target.training = source.training
     for name, value in source.__dict__.items():
@@ -61,6 +63,15 @@ def graft(source: nn.Module, target: nn.Module, duplicate: Callable[[Any], Any] 
             target._modules[name] = duplicate(child)  # noqa: SLF001
         elif child is not None and type(mine) is nn.Module:  # a container that fx made: it holds only what the graph reads
             graft(child, mine, duplicate)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        _reorder(getattr(target, registry), list(getattr(source, registry)))
+
+
+def _reorder(registry: dict[str, Any], names: list[str]) -> None:
+    """Sort the entries of a dict into the order of ``names``, in place; others come last."""
+    entries = {name: registry[name] for name in names if name in registry} | registry
+    registry.clear()
+    registry.update(entries)
 
 
 def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> CapturedModel:
@@ -77,7 +88,7 @@ def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> Capt
     Raises:
         CaptureError: says why a graph of the whole model would not be faithful.
     """
-    hooked = hooked_modules(model)
+    hooked = hooked_modules(model, plan)
     if hooked:
         raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")
     omitted = omitted_arguments(model, call)
@@ -89,6 +100,8 @@ def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> Capt
     private = copy_sharing_parameters(model)
     for path in tracer.called_whole:
         call_whole(private.get_submodule(path))
+    for node in graph.find_nodes(op="placeholder"):
+        node.args = ()  # a default that the example did not use was never traced
     graph._tracer_cls = None  # noqa: SLF001  pickles are re-traced with every module a leaf
     captured = CapturedModel(private, graph, type(model).__name__)
     graft(private, captured)

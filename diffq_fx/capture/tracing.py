@@ -11,25 +11,50 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import fx, nn
 
-from diffq_fx.capture.calls import ExampleCall
+from diffq_fx.capture.calls import ExampleCall, random_fingerprint, restored_random_state, restored_state
 from diffq_fx.capture.plan import WeightPlan
+from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import CaptureError
 
 SWAPPED = "swapped_weights"
 """Keyword under which a module that is called whole gets the tensors to use as its weights."""
 
-CALLED_WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.EmbeddingBag, nn.TransformerEncoderLayer)
+CALLED_WHOLE = (
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.EmbeddingBag,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+    nn.Transformer,
+)
 """Modules of torch whose forward cannot be traced, or should not be."""
 
 
-class WeightTracer(fx.Tracer):
+class _StrictProxy(fx.Proxy):
+    """Refuses what a graph would lose without a word: ``x.requires_grad = True`` is no operation."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise CaptureError(f"the forward sets the attribute {name!r} of a tensor, which a graph would lose")
+        super().__setattr__(name, value)
+
+
+class _StrictTracer(fx.Tracer):
+    """Traces with proxies that refuse what a graph cannot hold."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The proxy of a node."""
+        return _StrictProxy(node, self)
+
+
+class WeightTracer(_StrictTracer):
     """Traces through every module that holds a weight to quantize; all others stay calls, so that train()/eval() keep working."""
 
     def __init__(self, plan: WeightPlan) -> None:
         super().__init__()
         self.plan = plan
         self.called_whole: list[str] = []
-        self._weight_nodes: dict[int, fx.Proxy] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module without a weight to quantize is a leaf, whatever its forward does."""
@@ -40,24 +65,15 @@ class WeightTracer(fx.Tracer):
         if not isinstance(m, CALLED_WHOLE):
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
-        weights = {
-            name: self._weight(f"{path}.{name}", parameter)
-            for name, parameter in m.named_parameters()
-            if self.plan.spec_of(parameter)
-        }
+        names = [name for name, parameter in m.named_parameters() if self.plan.spec_of(parameter)]
+        weights = {name: getattr(*owner_of(m, name)) for name in names}  # while tracing, to read a parameter is to make its node
         if not weights:
             return self.create_proxy("call_module", path, args, kwargs)
         self.called_whole.append(path)
         return self.create_proxy("call_module", path, args, {**kwargs, SWAPPED: weights})
 
-    def _weight(self, target: str, parameter: nn.Parameter) -> fx.Proxy:
-        key = id(parameter)
-        if key not in self._weight_nodes:
-            self._weight_nodes[key] = self.create_proxy("get_attr", target, (), {})
-        return self._weight_nodes[key]
 
-
-class OwnForwardTracer(fx.Tracer):
+class OwnForwardTracer(_StrictTracer):
     """Traces one module's own forward; its children stay calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -83,8 +99,7 @@ def trace_in_both_modes(
 ) -> tuple[fx.Graph, fx.Tracer]:
     """Trace a module in train and in eval mode and return the graph if it is one and the same.
 
-    Tracing runs on copies that share the parameters: a forward that fails half-way, or stores something on itself, leaves the module as
-    it was.
+    Tracing runs on copies that share the parameters, and puts back what a forward stores on them.
 
     Args:
         make_copy: gives a copy of the module in train (True) or eval (False) mode.
@@ -96,24 +111,33 @@ def trace_in_both_modes(
     Raises:
         CaptureError: says why a graph would not be faithful.
     """
-    traces = []
+    graphs, tracers = [], []
     for training in (True, False):
-        private, tracer = make_copy(training), make_tracer()
+        tracers.append(make_tracer())
+        graphs.append(_traced(make_copy(training), tracers[-1]))
+    train_code, eval_code = (graph.python_code("self").src for graph in graphs)
+    if train_code != eval_code:
+        raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
+    return graphs[1], tracers[1]
+
+
+def _traced(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:
+    """One trace, and the proof that the forward did nothing beside what the graph holds."""
+    with restored_state(module) as state, restored_random_state(), _no_checkpointing():
+        before = random_fingerprint()
         try:
-            with _no_checkpointing():
-                graph = tracer.trace(private)
+            graph = tracer.trace(module)
         except CaptureError:
             raise
         except Exception as err:  # a traced forward is the user's code and may raise anything  # noqa: BLE001
             raise CaptureError(_first_line(err)) from err
-        constants = [str(node.target) for node in graph.nodes if node.op == "get_attr" and "_tensor_constant" in str(node.target)]
-        if constants:
+        if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
             raise CaptureError("the forward makes a tensor that does not depend on its inputs, which a graph would freeze")
-        traces.append((graph, tracer))
-    train_code, eval_code = (graph.python_code("self").src for graph, _ in traces)
-    if train_code != eval_code:
-        raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
-    return traces[1]
+        if random_fingerprint() != before:
+            raise CaptureError("the forward draws random numbers that do not depend on its inputs, which a graph would freeze")
+        if changes := state.changes():
+            raise CaptureError(f"the forward changes {', '.join(changes)} of the module, which a graph would do once and never again")
+    return graph
 
 
 def _first_line(err: Exception) -> str:

@@ -15,7 +15,7 @@ from diffq_fx.functional import Grid
 from diffq_fx.groups import GroupKind, to_rows
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.grid import GridQuantizer
-from diffq_fx.noise import add_noise
+from diffq_fx.noise import add_noise, step_of_logits
 from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -176,8 +176,11 @@ class DiffQWeight(GridQuantizer):
         """``w + step(b) * n``."""
         spec = self.spec
         low, high = self.range_of(to_rows(weight, spec.axis))
-        step = functional.step_size(low, high, self.bits().to(low.dtype))
-        gaussian = self.config.noise == "gaussian"
+        config = self.config
+        step = step_of_logits(
+            self.logits, high - low, min_bits=config.min_bits, max_bits=config.max_bits, gain=config.bits_gain
+        )
+        gaussian = config.noise == "gaussian"
         return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=gaussian)
 
     def rounded_bits(self) -> Tensor:

@@ -111,9 +111,14 @@ class SizeParts:
     """The parameters that are not quantized."""
 
     @property
-    def total_mib(self) -> float:
+    def total_bits(self) -> int:
         """All parts together."""
-        return mib(self.levels_bits + self.overhead_bits + self.rest_bits)
+        return self.levels_bits + self.overhead_bits + self.rest_bits
+
+    @property
+    def total_mib(self) -> float:
+        """All parts together in MiB."""
+        return mib(self.total_bits)
 
     def as_dict(self) -> dict[str, float]:
         """Plain data for JSON, in MiB."""
@@ -175,39 +180,39 @@ class BitsReport:
         return dict(sorted(total.items()))
 
     @property
-    def packed(self) -> SizeParts:
+    def packed_size(self) -> SizeParts:
         """Bit-packed: ``model_size(model, exact=True)``, every group at its own width."""
         levels = sum(weight.payload_bits for weight in self.weights)
         return SizeParts(levels, sum(weight.overhead_bits for weight in self.weights), self.rest_bits)
 
     @property
-    def container(self) -> SizeParts:
+    def container_size(self) -> SizeParts:
         """Estimate of the ONNX file: every weight in one of ONNX's widths. Layouts that split a weight by width take less."""
         levels = sum(weight.container_payload_bits for weight in self.weights)
         return SizeParts(levels, sum(weight.container_scale_bits for weight in self.weights), self.rest_bits)
 
     @property
-    def float(self) -> SizeParts:
+    def float_size(self) -> SizeParts:
         """The model as it was."""
         return SizeParts(sum(weight.float_bits for weight in self.weights), 0, self.rest_float_bits)
 
     @property
-    def average_bits(self) -> "float":
+    def average_bits(self) -> float:
         """Bits per quantized weight, levels alone."""
-        return self.packed.levels_bits / self.numel
+        return self.packed_size.levels_bits / self.numel
 
     @property
-    def average_bits_in_all(self) -> "float":
+    def average_bits_in_all(self) -> float:
         """Bits per quantized weight with scales, zero points and coded widths: what ``target_bits`` speaks of."""
-        return (self.packed.levels_bits + self.packed.overhead_bits) / self.numel
+        return (self.packed_size.levels_bits + self.packed_size.overhead_bits) / self.numel
 
     @property
-    def compression_ratio(self) -> "float":
+    def compression_ratio(self) -> float:
         """Float size over bit-packed size, of the whole model."""
-        return self.float.total_mib / self.packed.total_mib
+        return self.float_size.total_mib / self.packed_size.total_mib
 
     @property
-    def lambda_per_mib(self) -> "float | None":
+    def lambda_per_mib(self) -> float | None:
         """:attr:`lambda_per_bit` as the paper has it, in loss per MiB."""
         return None if self.lambda_per_bit is None else self.lambda_per_bit / mib(1)
 
@@ -229,7 +234,11 @@ class BitsReport:
             "lambda_per_mib": self.lambda_per_mib,
             "lambda_per_bit": self.lambda_per_bit,
             "compression_ratio": self.compression_ratio,
-            "sizes": {"bit_packed": self.packed.as_dict(), "onnx_container": self.container.as_dict(), "float": self.float.as_dict()},
+            "sizes": {
+                "bit_packed": self.packed_size.as_dict(),
+                "onnx_container": self.container_size.as_dict(),
+                "float": self.float_size.as_dict(),
+            },
             "weights": [weight.as_dict() for weight in self.weights],
             "skipped": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in self.skipped],
             "notes": list(self.notes),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from diffq_fx.storage import StoredWeight, container_for
 from diffq_fx.training.compression import Compression
 from diffq_fx.training.size import BitPackedSize, FlatGroups, mib
 from diffq_fx.weights import SkippedWeight, WeightSpec
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 _SCALE_BITS = 32
 
@@ -50,7 +53,9 @@ def bits_report(model: nn.Module) -> BitsReport:
             return _of_converted(module, record)
     found = type(model).__name__
     if any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise PreparationError(f"bits_report: the {found} is a part of a converted model. Give the whole model that convert_diffq returned.")
+        raise PreparationError(
+            f"bits_report: the {found} is a part of a converted model. Give the whole model that convert_diffq returned."
+        )
     raise PreparationError(
         f"bits_report: the {found} is neither prepared nor converted. Call prepare_diffq(model, example_inputs) first and give its result."
     )
@@ -70,7 +75,7 @@ def _of_converted(root: nn.Module, record: CompressionRecord) -> BitsReport:
     return _report(root, record, [_row(stored.spec, _stored_bits(stored)) for stored in _in_order(root, StoredWeight)], ())
 
 
-def _in_order[T: nn.Module](root: nn.Module, kind: type[T]) -> list[T]:
+def _in_order(root: nn.Module, kind: type[_Module]) -> list[_Module]:
     """Quantizers or stored weights, each once, by the module that holds the weight; the same order before and after conversion."""
     found = {id(child): child for module in root.modules() for child in module.children() if isinstance(child, kind)}
     return list(found.values())
@@ -163,5 +168,5 @@ def _rest_bits(numel: int, method: Method) -> int:
 
 def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:
     """What the skipped parameters take in their own dtypes."""
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    return sum(parameters[each.name].numel() * _float_bits(parameters[each.name].dtype) for each in skipped)
+    dtypes = {name: parameter.dtype for name, parameter in root.named_parameters(remove_duplicate=False)}
+    return sum(math.prod(each.shape) * _float_bits(dtypes.get(each.name, torch.float32)) for each in skipped)

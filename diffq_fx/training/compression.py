@@ -71,7 +71,9 @@ class Compression(nn.Module):
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
-        self.penalized = False
+        self.penalized = False  # whether model_size was ever part of a loss
+        self.lambda_per_bit: Tensor | None = None
+        """Loss that the last bit of size is worth: the Lagrange multiplier of the latest step, 0-d."""
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._sums: weakref.WeakKeyDictionary[Optimizer, _GradientSums] = weakref.WeakKeyDictionary()
@@ -206,6 +208,7 @@ class Compression(nn.Module):
                 logits.grad.add_(slope * (scale * self.config.penalty / MIB_BITS))
             return
         multiplier, factor = self._multiplier_and_factor(optimizer, pairs, scale)
+        self.lambda_per_bit = -multiplier
         for logits, slope in pairs:
             logits.grad.sub_(multiplier * scale * slope).mul_(factor)
 

@@ -1,5 +1,6 @@
 """Models whose Python does more than compute: modes, branches, checks, random numbers, hooks, checkpointing, open signatures."""
 
+import random
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -166,8 +167,91 @@ class Stateful(Two):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.last = self.second(self.first(x))
-        return self.last
+        out = self.second(self.first(x))
+        self.last = out.detach()
+        return out
+
+
+class DropsLayers(Two):
+    """Layer drop as Hugging Face writes it: a random number that only Python looks at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.training and torch.rand([]) < 0.1:
+            return self.second(x)
+        return self.second(F.relu(x))
+
+
+class DropsLayersInPython(Two):
+    """Layer drop by Python's own random numbers, in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(x if random.random() < 0.1 else F.relu(x))
+
+
+class MovingAverage(Two):
+    """A buffer that each call in train mode changes, and that only later calls read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out = self.second(x - self.mean)
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return out
+
+
+class AddsToItsInput(Two):
+    """Changes its argument by an operator that fx traces out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        return self.second(self.first(x))
+
+
+class WeightsInAList(Two):
+    """Reads its children's weights from a list of its own, which no registry knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.first.weight, self.second.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = F.linear(x, weight)
+        return x
+
+
+class SharedModule(nn.Module):
+    """One block under two names, called three times: two sites, one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.again = self.block
+        self.layers = nn.ModuleList([self.block, nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.again(self.block(x))
+
+
+class RunsItsChildren(nn.Module):
+    """Runs whatever children it has, in order, twice if the input is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2 if x.abs().max() > 100 else 1):
+            for child in self.children():
+                x = child(x)
+        return x
 
 
 class NestedInput(Two):
@@ -182,6 +266,13 @@ def hooked() -> nn.Module:
     """A Linear with a forward hook that tests values."""
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
     model[0].register_forward_hook(_double_if_positive)
+    return model
+
+
+def hooked_activation() -> nn.Module:
+    """A hook on a module without a weight, which no trace goes through."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    model[1].register_forward_hook(_double_if_positive)
     return model
 
 
@@ -203,11 +294,19 @@ ENTRIES = [
     Entry(name="checkpointed", build=Checkpointed, inputs=_row, weights=2, scope="module"),
     Entry(name="open_signature", build=OpenSignature, inputs=_row, weights=2, scope="module"),
     Entry(name="named_tuple_out", build=NamedTupleOut, inputs=_row, weights=2),
-    Entry(name="dataclass_out", build=DataclassOut, inputs=_row, weights=2, scope="module", exports=False),
+    Entry(name="dataclass_out", build=DataclassOut, inputs=_row, weights=2, exports=False),
     Entry(name="ordered_dict_out", build=OrderedDictOut, inputs=_row, weights=2, scope="module"),
     Entry(name="optional_scale", build=OptionalScale, inputs=lambda v: (_row(v), torch.tensor(2.0)), weights=2),
     Entry(name="writes_input", build=WritesInput, inputs=_row, weights=2, scope="module"),
     Entry(name="stateful", build=Stateful, inputs=_row, weights=2, scope="module"),
     Entry(name="nested_input", build=NestedInput, inputs=lambda v: {"batch": {"pair": [_row(v), _row(v)]}}, weights=2),
+    Entry(name="drops_layers", build=DropsLayers, inputs=_row, weights=2, scope="module", exports=False),
+    Entry(name="drops_layers_in_python", build=DropsLayersInPython, inputs=_row, weights=2, scope="module", draws=True),
+    Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2, scope="module"),
+    Entry(name="adds_to_its_input", build=AddsToItsInput, inputs=_row, weights=2, scope="module"),
+    Entry(name="weights_in_a_list", build=WeightsInAList, inputs=_row, weights=2),
+    Entry(name="shared_module", build=SharedModule, inputs=_row, weights=2),
+    Entry(name="runs_its_children", build=RunsItsChildren, inputs=_row, weights=2, scope="module", exports=False),
+    Entry(name="hooked_activation", build=hooked_activation, inputs=_row, weights=2, exports=False),
     Entry(name="hooked", build=hooked, inputs=_row, weights=2, scope="module", exports=False),
 ]

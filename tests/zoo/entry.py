@@ -22,6 +22,8 @@ class Entry:
     """Quantized weights, counted by hand: a tied weight once."""
     skipped: tuple[str, ...] = ()
     """Parameters with two dimensions or more that stay in float."""
+    frozen: tuple[str, ...] = ()
+    """Weights with requires_grad=False."""
     unseen: tuple[str, ...] = ()
     """Weights that the example never reads."""
     exports: bool = True

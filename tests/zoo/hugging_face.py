@@ -99,8 +99,14 @@ ENTRIES = [
         _masked,
         10,
     ),
-    _hf("vit", _make("ViTForImageClassification", "ViTConfig", **_IMAGE), _images, 15),
-    _hf("deit", _make("DeiTForImageClassification", "DeiTConfig", **_IMAGE), _images, 15),
+    _hf("vit", _make("ViTForImageClassification", "ViTConfig", **_IMAGE), _images, 15, skipped=("vit.embeddings.cls_token",)),
+    _hf(
+        "deit",
+        _make("DeiTForImageClassification", "DeiTConfig", **_IMAGE),
+        _images,
+        15,
+        skipped=("deit.embeddings.cls_token", "deit.embeddings.distillation_token"),
+    ),
     _hf(
         "wav2vec2",
         _make(
@@ -119,6 +125,7 @@ ENTRIES = [
         ),
         lambda v: {"input_values": randn(2 + v, 400 + 64 * v)},
         17,
+        skipped=("wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original0",),
         pickles=False,
     ),
     _hf(
@@ -163,5 +170,6 @@ ENTRIES = [
         ),
         lambda v: {"input_features": randn(2 + v, 6, 40), "decoder_input_ids": tokens(_VOCABULARY, 2 + v, 5 + v)},
         37,
+        frozen=("model.encoder.embed_positions.weight",),
     ),
 ]

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from zoo.entry import Entry, randn
 
@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.excite = SqueezeExcite(outputs, 2) if excite else None
+        self.excite = SqueezeExcite(outputs, 4) if excite else None
         self.downsample = conv_bn(inputs, outputs, 1, stride, act=None) if stride != 1 or inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,6 +285,17 @@ class WeightNormed(nn.Module):
         return self.linear(F.relu(self.conv(x)).mean(-1))
 
 
+class SpectralNormed(nn.Module):
+    """Spectral norm by parametrization: in training it changes buffers before the weight is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = spectral_norm(nn.Conv1d(3, 8, 3)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.relu(self.conv(x)).mean(-1))
+
+
 def _images(size: int):  # noqa: ANN202
     return lambda variant: randn(2 + variant, 3, size + 8 * variant, size + 8 * variant)
 
@@ -292,6 +303,8 @@ def _images(size: int):  # noqa: ANN202
 def _unet_inputs(dims: int):  # noqa: ANN202
     return lambda variant: randn(2 + variant, 2, *[8 + 4 * variant] * dims)
 
+
+_MAGNITUDES = ("conv.parametrizations.weight.original0", "linear.parametrizations.weight.original0")
 
 ENTRIES = [
     Entry(name="resnet20_cifar", build=ResNetCifar, inputs=_images(16), weights=22),
@@ -304,6 +317,7 @@ ENTRIES = [
     Entry(name="unet1d", build=lambda: UNet(1), inputs=_unet_inputs(1), weights=4),
     Entry(name="unet2d", build=lambda: UNet(2), inputs=_unet_inputs(2), weights=4),
     Entry(name="unet3d", build=lambda: UNet(3), inputs=_unet_inputs(3), weights=4),
-    Entry(name="unet2d_output_size", build=lambda: UNet(2, output_size=True), inputs=_unet_inputs(2), weights=4),
-    Entry(name="weight_norm", build=WeightNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, pickles=False),
+    Entry(name="unet2d_output_size", build=lambda: UNet(2, output_size=True), inputs=_unet_inputs(2), weights=4, scope="module"),
+    Entry(name="weight_norm", build=WeightNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, skipped=_MAGNITUDES, pickles=False),
+    Entry(name="spectral_norm", build=SpectralNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, pickles=False),
 ]

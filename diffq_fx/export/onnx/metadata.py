@@ -48,9 +48,9 @@ class WeightRecord:
     containers: dict[int, int]
     """Container bits in the file -> number of weights held in them. Several when a weight is split by width."""
     rule: str
-    """How the weight reaches its consumers: "linear", "split_linear", "fold", "split_fold" or "qdq"; joined by "+"."""
+    """How the weight reaches its readers: "linear" (fused), "fold" (made float when the file is loaded), "linear+fold", "qdq"."""
     reason: str | None = None
-    """Why the rule that onnxruntime runs fastest did not apply; None where it did."""
+    """Why some reader does not get the fused form; None where all do, and in layout "qdq"."""
     remarks: tuple[str, ...] = ()
     """Other things worth knowing about this weight in this file."""
     initializers: tuple[str, ...] = ()
@@ -144,9 +144,7 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
     try:
         schema = int(props[f"{PREFIX}schema"])
         if schema > SCHEMA_VERSION:
-            raise ExportError(
-                f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx."
-            )
+            raise ExportError(f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx.")
         entries = json.loads(props[f"{PREFIX}weights"])
         weights = tuple(_record(name, entry) for name, entry in entries.items())
         return ExportMetadata(layout=props[f"{PREFIX}layout"], weights=weights)

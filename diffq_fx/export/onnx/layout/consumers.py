@@ -6,12 +6,14 @@ import numpy as np
 import onnx_ir as ir
 
 _MATRIX = 2
+_REARRANGING = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 @dataclass(frozen=True, eq=False)
 class LinearUse:
     """``activation @ weight[K, N] (+ bias)``: a MatMul or Gemm whose second input is a matrix of the weight's own values."""
 
+    graph: ir.Graph
     node: ir.Node
     activation: ir.Value
     bias: ir.Value | None
@@ -72,25 +74,25 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
         for node, index in value.uses():
             readable = value.shape is not None and len(value.shape) == _MATRIX and node.graph is graph and not node.domain
             steps = _steps(node, value, path, axis) if readable and index == 0 else {}
-            use = _linear_use(node, path) if readable and index == 1 else None
+            use = _linear_use(graph, node, path) if readable and index == 1 else None
             if use is not None:
                 linear.append(use)
             elif steps:
                 pending.extend(steps.items())
             else:
-                others.append(node.op_type)
+                others.extend(_final_readers(node))
     return Uses(tuple(linear), tuple(dict.fromkeys(others)))
 
 
-def _linear_use(node: ir.Node, path: _Path) -> LinearUse | None:
+def _linear_use(graph: ir.Graph, node: ir.Node, path: _Path) -> LinearUse | None:
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or activation is weight:
         return None
     if node.op_type == "MatMul":
-        return LinearUse(node, activation, None, path.transposed, path.rows) if _rank(activation) >= _MATRIX else None
+        return LinearUse(graph, node, activation, None, path.transposed, path.rows) if _rank(activation) >= _MATRIX else None
     if node.op_type == "Gemm" and not _integer(node, "transA") and _scalar(node, "alpha") == 1 and _scalar(node, "beta") == 1:
         bias = node.inputs[2] if len(node.inputs) > _MATRIX else None
-        return LinearUse(node, activation, bias, path.transposed != bool(_integer(node, "transB")), path.rows)
+        return LinearUse(graph, node, activation, bias, path.transposed != bool(_integer(node, "transB")), path.rows)
     return None
 
 
@@ -117,12 +119,19 @@ def _slice_steps(node: ir.Node, path: _Path, axis: int, channels: int) -> dict[i
     starts, ends = _constant(node, 1), _constant(node, 2)
     axes = _constant(node, 3) if len(node.inputs) > 3 else np.array([0])
     steps = _constant(node, 4) if len(node.inputs) > 4 else np.array([1])
-    if any(part is None or part.size != 1 for part in (starts, ends, axes, steps)):
+    bounds = [int(part[0]) for part in (starts, ends, axes, steps) if part is not None and part.size == 1]
+    if len(bounds) != 4 or bounds[2] % _MATRIX != axis or bounds[3] != 1:
         return {}
-    if int(axes[0]) % _MATRIX != axis or int(steps[0]) != 1:
-        return {}
-    rows = range(channels)[int(starts[0]) : int(ends[0])]
+    rows = range(channels)[bounds[0] : bounds[1]]
     return {node.outputs[0]: replace(path, rows=rows)} if len(rows) else {}
+
+
+def _final_readers(node: ir.Node) -> list[str]:
+    """What reads a weight behind the nodes that rearrange it: LSTM, not the Slice that sorts its gates."""
+    if node.op_type not in _REARRANGING or node.domain:
+        return [node.op_type]
+    behind = [reader for output in node.outputs for reader in output.consumers()]
+    return [op_type for reader in behind for op_type in _final_readers(reader)] or [node.op_type]
 
 
 def _constant(node: ir.Node, index: int) -> np.ndarray | None:

@@ -1,8 +1,8 @@
 """What a linear layer costs in onnxruntime, in microseconds: a model of measured times, which chooses between the rules.
 
 Fitted (non-negative least squares on relative errors, half of the predictions within 15 %) to the medians of 225 shapes, K and N
-from 8 to 2048 and 1 to 1024 rows, at 2, 4 and 8 bits and blocks of 16 to 256, onnxruntime 1.31 with its default accuracy_level (int8 activations inside MatMulNBits), one
-thread of an x86-64 with AVX-512 VNNI. Only the *ratio* of two predictions is used. What it says:
+from 8 to 2048 and 1 to 1024 rows, at 2, 4 and 8 bits and blocks of 16 to 256: onnxruntime 1.31 with its default accuracy_level
+(int8 activations inside MatMulNBits), one thread of an x86-64 with AVX-512 VNNI. Only the *ratio* of two predictions is used. What it says:
 
 - a fused layer wins where the weights do not fit the cache (0.2 of the float time at 1 row of 2048 x 2048) and from about
   K = 512 on at any number of rows (0.6 to 0.9);

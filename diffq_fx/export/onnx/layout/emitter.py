@@ -1,10 +1,11 @@
 """Adds initializers and nodes to the beginning of a graph, under readable names that nobody else has."""
 
 from collections.abc import Sequence
-from itertools import count
 
 import numpy as np
 import onnx_ir as ir
+
+Attribute = int | float | str | Sequence[int]
 
 
 class Emitter:
@@ -19,13 +20,13 @@ class Emitter:
         self._taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
         self._taken |= {value.name for value in graph.inputs}
 
-    def initializer(self, name: str, tensor: ir.TensorProtocol | np.ndarray) -> ir.Value:
+    def initializer(self, name: str, tensor: ir.TensorProtocol | np.ndarray | np.generic) -> ir.Value:
         """Add an initializer, its name made unique."""
-        if isinstance(tensor, np.ndarray):
-            tensor = ir.Tensor(np.ascontiguousarray(tensor))
+        if isinstance(tensor, np.ndarray | np.generic):
+            tensor = ir.tensor(np.array(tensor, order="C"))
         unique = self.unique(name)
         tensor.name = unique
-        value = ir.Value(name=unique, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.val(unique, const_value=tensor)
         self._graph.register_initializer(value)
         return value
 
@@ -36,18 +37,22 @@ class Emitter:
         name: str,
         *,
         dtype: ir.DataType | None = None,
-        **attributes: ir.convenience.SupportedAttrTypes,
+        **attributes: Attribute,
     ) -> ir.Value:
         """Add a node of the default domain with one output called ``name``; its type is that of the first input, or ``dtype``."""
         node = make_node(op_type, inputs, self.unique(name), **attributes)
         first = inputs[0]
-        node.outputs[0].dtype = dtype or (first.dtype if first is not None else None)
+        inferred = dtype or (first.dtype if first is not None else None)
+        if inferred is not None:
+            node.outputs[0].dtype = inferred
         self._nodes.append(node)
         return node.outputs[0]
 
     def unique(self, name: str) -> str:
         """``name``, or with a number behind it where it is taken."""
-        found = next(n for n in (name, *(f"{name}_{i}" for i in count(2))) if n not in self._taken) if name in self._taken else name
+        found, number = name, 2
+        while found in self._taken:
+            found, number = f"{name}_{number}", number + 1
         self._taken.add(found)
         return found
 
@@ -58,9 +63,7 @@ class Emitter:
         self._nodes = []
 
 
-def make_node(
-    op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: ir.convenience.SupportedAttrTypes
-) -> ir.Node:
+def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
     """A node of the default domain with one output, both called ``output``."""
     node = ir.node(op_type, inputs, attributes)
     node.name = output

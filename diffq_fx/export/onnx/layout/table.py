@@ -30,35 +30,36 @@ class WeightTable:
     """The integers, scales and zero points of one weight."""
 
     spec: WeightSpec
-    levels_OI: np.ndarray
-    """int32; with the zero point subtracted on the symmetric grid, unsigned else."""
-    scale_RC: np.ndarray
-    zero_point_RC: np.ndarray | None
-    """int32; None on the symmetric grid."""
-    widths_O: np.ndarray
-    """Smallest container of each row."""
+    levels: np.ndarray
+    """int32, shape (O, I); with the zero point subtracted on the symmetric grid, unsigned else."""
+    scale: np.ndarray
+    """float32, shape (R, C)."""
+    zero_point: np.ndarray | None
+    """int32, the shape of ``scale``; None on the symmetric grid."""
+    widths: np.ndarray
+    """Smallest container of each row, shape (O,)."""
     bits: dict[int, int]
     """Learned bits -> number of weights."""
 
     @property
     def signed(self) -> bool:
         """Whether the levels are signed: the symmetric grid."""
-        return self.zero_point_RC is None
+        return self.zero_point is None
 
     @property
     def container_bits(self) -> int:
         """The container that holds every row."""
-        return int(self.widths_O.max())
+        return int(self.widths.max())
 
     @property
     def blocks(self) -> int:
         """Scales along one row, C."""
-        return self.scale_RC.shape[1]
+        return self.scale.shape[1]
 
     @property
     def is_per_tensor(self) -> bool:
         """Whether there is one scale."""
-        return self.scale_RC.size == 1
+        return self.scale.size == 1
 
     @property
     def block(self) -> int:
@@ -69,7 +70,7 @@ class WeightTable:
         """Shape of the levels in the file."""
         if form == "weight":
             return self.spec.shape
-        return self.spec.shape[::-1] if form == "transposed" else self.levels_OI.shape
+        return self.spec.shape[::-1] if form == "transposed" else self.levels.shape
 
     def stored_axis(self, form: Form) -> int:
         """Axis of the output channels in the file."""
@@ -79,7 +80,7 @@ class WeightTable:
 
     def stored_levels(self, form: Form, rows: np.ndarray | None = None) -> np.ndarray:
         """The levels as they lie in the file, of all rows or of some."""
-        picked = self.levels_OI if rows is None else self.levels_OI[rows]
+        picked = self.levels if rows is None else self.levels[rows]
         if form == "rows":
             return picked
         moved = [n for i, n in enumerate(self.spec.shape) if i != self.spec.axis]
@@ -103,26 +104,27 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         ExportError: The weight is on the paper's float grid, which has no ONNX form.
     """
     spec = weight.spec
-    if weight.offset is not None or weight.zero_point is None:
+    stored_scale, stored_zero_point, stored_bits = weight.get_buffer("scale"), weight.zero_point, weight.get_buffer("bits")
+    if not isinstance(stored_zero_point, torch.Tensor):
         raise ExportError(
             f"weight {spec.name!r} is on the float grid, whose offset is a float; an ONNX zero_point is an integer. "
             'Train with grid="affine" or grid="symmetric" to export.'
         )
-    levels_OI = weight.levels_OI().cpu()
-    zero_point: torch.Tensor | None = weight.zero_point.cpu()
+    levels = weight.levels_OI().cpu()
+    zero_point: np.ndarray | None = stored_zero_point.cpu().numpy()
     if spec.grid == "symmetric":
-        levels_OI = levels_OI - spec.scale_layout.expand(zero_point)
+        levels = levels - spec.scale_layout.expand(stored_zero_point.cpu())
         zero_point = None
-    bits = weight.bits.cpu().int()
+    bits = stored_bits.cpu().int()
     widths, counts = bits.flatten(), spec.bits_layout.counts().expand_as(bits).flatten()
     histogram = {int(b): int(counts[widths == b].sum()) for b in widths.unique()}
     row_bits = bits.amax(1).expand(spec.rows).numpy()
     return WeightTable(
         spec=spec,
-        levels_OI=levels_OI.numpy(),
-        scale_RC=weight.scale.detach().float().cpu().numpy(),
-        zero_point_RC=None if zero_point is None else zero_point.numpy(),
-        widths_O=np.array([container_for(int(b)) for b in row_bits]),
+        levels=levels.numpy(),
+        scale=stored_scale.detach().float().cpu().numpy(),
+        zero_point=zero_point,
+        widths=np.array([container_for(int(b)) for b in row_bits]),
         bits=histogram,
     )
 
@@ -132,12 +134,13 @@ class Storage:
     """How the file holds a weight: its form, and the container of each row."""
 
     form: Form
-    widths_O: np.ndarray
+    widths: np.ndarray
+    """Container of each row, shape (O,)."""
 
     @cached_property
     def parts(self) -> dict[int, np.ndarray]:
         """Container -> the rows that it holds, narrow containers first."""
-        return {int(width): np.flatnonzero(self.widths_O == width) for width in np.unique(self.widths_O)}
+        return {int(width): np.flatnonzero(self.widths == width) for width in np.unique(self.widths)}
 
     @property
     def width(self) -> int | None:
@@ -150,7 +153,7 @@ class Storage:
         return max(self.parts)
 
     @cached_property
-    def order_O(self) -> np.ndarray:
+    def order(self) -> np.ndarray:
         """For each row its place among the parts one after another, in the narrowest type that holds it."""
         order = np.argsort(np.concatenate(list(self.parts.values())))
         dtype = next(t for t in (np.uint8, np.uint16, np.int32) if order.size <= np.iinfo(t).max + 1)
@@ -159,13 +162,13 @@ class Storage:
     def file_bytes(self, columns: int) -> int:
         """What the levels take in the file, with what it takes to join the parts; scales are the same in every storage."""
         levels = sum(-(-len(rows) * columns * width // 8) for width, rows in self.parts.items())
-        joins = 0 if self.width else _JOIN_BYTES + self.order_O.nbytes
+        joins = 0 if self.width else _JOIN_BYTES + self.order.nbytes
         return levels + joins + _PART_BYTES * (len(self.parts) - 1)
 
 
 def one_container(table: WeightTable, form: Form) -> Storage:
     """Hold every row in the container of the widest."""
-    return Storage(form, np.full_like(table.widths_O, table.container_bits))
+    return Storage(form, np.full_like(table.widths, table.container_bits))
 
 
 def split_by_width(table: WeightTable, form: Form) -> Storage:
@@ -180,5 +183,5 @@ def split_by_width(table: WeightTable, form: Form) -> Storage:
     for count in range(len(narrower) + 1):
         for picked in combinations(narrower, count):
             offered = np.array([*picked, table.container_bits])
-            choices.append(Storage(form, offered[np.searchsorted(offered, table.widths_O)]))
+            choices.append(Storage(form, offered[np.searchsorted(offered, table.widths)]))
     return min(choices, key=lambda storage: storage.file_bytes(columns))

@@ -29,7 +29,7 @@ def integer_type(bits: int, *, signed: bool) -> ir.DataType:
 
 
 def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorProtocol:
-    """Put levels into a container.
+    r"""Put levels into a container.
 
     Args:
         levels: int, any shape, within the range of the container.
@@ -41,7 +41,7 @@ def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorP
 
     Example:
         >>> integer_tensor(np.array([[-8, 7, 1]]), 4, signed=True).tobytes()
-        b'x\\x01'
+        b'x\x01'
     """
     dtype = integer_type(bits, signed=signed)
     if bits >= 8:

@@ -1,0 +1,39 @@
+"""Write a result file: what was run, with which versions, on what, and the table."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def describe_machine() -> str:
+    """Processor and cores, without a name or an address."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def write_result(name: str, title: str, body: str, packages: Sequence[str]) -> Path:
+    """Write ``results/<name>_cpu<cores>_<date>.md`` and return its path."""
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    today = datetime.date.today().isoformat()
+    text = f"# {title}\n\n{today} · {describe_machine()} · Python {platform.python_version()}, {versions}\n\n    {command}\n\n{body}\n"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}_cpu{os.cpu_count()}_{today}.md"
+    path.write_text(text)
+    return path

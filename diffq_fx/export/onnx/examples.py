@@ -1,0 +1,96 @@
+"""Example inputs: read in every form that torch.export takes, made dynamic, repeated along the batch, drawn anew."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Positional and keyword arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(example_inputs: Any) -> "Example":
+        """Read what users write: a tensor, a tuple (or list) of positional arguments, or a dict of keyword arguments.
+
+        Raises:
+            TypeError: It is none of these.
+        """
+        if isinstance(example_inputs, Tensor):
+            return Example((example_inputs,), {})
+        if isinstance(example_inputs, tuple | list):
+            return Example(tuple(example_inputs), {})
+        if isinstance(example_inputs, Mapping):
+            return Example((), dict(example_inputs))
+        raise TypeError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}."
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the order of the exported graph's inputs."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def run(self, model: nn.Module) -> list[Any]:
+        """Call the model without gradients; the leaves of what it returns."""
+        with torch.no_grad():
+            return pytree.tree_leaves(model(*self.args, **self.kwargs))
+
+    def map(self, change: Callable[[Tensor], Any]) -> "Example":
+        """Replace each tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def replace(self, tensors: list[Tensor]) -> "Example":
+        """Replace all tensors, in their order."""
+        remaining = iter(tensors)
+        return self.map(lambda _: next(remaining))
+
+    def repeated(self) -> "Example | None":
+        """The example with every batch of one repeated to two, since torch.export bakes in a size of one; None without any."""
+        if not any(tensor.dim() and tensor.shape[0] == 1 for tensor in self.tensors):
+            return None
+        return self.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor)
+
+    def dynamic_batch(self) -> tuple[Any, ...] | dict[str, Any]:
+        """Dim 0 of every tensor dynamic where the model allows it, as torch.export's ``dynamic_shapes``."""
+
+        def spec(leaf: Any) -> Any:
+            return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+        args, kwargs = pytree.tree_map(spec, (self.args, self.kwargs))
+        return kwargs if not args else args if not kwargs else (*args, *kwargs.values())
+
+    def redrawn(self, generator: torch.Generator, sizes: list[tuple[int, ...]]) -> "Example":
+        """Fresh random inputs like these: floats and integers within the range of the example's, booleans from the example.
+
+        Args:
+            generator: the source of randomness, on the CPU.
+            sizes: the shape of each tensor.
+        """
+        return self.replace([_like(t, shape, generator) for t, shape in zip(self.tensors, sizes, strict=True)])
+
+
+def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if tensor.numel() == 0:
+        return tensor.new_zeros(shape)
+    if tensor.dtype == torch.bool:
+        picks = torch.randint(tensor.numel(), shape, generator=generator)
+        return tensor.flatten()[picks.to(tensor.device)]
+    if not tensor.is_floating_point():
+        low, high = int(tensor.min()), int(tensor.max())
+        return torch.randint(low, high + 1, shape, generator=generator).to(tensor)
+    values = tensor.detach().double().cpu()
+    spread = float(values.std(correction=0))
+    if not spread > 0:
+        return torch.randn(shape, generator=generator).to(tensor)
+    drawn = float(values.mean()) + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return drawn.clamp(float(values.min()), float(values.max())).to(tensor)

@@ -1,0 +1,140 @@
+"""export_onnx: a converted model in, one ONNX file out, checked against PyTorch before it is put in its place."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from diffq_fx.errors import DiffQWarning, ExportError
+from diffq_fx.export.onnx.metadata import WeightRecord
+from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.storage import IntegerWeight, StoredWeight
+
+_LAYOUTS = ("onnxruntime", "qdq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What :func:`export_onnx` wrote, and why one can trust it."""
+
+    path: Path
+    opset: int
+    layout: str
+    weights: tuple[WeightRecord, ...]
+    """Per weight: bits, containers, the rule that was applied, and why not a faster one."""
+    payload_bytes: int
+    """The levels at the widths that they have learned."""
+    container_payload_bytes: int
+    """The levels in the containers of the file."""
+    file_bytes: int
+    """The file on disk, with its scales, its float parameters and its graph."""
+    max_abs_error: float | None
+    """Largest difference to PyTorch over the verification's inputs; None with ``verify=False``."""
+    max_relative_error: float | None
+    """The same as a part of the output's largest value."""
+    operators: dict[str, int] | None
+    """Operators that onnxruntime runs in one inference; None with ``verify=False``."""
+    remarks: tuple[str, ...]
+    """What is worth knowing about the file as a whole."""
+
+
+def export_onnx(
+    converted: nn.Module,
+    example_inputs: Any,
+    path: str | Path,
+    *,
+    layout: Literal["onnxruntime", "qdq"] = "onnxruntime",
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    verify: bool = True,
+) -> ExportResult:
+    """Write a converted model as an ONNX file whose weights stay integers of 2, 4, 8 or 16 bits.
+
+    Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest: linear layers become fused integer
+    products where that is predicted to beat float, everything else is folded to float when the file is loaded. The choice is
+    made for the size of the example inputs, so give them the batch and length that the file will see. Layout "qdq" writes a plain
+    DequantizeLinear for every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
+    PyTorch on fresh random inputs; a failure leaves an old file under ``path`` as it was. The model is not changed.
+
+    Args:
+        converted: from ``convert_diffq``; exported in eval mode, its own mode is restored.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        path: the file to write.
+        layout: see above.
+        dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
+        opset: None for the smallest that holds the containers (18; 21 for 4 bits; 25 for 2 bits), else at least that.
+        verify: run the file in onnxruntime and compare.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: the model is not converted, holds a weight without ONNX form (the float grid), cannot be traced, does not fit
+            ``opset``; the file cannot be written or does not compute what the model computes.
+        TypeError: ``example_inputs`` is none of the above.
+        ValueError: unknown ``layout``.
+
+    Warns:
+        DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from diffq_fx import functional
+        >>> from diffq_fx.weights import WeightSpec
+        >>> class Half(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         spec = WeightSpec(name="weight", shape=(8, 16), axis=0)
+        ...         rows, layout, bits = torch.randn(8, 16), spec.scale_layout, torch.full((8, 1), 4)
+        ...         params = functional.quant_params(*functional.weight_range(rows, layout, "affine"), bits, "affine")
+        ...         self.weight = IntegerWeight(spec, functional.quantize(rows, params, bits, layout), params, bits)
+        ...     def forward(self, x):
+        ...         return x @ self.weight().t()
+        >>> path = os.path.join(tempfile.mkdtemp(), "half.onnx")
+        >>> result = export_onnx(Half(), torch.randn(1, 16), path)
+        >>> result.opset, result.payload_bytes, result.weights[0].containers
+        (21, 64, {4: 128})
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
+    _check_converted(converted)
+    from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
+
+    with _in_eval(converted):
+        result = export_file(converted, example_inputs, Path(path), layout, dynamic_shapes, opset, verify)
+    for remark in result.remarks:
+        warnings.warn(f"export_onnx: {remark}", DiffQWarning, stacklevel=2)
+    return result
+
+
+def _check_converted(converted: nn.Module) -> None:
+    """Refuse a model that still holds quantizers, has no stored weight, or one that ONNX cannot hold."""
+    for name, module in converted.named_modules():
+        if isinstance(module, WeightQuantizer):
+            raise ExportError(
+                f"export_onnx: {name or type(module).__name__!r} still quantizes {module.spec.name!r} for training. "
+                "Call convert_diffq(model) first and export what it returns."
+            )
+        if isinstance(module, StoredWeight) and not isinstance(module, IntegerWeight):
+            raise ExportError(f"export_onnx: weight {module.spec.name!r} is a {type(module).__name__}, which has no ONNX form yet.")
+    if not any(isinstance(module, StoredWeight) for module in converted.modules()):
+        raise ExportError(
+            f"export_onnx: the {type(converted).__name__} holds no integer weight. "
+            "Call convert_diffq(model) on the prepared model first and export what it returns."
+        )
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Switch a model to eval mode for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

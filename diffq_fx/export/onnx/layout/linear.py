@@ -1,0 +1,194 @@
+"""The rule ``linear``: a product that onnxruntime fuses with the integers of its weight (MatMulNBits).
+
+What it fuses is ``DequantizeLinear(levels [K, N], axis 0, block_size B) -> MatMul``, with B a power of two from 16 to 256. The file
+holds one scale per channel all the same: it is repeated for each block by an Expand that is folded at load. The
+kernel computes with 2, 4 or 8 bits. 2 and 4 bits need the container itself as an initializer ("native"); 8 bits take any
+mix of narrower containers, cast and joined at load ("bytes"), for onnxruntime folds into types of 8 bits or more alone.
+
+Shape legend: M rows, K inputs, N output channels, B block_size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from diffq_fx.export.onnx.layout.activations import spell_out_activation
+from diffq_fx.export.onnx.layout.consumers import LinearUse
+from diffq_fx.export.onnx.layout.cost import FUSE_BELOW, float_microseconds, fused_microseconds
+from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.stored import StoredTable
+from diffq_fx.export.onnx.layout.table import Storage, WeightTable
+from diffq_fx.export.onnx.layout.tensors import integer_tensor, integer_type
+
+_MIN_BLOCK = 16
+_MAX_BLOCK = {2: 128, 4: 256, 8: 256}
+"""The longest block that the kernel of a width is fast at: at 2 bits and 256 it runs 40 times slower."""
+_SLOW_TWO_BIT_BLOCK = 16
+_TWO_BIT_ALIGNMENT = 4
+_BYTE = 8
+_MAX_PADDING = 0.125
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a product runs."""
+
+    mode: Literal["native", "bytes", "float"]
+    microseconds: float
+    """Predicted, at the example's number of rows."""
+    bits: int = 0
+    """The width that the kernel computes with."""
+    block: int = 0
+    reason: str | None = None
+    """Why the product stays a float one; None where it is fused."""
+
+
+def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: int) -> Fusion:
+    """Choose the fastest way to run a product from a given storage.
+
+    Args:
+        table: the weight.
+        storage: how the file would hold it.
+        use: the product.
+        rows: M at the example's size.
+
+    Returns:
+        The way; "float" with the reason where nothing fused is predicted to be faster.
+    """
+    inputs = table.spec.columns
+    outputs = len(use.rows) if use.rows is not None else table.spec.rows
+    in_float = float_microseconds(rows, inputs, outputs)
+    reason = refusal(table, use) or _wrong_form(table, storage, use)
+    if reason is not None:
+        return Fusion("float", in_float, reason=reason)
+    ways: list[Fusion] = []
+    if storage.width in (2, 4) and use.rows is None and (storage.width != 2 or outputs % _TWO_BIT_ALIGNMENT == 0):
+        ways += _ways("native", table, storage.width, rows, outputs)
+    ways += _ways("bytes", table, _BYTE, rows, outputs)
+    best = min(ways, key=lambda way: way.microseconds)
+    if best.microseconds < FUSE_BELOW * in_float:
+        return best
+    return Fusion(
+        "float",
+        in_float,
+        reason=f"a float MatMul is about as fast or faster for {rows} rows, {inputs} inputs and {outputs} outputs"
+        f" (predicted {in_float:.3g} us, fused {best.microseconds:.3g} us)",
+    )
+
+
+def refusal(table: WeightTable, use: LinearUse) -> str | None:
+    """Why a product can not be fused in any storage, None if it can."""
+    if str(table.spec.dtype) != "torch.float32":
+        return f"the model computes in {table.spec.dtype}, onnxruntime fuses float32"
+    if table.container_bits > _BYTE:
+        return f"onnxruntime fuses up to 8 bits, the widest channel has {max(table.bits)}"
+    if not table.is_per_tensor and use.channel_axis != table.spec.axis:
+        return f"scales lie along the inputs of this {use.node.op_type} (axis={table.spec.axis}), not along its outputs"
+    if table.blocks > 1 and _power_of_two_in(table.block) < _MIN_BLOCK:
+        return f"blocks of {table.block} inputs: onnxruntime fuses multiples of {_MIN_BLOCK}"
+    return None
+
+
+def _wrong_form(table: WeightTable, storage: Storage, use: LinearUse) -> str | None:
+    shape = table.stored_shape(storage.form)
+    stored_as_kn = len(shape) == 2 and (storage.form == "transposed") == use.transposed
+    return None if stored_as_kn else "another reader has the weight stored the other way round"
+
+
+def _ways(mode: Literal["native", "bytes"], table: WeightTable, bits: int, rows: int, outputs: int) -> list[Fusion]:
+    block = _kernel_block(table, bits)
+    if bits == 2 and block == _SLOW_TWO_BIT_BLOCK:
+        return []
+    return [Fusion(mode, fused_microseconds(bits, rows, table.spec.columns, outputs, block), bits, block)]
+
+
+def _kernel_block(table: WeightTable, bits: int) -> int:
+    """The longest block that the kernel takes, the scales allow, and that fills up the inputs by no more than an eighth."""
+    longest = _MAX_BLOCK[bits]
+    if table.blocks > 1:
+        return min(longest, _power_of_two_in(table.block))
+    inputs = table.spec.columns
+    choices = [block for block in (256, 128, 64, 32, 16) if block <= longest]
+    padding = {block: -(-inputs // block) * block - inputs for block in choices}
+    fitting = [block for block in choices if padding[block] <= _MAX_PADDING * inputs]
+    return fitting[0] if fitting else min(choices, key=lambda block: padding[block])
+
+
+def _power_of_two_in(number: int) -> int:
+    return number & -number
+
+
+def emit_fused(stored: StoredTable, use: LinearUse, fusion: Fusion) -> None:
+    """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``.
+
+    Args:
+        stored: the weight, its storage [K, N].
+        use: the product.
+        fusion: from :func:`choose_fusion`, not "float".
+    """
+    length = -(-stored.table.spec.columns // fusion.block)
+    scale = stored.along_inputs(stored.scale, f"scale.per_{fusion.block}", block=fusion.block, length=length)
+    if fusion.mode == "native":
+        levels, zero_point = stored.parts[fusion.bits], _native_zero_point(stored, fusion, length)
+    else:
+        levels, zero_point = _byte_levels(stored), _byte_zero_point(stored, fusion, length)
+    if use.rows is not None:
+        levels = _pick(stored, levels, use.rows, "levels")
+        scale = _pick(stored, scale, use.rows, "scale")
+        zero_point = None if zero_point is None else _pick(stored, zero_point, use.rows, "zero_point")
+    inputs = [levels, scale] if zero_point is None else [levels, scale, zero_point]
+    name = stored.name if use.rows is None else f"{stored.name}.{use.rows.start}_{use.rows.stop}"
+    weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=fusion.block)
+    product = replace_product(use, weight, stored.emit.unique(f"{name}.product"))
+    spell_out_activation(stored.emit, product)
+
+
+def _byte_levels(stored: StoredTable) -> ir.Value:
+    return stored.levels_as(integer_type(_BYTE, signed=stored.table.signed))
+
+
+def _native_zero_point(stored: StoredTable, fusion: Fusion, length: int) -> ir.Value | None:
+    """Zero points of each block as an initializer: onnxruntime cannot fold an Expand of 2 or 4 bits."""
+    zero_point_RC = stored.table.zero_point
+    if zero_point_RC is None:
+        return None
+    blocks = np.minimum(np.arange(length) * fusion.block // stored.table.block, stored.table.blocks - 1)
+    values = np.broadcast_to(zero_point_RC[:, blocks], (stored.table.spec.rows, length))
+    matrix = values if stored.axis == 0 else values.T
+    name = f"{stored.name}.zero_point.per_{fusion.block}"
+    return stored.emit.initializer(name, integer_tensor(matrix, fusion.bits, signed=False))
+
+
+def _byte_zero_point(stored: StoredTable, fusion: Fusion, length: int) -> ir.Value | None:
+    if stored.zero_point is None:
+        return None
+    as_bytes = stored.cast(stored.zero_point, ir.DataType.UINT8, f"{stored.name}.zero_point.uint8")
+    return stored.along_inputs(as_bytes, f"zero_point.per_{fusion.block}", block=fusion.block, length=length)
+
+
+def _pick(stored: StoredTable, values: ir.Value, rows: range, label: str) -> ir.Value:
+    """Some output channels of a [K, N] matrix."""
+    label = f"{label}.{rows.start}_{rows.stop}"
+    bounds = [stored.sizes(f"{label}.{name}", [n]) for name, n in (("start", rows.start), ("stop", rows.stop), ("axis", 1))]
+    return stored.emit.op("Slice", [values, *bounds], f"{stored.name}.{label}")
+
+
+def replace_product(use: LinearUse, weight: ir.Value, name: str) -> ir.Value:
+    """Put ``MatMul(activation, weight) (+ bias)`` in the place of a MatMul or Gemm.
+
+    Args:
+        use: the product to replace.
+        weight: float, [K, N].
+        name: of the new MatMul.
+
+    Returns:
+        The output of the MatMul.
+    """
+    new = [make_node("MatMul", [use.activation, weight], name)]
+    if use.bias is not None:
+        new.append(make_node("Add", [new[0].outputs[0], use.bias], f"{name}.biased"))
+    old, result = use.node.outputs[0], new[-1].outputs[0]
+    ir.convenience.replace_nodes_and_values(use.graph, use.node, [use.node], new, [old], [result])
+    return new[0].outputs[0]

@@ -1,0 +1,87 @@
+"""Decides how the file holds a weight and how each of its readers gets it. Nothing here changes a graph."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
+from diffq_fx.export.onnx.layout.linear import Fusion, choose_fusion, refusal
+from diffq_fx.export.onnx.layout.table import Form, Storage, WeightTable, one_container, split_by_width
+
+Layout = Literal["onnxruntime", "qdq"]
+
+_TIME_FOR_BYTES = 1.15
+"""A smaller file may cost so much of the fastest time."""
+_TWO_BITS = 2
+_TWO_BIT_ALIGNMENT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPlan:
+    """What happens to one weight."""
+
+    table: WeightTable
+    uses: Uses
+    storage: Storage
+    fusions: tuple[Fusion, ...]
+    """One per linear use."""
+
+    @property
+    def microseconds(self) -> float:
+        """Predicted time of all linear uses."""
+        return sum(fusion.microseconds for fusion in self.fusions)
+
+    @property
+    def file_bytes(self) -> int:
+        """What the levels take in the file."""
+        return self.storage.file_bytes(self.table.spec.columns)
+
+
+def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], refused: str | None = None) -> WeightPlan:
+    """Choose the storage and the fusions: the smallest file among those whose predicted time is close to the best.
+
+    Args:
+        table: the weight.
+        uses: what reads it.
+        sizes: symbolic sizes of the graph at the example inputs.
+        refused: why nothing shall be fused with this weight, None where it may.
+    """
+    if refused is not None:
+        fusions = tuple(Fusion("float", 0.0, reason=refused) for _ in uses.linear)
+        return WeightPlan(table, uses, split_by_width(table, _form(table, None)), fusions)
+    form = _form(table, uses)
+    plans = []
+    for storage in (split_by_width(table, form), one_container(table, form)):
+        fusions = tuple(choose_fusion(table, storage, use, use.num_rows(sizes)) for use in uses.linear)
+        plans.append(WeightPlan(table, uses, storage, fusions))
+    fastest = min(plan.microseconds for plan in plans)
+    return min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
+
+
+def _form(table: WeightTable, uses: Uses | None) -> Form:
+    """[K, N] for the linear readers that can be fused, if there are any."""
+    fusable = [use for use in uses.linear if refusal(table, use) is None] if uses is not None else []
+    if fusable:
+        return "transposed" if fusable[0].transposed else "weight"
+    is_matrix = len(table.spec.shape) == 2
+    return "rows" if table.blocks > 1 and not is_matrix else "weight"
+
+
+def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
+    """One container and one DequantizeLinear; [K, N] where a linear layer reads the weight.
+
+    Args:
+        table: the weight.
+        uses: what reads it.
+    """
+    form = _form(table, uses)
+    products = [use for use in uses.linear if _takes_stored(form, use)]
+    storage = one_container(table, form)
+    if products and storage.width == _TWO_BITS and table.stored_shape(form)[1] % _TWO_BIT_ALIGNMENT:
+        # onnxruntime would fuse this one too, and compute a wrong product: it reads packed rows as if each began at a byte.
+        storage = Storage(form, storage.widths * 2)
+    fusions = tuple(Fusion("native" if use in products else "float", 0.0) for use in uses.linear)
+    return WeightPlan(table, uses, storage, fusions)
+
+
+def _takes_stored(form: Form, use: LinearUse) -> bool:
+    return form != "rows" and (form == "transposed") == use.transposed and use.rows is None

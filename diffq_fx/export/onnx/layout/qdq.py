@@ -1,0 +1,44 @@
+"""The rule ``qdq``: DequantizeLinear wherever a weight is read, in the plainest form, for runtimes other than onnxruntime."""
+
+import numpy as np
+import onnx_ir as ir
+
+from diffq_fx.export.onnx.layout.consumers import LinearUse
+from diffq_fx.export.onnx.layout.linear import replace_product
+from diffq_fx.export.onnx.layout.stored import StoredTable
+from diffq_fx.export.onnx.layout.tensors import integer_tensor
+
+
+def emit_dequantized(stored: StoredTable) -> ir.Value:
+    """Write one DequantizeLinear: axis and per-channel scale, a scalar scale, or blocks along the inputs.
+
+    Args:
+        stored: the weight in one container; a matrix if it has blocks.
+
+    Returns:
+        The float weight in the form of the storage.
+    """
+    table, axis = stored.table, stored.axis
+    attributes: dict[str, int] = {}
+    if table.blocks > 1:
+        attributes = {"axis": 1 - axis, "block_size": table.block}
+    elif not table.is_per_tensor:
+        attributes = {"axis": axis}
+    (levels,) = stored.parts.values()
+    inputs = [levels, stored.emit.initializer(f"{stored.name}.scale", _groups(stored, table.scale))]
+    if table.zero_point is not None:
+        values = integer_tensor(_groups(stored, table.zero_point), stored.storage.widest, signed=False)
+        inputs.append(stored.emit.initializer(f"{stored.name}.zero_point", values))
+    return stored.emit.op("DequantizeLinear", inputs, f"{stored.name}.dequantized", dtype=ir.DataType.FLOAT, **attributes)
+
+
+def _groups(stored: StoredTable, values_RC: np.ndarray) -> np.ndarray:
+    """Scales or zero points in the shape that DequantizeLinear wants: scalar, one per channel, or a matrix of blocks."""
+    if stored.table.blocks > 1:
+        return stored.table.stored_groups(values_RC, stored.storage.form)
+    return values_RC.reshape(()) if stored.table.is_per_tensor else values_RC[:, 0]
+
+
+def emit_qdq_product(dequantized: ir.Value, stored: StoredTable, use: LinearUse) -> None:
+    """Let a product read the dequantized [K, N] weight as it lies in the file."""
+    replace_product(use, dequantized, stored.emit.unique(f"{stored.name}.product"))

@@ -1,0 +1,150 @@
+"""Runs an exported file in onnxruntime and compares it with PyTorch: the largest difference, never a cosine."""
+
+import importlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.tracing import TracedModel
+
+TOLERANCE = 1e-4
+"""Largest difference allowed, as a part of the output's largest value."""
+EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""The session entry that keeps activations in float inside fused products; onnxruntime's default rounds them to int8."""
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a run in onnxruntime showed."""
+
+    max_abs_error: float
+    max_relative_error: float
+    """The largest over the outputs of: largest difference / largest value."""
+    operators: dict[str, int]
+    """Operators that onnxruntime ran, and how often, in one inference."""
+    dequantized: tuple[str, ...]
+    """Names of the DequantizeLinear nodes among them: weights that are dequantized at every run."""
+
+
+def check_parity(path: Path, reference: nn.Module, example: Example, traced: TracedModel) -> Parity:
+    """Compare a file with the model that it was made of, on fresh random inputs at the example's size and at another batch.
+
+    Args:
+        path: the file.
+        reference: the model, in eval mode, with the numbers that the file has.
+        example: the user's example.
+        traced: tells which sizes are dynamic.
+
+    Raises:
+        ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance.
+    """
+    session = _open(path)
+    generator = torch.Generator().manual_seed(_SEED)
+    worst = (0.0, 0.0)
+    for sizes in _sizes_to_try(traced):
+        shapes = [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in traced.input_shapes]
+        fresh = example.redrawn(generator, shapes)
+        expected = [_numpy(leaf) for leaf in fresh.run(reference) if isinstance(leaf, torch.Tensor)]
+        feeds = {entry.name: _numpy(tensor) for entry, tensor in zip(session.get_inputs(), fresh.tensors, strict=True)}
+        found = _run(session, feeds)
+        names = [entry.name for entry in session.get_outputs()]
+        worst = max(worst, compare_outputs(names, found, expected), key=lambda pair: pair[1])
+    profile = Path(session.end_profiling())
+    kernels = _kernels(profile)
+    dequantized = tuple(name for name, operator in kernels if operator == "DequantizeLinear")
+    return Parity(*worst, dict(Counter(operator for _, operator in kernels)), dequantized)
+
+
+def _sizes_to_try(traced: TracedModel) -> list[dict[str, int]]:
+    """The example's sizes, and the same with every dynamic size one larger."""
+    return [traced.sizes, *([{name: size + 1 for name, size in traced.sizes.items()}] if traced.sizes else [])]
+
+
+def compare_outputs(names: list[str], found: list[Any], expected: list[np.ndarray]) -> tuple[float, float]:
+    """The largest difference, and the largest relative to the output's largest value.
+
+    Raises:
+        ExportError: The outputs do not fit, or differ by more than the tolerance.
+
+    Example:
+        >>> compare_outputs(["y"], [np.array([1.0, 2.0])], [np.array([1.0, 2.00001])])[1] < 1e-5
+        True
+    """
+    if len(found) != len(expected):
+        raise ExportError(f"the file has {len(found)} outputs {names}, the model returns {len(expected)} tensors.")
+    worst_abs, worst_relative = 0.0, 0.0
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(f"output {name!r} has shape {ours.shape} in onnxruntime, {theirs.shape} in PyTorch.")
+        difference, relative = _difference(np.asarray(ours), theirs)
+        if not relative <= TOLERANCE:
+            raise ExportError(
+                f"output {name!r} differs from PyTorch by {difference:.3g}, {relative:.3g} of its largest value "
+                f"(allowed: {TOLERANCE:.0e}). The file was not written; please report this model."
+            )
+        worst_abs, worst_relative = max(worst_abs, difference), max(worst_relative, relative)
+    return worst_abs, worst_relative
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    if found.size == 0:
+        return 0.0, 0.0
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    finite = np.isfinite(expected)
+    if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
+        return float("inf"), float("inf")
+    difference = float(np.abs(found - expected, where=finite, out=np.zeros_like(expected)).max())
+    largest = float(np.abs(expected, where=finite, out=np.zeros_like(expected)).max())
+    return difference, 0.0 if difference == 0 else difference / largest if largest > 0 else float("inf")
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _open(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*EXACT_LEVEL)
+    options.log_severity_level = 4
+    options.enable_profiling = True
+    options.profile_file_prefix = str(path.with_name("profile"))
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (RuntimeError, ValueError, *_runtime_errors()) as error:
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load the file: {error}") from error
+
+
+def _run(session: Any, feeds: dict[str, np.ndarray]) -> list[Any]:
+    try:
+        return session.run(None, feeds)
+    except (RuntimeError, ValueError, *_runtime_errors()) as error:
+        raise ExportError(f"onnxruntime cannot run the file: {error}") from error
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
+    return tuple(getattr(state, name) for name in names)
+
+
+def _kernels(profile: Path) -> list[tuple[str, str]]:
+    """(node, operator) of the last inference in a profile of onnxruntime."""
+    events = json.loads(profile.read_text())
+    profile.unlink()
+    last = max((event["ts"] for event in events if event.get("name") == "model_run"), default=0)
+    suffix = "_kernel_time"
+    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(suffix)]
+    return [(event["name"].removesuffix(suffix), event["args"]["op_name"]) for event in kernels if event["ts"] >= last]

@@ -1,0 +1,166 @@
+"""Convert every model of the zoo: the result of eval(), no float weight left anywhere, and a model that can still be copied and used."""
+
+import copy
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffq_fx import CompressionRecord, DiffQConfig, WeightQuantizer
+from zoo.checks import MODES, assert_same, converted, loss_of, prepared, reachable_tensors, run, tensors_in
+from zoo.entry import Entry, parameters_of
+from zoo.models import BY_NAME, ZOO
+
+every_model = pytest.mark.parametrize("entry", parameters_of(ZOO))
+
+
+def trained(entry: Entry) -> nn.Module:
+    """A prepared model whose bits have moved apart."""
+    model = prepared(entry)
+    with torch.no_grad():
+        for quantizer in model.compression.quantizers:
+            quantizer.logits.add_(torch.randn(quantizer.logits.shape, generator=torch.Generator().manual_seed(1)) / 20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_of(run(model, entry, "train")).backward()
+    optimizer.step()
+    model.zero_grad()
+    return model
+
+
+@every_model
+def test_computes_what_the_prepared_model_computes_in_eval(entry: Entry):
+    model = trained(entry)
+    result = converted(model)
+    assert not result.training
+    for variant in (0, 1):
+        assert_same(run(result, entry, "eval without grad", variant), run(model, entry, "eval without grad", variant))
+        found, expected = (tensors_in(run(each, entry, "eval", variant)) for each in (result, model))
+        for a, b in zip(found, expected, strict=True):  # not bitwise: matmul takes another kernel where a factor requires grad
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.detach().abs().max()) + 1e-6)
+    assert isinstance(result.compression, CompressionRecord)
+    assert result.compression.scope == entry.scope
+
+
+@every_model
+def test_holds_no_float_copy_of_a_weight(entry: Entry):
+    model = trained(entry)
+    run(model, entry, "eval")
+    floats, aliases = {}, set()
+    for quantizer in model.compression.quantizers:
+        weight = model.get_parameter(quantizer.spec.name).detach()
+        floats[quantizer.spec.name] = [weight, quantizer.rounded_weight(weight)]
+        aliases |= set(quantizer.spec.names)
+    result = converted(model)
+    for mode in MODES:  # nothing may come to be by use
+        run(result, entry, mode)
+    assert not {name for name, _ in result.named_parameters()} & aliases
+    assert not [module for module in result.modules() if isinstance(module, WeightQuantizer)]
+    found = list(reachable_tensors(result))
+    assert {id(p) for p in result.parameters()} <= {id(t) for _, t in found}
+    for path, tensor in found:
+        for name, copies in floats.items():
+            for weight in copies:
+                assert not _holds(tensor, weight), f"{path} is a copy of {name}"
+
+
+def _holds(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor, or the storage that it is a view of, has the values of a weight; a handful of equal numbers is chance."""
+    if not tensor.is_floating_point() or tensor.is_meta or weight.unique().numel() < 4:
+        return False
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.numel() >= weight.numel() and bool((whole[: weight.numel()] == weight.reshape(-1)).all())
+
+
+@every_model
+@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "state_dict"])
+def test_copies_compute_the_same(entry: Entry, way: str):
+    model = trained(entry)
+    result = converted(model)
+    if way == "torch.save" and not entry.pickles:
+        return
+    twin = {"deepcopy": copy.deepcopy, "torch.save": _through_file, "state_dict": lambda result: _through_state(result, model)}[way](result)
+    assert type(twin).__name__ == type(result).__name__
+    assert list(twin.state_dict()) == list(result.state_dict())
+    for mode in ("eval", "eval without grad"):
+        assert_same(run(twin, entry, mode), run(result, entry, mode))
+    assert twin.compression == result.compression
+
+
+def _through_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _through_state(result: nn.Module, model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(result)
+    state = OrderedDict((name, value.clone()) for name, value in result.state_dict().items())
+    with torch.no_grad():
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            tensor.zero_()
+    persistent = dict(result.named_buffers())
+    for name, buffer in twin.named_buffers():
+        if name not in state:
+            buffer.copy_(persistent[name])
+    twin.load_state_dict(state)
+    return twin
+
+
+@every_model
+def test_leaves_the_prepared_model_as_it_was(entry: Entry):
+    model = trained(entry)
+    twin = copy.deepcopy(model)
+    result = converted(model)
+    mine = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()] if t.numel()}
+    assert not mine & {t.untyped_storage().data_ptr() for t in [*result.parameters(), *result.buffers()] if t.numel()}
+    with torch.no_grad():
+        for parameter in result.parameters():
+            parameter.zero_()
+    assert_same(run(model, entry, "eval"), run(twin, entry, "eval"))
+    assert_same(run(model, entry, "train"), run(twin, entry, "train"))
+    again = converted(model)
+    assert_same(run(again, entry, "eval"), run(converted(twin), entry, "eval"))
+
+
+@pytest.mark.parametrize("name", ["transformer_encoder", "transformer"])
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_the_fast_path_of_transformer_layers_runs_converted(name: str, scope: str, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    fast_path = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast_path(*args))
+    entry = BY_NAME[name]
+    model = prepared(entry, scope=scope)
+    counts = []
+    for each in (entry.make(), model, converted(model), copy.deepcopy(converted(model))):
+        calls.clear()
+        run(each, entry, "eval without grad")
+        counts.append(len(calls))
+    assert counts[0] > 0
+    assert counts == counts[:1] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3_moe", "t5", "whisper"])
+def test_generate_of_hugging_face_models_survives(name: str):
+    entry = BY_NAME[name]
+    model = trained(entry).eval()
+    result = converted(model)
+    assert type(result) is type(entry.make())
+    assert result.config.to_dict() == model.config.to_dict() == entry.make().config.to_dict()
+    inputs = {key: value for key, value in entry.inputs(0).items() if key != "decoder_input_ids"}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    for use_cache in (False, True):
+        found, expected = (each.generate(**inputs, **settings, use_cache=use_cache) for each in (result, model))
+        assert torch.equal(found, expected)
+        assert found.shape[-1] >= 5
+
+
+@every_model
+def test_half_precision_of_the_rest_is_what_half_can_hold(entry: Entry):
+    model = prepared(entry, config=DiffQConfig(penalty=1.0, rest_dtype="float16"))
+    for parameter in converted(model).parameters():
+        if parameter.dtype == torch.float32:
+            assert torch.equal(parameter, parameter.half().float())
