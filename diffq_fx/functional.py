@@ -17,11 +17,17 @@ Grid = Literal["affine", "symmetric", "float"]
 
 
 class QuantParams(NamedTuple):
-    """Scale and zero point per group; ``offset`` in place of ``zero_point`` on the paper's float grid."""
+    """Scale and zero point per group; on the paper's float grid ``offset`` is used and ``zero_point`` is empty."""
 
     scale: Tensor
     zero_point: Tensor | None
     offset: Tensor | None
+
+    def integer_zero_point(self) -> Tensor:
+        """The zero point of an integer grid."""
+        if self.zero_point is None:
+            raise ValueError("a float grid has an offset and no zero_point.")
+        return self.zero_point
 
 
 def bits_from_logits(logits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
@@ -145,10 +151,10 @@ def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
         tensor([[0, 1, 3]], dtype=torch.int32)
     """
     scale = layout.expand(params.scale)
-    if params.zero_point is None:
+    if params.offset is not None:
         levels = torch.round((rows_OI - layout.expand(params.offset)) / scale)
     else:
-        levels = torch.round(rows_OI / scale) + layout.expand(params.zero_point)
+        levels = torch.round(rows_OI / scale) + layout.expand(params.integer_zero_point())
     top = layout.expand((2 ** bits.to(torch.int32) - 1).expand_as(params.scale))
     return torch.minimum(levels.clamp_(min=0), top).to(torch.int32)
 
@@ -172,6 +178,6 @@ def dequantize(levels_OI: Tensor, params: QuantParams, layout: GroupLayout) -> T
         tensor([[-0.5000,  1.0000]])
     """
     scale = layout.expand(params.scale)
-    if params.zero_point is None:
+    if params.offset is not None:
         return levels_OI * scale + layout.expand(params.offset)
-    return (levels_OI - layout.expand(params.zero_point)).to(scale.dtype) * scale
+    return (levels_OI - layout.expand(params.integer_zero_point())).to(scale.dtype) * scale

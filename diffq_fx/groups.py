@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GroupKind = Literal["tensor", "channel", "block"]
+GroupSize = int | Literal["tensor", "channel"]
+"""What users write: weights that share something, as a block length along the input axis, "channel" or "tensor"."""
 
 
 def to_rows(weight: Tensor, axis: int) -> Tensor:
@@ -41,12 +43,13 @@ class GroupLayout:
     """Columns in a group: the last block of a row may be shorter. Equal to ``columns`` unless ``kind`` is "block"."""
 
     @staticmethod
-    def of(rows: int, columns: int, group_size: int | GroupKind) -> "GroupLayout":
-        """Make a layout from what users write: a block length, "channel" or "tensor"."""
-        if group_size == "tensor" or group_size == "channel":
+    def of(rows: int, columns: int, group_size: GroupSize) -> "GroupLayout":
+        """Make a layout from what users write; a block as long as a row is the same as "channel"."""
+        if isinstance(group_size, str):
             return GroupLayout(rows, columns, group_size, columns)
-        block = int(group_size)
-        return GroupLayout(rows, columns, "block", block) if block < columns else GroupLayout(rows, columns, "channel", columns)
+        if group_size < columns:
+            return GroupLayout(rows, columns, "block", group_size)
+        return GroupLayout(rows, columns, "channel", columns)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,8 +76,8 @@ class GroupLayout:
         if self.kind == "tensor":
             low, high = torch.aminmax(rows_OI)
             return low.reshape(1, 1), high.reshape(1, 1)
-        low, high = torch.aminmax(self._blocks(rows_OI, edge=True), dim=-1)
-        return low, high
+        blocks = self._blocks(rows_OI, edge=True)
+        return blocks.amin(-1), blocks.amax(-1)  # several times faster than aminmax along an axis
 
     def sum(self, rows_OI: Tensor) -> Tensor:
         """Sum over each group, shape (R, C)."""

@@ -27,8 +27,8 @@ GAUSSIAN_STD = 0.5
 
 _SEED_MULTIPLIER = 0x9E3779B97F4A7C15  # odd, from the golden ratio: consecutive ranks land far apart
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
-_TILE = 1 << 18
-"""Weights in a tile: with its noise it fits the cache of two cores."""
+_TILE = 1 << 17
+"""Weights in a tile: large enough for the cost of a call not to show, small enough for its noise to stay in the cache."""
 
 
 def draw_bytes(numel: int, device: torch.device) -> Tensor:
@@ -140,7 +140,10 @@ def reduce_noise_op(grad: Tensor, noise: Tensor, step: Tensor, axis: int, block:
     ones_S1 = torch.ones(min(grad_GS.shape[1], _TILE), 1, dtype=compute, device=grad.device)
     for tile in _tiles(*grad_GS.shape):
         product = _in_steps(noise_GS[tile], gaussian, compute).mul_(grad_GS[tile])
-        sums_G1[tile[0]].addmm_(product, ones_S1[: product.shape[1]])  # faster than a sum over a short last axis
+        if grad_GS.shape[1] == 1:
+            sums_G1[tile[0]] = product
+        else:
+            sums_G1[tile[0]].addmm_(product, ones_S1[: product.shape[1]])  # faster than a sum over a short last axis
     return sums_G1.view(step.shape).to(step.dtype)
 
 

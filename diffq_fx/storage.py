@@ -133,6 +133,12 @@ class IntegerWeight(StoredWeight):
         bits: uint8, shape of the spec's ``bits_layout``: the learned widths.
     """
 
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    offset: Tensor | None
+    bits: Tensor
+
     def __init__(self, spec: WeightSpec, levels_OI: Tensor, params: QuantParams, bits: Tensor) -> None:
         super().__init__()
         self.spec = spec

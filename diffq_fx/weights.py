@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupKind, GroupLayout, combine
+from diffq_fx.groups import GroupLayout, GroupSize, combine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class WeightSpec:
     axis: int
     """The output channel axis: 0 for Linear, Conv, Embedding and RNNs, 1 for ConvTranspose and ``x @ weight``."""
     dtype: torch.dtype = torch.float32
-    group_size: int | GroupKind = "channel"
+    group_size: GroupSize = "channel"
     """Weights that share a number of bits: a block length along the input axis, "channel" or "tensor"."""
-    range_size: int | GroupKind = "channel"
+    range_size: GroupSize = "channel"
     """Weights that share a range, in the same terms."""
     grid: Grid = "affine"
     consumer: str = ""

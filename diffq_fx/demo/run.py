@@ -18,29 +18,39 @@ from diffq_fx.demo.tasks import Task, digits, prose
 from diffq_fx.demo.training import accuracy, train
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.prepare import prepare_diffq
-from diffq_fx.training.compression import model_size
+from diffq_fx.report import bits_report
 
 TARGET_BITS = 4
 """Average bits per weight, scales included."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Race:
+    """Our ONNX file against the float one: sizes in MiB, latencies in ms at batch 1."""
+
+    accuracy_onnx: float
+    mib_onnx: float
+    mib_float_onnx: float
+    latency_float: float
+    latency_ours: float
+    ratio: float
+    """Float latency over ours, median of the pairs."""
+    ratio_q1: float
+    ratio_q3: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """One task's figures: accuracies in percent, sizes in MiB, latencies in ms."""
+    """One task's figures: accuracies in percent, sizes in MiB."""
 
     task: str
     accuracy_float: float
     accuracy_prepared: float
     accuracy_converted: float
-    accuracy_onnx: float
     average_bits: float
+    """Bits per quantized weight, everything that is stored for them included."""
     mib_bit_packed: float
-    mib_onnx: float
-    mib_float_onnx: float
-    latency_float: float
-    latency_ours: float
-    latency_ratio: float
-    latency_ratio_quartiles: tuple[float, float]
+    race: Race
 
 
 def run(*, out: Path, quick: bool = False) -> list[DemoResult]:
@@ -68,28 +78,29 @@ def _run_task(task: Task, out: Path, console: Console) -> DemoResult:
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         model = task.make_model()
-        with_progress(progress, f"{task.name}: train float", task, model, task.float_epochs, task.learning_rate)
+        _with_progress(progress, f"{task.name}: train float", task, model, task.float_epochs, task.learning_rate)
         float_model = copy.deepcopy(model).eval()
         prepared = prepare_diffq(model, example, DiffQConfig(target_bits=TARGET_BITS))
         rate = task.learning_rate / 2
-        with_progress(progress, f"{task.name}: train prepared", task, prepared, task.compress_epochs, rate)
+        _with_progress(progress, f"{task.name}: train prepared", task, prepared, task.compress_epochs, rate)
         finish = progress.add_task(f"{task.name}: convert, export, race", total=4)
         converted = convert_diffq(prepared)
         progress.advance(finish)
-        figures = _export_and_race(task, float_model, converted, out, lambda: progress.advance(finish))
-    save_picture(prepared, out / f"{task.name}-bits.png")
+        race = _export_and_race(task, float_model, converted, out, lambda: progress.advance(finish))
+    report = bits_report(prepared)
+    report.save_picture(out / f"{task.name}-bits.png")
     return DemoResult(
         task=task.name,
         accuracy_float=accuracy(float_model, task),
         accuracy_prepared=accuracy(prepared.eval(), task),
         accuracy_converted=accuracy(converted, task),
-        average_bits=_average_bits(prepared),
-        mib_bit_packed=float(model_size(prepared, exact=True)),
-        **figures,
+        average_bits=report.average_bits_in_all,
+        mib_bit_packed=report.packed_size.total_mib,
+        race=race,
     )
 
 
-def with_progress(progress: Progress, title: str, task: Task, model: nn.Module, epochs: int, learning_rate: float) -> None:
+def _with_progress(progress: Progress, title: str, task: Task, model: nn.Module, epochs: int, learning_rate: float) -> None:
     """Train under a progress bar."""
     bar = progress.add_task(title, total=epochs * task.steps_per_epoch())
     train(model, task, epochs, learning_rate, lambda: progress.advance(bar))
@@ -97,7 +108,7 @@ def with_progress(progress: Progress, title: str, task: Task, model: nn.Module, 
 
 def _export_and_race(
     task: Task, float_model: nn.Module, converted: nn.Module, out: Path, advance: Callable[[], None]
-) -> dict[str, float | tuple[float, float]]:
+) -> Race:
     """Write both ONNX files, compare their speed at batch 1, and test ours."""
     from diffq_fx.export import export_onnx
     from diffq_fx.export.onnx.benchmark import compare_latency
@@ -110,15 +121,16 @@ def _export_and_race(
     advance()
     race = compare_latency(theirs, ours, batch=1)
     advance()
-    return {
-        "accuracy_onnx": accuracy(_onnx_predictor(ours), task),
-        "mib_onnx": ours.stat().st_size / 2**20,
-        "mib_float_onnx": theirs.stat().st_size / 2**20,
-        "latency_float": race.a_ms.median,
-        "latency_ours": race.b_ms.median,
-        "latency_ratio": race.ratio.median,
-        "latency_ratio_quartiles": (race.ratio.q1, race.ratio.q3),
-    }
+    return Race(
+        accuracy_onnx=accuracy(_onnx_predictor(ours), task),
+        mib_onnx=ours.stat().st_size / 2**20,
+        mib_float_onnx=theirs.stat().st_size / 2**20,
+        latency_float=race.a_ms.median,
+        latency_ours=race.b_ms.median,
+        ratio=race.ratio.median,
+        ratio_q1=race.ratio.q1,
+        ratio_q3=race.ratio.q3,
+    )
 
 
 def _export_float(model: nn.Module, example: Tensor, path: Path) -> None:
@@ -140,19 +152,6 @@ def _onnx_predictor(path: Path) -> Callable[[Tensor], Tensor]:
     return predict
 
 
-def save_picture(prepared: nn.Module, path: Path) -> None:
-    """The picture of where the bits went."""
-    from diffq_fx import bits_report
-
-    bits_report(prepared).save_picture(path)
-
-
-def _average_bits(prepared: nn.Module) -> float:
-    """Bits per quantized weight, everything that is stored for them included."""
-    compression = prepared.compression
-    return (compression.exact_bits() - compression.rest_bits) / compression.groups().num_weights
-
-
 def _table(results: list[DemoResult]) -> Table:
     table = Table(title="float against compressed (sizes in MiB, batch 1)")
     table.add_column("")
@@ -165,14 +164,14 @@ def _table(results: list[DemoResult]) -> Table:
     row("accuracy, float", lambda r: f"{r.accuracy_float:.2f} %")
     row("accuracy, prepared (eval)", lambda r: f"{r.accuracy_prepared:.2f} %")
     row("accuracy, converted", lambda r: f"{r.accuracy_converted:.2f} %")
-    row("accuracy, ONNX", lambda r: f"{r.accuracy_onnx:.2f} %")
+    row("accuracy, ONNX", lambda r: f"{r.race.accuracy_onnx:.2f} %")
     row("bits per weight, scales included", lambda r: f"{r.average_bits:.2f}")
     table.add_section()
-    row("size, float ONNX", lambda r: f"{r.mib_float_onnx:.3f}")
-    row("size, our ONNX", lambda r: f"{r.mib_onnx:.3f}  ({r.mib_float_onnx / r.mib_onnx:.1f}x smaller)")
+    row("size, float ONNX", lambda r: f"{r.race.mib_float_onnx:.3f}")
+    row("size, our ONNX", lambda r: f"{r.race.mib_onnx:.3f}  ({r.race.mib_float_onnx / r.race.mib_onnx:.1f}x smaller)")
     row("size, bit-packed", lambda r: f"{r.mib_bit_packed:.3f}")
     table.add_section()
-    row("latency, float ONNX", lambda r: f"{r.latency_float:.3f} ms")
-    row("latency, our ONNX", lambda r: f"{r.latency_ours:.3f} ms")
-    row("float / ours", lambda r: "{:.2f} [{:.2f}, {:.2f}]".format(r.latency_ratio, *r.latency_ratio_quartiles))
+    row("latency, float ONNX", lambda r: f"{r.race.latency_float:.3f} ms")
+    row("latency, our ONNX", lambda r: f"{r.race.latency_ours:.3f} ms")
+    row("float / ours", lambda r: f"{r.race.ratio:.2f} [{r.race.ratio_q1:.2f}, {r.race.ratio_q3:.2f}]")
     return table

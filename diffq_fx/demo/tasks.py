@@ -100,9 +100,9 @@ def digits(quick: bool = False) -> Task:
     """scikit-learn's 1,797 images of digits, a fifth of them for the test."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
+    pixels, digit = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(digit)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:360], order[360:]
     epochs = (3, 3) if quick else (15, 12)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupKind
+from diffq_fx.groups import GroupSize
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import WeightSpec
 
@@ -31,7 +31,7 @@ class Method(ABC):
 
     @property
     @abstractmethod
-    def layout(self) -> tuple[int | GroupKind, int | GroupKind, Grid]:
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
         """``(group_size, range_size, grid)`` for the weights of this method."""
 
     @abstractmethod

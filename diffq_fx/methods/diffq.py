@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupKind, to_rows
+from diffq_fx.groups import GroupSize, to_rows
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.noise import add_noise, step_of_logits
@@ -51,7 +51,7 @@ class DiffQConfig(Method):
     """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
     penalty: float | None = None
     """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
-    group_size: int | GroupKind = "channel"
+    group_size: GroupSize = "channel"
     """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
     range_per: Literal["tensor", "channel", "group"] = "channel"
     """Weights that share a range; "group" is the group that shares a number of bits."""
@@ -137,7 +137,7 @@ class DiffQConfig(Method):
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
 
     @property
-    def layout(self) -> tuple[int | GroupKind, int | GroupKind, Grid]:
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
         """``(group_size, range_size, grid)``."""
         return self.group_size, self.group_size if self.range_per == "group" else self.range_per, self.grid
 

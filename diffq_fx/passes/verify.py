@@ -26,7 +26,7 @@ def verify_prepared(gm: fx.GraphModule) -> PassResult:
             found = [reader.format_node() for reader in readers]
             raise PassError(f"weight {spec.name!r}: expected one reader, its quantizer; found {found}.")
         quantizer = module_of(gm, quantizers[0])
-        if quantizer.spec.name != spec.name:
+        if isinstance(quantizer, WeightQuantizer) and quantizer.spec.name != spec.name:
             raise PassError(f"weight {spec.name!r}: its node is read by the quantizer of {quantizer.spec.name!r}.")
     return PassResult(gm, False)
 

@@ -13,11 +13,16 @@ from 8 to 2048 and 1 to 1024 rows, at 2, 4 and 8 bits and blocks of 16 to 256: o
 Shape legend: M rows (the product of the activation's leading sizes), K inputs, N output channels.
 """
 
+import math
 from typing import NamedTuple
 
-FUSE_BELOW = 0.9
-"""A layer is fused if it is predicted to take less than this part of the float time: at this margin the model fuses
-498 of the measured layers, of which 4 are more than 3 % slower than float (18 % at most)."""
+_FUSE_BELOW = 0.9
+"""A layer is fused if it is predicted to take less than this part of the float time: at this margin the model fuses 498 of the
+measured layers, of which 4 are more than 3 % slower than float (18 % at most)."""
+_BUSY = 32
+"""So many times the example's rows must not be ..."""
+_BUSY_BELOW = 1.25
+"""... slower than this part of the float time: an example batch of one says little about the batches to come."""
 
 _CACHED_WEIGHTS = 400e3
 """Weights that stay in the cache between two runs."""
@@ -50,43 +55,68 @@ _FUSED = {
 }
 
 
-def float_microseconds(rows: int, inputs: int, outputs: int) -> float:
-    """Predicted time of a float MatMul.
+class Times(NamedTuple):
+    """Predicted times of a layer, in us."""
+
+    rows: int
+    example: float
+    """At the example's number of rows."""
+    busy: float
+    """At 32 times as many."""
+
+    @property
+    def typical(self) -> float:
+        """The geometric mean of both, by which ways to fuse are compared."""
+        return math.sqrt(self.example * self.busy)
+
+    def why_not_instead_of(self, in_float: "Times") -> str | None:
+        """Why a layer with these times should rather be a float one; None where it should not.
+
+        Args:
+            in_float: the times of the float MatMul.
+        """
+        if self.example >= _FUSE_BELOW * in_float.example:
+            return f"fused {self.example:.3g} us, float {in_float.example:.3g} us predicted for {self.rows} rows"
+        if self.busy >= _BUSY_BELOW * in_float.busy:
+            return f"fused {self.busy:.3g} us, float {in_float.busy:.3g} us predicted for {_BUSY * self.rows} rows"
+        return None
+
+
+NO_TIME = Times(1, 0.0, 0.0)
+
+
+def float_times(rows: int, inputs: int, outputs: int) -> Times:
+    """Predict a float MatMul.
 
     Args:
-        rows: M.
+        rows: M in the example.
         inputs: K.
         outputs: N.
 
-    Returns:
-        us.
-
     Example:
-        >>> round(float_microseconds(1, 64, 64))
+        >>> round(float_times(1, 64, 64).example)
         6
     """
-    return _microseconds(_FLOAT, rows, inputs, outputs, 0)
+    return Times(rows, *(_microseconds(_FLOAT, many, inputs, outputs, 0) for many in (rows, _BUSY * rows)))
 
 
-def fused_microseconds(bits: int, rows: int, inputs: int, outputs: int, block: int) -> float:
-    """Predicted time of onnxruntime's MatMulNBits.
+def fused_times(bits: int, rows: int, inputs: int, outputs: int, block: int) -> Times:
+    """Predict onnxruntime's MatMulNBits.
 
     Args:
         bits: the width that the kernel computes with: 2, 4 or 8.
-        rows: M.
+        rows: M in the example.
         inputs: K; a last block that is not full costs as much as a full one.
         outputs: N.
         block: inputs that share a scale.
 
-    Returns:
-        us.
-
     Example:
-        >>> fused_microseconds(8, 1, 2048, 2048, 256) < 0.5 * float_microseconds(1, 2048, 2048)
+        >>> fused_times(8, 1, 2048, 2048, 256).example < 0.5 * float_times(1, 2048, 2048).example
         True
     """
     blocks = -(-inputs // block)
-    return _microseconds(_FUSED[bits], rows, blocks * block, outputs, blocks * outputs)
+    cost = _FUSED[bits]
+    return Times(rows, *(_microseconds(cost, many, blocks * block, outputs, blocks * outputs) for many in (rows, _BUSY * rows)))
 
 
 def _microseconds(cost: _Cost, rows: int, inputs: int, outputs: int, scales: int) -> float:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import FUSE_BELOW, float_microseconds, fused_microseconds
+from diffq_fx.export.onnx.layout.cost import Times, float_times, fused_times
 from diffq_fx.export.onnx.layout.emitter import make_node
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
@@ -24,9 +24,12 @@ from diffq_fx.export.onnx.layout.tensors import integer_tensor, integer_type
 
 _MIN_BLOCK = 16
 _MAX_BLOCK = {2: 128, 4: 256, 8: 256}
-"""The longest block that the kernel of a width is fast at: at 2 bits and 256 it runs 40 times slower."""
-_SLOW_TWO_BIT_BLOCK = 16
-_TWO_BIT_ALIGNMENT = 4
+"""The longest block that the kernel of a width is fast at: at 2 bits and 256 it runs 10 to 20 times slower than float."""
+_SLOW = (2, 16)
+"""Bits and block of a kernel that runs 10 to 20 times slower than float."""
+TWO_BIT_ALIGNMENT = 4
+"""onnxruntime (1.31) computes a *wrong* product for a fused 2-bit [K, N] weight unless N is a multiple of this: it reads each
+packed row as if it began at a byte."""
 _BYTE = 8
 _MAX_PADDING = 0.125
 
@@ -36,8 +39,7 @@ class Fusion:
     """How a product runs."""
 
     mode: Literal["native", "bytes", "float"]
-    microseconds: float
-    """Predicted, at the example's number of rows."""
+    times: Times
     bits: int = 0
     """The width that the kernel computes with."""
     block: int = 0
@@ -59,23 +61,23 @@ def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: in
     """
     inputs = table.spec.columns
     outputs = len(use.rows) if use.rows is not None else table.spec.rows
-    in_float = float_microseconds(rows, inputs, outputs)
+    in_float = float_times(rows, inputs, outputs)
     reason = refusal(table, use) or _wrong_form(table, storage, use)
     if reason is not None:
         return Fusion("float", in_float, reason=reason)
+    widths: dict[Literal["native", "bytes"], int] = {"bytes": _BYTE}
+    if storage.width in (2, 4) and use.rows is None and (storage.width != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
+        widths["native"] = storage.width
     ways: list[Fusion] = []
-    if storage.width in (2, 4) and use.rows is None and (storage.width != 2 or outputs % _TWO_BIT_ALIGNMENT == 0):
-        ways += _ways("native", table, storage.width, rows, outputs)
-    ways += _ways("bytes", table, _BYTE, rows, outputs)
-    best = min(ways, key=lambda way: way.microseconds)
-    if best.microseconds < FUSE_BELOW * in_float:
+    for mode, bits in widths.items():
+        block = _kernel_block(table, bits)
+        if (bits, block) != _SLOW:
+            ways.append(Fusion(mode, fused_times(bits, rows, inputs, outputs, block), bits, block))
+    best = min(ways, key=lambda way: way.times.typical)
+    slower = best.times.why_not_instead_of(in_float)
+    if slower is None:
         return best
-    return Fusion(
-        "float",
-        in_float,
-        reason=f"a float MatMul is about as fast or faster for {rows} rows, {inputs} inputs and {outputs} outputs"
-        f" (predicted {in_float:.3g} us, fused {best.microseconds:.3g} us)",
-    )
+    return Fusion("float", in_float, reason=f"{inputs} inputs and {outputs} outputs: {slower}")
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:
@@ -95,13 +97,6 @@ def _wrong_form(table: WeightTable, storage: Storage, use: LinearUse) -> str | N
     shape = table.stored_shape(storage.form)
     stored_as_kn = len(shape) == 2 and (storage.form == "transposed") == use.transposed
     return None if stored_as_kn else "another reader has the weight stored the other way round"
-
-
-def _ways(mode: Literal["native", "bytes"], table: WeightTable, bits: int, rows: int, outputs: int) -> list[Fusion]:
-    block = _kernel_block(table, bits)
-    if bits == 2 and block == _SLOW_TWO_BIT_BLOCK:
-        return []
-    return [Fusion(mode, fused_microseconds(bits, rows, table.spec.columns, outputs, block), bits, block)]
 
 
 def _kernel_block(table: WeightTable, bits: int) -> int:

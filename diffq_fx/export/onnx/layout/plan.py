@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
-from diffq_fx.export.onnx.layout.linear import Fusion, choose_fusion, refusal
+from diffq_fx.export.onnx.layout.cost import NO_TIME
+from diffq_fx.export.onnx.layout.linear import TWO_BIT_ALIGNMENT, Fusion, choose_fusion, refusal
 from diffq_fx.export.onnx.layout.table import Form, Storage, WeightTable, one_container, split_by_width
 
 Layout = Literal["onnxruntime", "qdq"]
@@ -12,7 +13,6 @@ Layout = Literal["onnxruntime", "qdq"]
 _TIME_FOR_BYTES = 1.15
 """A smaller file may cost so much of the fastest time."""
 _TWO_BITS = 2
-_TWO_BIT_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class WeightPlan:
 
     @property
     def microseconds(self) -> float:
-        """Predicted time of all linear uses."""
-        return sum(fusion.microseconds for fusion in self.fusions)
+        """Predicted time of all linear readers."""
+        return sum(fusion.times.typical for fusion in self.fusions)
 
     @property
     def file_bytes(self) -> int:
@@ -46,7 +46,7 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], 
         refused: why nothing shall be fused with this weight, None where it may.
     """
     if refused is not None:
-        fusions = tuple(Fusion("float", 0.0, reason=refused) for _ in uses.linear)
+        fusions = tuple(Fusion("float", NO_TIME, reason=refused) for _ in uses.linear)
         return WeightPlan(table, uses, split_by_width(table, _form(table, None)), fusions)
     form = _form(table, uses)
     plans = []
@@ -76,10 +76,10 @@ def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
     form = _form(table, uses)
     products = [use for use in uses.linear if _takes_stored(form, use)]
     storage = one_container(table, form)
-    if products and storage.width == _TWO_BITS and table.stored_shape(form)[1] % _TWO_BIT_ALIGNMENT:
+    if products and storage.width == _TWO_BITS and table.stored_shape(form)[1] % TWO_BIT_ALIGNMENT:
         # onnxruntime would fuse this one too, and compute a wrong product: it reads packed rows as if each began at a byte.
         storage = Storage(form, storage.widths * 2)
-    fusions = tuple(Fusion("native" if use in products else "float", 0.0) for use in uses.linear)
+    fusions = tuple(Fusion("native" if use in products else "float", NO_TIME) for use in uses.linear)
     return WeightPlan(table, uses, storage, fusions)
 
 

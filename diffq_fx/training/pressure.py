@@ -1,0 +1,176 @@
+"""How the pressure on the size reaches the bits without a change to the user's loop.
+
+It works where every loop passes: at the optimizer's step. Torch calls a hook before and after each step of any optimizer; by then
+gradients are accumulated, reduced over ranks, unscaled and clipped.
+
+With a target, training is a constrained problem, min L(w, b) subject to M(b) = target, and is solved by projection:
+
+- before the step, the bits' gradient ``g`` loses the part that would only change the size: ``g - lambda dM/dl`` with
+  ``lambda = sum(g) / sum(dM/dl)``, the Lagrange multiplier. It has the scale of the loss whatever that is.
+- after the step, all logits of the model are shifted together so that the size is what it should be.
+
+So the size is met from the first step on, and what the optimizer learns is where the bits go. With a penalty (the paper's
+lambda) the hook adds ``penalty * dM/dl`` once per step.
+"""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from diffq_fx.training.size import MIB_BITS
+
+if TYPE_CHECKING:
+    from diffq_fx.training.compression import Compression
+
+_GRADIENT_RMS = 1e-3
+"""The bits' gradient is brought to this size, so that a plain SGD moves them as an Adam would, whatever the scale of the loss."""
+
+_LOGIT_LIMIT = 6.0
+"""``|gain * logit|`` stays below this: further out the sigmoid's slope is too small for a group ever to come back."""
+
+_LARGEST_SHIFT = 0.5
+"""Largest common shift of ``gain * logit`` in one step."""
+
+
+@dataclass
+class _GradientSums:
+    """Sums over the groups of one optimizer that the multiplier and the scale need; g gradient, n = dM/dl."""
+
+    g: Tensor
+    n: Tensor
+    gg: Tensor
+    gn: Tensor
+    nn: Tensor
+    count: int
+
+
+class SizePressure:
+    """Acts on the bits of one prepared model around every optimizer step."""
+
+    def __init__(self, compression: "Compression") -> None:
+        self.compression = compression
+        self.lambda_per_bit: Tensor | None = None
+        self._forget()
+        _watch(self)
+
+    def _forget(self) -> None:
+        """Start without the sums of any optimizer."""
+        self._sums: weakref.WeakKeyDictionary[Optimizer, _GradientSums] = weakref.WeakKeyDictionary()
+        self._slope: list[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle needs: optimizers belong to this process."""
+        return {"compression": self.compression, "lambda_per_bit": self.lambda_per_bit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and let the hooks find this copy too."""
+        self.__dict__.update(state)
+        self._forget()
+        _watch(self)
+
+    def budget_now(self) -> Tensor | None:
+        """The size to hold in training, in bits: from that of ``init_bits`` to the target in ``ramp_steps`` steps, 0-d."""
+        compression, config = self.compression, self.compression.config
+        budget = compression.budget_bits()
+        if budget is None:
+            return None
+        groups = compression.groups()
+        start = config.init_bits * groups.values_T.sum() + groups.fixed_bits
+        share = ((compression.steps + 1) / max(config.ramp_steps, 1)).clamp(max=1)
+        return start + (budget - start) * share
+
+    def _size_and_slope(self) -> tuple[Tensor, list[Tensor]]:
+        """Size of the quantized weights in bits and its gradient for each logit."""
+        compression = self.compression
+        with torch.enable_grad():
+            size = compression.measure.expected_bits(compression.groups(), compression.bits_T())
+        return size.detach(), list(torch.autograd.grad(size, compression.logits))
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
+        """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
+        config, logits = self.compression.config, self.compression.logits
+        if config.penalty is None and self.compression.budget_bits() is None:
+            return
+        if self._slope is None:
+            _, self._slope = self._size_and_slope()
+        pairs = [(grad, self._slope[i]) for i in held if (grad := logits[i].grad) is not None]
+        if not pairs:
+            return
+        # A fused optimizer divides by GradScaler's scale itself, later.
+        scale = getattr(optimizer, "grad_scale", None)
+        scale = 1.0 if scale is None else scale
+        if config.penalty is not None:
+            for grad, slope in pairs:
+                grad.add_(slope * (scale * config.penalty / MIB_BITS))
+            return
+        multiplier, factor = self._multiplier_and_factor(optimizer, pairs, scale)
+        self.lambda_per_bit = -multiplier
+        for grad, slope in pairs:
+            grad.sub_(multiplier * scale * slope).mul_(factor)
+
+    def _multiplier_and_factor(
+        self, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, Tensor]], scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """The Lagrange multiplier over all optimizers that hold bits, and what brings the projected gradient to its size."""
+        g = torch.cat([grad.reshape(-1) for grad, _ in pairs]).double() / scale
+        n = torch.cat([slope.reshape(-1) for _, slope in pairs]).double()
+        own = _GradientSums(g.sum(), n.sum(), torch.dot(g, g), torch.dot(g, n), torch.dot(n, n), g.numel())
+        self._sums[optimizer] = own
+        others = [sums for other, sums in self._sums.items() if other is not optimizer]
+        total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))
+        multiplier = total.g / total.n.clamp(min=1e-30)
+        square = (total.gg - 2 * multiplier * total.gn + multiplier**2 * total.nn) / total.count
+        return multiplier.float(), (_GRADIENT_RMS / square.clamp(min=1e-60).sqrt()).float()
+
+    @torch.no_grad()
+    def after_step(self, held: Sequence[int]) -> None:
+        """Shift all logits together so that the size is the one to hold."""
+        compression = self.compression
+        if held[0] == 0:  # of several optimizers one counts
+            compression.steps += 1
+        self._slope = None
+        budget = self.budget_now()
+        if budget is None:
+            return
+        size, self._slope = self._size_and_slope()
+        slope = torch.stack([s.sum() for s in self._slope]).sum()
+        gain = compression.config.bits_gain
+        shift = ((budget - size) / slope.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / gain, _LARGEST_SHIFT / gain)
+        for logits in compression.logits:
+            logits.add_(shift).clamp_(-_LOGIT_LIMIT / gain, _LOGIT_LIMIT / gain)
+
+
+_live: "weakref.WeakSet[SizePressure]" = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _watch(pressure: SizePressure) -> None:
+    """Have torch tell us of every optimizer step from now on; the hooks are installed with the first prepared model."""
+    _live.add(pressure)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _holders(optimizer: Optimizer) -> Iterator[tuple[SizePressure, list[int]]]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for pressure in list(_live):
+        indices = [i for i, logits in enumerate(pressure.compression.logits) if id(logits) in held]
+        if indices:
+            yield pressure, indices
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for pressure, indices in _holders(optimizer):
+        pressure.before_step(optimizer, indices)
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for pressure, indices in _holders(optimizer):
+        pressure.after_step(indices)

@@ -1,0 +1,206 @@
+"""The rule ``linear``: what onnxruntime fuses, and that it computes the same."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from stored_models import Bare, Linear, Swapped, Tied, assert_same, levels_in, optimized_ops, run_exact, store
+from torch import nn
+
+from diffq_fx.export import export_onnx
+
+ONE_ROW = torch.zeros(1, 512)
+
+
+def check(model, example, path, tmp_path, fused=1):
+    """Export, look at what onnxruntime makes of it, compare on inputs of our own. The result of the export."""
+    result = export_onnx(model, example, path)
+    ops = optimized_ops(path, tmp_path)
+    assert ops.count("MatMulNBits") == fused, ops
+    assert "DequantizeLinear" not in ops
+    fresh = torch.randn(5, *example.shape[1:])
+    assert_same(run_exact(path, fresh), model(fresh))
+    return result
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.onnx"
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("group", ["channel", "tensor", 32, 96])
+def test_fused_at_every_width_and_group(bits, grid, group, path, tmp_path):
+    model = Linear(512, 512, bits, grid=grid, group=group, ranges=group).eval()
+    result = check(model, ONE_ROW, path, tmp_path)
+    (record,) = result.weights
+    container = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}[bits]
+    sign = "INT" if grid == "symmetric" else "UINT"
+    assert levels_in(path) == {"weight.levels": (f"{sign}{container}", (512, 512))}
+    assert (record.rule, record.reason, record.containers) == ("linear", None, {container: 512 * 512})
+    assert result.opset == (25 if bits == 2 else 21)
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (1, 3, 512), (1, 2, 3, 512)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_of_any_rank(shape, bias, path, tmp_path):
+    result = check(Linear(512, 512, 4, bias=bias).eval(), torch.zeros(shape), path, tmp_path)
+    ops = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Transpose" not in ops
+    assert "Gemm" not in ops
+    assert result.weights[0].rule == "linear"
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(500, "channel"), (515, "channel"), (520, 32), (500, 64), (515, "tensor")])
+def test_blocks_that_do_not_divide_the_inputs(inputs, group, path, tmp_path):
+    check(Linear(inputs, 640, 4, group=group, ranges=group).eval(), torch.zeros(1, inputs), path, tmp_path)
+
+
+@pytest.mark.parametrize("outputs", [509, 510, 511])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_outputs_that_do_not_fill_a_byte(outputs, bits, path, tmp_path):
+    """onnxruntime itself computes a wrong product for a fused 2-bit weight whose N is not a multiple of 4."""
+    check(Linear(512, outputs, bits).eval(), ONE_ROW, path, tmp_path)
+    assert levels_in(path)["weight.levels"] == (f"UINT{bits}", (512, outputs))
+
+
+@pytest.mark.parametrize("group", ["channel", "tensor", 32])
+def test_bare_matmul(group, path, tmp_path):
+    result = check(Bare(512, 640, 4, group=group, ranges=group).eval(), ONE_ROW, path, tmp_path)
+    assert levels_in(path) == {"weight.levels": ("UINT4", (512, 640))}
+    assert result.weights[0].axis == 1
+
+
+@pytest.mark.parametrize("bits", [[2, 4], [4, 8], [2, 3, 5, 8], [2, 8]])
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_channels_of_mixed_widths_are_one_product(bits, grid, path, tmp_path):
+    per_channel = torch.tensor(bits)[torch.randint(len(bits), (512, 1))]
+    model = Linear(512, 512, per_channel, grid=grid).eval()
+    example = torch.zeros(16, 512)  # at one row the 4-bit kernel alone is worth more than the bytes of [2, 4]
+    result = check(model, example, path, tmp_path)
+    (record,) = result.weights
+    containers = {2 if b == 2 else 4 if b <= 4 else 8 for b in bits}
+    assert set(record.containers) == containers
+    assert len(record.initializers) == len(containers) == len(levels_in(path))
+    assert record.payload_bits == int(per_channel.sum()) * 512
+    assert result.file_bytes < 512 * 512 * max(containers) / 8
+
+
+def test_few_narrow_channels_are_not_worth_a_split(path, tmp_path):
+    bits = torch.full((512, 1), 8)
+    bits[0] = 2
+    result = check(Linear(512, 512, bits).eval(), ONE_ROW, path, tmp_path)
+    assert result.weights[0].containers == {8: 512 * 512}
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.GELU(), nn.Hardtanh(-1, 2), nn.LeakyReLU()])
+@pytest.mark.parametrize("bias", [True, False])
+def test_activations_between_products(activation, bias, path, tmp_path):
+    """A Relu or Clip behind a product keeps onnxruntime from fusing it."""
+    layers = [Linear(512, 512, 4, bias=bias, name=f"w{i}") for i in range(2)]
+    check(nn.Sequential(layers[0], activation, layers[1]).eval(), ONE_ROW, path, tmp_path, fused=2)
+
+
+def test_tied_table_is_stored_once(path, tmp_path):
+    model = Tied(2000, 512, 4).eval()
+    result = export_onnx(model, torch.zeros(1, 3, dtype=torch.long), path)
+    ids = torch.randint(2000, (4, 3))
+    assert_same(run_exact(path, ids), model(ids))
+    assert levels_in(path) == {"weight.levels": ("UINT4", (512, 2000))}
+    assert result.weights[0].rule == "linear+fold"
+    assert "read by Gather" in result.weights[0].reason
+    assert sorted(op for op in optimized_ops(path, tmp_path) if op != "Reshape") == ["Gather", "MatMulNBits"]
+
+
+def test_weight_used_twice(path, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(512, 512, 4)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    check(Twice().eval(), ONE_ROW, path, tmp_path, fused=2)
+    assert len(levels_in(path)) == 1
+
+
+def test_slices_of_one_weight_are_fused_apart(path, tmp_path):
+    attention = nn.MultiheadAttention(512, 8, batch_first=True)
+    model = Swapped(attention, 4, need_weights=False).eval()
+    query, memory = torch.zeros(1, 1, 512), torch.randn(1, 5, 512)
+    export_onnx(model, (query, memory, memory), path)
+    ops = optimized_ops(path, tmp_path)
+    assert ops.count("MatMulNBits") == 3  # q, k and v together, out_proj
+    assert "DequantizeLinear" not in ops
+    fresh = torch.randn(2, 1, 512), torch.randn(2, 5, 512)
+    assert_same(run_exact(path, fresh[0], fresh[1], fresh[1]), model(fresh[0], fresh[1], fresh[1]))
+    assert set(levels_in(path)) == {"in_proj_weight.levels", "out_proj.weight.levels"}
+
+
+@pytest.mark.parametrize("slices", [(slice(0, 200), slice(200, 512)), (slice(-100, None), slice(3, 7))])
+def test_explicit_slices(slices, path, tmp_path):
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = store(torch.randn(512, 512), 3)
+
+        def forward(self, x):
+            weight = self.weight()
+            return torch.cat([x @ weight[part].t() for part in slices], -1)
+
+    model = Sliced().eval()
+    export_onnx(model, ONE_ROW, path)
+    fresh = torch.randn(3, 512)
+    assert_same(run_exact(path, fresh), model(fresh))
+    assert "MatMulNBits" in optimized_ops(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Linear(512, 512, 4, group=8, ranges=8), "blocks of 8 inputs"),
+        (Linear(512, 512, 9), "widest channel has 9"),
+        (Linear(512, 512, 16), "widest channel has 16"),
+        (Bare(512, 512, 4, axis=0), "scales lie along the inputs"),
+        (Linear(512, 16, 4), "512 inputs and 16 outputs: fused"),
+    ],
+)
+def test_what_cannot_or_should_not_be_fused_is_folded_and_says_why(model, reason, path, tmp_path):
+    result = export_onnx(model.eval(), ONE_ROW, path)
+    assert result.weights[0].rule == "fold"
+    assert reason in result.weights[0].reason
+    ops = optimized_ops(path, tmp_path)
+    assert len(ops) == 1
+    assert ops[0] in ("Gemm", "MatMul")
+    fresh = torch.randn(5, 512)
+    assert_same(run_exact(path, fresh), model(fresh))
+
+
+def test_model_in_half_precision_is_folded(path):
+    layer = Linear(512, 512, 4)
+    spec = layer.weight.spec
+    layer.weight.spec = type(spec)(**{**spec.__dict__, "dtype": torch.float16})
+    layer.half()
+    result = export_onnx(layer.eval(), torch.zeros(1, 512, dtype=torch.float16), path, verify=False)
+    assert "torch.float16" in result.weights[0].reason
+
+
+def test_choice_depends_on_the_rows_of_the_example(path):
+    model = Linear(384, 384, 4).eval()
+    assert export_onnx(model, torch.zeros(1, 384), path).weights[0].rule == "linear"
+    assert export_onnx(model, torch.zeros(64, 384), path).weights[0].rule == "fold"
+
+
+def test_wrong_scale_of_one_percent_is_seen(path):
+    """The comparison of this file sees it, so that the tests above mean something."""
+    model = Linear(512, 512, 4).eval()
+    export_onnx(model, ONE_ROW, path)
+    file = onnx.load(path)
+    (scale,) = [tensor for tensor in file.graph.initializer if tensor.name == "weight.scale"]
+    scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * np.float32(1.01)).tobytes()
+    onnx.save(file, path)
+    fresh = torch.randn(5, 512)
+    with pytest.raises(AssertionError, match="relative max-abs error"):
+        assert_same(run_exact(path, fresh), model(fresh))
