@@ -86,6 +86,9 @@ def test_constant_weight_works():
         (dict(range_per="row"), "range_per must be"),
         (dict(range_per="group", group_size=1), "would store a range for every weight"),
         (dict(ramp_steps=-1), "must not be negative"),
+        (dict(widths=(4,)), r"widths must be two or more, rising, got \(4,\)"),
+        (dict(widths=(4, 2, 8)), "widths must be two or more, rising"),
+        (dict(widths=(2, 4, 16)), "widths must lie within min_bits=2 and max_bits=8"),
     ],
 )
 def test_settings_out_of_range(settings, match):

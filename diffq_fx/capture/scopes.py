@@ -1,10 +1,11 @@
 """Modules that are called whole, and modules whose small forward is a captured graph: the dynamic subclasses behind both.
 
 A module keeps its attributes, its children and its place in the model; its class becomes a subclass of the original one, so that
-``isinstance``, ``state_dict`` keys, ``.config`` and ``.generate()`` survive. Copies and pickles rebuild the subclass from
-the original class, so a file holds no generated code.
+``isinstance``, ``state_dict`` keys, ``.config`` and ``.generate()`` survive. A pickle rebuilds the subclass from the original class,
+so a file holds no generated code.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
@@ -30,13 +31,20 @@ class ScopedModule:
     scope_weights: tuple[str, ...]
     original_class: type[nn.Module]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ScopedModule":
+        """Copy the state; the copy is of the same class, since the captured forward is a function of its module."""
+        if hasattr(self.original_class, "__deepcopy__"):
+            return self.original_class.__deepcopy__(self, memo)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        self.original_class.__setstate__(copied, copy.deepcopy(_state_of(self), memo))
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle by the original class and the plain state."""
-        state = self.__getstate__() if hasattr(self.original_class, "__getstate__") else self.__dict__
-        return _bare, (self.original_class, self.scope_kind, self.scope_weights), state
+        """Pickle by the original class and the plain state."""
+        return _bare, (self.original_class, self.scope_kind, self.scope_weights), _state_of(self)
 
     def __setstate__(self, state: Any) -> None:
-        """Restore as the original class would, then take the module over again."""
+        """Unpickle as the original class would, then take the module over again."""
         self.original_class.__setstate__(self, state)
         if self.scope_kind in ("own forward", "weights"):
             install_graph(self, self.scope_kind, scope_graph(self))  # type: ignore[arg-type]
@@ -52,8 +60,13 @@ class ScopedModule:
             raise
 
 
+def _state_of(module: Any) -> Any:
+    """What copy and pickle take for the state of an object; Python 3.10 has no ``object.__getstate__``."""
+    return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__
+
+
 def _bare(original: type[nn.Module], kind: Kind, weights: tuple[str, ...]) -> nn.Module:
-    """An uninitialized module of the subclass, for copy and pickle to fill."""
+    """An uninitialized module of the subclass, for pickle to fill."""
     cls = _subclass(original, kind, weights, _forward_with_weights if kind == "called whole" else None)
     return cls.__new__(cls)
 

@@ -4,6 +4,7 @@ In training a weight is ``w + step(b) * n`` with independent noise n, so that th
 of each group: ``b = b_min + sigmoid(l) (b_max - b_min)``, l trainable. In eval() and after conversion the weight is truly rounded.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +64,9 @@ class DiffQConfig(Method):
     """Smallest width, 1 to 16."""
     max_bits: float = 8
     """Largest width, 1 to 16."""
+    widths: tuple[int, ...] | None = None
+    """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
+    container is wasted."""
     init_bits: float = 6
     """Width at the start, above ``min_bits`` and at most ``max_bits``."""
     bits_gain: float = 10
@@ -116,6 +120,7 @@ class DiffQConfig(Method):
             found = f"got {self.min_bits}, {self.init_bits}, {self.max_bits}"
             raise ValueError(f"DiffQConfig: expected min_bits < init_bits <= max_bits, {found}.")
         self._check_groups()
+        self._check_widths()
         for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("rest_dtype", ("float32", "float16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -135,6 +140,20 @@ class DiffQConfig(Method):
             raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
         if self.range_per == "group" and size == 1:
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
+
+    def _check_widths(self) -> None:
+        allowed = self.allowed_widths
+        if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):
+            raise ValueError(f"DiffQConfig: widths must be two or more, rising, got {allowed}.")
+        if allowed[0] < self.min_bits or allowed[-1] > self.max_bits:
+            raise ValueError(f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}.")
+
+    @property
+    def allowed_widths(self) -> tuple[int, ...]:
+        """The widths that rounding may choose, rising."""
+        if self.widths is not None:
+            return tuple(self.widths)
+        return tuple(range(math.ceil(self.min_bits), math.floor(self.max_bits) + 1))
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:

@@ -110,32 +110,32 @@ _CLOSE_ENOUGH = 1e-3
 _LAST_GROUPS = 4096
 
 
-def allocate_widths(groups: FlatGroups, bits_T: Tensor, limits: tuple[int, int], budget_bits: int, measure: SizeMeasure) -> Tensor:
-    """Round the widths of all groups so that the exact size comes as close to a budget as it can without exceeding it.
+def allocate_widths(groups: FlatGroups, bits_T: Tensor, widths: Sequence[int], budget_bits: int, measure: SizeMeasure) -> Tensor:
+    """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it.
 
-    Every group gets the whole part of its bits; the budget's remainder goes, one bit each, to the groups with the largest
-    fractions. Where the trained bits are off the budget they are first shifted together until they meet it.
+    Every group gets the allowed width below its bits; the budget's remainder goes, one allowed width up each, to the groups that are
+    furthest on the way there. Where the trained bits are off the budget they are first shifted together until they meet it.
 
     Args:
         groups: the model's groups.
         bits_T: trained bits, fractional.
-        limits: smallest and largest width allowed.
-        budget_bits: size that must not be exceeded, where the limits allow.
+        widths: the widths allowed, rising.
+        budget_bits: size that must not be exceeded, where the widths allow.
         measure: what counts as size.
 
     Returns:
         int32, shape (T,).
     """
-    low, high = limits
     bits = bits_T.double().cpu()
     values = groups.values_T.double().cpu()
     coding = float(groups.coding_bits(bits_T.round()))
     # What the coding of the widths takes depends on the widths: search the payload that leaves just enough for it.
     most = budget_bits - groups.fixed_bits
-    least = most - groups.num_groups * math.ceil(math.log2(1 + high - low))
-    payload, best = most - coding, torch.full_like(bits, low)
+    least = most - groups.num_groups * math.ceil(math.log2(1 + widths[-1] - widths[0]))
+    payload, best = most - coding, torch.full_like(bits, widths[0])
     for _ in range(_PAYLOAD_ROUNDS):
-        width = _largest_remainder((bits + _common_shift(values, bits, payload, low, high)).clamp(low, high), values, payload, high)
+        shifted = bits + _common_shift(values, bits, payload, widths[0], widths[-1])
+        width = _largest_remainder(shifted.clamp(widths[0], widths[-1]), values, payload, widths)
         exact = measure.exact_bits(groups, width.to(bits_T.device))
         if exact <= budget_bits:
             least, best = payload, width
@@ -145,6 +145,17 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, limits: tuple[int, int],
             break
         payload = (least + most) / 2
     return best.to(bits_T.device, torch.int32)
+
+
+def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:
+    """Round each group's bits to the nearest width allowed, int32.
+
+    Example:
+        >>> nearest_widths(torch.tensor([2.4, 5.0, 7.0]), (2, 4, 8))
+        tensor([2, 4, 8], dtype=torch.int32)
+    """
+    ladder = torch.tensor(widths, dtype=bits_T.dtype, device=bits_T.device)
+    return ladder[(bits_T.unsqueeze(1) - ladder).abs().argmin(1)].to(torch.int32)
 
 
 def _common_shift(values: Tensor, bits: Tensor, payload: float, low: int, high: int) -> float:
@@ -157,21 +168,23 @@ def _common_shift(values: Tensor, bits: Tensor, payload: float, low: int, high: 
     return left
 
 
-def _largest_remainder(bits: Tensor, values: Tensor, payload: float, high: int) -> Tensor:
-    """Whole parts of ``bits``, then one bit more by falling fraction while the payload holds it."""
-    width = bits.floor()
+def _largest_remainder(bits: Tensor, values: Tensor, payload: float, widths: Sequence[int]) -> Tensor:
+    """The allowed width below each group's bits, then one width up by falling share of the way, while the payload holds it."""
+    ladder = torch.tensor(widths, dtype=bits.dtype)
+    below = (torch.bucketize(bits, ladder, right=True) - 1).clamp(min=0)
+    width, above = ladder[below], ladder[(below + 1).clamp(max=len(widths) - 1)]
+    cost = values * (above - width)
     room = payload - float(torch.dot(values, width))
-    order = torch.argsort(bits - width, descending=True, stable=True)
-    order = order[width[order] < high]
-    taken = torch.cumsum(values[order], 0) <= room
-    width[order[taken]] += 1
-    room -= float(values[order[taken]].sum())
+    order = torch.argsort((bits - width) / (above - width).clamp(min=1), descending=True, stable=True)
+    order = order[cost[order] > 0]
+    taken = torch.cumsum(cost[order], 0) <= room
+    width[order[taken]] = above[order[taken]]
+    room -= float(cost[order[taken]].sum())
     for group in order[~taken][:_LAST_GROUPS].tolist():  # the first that did not fit may hide smaller ones that do
-        if values[group] <= room:
-            width[group] += 1
-            room -= float(values[group])
+        if cost[group] <= room:
+            width[group] = above[group]
+            room -= float(cost[group])
     return width
-
 
 
 def mib(bits: float) -> float:
@@ -182,13 +195,3 @@ def mib(bits: float) -> float:
         1.0
     """
     return bits / MIB_BITS
-
-
-def widths_limits(min_bits: float, max_bits: float) -> tuple[int, int]:
-    """The whole widths that lie within the limits of training.
-
-    Example:
-        >>> widths_limits(1.5, 8)
-        (2, 8)
-    """
-    return math.ceil(min_bits), max(math.ceil(min_bits), math.floor(max_bits))

@@ -81,13 +81,24 @@ class Swapped(nn.Module):
         return torch.func.functional_call(self.module, weights, inputs, self.call)[0]
 
 
+class Parallel(nn.Module):
+    """Several modules on the same inputs: one export tests them all, each by an output of its own."""
+
+    def __init__(self, *branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, *inputs):
+        return tuple(branch(*inputs) for branch in self.branches)
+
+
 def levels_in(path):
     """Name -> (type, shape) of the integer initializers of a file that hold levels."""
     graph = onnx.load(path).graph
     return {
         tensor.name: (onnx.TensorProto.DataType.Name(tensor.data_type), tuple(tensor.dims))
         for tensor in graph.initializer
-        if ".levels" in tensor.name
+        if ".levels" in tensor.name and tensor.data_type != onnx.TensorProto.INT64
     }
 
 
@@ -101,16 +112,23 @@ def optimized_ops(path, tmp_path):
 
 
 def run_exact(path, *inputs):
-    """The first output of a file with activations kept in float."""
+    """The outputs of a file with activations kept in float; the output itself if there is one."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feeds = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), inputs, strict=True)}
-    return torch.from_numpy(session.run(None, feeds)[0])
+    outputs = [torch.from_numpy(output) for output in session.run(None, feeds)]
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def assert_same(found, expected, tolerance=1e-4):
     """Max-abs bound relative to the largest value; nothing weaker sees a scale that is wrong by 1 %."""
+    if isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other, tolerance)
+        return
+    expected = expected.detach()
     assert found.shape == expected.shape
     error = float((found - expected).abs().max()) / float(expected.abs().max())
     assert error <= tolerance, f"relative max-abs error {error:.3g}"

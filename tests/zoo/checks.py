@@ -1,6 +1,8 @@
 """What the zoo's tests do with a model: run it, compare outputs, switch the noise off, find every tensor it holds."""
 
+import copy
 import dataclasses
+import functools
 import random
 import types
 import warnings
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, prepare_diffq
+from zoo import models
 from zoo.entry import Entry
 
 MODES = ("train", "eval", "eval without grad")
@@ -25,6 +28,26 @@ def prepared(entry: Entry, model: nn.Module | None = None, **options: Any) -> nn
         if entry.unseen:  # that this warns has a test of its own
             warnings.simplefilter("ignore", DiffQWarning)
         return prepare_diffq(entry.make() if model is None else model, kwargs or args, **options)
+
+
+@functools.cache
+def _kept(name: str) -> tuple[nn.Module, nn.Module]:
+    """A prepared model with one optimizer step behind it and bits that have moved apart, and what convert makes of it."""
+    entry = next(entry for entry in models.ZOO if entry.name == name)
+    model = prepared(entry)
+    with torch.no_grad():
+        for quantizer in model.compression.quantizers:
+            quantizer.logits.add_(torch.randn(quantizer.logits.shape, generator=torch.Generator().manual_seed(1)) / 20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_of(run(model, entry, "train")).backward()
+    optimizer.step()
+    model.zero_grad()
+    return model, converted(model)
+
+
+def trained(entry: Entry) -> tuple[nn.Module, nn.Module]:
+    """A trained prepared model and its conversion; made once, copied for every test that wants them."""
+    return copy.deepcopy(_kept(entry.name))
 
 
 def converted(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from zoo.checks import assert_same, loss_of, prepared, run, tensors_in
+from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
 from zoo.models import ZOO
 
@@ -15,7 +15,7 @@ every_model = pytest.mark.parametrize("entry", parameters_of(ZOO))
 
 @every_model
 def test_draws_noise_in_train_and_none_in_eval(entry: Entry):
-    model = prepared(entry)
+    model = trained(entry)[0]
     first, second = (tensors_in(run(model, entry, "train", seed=seed)) for seed in (1, 2))
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
     twin = copy.deepcopy(model)  # a model that counts its calls has counted the same
@@ -53,11 +53,7 @@ def test_every_weight_and_every_bit_gets_a_gradient_and_can_be_trained(entry: En
 @pytest.mark.parametrize("way", ["deepcopy", "torch.save", "state_dict"])
 def test_copies_compute_the_same(entry: Entry, way: str):
     """A copy has tensors of its own: it trains without a change to the model."""
-    model = prepared(entry)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loss_of(run(model, entry, "train")).backward()
-    optimizer.step()
-    model.zero_grad()
+    model = trained(entry)[0]
     if way == "torch.save" and not entry.pickles:
         with pytest.raises(RuntimeError, match="parametrized"):
             _through_file(entry.make())

@@ -60,14 +60,13 @@ class Example:
             return None
         return self.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor)
 
-    def dynamic_batch(self) -> tuple[Any, ...] | dict[str, Any]:
+    def dynamic_batch(self) -> torch.export.ShapesCollection:
         """Dim 0 of every tensor dynamic where the model allows it, as torch.export's ``dynamic_shapes``."""
-
-        def spec(leaf: Any) -> Any:
-            return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None
-
-        args, kwargs = pytree.tree_map(spec, (self.args, self.kwargs))
-        return kwargs if not args else args if not kwargs else (*args, *kwargs.values())
+        shapes = torch.export.ShapesCollection()
+        for tensor in self.tensors:
+            if tensor.dim():
+                shapes[tensor] = {0: torch.export.Dim.AUTO}
+        return shapes
 
     def redrawn(self, generator: torch.Generator, sizes: list[tuple[int, ...]]) -> "Example":
         """Fresh random inputs like these: floats and integers within the range of the example's, booleans from the example.

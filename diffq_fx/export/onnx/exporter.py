@@ -66,7 +66,7 @@ def export_onnx(
         path: the file to write.
         layout: see above.
         dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
-        opset: None for the smallest that holds the containers (18; 21 for 4 bits; 25 for 2 bits), else at least that.
+        opset: None for the smallest that holds the containers (20; 21 for 4 bits; 25 for 2 bits), else at least that.
         verify: run the file in onnxruntime and compare.
 
     Returns:

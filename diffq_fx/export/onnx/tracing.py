@@ -19,8 +19,8 @@ from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.storage import IntegerWeight
 
-BASE_OPSET = 18
-"""The opset that torch.onnx writes its operators in; higher ones are conversions from it."""
+BASE_OPSET = 20
+"""The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
 
 _TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 

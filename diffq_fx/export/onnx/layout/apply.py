@@ -98,7 +98,7 @@ def _emit_onnxruntime(plan: WeightPlan, stored: StoredTable, placeholder: ir.Nod
     rules = []
     for use, fusion in zip(plan.uses.linear, plan.fusions, strict=True):
         if fusion.mode != "float":
-            emit_fused(stored, use, fusion)
+            emit_fused(stored, use, fusion, copy=len(rules))
             rules.append("linear")
     if _is_read(placeholder.outputs[0]):
         placeholder.outputs[0].replace_all_uses_with(emit_folded(stored), replace_graph_outputs=True)

@@ -107,8 +107,9 @@ def _steps(node: ir.Node, value: ir.Value, path: _Path, axis: int) -> dict[ir.Va
     if node.op_type == "Slice":
         return _slice_steps(node, path, here, channels)
     if node.op_type == "Split" and _integer(node, "axis") % _MATRIX == here:
-        sizes = _constant(node, 1)
-        if sizes is not None:
+        equal = [channels // len(node.outputs)] * len(node.outputs)
+        sizes = _constant(node, 1) if len(node.inputs) > 1 else np.array(equal)
+        if sizes is not None and int(sum(sizes)) == channels:
             stops = np.cumsum(sizes)
             ranges = (range(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True))
             return {output: replace(path, rows=rows) for output, rows in zip(node.outputs, ranges, strict=True)}

@@ -51,8 +51,11 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], 
     form = _form(table, uses)
     plans = []
     for storage in (split_by_width(table, form), one_container(table, form)):
-        fusions = tuple(choose_fusion(table, storage, use, use.num_rows(sizes)) for use in uses.linear)
-        plans.append(WeightPlan(table, uses, storage, fusions))
+        chosen: list[Fusion] = []
+        for use in uses.linear:
+            shared = any(fusion.mode != "float" for fusion in chosen)
+            chosen.append(choose_fusion(table, storage, use, use.num_rows(sizes), shared=shared))
+        plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
     fastest = min(plan.microseconds for plan in plans)
     return min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
 
