@@ -1,7 +1,7 @@
 """convert: a prepared model in, the same model with integer weights and real rounding out."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ def _warn_untrained(compression: Compression) -> None:
 def _stored(quantizer: Any, weight: nn.Parameter) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
     stored = quantizer.store(weight.detach())
+    stored.spec = replace(stored.spec, dtype=weight.dtype)  # the model may have gone to another type since it was prepared
     if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
         raise ConversionError(f"convert_diffq: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
     return stored

@@ -184,6 +184,22 @@ def test_what_cannot_or_should_not_be_fused_is_folded_and_says_why(model, reason
     assert_same(run_exact(path, fresh), model(fresh))
 
 
+def test_weight_with_many_products_is_shared_in_float(path, tmp_path):
+    class Unrolled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(512, 512, 4)
+
+        def forward(self, x):
+            for _ in range(5):
+                x = torch.tanh(self.layer(x))
+            return x
+
+    result = export_onnx(Unrolled().eval(), ONE_ROW, path)
+    assert "5 products read it" in result.weights[0].reason
+    assert result.weights[0].rule == "fold"
+
+
 def test_model_in_half_precision_is_folded(path):
     layer = Linear(512, 512, 4)
     spec = layer.weight.spec

@@ -23,7 +23,7 @@ MODES = ("train", "eval", "eval without grad")
 def prepared(entry: Entry, model: nn.Module | None = None, **options: Any) -> nn.Module:
     """Prepare a model of the zoo; a penalty in place of a target, since many weights here are too small for any target."""
     args, kwargs = entry.example()
-    options.setdefault("config", DiffQConfig(penalty=1.0))
+    options = {"config": DiffQConfig(penalty=1.0), "scope": entry.asked} | options
     with warnings.catch_warnings():
         if entry.unseen:  # that this warns has a test of its own
             warnings.simplefilter("ignore", DiffQWarning)
@@ -33,7 +33,7 @@ def prepared(entry: Entry, model: nn.Module | None = None, **options: Any) -> nn
 @functools.cache
 def _kept(name: str) -> tuple[nn.Module, nn.Module]:
     """A prepared model with one optimizer step behind it and bits that have moved apart, and what convert makes of it."""
-    entry = next(entry for entry in models.ZOO if entry.name == name)
+    entry = models.BY_NAME[name]
     model = prepared(entry)
     with torch.no_grad():
         for quantizer in model.compression.quantizers:
@@ -162,6 +162,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("<defaults>", child) for child in value.__defaults__ or ())
         if value.__code__.co_filename.startswith("<"):  # generated: its globals are its own
             yield "<globals>", value.__globals__
+    elif isinstance(value, functools.partial):
+        yield from (("<function>", value.func), ("<args>", value.args), ("<keywords>", value.keywords))
     elif isinstance(value, types.MethodType):
         yield from (("<self>", value.__self__), ("<function>", value.__func__))
     elif isinstance(value, type):

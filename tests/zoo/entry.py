@@ -1,7 +1,7 @@
 """What the zoo knows about one model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -17,7 +17,8 @@ class Entry:
     build: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     """Example inputs; ``inputs(0)`` is the example, ``inputs(1)`` has another batch size and, where the model allows it, another length."""
-    scope: Literal["model", "module"] = "model"
+    untraceable: str = ""
+    """Why model scope must be refused, a pattern; empty where it must be taken."""
     weights: int
     """Quantized weights, counted by hand: a tied weight once."""
     skipped: tuple[str, ...] = ()
@@ -33,6 +34,20 @@ class Entry:
     draws: bool = False
     """The output is random even in eval mode."""
     slow: bool = False
+
+    @property
+    def scope(self) -> Literal["model", "module"]:
+        """The scope that prepare must choose by itself."""
+        return "module" if self.untraceable else "model"
+
+    def in_module_scope(self) -> "Entry":
+        """The same model, for module scope though it could be traced as a whole."""
+        return replace(self, name=f"{self.name}-module", untraceable="asked for")
+
+    @property
+    def asked(self) -> Literal["auto", "module"]:
+        """What to ask prepare for."""
+        return "module" if self.untraceable == "asked for" else "auto"
 
     def example(self, variant: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments."""

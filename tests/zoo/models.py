@@ -5,4 +5,9 @@ from zoo.entry import Entry
 
 ZOO: list[Entry] = [*vision.ENTRIES, *sequence.ENTRIES, *control_flow.ENTRIES, *hugging_face.ENTRIES]
 
-BY_NAME = {entry.name: entry for entry in ZOO}
+_ALSO_BY_MODULES = [*sequence.ENTRIES, *(entry for entry in vision.ENTRIES if "net" not in entry.name or "unet" in entry.name)]
+
+BOTH_SCOPES: list[Entry] = ZOO + [entry.in_module_scope() for entry in _ALSO_BY_MODULES if entry.scope == "model"]
+"""The zoo, and a second time in module scope what reads its weights in some way of its own."""
+
+BY_NAME = {entry.name: entry for entry in BOTH_SCOPES}

@@ -149,6 +149,18 @@ class Tied(nn.Module):
         return self.head(self.body(F.relu(self.body(self.embedding(ids)))))
 
 
+class TiedToAttention(nn.Module):
+    """A Linear shares the weight that nn.MultiheadAttention reads of its child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+        self.head.weight = self.attention.out_proj.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(self.head(x), x, x)[0])
+
+
 class ReadsItsChild(nn.Module):
     """The parent computes with the weight of its child."""
 
@@ -214,7 +226,7 @@ def _gru_inputs(variant: int) -> tuple[Any, ...]:
 ENTRIES = [
     Entry(name="lstm_lm", build=LSTMLanguageModel, inputs=lambda v: tokens(31, 2 + v, 7 + v), weights=6),
     Entry(name="gru_state_given", build=BidirectionalGRU, inputs=_gru_inputs, weights=5),
-    Entry(name="gru_state_omitted", build=BidirectionalGRU, inputs=lambda v: _gru_inputs(v)[:1], weights=5, scope="module"),
+    Entry(name="gru_state_omitted", build=BidirectionalGRU, inputs=lambda v: _gru_inputs(v)[:1], weights=5, untraceable="also takes h0, which the example leaves out"),
     Entry(name="mha", build=Attention, inputs=lambda v: randn(2 + v, 6 + v, 16), weights=3),
     Entry(
         name="cross_attention",
@@ -225,8 +237,9 @@ ENTRIES = [
     Entry(name="transformer_encoder", build=Encoder, inputs=lambda v: randn(2 + v, 6 + v, 16), weights=9),
     Entry(name="transformer", build=Seq2Seq, inputs=lambda v: (randn(2 + v, 6, 16), randn(2 + v, 5 + v, 16)), weights=10),
     Entry(name="rnn_cells", build=Cells, inputs=lambda v: randn(4 + v, 2 + v, 5), weights=7),
-    Entry(name="demucs", build=Demucs, inputs=lambda v: randn(2 + v, 1, 300 + 50 * v), weights=17, scope="module"),
+    Entry(name="demucs", build=Demucs, inputs=lambda v: randn(2 + v, 1, 300 + 50 * v), weights=17, untraceable="inputs to control flow"),
     Entry(name="tied", build=Tied, inputs=lambda v: tokens(29, 2 + v, 5 + v), weights=2),
+    Entry(name="tied_to_attention", build=TiedToAttention, inputs=lambda v: randn(2 + v, 5 + v, 8), weights=2),
     Entry(name="reads_its_child", build=ReadsItsChild, inputs=lambda v: randn(3 + v, 8), weights=2),
     Entry(name="embedding_bag", build=Bag, inputs=_spoken_offsets, weights=2),
     Entry(name="bare_parameters", build=BareParameters, inputs=lambda v: randn(2 + v, 5, 8), weights=6, skipped=("position",)),

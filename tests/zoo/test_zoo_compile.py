@@ -36,7 +36,7 @@ def test_compiles_without_a_break_and_trains(name: str, scope: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet20_cifar", "tied", "mha", "lstm_lm", "bert"])
+@pytest.mark.parametrize("name", ["tied", "mha", "lstm_lm", "bert"])
 def test_compiled_eval_computes_what_eager_computes(name: str):
     entry = BY_NAME[name]
     for model in trained(entry):
@@ -46,9 +46,8 @@ def test_compiled_eval_computes_what_eager_computes(name: str):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tied", "resnet20_cifar"])
-def test_the_same_seed_draws_the_same_noise_compiled(name: str):
-    entry = BY_NAME[name]
+def test_the_same_seed_draws_the_same_noise_compiled():
+    entry = BY_NAME["tied"]
     model = prepared(entry)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, entry, "train", seed=4), run(model, entry, "train", seed=4))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from diffq_fx import CompressionRecord, DiffQConfig, WeightQuantizer
 from zoo.checks import MODES, assert_same, converted, prepared, reachable_tensors, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
-from zoo.models import BY_NAME, ZOO
+from zoo.models import BOTH_SCOPES, BY_NAME
 
-every_model = pytest.mark.parametrize("entry", parameters_of(ZOO))
+every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES))
 
 
 @every_model
@@ -110,14 +110,13 @@ def test_leaves_the_prepared_model_as_it_was(entry: Entry):
     assert_same(run(again, entry, "eval"), run(converted(twin), entry, "eval"))
 
 
-@pytest.mark.parametrize("name", ["transformer_encoder", "transformer"])
-@pytest.mark.parametrize("scope", ["model", "module"])
-def test_the_fast_path_of_transformer_layers_runs_converted(name: str, scope: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["transformer_encoder", "transformer", "transformer_encoder-module", "transformer-module"])
+def test_the_fast_path_of_transformer_layers_runs_converted(name: str, monkeypatch: pytest.MonkeyPatch):
     calls = []
     fast_path = torch._transformer_encoder_layer_fwd
     monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: calls.append(1) or fast_path(*args))
     entry = BY_NAME[name]
-    model = prepared(entry, scope=scope)
+    model = prepared(entry)
     counts = []
     for each in (entry.make(), model, converted(model), copy.deepcopy(converted(model))):
         calls.clear()

@@ -8,9 +8,9 @@ import torch
 
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
-from zoo.models import ZOO
+from zoo.models import BOTH_SCOPES
 
-every_model = pytest.mark.parametrize("entry", parameters_of(ZOO))
+every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES))
 
 
 @every_model

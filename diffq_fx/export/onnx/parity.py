@@ -103,8 +103,8 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     finite = np.isfinite(expected)
     if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
         return float("inf"), float("inf")
-    difference = float(np.abs(found - expected, where=finite, out=np.zeros_like(expected)).max())
-    largest = float(np.abs(expected, where=finite, out=np.zeros_like(expected)).max())
+    found, expected = np.where(finite, found, 0.0), np.where(finite, expected, 0.0)
+    difference, largest = float(np.abs(found - expected).max()), float(np.abs(expected).max())
     return difference, 0.0 if difference == 0 else difference / largest if largest > 0 else float("inf")
 
 

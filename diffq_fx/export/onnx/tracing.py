@@ -17,6 +17,7 @@ from torch import nn
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
+from diffq_fx.export.onnx.sizes import name_sizes
 from diffq_fx.storage import IntegerWeight
 
 BASE_OPSET = 20
@@ -133,6 +134,7 @@ def _placeholder() -> Any:
 def _traced(model: ir.Model, example: Example, remarks: tuple[str, ...]) -> TracedModel:
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
+    name_sizes(model.graph)
     if len(inputs) != len(example.tensors):
         raise ExportError(
             f"the exported graph has {len(inputs)} inputs {[value.name for value in inputs]}, the example {len(example.tensors)} "
@@ -150,7 +152,7 @@ def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
     users = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
     firsts = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
-    return not firsts or any(isinstance(size, torch.SymInt) for size in firsts)
+    return not firsts or any(not str(size).isdigit() for size in firsts)  # a SymInt with a guard on its value prints as that value
 
 
 def _first_lines(error: Exception, count: int = 3) -> str:

@@ -101,7 +101,7 @@ def _emit_onnxruntime(plan: WeightPlan, stored: StoredTable, placeholder: ir.Nod
             emit_fused(stored, use, fusion, copy=len(rules))
             rules.append("linear")
     if _is_read(placeholder.outputs[0]):
-        placeholder.outputs[0].replace_all_uses_with(emit_folded(stored), replace_graph_outputs=True)
+        _take_over(placeholder.outputs[0], emit_folded(stored))
         rules.append("fold")
     return "+".join(dict.fromkeys(rules))
 
@@ -112,8 +112,16 @@ def _emit_qdq(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node) -> st
         if fusion.mode != "float":
             emit_qdq_product(dequantized, stored, use)
     if _is_read(placeholder.outputs[0]):
-        placeholder.outputs[0].replace_all_uses_with(stored.restore(dequantized), replace_graph_outputs=True)
+        _take_over(placeholder.outputs[0], stored.restore(dequantized))
     return "qdq"
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """Let everything that read a placeholder read the weight; an output of the graph keeps its name."""
+    new.shape = old.shape
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.placeholder", old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _is_read(value: ir.Value) -> bool:

@@ -12,6 +12,8 @@ Layout = Literal["onnxruntime", "qdq"]
 
 _TIME_FOR_BYTES = 1.15
 """A smaller file may cost so much of the fastest time."""
+_MAX_COPIES = 4
+"""Products that may hold the same weight as integers: more, and the float weight that they would share is smaller."""
 _TWO_BITS = 2
 
 
@@ -45,9 +47,11 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], 
         sizes: symbolic sizes of the graph at the example inputs.
         refused: why nothing shall be fused with this weight, None where it may.
     """
+    whole = sum(use.rows is None for use in uses.linear)
+    if refused is None and whole > _MAX_COPIES:
+        refused = f"{whole} products read it, and each would hold a copy of its own: the float weight is smaller"
     if refused is not None:
-        fusions = tuple(Fusion("float", NO_TIME, reason=refused) for _ in uses.linear)
-        return WeightPlan(table, uses, split_by_width(table, _form(table, None)), fusions)
+        return _all_in_float(table, uses, tuple(Fusion("float", NO_TIME, reason=refused) for _ in uses.linear))
     form = _form(table, uses)
     plans = []
     for storage in (split_by_width(table, form), one_container(table, form)):
@@ -57,7 +61,14 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], 
             chosen.append(choose_fusion(table, storage, use, use.num_rows(sizes), shared=shared))
         plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
     fastest = min(plan.microseconds for plan in plans)
-    return min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
+    best = min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
+    if all(fusion.mode == "float" for fusion in best.fusions):
+        return _all_in_float(table, uses, best.fusions)
+    return best
+
+
+def _all_in_float(table: WeightTable, uses: Uses, fusions: tuple[Fusion, ...]) -> WeightPlan:
+    return WeightPlan(table, uses, split_by_width(table, _form(table, None)), fusions)
 
 
 def _form(table: WeightTable, uses: Uses | None) -> Form:
@@ -76,7 +87,8 @@ def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
         table: the weight.
         uses: what reads it.
     """
-    form = _form(table, uses)
+    turned = any(use.transposed and (table.is_per_tensor or use.channel_axis == table.spec.axis) for use in uses.linear)
+    form = "transposed" if turned else _form(table, None)
     products = [use for use in uses.linear if _takes_stored(form, use)]
     storage = one_container(table, form)
     if products and storage.width == _TWO_BITS and table.stored_shape(form)[1] % TWO_BIT_ALIGNMENT:

@@ -1,0 +1,34 @@
+"""Readable names for the dynamic sizes of a graph: "batch" rather than the "s17" of torch.export."""
+
+import re
+
+import onnx_ir as ir
+
+
+def name_sizes(graph: ir.Graph) -> None:
+    """Rename the symbolic sizes in place: the first size of an input is "batch", another "<input>_<axis>".
+
+    Sizes that are not those of any input, and expressions such as ``2*batch``, follow. A second batch that the model keeps apart
+    from the first one is "<input>_0".
+
+    Args:
+        graph: the main graph.
+    """
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(value.shape or ()):
+            symbol = size.value if isinstance(size, ir.SymbolicDim) else None
+            if symbol is not None and symbol.isidentifier() and symbol not in names:
+                names[symbol] = "batch" if axis == 0 and "batch" not in names.values() else f"{value.name}_{axis}"
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else re.compile(r"(?!)")
+    for value in [*graph.inputs, *graph.initializers.values(), *(output for node in graph.all_nodes() for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(size, names, pattern) for size in value.shape])
+
+
+def _renamed(size: int | ir.SymbolicDim, names: dict[str, str], pattern: re.Pattern[str]) -> int | ir.SymbolicDim:
+    if isinstance(size, int) or size.value is None:
+        return size
+    if size.value.isdigit():  # a size that the model's own code fixes is written as a symbol of that name
+        return int(size.value)
+    return ir.SymbolicDim(pattern.sub(lambda match: names[match[1]], size.value))
