@@ -92,9 +92,9 @@ def test_batch_that_the_model_fixes_is_reported(path):
         def forward(self, x):
             return self.layer(x.reshape(1, 4, 16))
 
-    with pytest.warns(DiffQWarning, match="the batch is static"):
+    with pytest.warns(DiffQWarning, match=r"size 0 of the inputs, is static \(4\)"):
         result = export_onnx(Fixed().eval(), torch.randn(4, 16), path)
-    assert "static (4)" in result.remarks[0]
+    assert len(result.remarks) == 1
     assert shapes(path) == [[4, 16]]
 
 

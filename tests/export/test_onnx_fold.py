@@ -71,7 +71,9 @@ def test_embedding_and_small_tied_head(path, tmp_path):
     assert result.weights[0].rule == "fold"
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(12, 8, 2, bidirectional=True, batch_first=True), nn.GRU(12, 8), nn.RNN(12, 8)])
+@pytest.mark.parametrize(
+    "module", [nn.LSTM(12, 8, 2, bidirectional=True, batch_first=True), nn.GRU(12, 8, batch_first=True), nn.RNN(12, 8, batch_first=True)]
+)
 def test_recurrent_layers(module, path, tmp_path):
     model = Swapped(module, 4).eval()
     example = torch.randn(3, 5, 12)

@@ -71,7 +71,10 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
 
 def _static_remark(example: Example) -> str:
     sizes = ", ".join(str(tensor.shape[0]) for tensor in example.tensors if tensor.dim())
-    return f"the batch is static ({sizes}): the model's own code fixes it, or the example's inputs cannot be repeated"
+    return (
+        f"the batch, size 0 of the inputs, is static ({sizes}): the model's own code fixes it, or cannot run on the example repeated "
+        "along it. Give dynamic_shapes where the batch is another size"
+    )
 
 
 def _repeated(converted: nn.Module, example: Example) -> Example:
