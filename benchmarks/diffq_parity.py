@@ -65,7 +65,8 @@ def main() -> None:
     config = DiffQConfig.paper(penalty=None, group_size=GROUP)
     ours = prepare_diffq(float_model, example, config)
     names = [q.spec.name for q in ours.compression.quantizers]
-    assert sorted(names) == sorted(their_logits), (names, list(their_logits))
+    if sorted(names) != sorted(their_logits):
+        raise SystemExit(f"not the same weights: {names} and {list(their_logits)}")
 
     generator = torch.Generator().manual_seed(1)
     for weight in ours.compression.quantizers:  # the same bits for both, spread over all widths that both can store

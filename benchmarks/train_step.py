@@ -46,13 +46,21 @@ def ratio(ours: list[float], base: list[float]) -> str:
     return f"{median:.3f} [{q1:.3f}, {q3:.3f}]"
 
 
-def training_step(model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], penalty: Callable[[], Tensor] | None = None) -> Step:
+def training_step(
+    model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], penalty: Callable[[], Tensor] | None = None
+) -> Step:
     """An ordinary step with AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     return _step(model, inputs, loss_of, optimizer, penalty)
 
 
-def _step(model: nn.Module, inputs: Tensor, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, penalty: Callable[[], Tensor] | None) -> Step:
+def _step(
+    model: nn.Module,
+    inputs: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    penalty: Callable[[], Tensor] | None,
+) -> Step:
     def step() -> None:
         optimizer.zero_grad()
         loss = loss_of(model(inputs))
@@ -229,7 +237,15 @@ def part_growth(quick: bool) -> str:
     for millions in (1, 10, 100) if quick else (1, 10, 30, 100, 300):
         rows.append(_growth_row(millions))
         print(rows[-1], flush=True)
-    header = ("million weights", "float MiB", "prepare s", "peak during prepare / float", "one transform s", "convert s", "peak during convert / float")
+    header = (
+        "million weights",
+        "float MiB",
+        "prepare s",
+        "peak during prepare / float",
+        "one transform s",
+        "convert s",
+        "peak during convert / float",
+    )
     return markdown_table(header, rows)
 
 
@@ -265,7 +281,13 @@ def _grow(millions: int) -> list[str]:
     convert_seconds, convert_peak = time.perf_counter() - begin, _peak_mib() - before
     peaks = (prepare_peak / size, convert_peak / size)
     return [
-        str(millions), f"{size:.0f}", f"{prepare_seconds:.2f}", f"{peaks[0]:.2f}", f"{transform_seconds:.2f}", f"{convert_seconds:.2f}", f"{peaks[1]:.2f}"
+        str(millions),
+        f"{size:.0f}",
+        f"{prepare_seconds:.2f}",
+        f"{peaks[0]:.2f}",
+        f"{transform_seconds:.2f}",
+        f"{convert_seconds:.2f}",
+        f"{peaks[1]:.2f}",
     ]
 
 

@@ -105,7 +105,8 @@ def _prepared_root(model: nn.Module) -> tuple[nn.Module, Compression]:
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise ConversionError(f"convert_diffq: the {type(model).__name__} is converted already.")
     raise ConversionError(
-        f"convert_diffq: the {type(model).__name__} was never prepared. Call prepare_diffq(model, example_inputs) and train the result first."
+        f"convert_diffq: the {type(model).__name__} was never prepared. "
+        "Call prepare_diffq(model, example_inputs) and train the result first."
     )
 
 
@@ -114,14 +115,16 @@ def _warn_untrained(compression: Compression) -> None:
     aimless = config.target_bits is None and config.target_mib is None and config.penalty is None
     if not int(compression.steps):
         warnings.warn(
-            "convert_diffq: the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
+            "convert_diffq: the bits never moved: no optimizer that holds them has made a step. "
+            "Build the optimizer from the prepared model's "
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model).",
             DiffQWarning,
             stacklevel=3,
         )
     elif aimless and not compression.penalized:
         warnings.warn(
-            "convert_diffq: no pressure on the size ever reached this model: the config has no target and no penalty, and model_size(model) was "
+            "convert_diffq: no pressure on the size ever reached this model: "
+            "the config has no target and no penalty, and model_size(model) was "
             "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss.",
             DiffQWarning,
             stacklevel=3,
@@ -151,10 +154,10 @@ def _register_stored(model: nn.Module, stored: dict[str, StoredWeight]) -> list[
 def _drop_floats(places: list[tuple[nn.Module, str]]) -> None:
     """Remove the float weights and their quantizers; an RNN also keeps its weights in a list."""
     for owner, attribute in places:
-        owner._parameters.pop(attribute, None)  # noqa: SLF001
-        owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)  # noqa: SLF001
+        owner._parameters.pop(attribute, None)
+        owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)
         if isinstance(owner, nn.RNNBase):
-            owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]  # noqa: SLF001
+            owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]
             owner._flat_weight_refs = [None] * len(owner._flat_weights)
 
 

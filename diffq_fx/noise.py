@@ -2,7 +2,7 @@
 
 ``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987). One byte of randomness per weight is drawn and kept for the backward.
 The seed of each draw comes from torch's default CPU generator, so ``torch.manual_seed`` repeats a run and activation
-checkpointing recomputes the same noise; the rank is mixed in, so that data-parallel ranks that were seeded alike still draw different noise.
+checkpointing recomputes the same noise; the rank is mixed in, so that ranks that were seeded alike still draw different noise.
 
 The limit is memory bandwidth: weights are worked on in tiles that stay in the processor's cache, so that main memory sees each
 weight read once and written once.

@@ -36,9 +36,7 @@ CHILD = "compression"
 _HELD = "model_compression"
 
 
-def prepare_diffq(
-    model: nn.Module, example_inputs: Any, config: DiffQConfig | None = None, *, scope: Scope = "auto"
-) -> nn.Module:
+def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | None = None, *, scope: Scope = "auto") -> nn.Module:
     """Put pseudo quantization noise with a trainable number of bits on every weight of a model, DiffQ (arXiv:2104.09987).
 
     In train() every weight w is read as ``w + step(b) * n``, in eval() as its truly rounded value. Train the result as you
@@ -53,7 +51,7 @@ def prepare_diffq(
             through the original and the prepared model in train and eval mode, and both must agree bit by bit with the noise off.
         config: the settings; by default 4 bits a weight.
         scope: "model" traces the whole model into one fx graph; "module" rewrites only the modules that read weights and keeps the class,
-            methods and signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says which it was and why.
+            methods and signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says which and why.
 
     Returns:
         The prepared model; a GraphModule in model scope, else of the model's own class.
@@ -73,9 +71,7 @@ def prepare_diffq(
     return prepare(model, example_inputs, config or DiffQConfig(), scope=scope, caller="prepare_diffq")
 
 
-def prepare(
-    model: nn.Module, example_inputs: Any, method: Method, *, scope: Scope = "auto", caller: str = "prepare"
-) -> nn.Module:
+def prepare(model: nn.Module, example_inputs: Any, method: Method, *, scope: Scope = "auto", caller: str = "prepare") -> nn.Module:
     """Put a method's quantizer on every weight of a model; :func:`prepare_diffq` says what is shared and what is raised.
 
     Args:
@@ -115,11 +111,12 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
     for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():  # noqa: SLF001
+        for hook in module._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm):
                 kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
                 raise PreparationError(
-                    f"{caller}: {path or 'the model'} makes its {hook.name} in a hook of torch.nn.utils.{kind}, where no quantizer can stand.\n"
+                    f"{caller}: {path or 'the model'} makes its {hook.name} in a hook of torch.nn.utils.{kind}, "
+                    "where no quantizer can stand.\n"
                     f"  Use torch.nn.utils.parametrizations.{kind}."
                 )
     if hasattr(model, CHILD):
@@ -130,14 +127,14 @@ def _reference(model: nn.Module, call: ExampleCall, caller: str) -> Reference:
     """What the original does, run on a copy; whatever it raises is the example's fault."""
     try:
         twin = copy_sharing_parameters(model)
-    except Exception as err:  # any object in the model may refuse to be copied  # noqa: BLE001
+    except Exception as err:  # any object in the model may refuse to be copied
         raise PreparationError(
             f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
             "  An attribute of the model is in the way of copy.deepcopy(model)."
         ) from err
     try:
         return Reference.of(twin, call)
-    except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
+    except Exception as err:  # the user's forward may raise anything
         given = ", ".join([_described(a) for a in call.args] + [f"{k}={_described(v)}" for k, v in call.kwargs.items()])
         raise ValueError(
             f"{caller}: the model does not run on example_inputs ({given}).\n  {type(err).__name__}: {err}\n"
@@ -178,9 +175,7 @@ def _first_faithful(
     raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
 
 
-def _prepare_model_scope(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method
-) -> tuple[nn.Module, Compression]:
+def _prepare_model_scope(model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method) -> tuple[nn.Module, Compression]:
     captured = capture_model(model, call, plan)
     run_passes(captured, [partial(annotate_weights, plan=plan)])
     read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}

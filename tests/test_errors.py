@@ -39,7 +39,12 @@ def test_not_a_module():
 
 
 def test_exclude_that_matches_nothing():
-    refuses(ValueError, r"exclude pattern 'decoder\.\*' matches no parameter\. The model has 0\.weight", net(), config=DiffQConfig(exclude=("decoder.*",)))
+    refuses(
+        ValueError,
+        r"exclude pattern 'decoder\.\*' matches no parameter\. The model has 0\.weight",
+        net(),
+        config=DiffQConfig(exclude=("decoder.*",)),
+    )
 
 
 def test_exclude_is_listed_with_its_reason():
@@ -130,7 +135,12 @@ def test_convert_of_a_model_never_prepared():
 
 
 def test_target_below_what_min_bits_reaches():
-    refuses(ValueError, r"target_bits=1\.5 cannot be reached with widths from 2 to 8 bits: the 768 weights take from 3\.792 to 10\.1 bits a weight", net(), config=DiffQConfig(target_bits=1.5))
+    refuses(
+        ValueError,
+        r"target_bits=1\.5 cannot be reached with widths from 2 to 8 bits: the 768 weights take from 3\.792 to 10\.1 bits a weight",
+        net(),
+        config=DiffQConfig(target_bits=1.5),
+    )
     refuses(ValueError, r"target_mib=1e-05 cannot be reached.* MiB", net(), config=DiffQConfig(target_mib=1e-5))
 
 

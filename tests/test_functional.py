@@ -33,7 +33,9 @@ def round_trip(rows_OI, bits, group_size, range_size, grid):
 
 
 @settings(deadline=None, max_examples=300)
-@given(rows_OI=rows(), bits=st.integers(1, 16), group_size=group_sizes, range_per=st.sampled_from(["tensor", "channel", "group"]), grid=grids)
+@given(
+    rows_OI=rows(), bits=st.integers(1, 16), group_size=group_sizes, range_per=st.sampled_from(["tensor", "channel", "group"]), grid=grids
+)
 def test_error_is_within_half_a_step(rows_OI, bits, group_size, range_per, grid):
     layout = GroupLayout.of(*rows_OI.shape, group_size)
     width = torch.full(layout.shape, bits, dtype=torch.int32)

@@ -38,7 +38,9 @@ def make(shape, axis, bits, group_size, grid, dtype=torch.float32):
 
 @pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8, 12, 16])
-@pytest.mark.parametrize(("shape", "axis", "group_size"), [((6, 10), 0, "channel"), ((4, 6, 3, 3), 1, "tensor"), ((5, 11), 0, 4), ((3, 7), 1, 1)])
+@pytest.mark.parametrize(
+    ("shape", "axis", "group_size"), [((6, 10), 0, "channel"), ((4, 6, 3, 3), 1, "tensor"), ((5, 11), 0, 4), ((3, 7), 1, 1)]
+)
 def test_stored_weight_is_close_to_the_weight(shape, axis, group_size, bits, grid):
     weight, stored, params = make(shape, axis, bits, group_size, grid)
     restored = stored()

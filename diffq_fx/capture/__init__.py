@@ -1,0 +1,1 @@
+"""Capture: who reads each weight, and a graph of it that computes what the model computes."""

@@ -113,11 +113,11 @@ class ModelState:
         self._modules = [(path, module, dict(vars(module))) for path, module in model.named_modules()]
         values = {id(value): value for _, _, attributes in self._modules for value in attributes.values()}
         self._containers = {key: (value, _contents(value)) for key, value in values.items() if isinstance(value, list | dict | set)}
-        self._buffers = [(name, buffer, buffer._version, buffer.detach().clone()) for name, buffer in model.named_buffers()]  # noqa: SLF001
+        self._buffers = [(name, buffer, buffer._version, buffer.detach().clone()) for name, buffer in model.named_buffers()]
 
     def changes(self) -> list[str]:
         """Names of the attributes and buffers that are not what they were."""
-        names = [name for name, buffer, version, _ in self._buffers if buffer._version != version]  # noqa: SLF001
+        names = [name for name, buffer, version, _ in self._buffers if buffer._version != version]
         for path, module, attributes in self._modules:
             now = vars(module)
             changed = [name for name in {**attributes, **now} if not self._is_as_it_was(name, attributes, now)]

@@ -79,7 +79,7 @@ def _parts(value: Any) -> dict[Any, Any]:
 
 @contextmanager
 def _noise_off_and_weights_unreadable(model: nn.Module, quantizers: Sequence[WeightQuantizer]) -> Iterator[None]:
-    """Quantizers hand out the true weights; the weights themselves are NaN, whoever holds them. Takes no memory: one NaN stands for a weight."""
+    """Quantizers hand out the true weights; the weights themselves are one NaN each, whoever holds them: no memory."""
     values: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for quantizer in quantizers:

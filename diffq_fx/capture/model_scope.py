@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
@@ -20,7 +20,7 @@ class CapturedModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModel":
         """Copy the graph and everything that the module holds."""
-        copied = super().__deepcopy__(memo)
+        copied = cast("CapturedModel", super().__deepcopy__(memo))
         type(copied).__name__ = type(self).__name__  # fx makes a class for each instance, and names the copy's anew
         graft(self, copied, lambda value: copy.deepcopy(value, memo))
         return copied
@@ -32,7 +32,7 @@ class CapturedModel(fx.GraphModule):
 
 
 def _unpickle(body: dict[str, Any], imports: str, name: str) -> CapturedModel:
-    graph = reduce_graph_module(dict(body), imports).graph
+    graph = cast(fx.Graph, reduce_graph_module(dict(body), imports).graph)
     source = nn.Module()
     source.__dict__.update(body)
     model = CapturedModel(source, graph, name)
@@ -50,17 +50,17 @@ def graft(source: nn.Module, target: nn.Module, duplicate: Callable[[Any], Any] 
     for name, value in source.__dict__.items():
         if name not in target.__dict__ and name not in ("_graph", "_code"):
             object.__setattr__(target, name, duplicate(value))
-    for name, parameter in source._parameters.items():  # noqa: SLF001
-        if name not in target._parameters:  # noqa: SLF001
+    for name, parameter in source._parameters.items():
+        if name not in target._parameters:
             target.register_parameter(name, duplicate(parameter))
-    for name, buffer in source._buffers.items():  # noqa: SLF001
-        if name not in target._buffers:  # noqa: SLF001
+    for name, buffer in source._buffers.items():
+        if name not in target._buffers:
             target.register_buffer(name, duplicate(buffer))
-    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)  # noqa: SLF001
-    for name, child in source._modules.items():  # noqa: SLF001
-        mine = target._modules.get(name)  # noqa: SLF001
+    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+    for name, child in source._modules.items():
+        mine = target._modules.get(name)
         if mine is None:
-            target._modules[name] = duplicate(child)  # noqa: SLF001
+            target._modules[name] = duplicate(child)
         elif child is not None and type(mine) is nn.Module:  # a container that fx made: it holds only what the graph reads
             graft(child, mine, duplicate)
     for registry in ("_parameters", "_buffers", "_modules"):
@@ -94,15 +94,13 @@ def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> Capt
     omitted = omitted_arguments(model, call)
     if omitted:
         raise CaptureError(f"the forward also takes {', '.join(omitted)}, which the example leaves out and a graph would lose")
-    graph, tracer = trace_in_both_modes(
-        lambda training: copy_sharing_parameters(model).train(training), lambda: WeightTracer(plan)
-    )
+    graph, tracer = trace_in_both_modes(lambda training: copy_sharing_parameters(model).train(training), lambda: WeightTracer(plan))
     private = copy_sharing_parameters(model)
     for path in tracer.called_whole:
         call_whole(private.get_submodule(path))
     for node in graph.find_nodes(op="placeholder"):
         node.args = ()  # a default that the example did not use was never traced
-    graph._tracer_cls = None  # noqa: SLF001  pickles are re-traced with every module a leaf
+    graph._tracer_cls = None
     captured = CapturedModel(private, graph, type(model).__name__)
     graft(private, captured)
     for path, module in private.named_modules():

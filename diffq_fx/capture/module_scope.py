@@ -59,10 +59,10 @@ def capture_modules(
 
 def _check_reads(graph: fx.GraphModule, module: nn.Module, names: list[str]) -> None:
     """Refuse a graph that does not read all the weights that the module was seen to read."""
-    read = {id(owner._parameters.get(attribute)) for owner, attribute in _get_attrs(graph, module)}  # noqa: SLF001
+    read = {id(owner._parameters.get(attribute)) for owner, attribute in _get_attrs(graph, module)}
     for name in names:
         owner, attribute = owner_of(module, name)
-        if id(owner._parameters[attribute]) not in read:  # noqa: SLF001
+        if id(owner._parameters[attribute]) not in read:
             raise CaptureError(f"its graph does not read {name!r}")
 
 

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import PreparationError
@@ -14,7 +15,7 @@ from diffq_fx.weights import SkippedWeight, WeightSpec
 _KNOWN_OWNERS = (
     nn.Linear,
     nn.Bilinear,
-    nn.modules.conv._ConvNd,  # noqa: SLF001
+    nn.modules.conv._ConvNd,
     nn.Embedding,
     nn.EmbeddingBag,
     nn.RNNBase,
@@ -59,7 +60,7 @@ def plan_weights(model: nn.Module, method: Method, caller: str) -> WeightPlan:
     plan = WeightPlan()
     everything = list(model.named_parameters(remove_duplicate=False))
     for name, parameter in everything:
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedTensorMixin):
             raise PreparationError(f"{caller}: weight {name!r} is not initialized yet: run the model once before preparing it.")
         names.setdefault(id(parameter), []).append(name)
         plan.parameters[id(parameter)] = parameter
@@ -124,7 +125,7 @@ def _reason_to_skip(model: nn.Module, name: str, names: tuple[str, ...], paramet
 
 def _axis(owner: nn.Module) -> int:
     """Output channel axis of a weight, as far as its owner tells."""
-    return 1 if isinstance(owner, nn.modules.conv._ConvTransposeNd) else 0  # noqa: SLF001
+    return 1 if isinstance(owner, nn.modules.conv._ConvTransposeNd) else 0
 
 
 def _check_values(name: str, parameter: Tensor, caller: str) -> None:

@@ -29,7 +29,7 @@ class ScopedModule:
 
     scope_kind: Kind
     scope_weights: tuple[str, ...]
-    original_class: type[nn.Module]
+    original_class: Any  # a subclass of nn.Module, whose own methods are called with self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScopedModule":
         """Copy the state; the copy is of the same class, since the captured forward is a function of its module."""
@@ -71,9 +71,7 @@ def _bare(original: type[nn.Module], kind: Kind, weights: tuple[str, ...]) -> nn
     return cls.__new__(cls)
 
 
-def _subclass(
-    original: type[nn.Module], kind: Kind, weights: tuple[str, ...], forward: Callable[..., Any] | None
-) -> type[nn.Module]:
+def _subclass(original: type[nn.Module], kind: Kind, weights: tuple[str, ...], forward: Callable[..., Any] | None) -> type[nn.Module]:
     body: dict[str, Any] = {
         "scope_kind": kind,
         "scope_weights": weights,
@@ -84,6 +82,10 @@ def _subclass(
     if forward is not None:
         body["forward"] = forward
     return type(original.__name__, (ScopedModule, original), body)
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -100,13 +102,13 @@ def _forward_with_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
 def call_whole(module: nn.Module) -> None:
     """Let a module take the keyword ``swapped_weights``: the tensors that its forward is to use as its weights."""
     if not isinstance(module, ScopedModule):
-        module.__class__ = _subclass(type(module), "called whole", (), _forward_with_weights)
+        _become(module, _subclass(type(module), "called whole", (), _forward_with_weights))
 
 
 def answer_for_stored_weights(module: nn.Module) -> None:
     """Let a module that owns stored weights give their float values to whoever reads ``module.weight``."""
     if not isinstance(module, ScopedModule):
-        module.__class__ = _subclass(type(module), "owner", (), None)
+        _become(module, _subclass(type(module), "owner", (), None))
 
 
 def capture_own_forward(module: nn.Module) -> fx.GraphModule:
@@ -119,7 +121,6 @@ def capture_own_forward(module: nn.Module) -> fx.GraphModule:
     for parameter in list(parameters)[1:]:
         if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD or parameter.default is not inspect.Parameter.empty:
             raise CaptureError(f"its forward has the optional argument {parameter.name!r}")
-
 
     def make_copy(training: bool) -> nn.Module:
         plain = _plain_copy(module)
@@ -151,7 +152,7 @@ def install_graph(module: nn.Module, kind: Kind, gm: fx.GraphModule, weights: tu
             with swapped_weights(self, function(self)):
                 return original.forward(self, *args, **kwargs)
 
-    module.__class__ = _subclass(original, kind, weights, forward)
+    _become(module, _subclass(original, kind, weights, forward))
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
@@ -162,7 +163,7 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     return scope["forward"]
 
 
-def scope_graph(module: nn.Module) -> fx.GraphModule:
+def scope_graph(module: Any) -> fx.GraphModule:
     """The graph of a module that was taken over, made again from its original forward and the children it has now.
 
     A weight with a quantizer child reads through it; a stored weight stands for the parameter that is gone.
@@ -174,7 +175,7 @@ def scope_graph(module: nn.Module) -> fx.GraphModule:
             continue
         owner, attribute = owner_of(module, node.target)
         readers = list(node.users)
-        is_stored = attribute + STORED_SUFFIX in owner._modules  # noqa: SLF001
+        is_stored = attribute + STORED_SUFFIX in owner._modules
         suffix = STORED_SUFFIX if is_stored else QUANTIZER_SUFFIX
         gm.add_submodule(node.target + suffix, owner.get_submodule(attribute + suffix))
         with gm.graph.inserting_after(node):
@@ -196,11 +197,11 @@ def _plain_copy(module: nn.Module) -> nn.Module:
         *path, attribute = name.split(".")
         owner = plain
         for part in path:
-            owner._modules[part] = _shallow_copy(owner._modules[part])  # noqa: SLF001
-            owner = owner._modules[part]  # noqa: SLF001
-        stored = owner._modules.get(attribute + STORED_SUFFIX)  # noqa: SLF001
+            owner._modules[part] = _shallow_copy(owner.get_submodule(part))
+            owner = owner.get_submodule(part)
+        stored = owner._modules.get(attribute + STORED_SUFFIX)
         if isinstance(stored, StoredWeight):
-            owner._parameters[attribute] = nn.Parameter(torch.empty(stored.spec.shape, device="meta"))  # noqa: SLF001
+            owner._parameters[attribute] = nn.Parameter(torch.empty(stored.spec.shape, device="meta"))
     return plain
 
 

@@ -26,8 +26,8 @@ def swapped_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     try:
         for name, tensor in weights.items():
             owner, attribute = owner_of(module, name)
-            saved.append((owner, attribute, owner._parameters.get(attribute, _ABSENT)))  # noqa: SLF001
-            owner._parameters[attribute] = tensor  # type: ignore[assignment]  # noqa: SLF001
+            saved.append((owner, attribute, owner._parameters.get(attribute, _ABSENT)))
+            owner._parameters[attribute] = tensor  # type: ignore[assignment]
             if isinstance(owner, nn.RNNBase) and all(owner is not rnn for rnn, _ in flat):
                 flat.append((owner, owner._flat_weights))
         for rnn, _ in flat:  # an RNN reads its weights from a list of its own
@@ -36,8 +36,8 @@ def swapped_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     finally:
         for owner, attribute, parameter in reversed(saved):
             if parameter is _ABSENT:
-                del owner._parameters[attribute]  # noqa: SLF001
+                del owner._parameters[attribute]
             else:
-                owner._parameters[attribute] = parameter  # type: ignore[assignment]  # noqa: SLF001
+                owner._parameters[attribute] = parameter  # type: ignore[assignment]
         for rnn, flat_weights in flat:
             rnn._flat_weights = flat_weights

@@ -6,7 +6,7 @@ Used for a whole model (model scope) and for the small forward of one module (mo
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.utils.checkpoint
 from torch import fx, nn
@@ -94,9 +94,10 @@ def omitted_arguments(module: nn.Module, call: ExampleCall) -> list[str]:
     ]
 
 
-def trace_in_both_modes(
-    make_copy: Callable[[bool], nn.Module], make_tracer: Callable[[], fx.Tracer]
-) -> tuple[fx.Graph, fx.Tracer]:
+TracerT = TypeVar("TracerT", bound=fx.Tracer)
+
+
+def trace_in_both_modes(make_copy: Callable[[bool], nn.Module], make_tracer: Callable[[], TracerT]) -> tuple[fx.Graph, TracerT]:
     """Trace a module in train and in eval mode and return the graph if it is one and the same.
 
     Tracing runs on copies that share the parameters, and puts back what a forward stores on them.
@@ -129,7 +130,7 @@ def _traced(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:
             graph = tracer.trace(module)
         except CaptureError:
             raise
-        except Exception as err:  # a traced forward is the user's code and may raise anything  # noqa: BLE001
+        except Exception as err:  # a traced forward is the user's code and may raise anything
             raise CaptureError(_first_line(err)) from err
         if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
             raise CaptureError("the forward makes a tensor that does not depend on its inputs, which a graph would freeze")
@@ -156,7 +157,7 @@ def _no_checkpointing() -> Iterator[None]:
 
     module = torch.utils.checkpoint
     saved = {name: getattr(module, name) for name in ("_checkpoint_without_reentrant_generator", "CheckpointFunction")}
-    module._checkpoint_without_reentrant_generator = refuse  # noqa: SLF001
+    module._checkpoint_without_reentrant_generator = refuse
     module.CheckpointFunction = Refuse
     try:
         yield

@@ -106,9 +106,7 @@ def _with_progress(progress: Progress, title: str, task: Task, model: nn.Module,
     train(model, task, epochs, learning_rate, lambda: progress.advance(bar))
 
 
-def _export_and_race(
-    task: Task, float_model: nn.Module, converted: nn.Module, out: Path, advance: Callable[[], None]
-) -> Race:
+def _export_and_race(task: Task, float_model: nn.Module, converted: nn.Module, out: Path, advance: Callable[[], None]) -> Race:
     """Write both ONNX files, compare their speed at batch 1, and test ours."""
     from diffq_fx.export import export_onnx
     from diffq_fx.export.onnx.benchmark import compare_latency

@@ -30,7 +30,5 @@ def train(model: nn.Module, task: Task, epochs: int, learning_rate: float, on_st
 def accuracy(predict: Callable[[torch.Tensor], torch.Tensor], task: Task) -> float:
     """Share of the test set that is predicted right, in percent."""
     inputs, targets = task.test
-    hits = sum(
-        int((predict(part).argmax(-1) == target).sum()) for part, target in zip(inputs.split(128), targets.split(128), strict=True)
-    )
+    hits = sum(int((predict(part).argmax(-1) == target).sum()) for part, target in zip(inputs.split(128), targets.split(128), strict=True))
     return 100 * hits / targets.numel()

@@ -109,7 +109,7 @@ class WeightQuantizer(nn.Module, ABC):
     def _rounded_weight(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a compiled graph fuses the rounding and has no use for the check
             return self.rounded_weight(weight.detach())
-        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device, *self.state_key())  # noqa: SLF001
+        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device, *self.state_key())
         if self._rounded is None or self._rounded_from != source:
             with torch.no_grad():
                 self._rounded = self.rounded_weight(weight.detach())

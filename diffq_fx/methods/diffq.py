@@ -146,7 +146,9 @@ class DiffQConfig(Method):
         if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):
             raise ValueError(f"DiffQConfig: widths must be two or more, rising, got {allowed}.")
         if allowed[0] < self.min_bits or allowed[-1] > self.max_bits:
-            raise ValueError(f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}.")
+            raise ValueError(
+                f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}."
+            )
 
     @property
     def allowed_widths(self) -> tuple[int, ...]:
@@ -196,9 +198,7 @@ class DiffQWeight(GridQuantizer):
         spec = self.spec
         low, high = self.range_of(to_rows(weight, spec.axis))
         config = self.config
-        step = step_of_logits(
-            self.logits, high - low, min_bits=config.min_bits, max_bits=config.max_bits, gain=config.bits_gain
-        )
+        step = step_of_logits(self.logits, high - low, min_bits=config.min_bits, max_bits=config.max_bits, gain=config.bits_gain)
         gaussian = config.noise == "gaussian"
         return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=gaussian)
 
@@ -210,7 +210,7 @@ class DiffQWeight(GridQuantizer):
         """Changes with the rounded bits of the model."""
         if self.compression is not None:
             self.compression.refresh(self)
-        return (self.width._version, self.width.data_ptr())  # noqa: SLF001
+        return (self.width._version, self.width.data_ptr())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""

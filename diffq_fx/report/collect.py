@@ -46,7 +46,7 @@ def bits_report(model: nn.Module) -> BitsReport:
         (6.0, 6.595703125)
     """
     for module in model.modules():
-        record = module._modules.get(CHILD, module.__dict__.get(CHILD))  # noqa: SLF001
+        record = module._modules.get(CHILD, module.__dict__.get(CHILD))
         if isinstance(record, Compression):
             return _of_prepared(module, record)
         if isinstance(record, CompressionRecord):

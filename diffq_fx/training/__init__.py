@@ -1,0 +1,1 @@
+"""Training: the size of the model, the pressure on it, and the optimizer."""

@@ -23,9 +23,7 @@ class Compression(nn.Module):
 
     steps: Tensor
 
-    def __init__(
-        self, method: Any, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int
-    ) -> None:
+    def __init__(self, method: Any, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int) -> None:
         super().__init__()
         self.method = method
         # Tuples, since the quantizers are children of the modules whose weights they quantize.

@@ -40,7 +40,8 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held & {id(p) for p in model.parameters()}:
         raise ValueError(
-            f"setup_optimizer: the {type(optimizer).__name__} holds no parameter of this model. Build it from the prepared model's parameters()."
+            f"setup_optimizer: the {type(optimizer).__name__} holds no parameter of this model. "
+            "Build it from the prepared model's parameters()."
         )
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ours]

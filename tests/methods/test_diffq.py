@@ -45,7 +45,16 @@ def train_a_little(model, *inputs, steps=3):
 @pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
 @pytest.mark.parametrize(
     ("group_size", "range_per"),
-    [("channel", "channel"), ("channel", "tensor"), ("tensor", "tensor"), ("tensor", "channel"), (4, "channel"), (4, "group"), (1, "tensor"), (8, "tensor")],
+    [
+        ("channel", "channel"),
+        ("channel", "tensor"),
+        ("tensor", "tensor"),
+        ("tensor", "channel"),
+        (4, "channel"),
+        (4, "group"),
+        (1, "tensor"),
+        (8, "tensor"),
+    ],
 )
 def test_every_setting_trains_and_converts(group_size, range_per, grid, noise, scope):
     config = DiffQConfig(target_bits=None, group_size=group_size, range_per=range_per, grid=grid, noise=noise)

@@ -85,7 +85,7 @@ def test_insert_puts_one_node_on_a_weight_that_is_used_twice():
 
 
 def test_numerics_are_kept_with_the_noise_off():
-    model, plan, gm = prepared()
+    model, _, gm = prepared()
     for quantizer in quantizers(gm):
         weight = gm.get_parameter(quantizer.spec.name)
         quantizer.pass_through(lambda weight=weight: weight)
@@ -125,7 +125,7 @@ def test_annotate_leaves_other_weights_alone():
 
 
 def test_replace_takes_the_stored_weight():
-    model, _, gm = prepared()
+    _, _, gm = prepared()
     for quantizer in quantizers(gm):
         owner, attribute = owner_of(gm, quantizer.spec.name)
         owner.add_module(attribute + "_quantized", quantizer.store(gm.get_parameter(quantizer.spec.name).detach()))

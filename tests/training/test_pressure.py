@@ -156,7 +156,9 @@ def test_penalty_is_the_papers_gradient_once_a_step(accumulate):
     for model, extra in ((ours, 0.0), (by_hand, penalty)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         seen = {}
-        optimizer.register_step_post_hook(lambda *_, model=model, seen=seen: seen.update(g=[q.logits.grad.clone() for q in model.compression.learned]))
+        optimizer.register_step_post_hook(
+            lambda *_, model=model, seen=seen: seen.update(g=[q.logits.grad.clone() for q in model.compression.learned])
+        )
         torch.manual_seed(5)
         for _ in range(accumulate):
             ((loss_of(model, batch) + extra * model_size(model)) / accumulate).backward()

@@ -286,16 +286,40 @@ def _row(variant: int) -> Tensor:
 
 ENTRIES = [
     Entry(name="tests_its_mode", build=TestsItsMode, inputs=_row, weights=2, untraceable=r"something else in train\(\) than in eval"),
-    Entry(name="functional_dropout", build=FunctionalDropout, inputs=_row, weights=2, untraceable=r"something else in train\(\) than in eval"),
+    Entry(
+        name="functional_dropout", build=FunctionalDropout, inputs=_row, weights=2, untraceable=r"something else in train\(\) than in eval"
+    ),
     Entry(name="data_dependent", build=DataDependent, inputs=_row, weights=2, untraceable="inputs to control flow", exports=False),
-    Entry(name="unseen_branch", build=UnseenBranch, inputs=_row, weights=3, untraceable="inputs to control flow", unseen=("rare.weight",), exports=False),
-    Entry(name="checks_its_input", build=ChecksItsInput, inputs=_row, weights=2, untraceable="with noise off, in train: 24 of 24 values of the output differ"),
-    Entry(name="draws_noise", build=DrawsNoise, inputs=_row, weights=2, untraceable="a tensor that does not depend on its inputs", draws=True),
+    Entry(
+        name="unseen_branch",
+        build=UnseenBranch,
+        inputs=_row,
+        weights=3,
+        untraceable="inputs to control flow",
+        unseen=("rare.weight",),
+        exports=False,
+    ),
+    Entry(
+        name="checks_its_input",
+        build=ChecksItsInput,
+        inputs=_row,
+        weights=2,
+        untraceable="with noise off, in train: 24 of 24 values of the output differ",
+    ),
+    Entry(
+        name="draws_noise", build=DrawsNoise, inputs=_row, weights=2, untraceable="a tensor that does not depend on its inputs", draws=True
+    ),
     Entry(name="checkpointed", build=Checkpointed, inputs=_row, weights=2, untraceable="activation checkpointing"),
     Entry(name="open_signature", build=OpenSignature, inputs=_row, weights=2, untraceable=r"also takes mask, \*\*kwargs"),
     Entry(name="named_tuple_out", build=NamedTupleOut, inputs=_row, weights=2),
     Entry(name="dataclass_out", build=DataclassOut, inputs=_row, weights=2, exports=False),
-    Entry(name="ordered_dict_out", build=OrderedDictOut, inputs=_row, weights=2, untraceable="the output is a dict, the original's a OrderedDict"),
+    Entry(
+        name="ordered_dict_out",
+        build=OrderedDictOut,
+        inputs=_row,
+        weights=2,
+        untraceable="the output is a dict, the original's a OrderedDict",
+    ),
     Entry(name="optional_scale", build=OptionalScale, inputs=lambda v: (_row(v), torch.tensor(2.0)), weights=2),
     Entry(name="writes_input", build=WritesInput, inputs=_row, weights=2, untraceable="changes seen of the module"),
     Entry(name="stateful", build=Stateful, inputs=_row, weights=2, untraceable="changes calls, last of the module"),

@@ -110,9 +110,7 @@ class Demucs(nn.Module):
         super().__init__()
         widths = (1, 4, 6, 8)
         pairs = list(zip(widths, widths[1:], strict=False))
-        self.encoder = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(i, o, 8, 4), nn.ReLU(), nn.Conv1d(o, 2 * o, 1), nn.GLU(1)) for i, o in pairs
-        )
+        self.encoder = nn.ModuleList(nn.Sequential(nn.Conv1d(i, o, 8, 4), nn.ReLU(), nn.Conv1d(o, 2 * o, 1), nn.GLU(1)) for i, o in pairs)
         self.lstm, self.linear = nn.LSTM(8, 8, bidirectional=True), nn.Linear(16, 8)
         self.decoder = nn.ModuleList(
             nn.Sequential(nn.Conv1d(o, 2 * o, 3, padding=1), nn.GLU(1), nn.ConvTranspose1d(o, i, 8, 4)) for i, o in reversed(pairs)
@@ -226,7 +224,13 @@ def _gru_inputs(variant: int) -> tuple[Any, ...]:
 ENTRIES = [
     Entry(name="lstm_lm", build=LSTMLanguageModel, inputs=lambda v: tokens(31, 2 + v, 7 + v), weights=6),
     Entry(name="gru_state_given", build=BidirectionalGRU, inputs=_gru_inputs, weights=5),
-    Entry(name="gru_state_omitted", build=BidirectionalGRU, inputs=lambda v: _gru_inputs(v)[:1], weights=5, untraceable="also takes h0, which the example leaves out"),
+    Entry(
+        name="gru_state_omitted",
+        build=BidirectionalGRU,
+        inputs=lambda v: _gru_inputs(v)[:1],
+        weights=5,
+        untraceable="also takes h0, which the example leaves out",
+    ),
     Entry(name="mha", build=Attention, inputs=lambda v: randn(2 + v, 6 + v, 16), weights=3),
     Entry(
         name="cross_attention",

@@ -21,7 +21,9 @@ class Other:
     hidden: torch.Tensor
 
 
-@pytest.mark.parametrize("value", [X, (X, X), [X], {"a": X}, Point(X, X), Result(X, X), OrderedDict(a=X), (X, 3, None, "b"), {"a": [X, (X,)]}])
+@pytest.mark.parametrize(
+    "value", [X, (X, X), [X], {"a": X}, Point(X, X), Result(X, X), OrderedDict(a=X), (X, 3, None, "b"), {"a": [X, (X,)]}]
+)
 def test_equal_outputs_are_the_same(value):
     assert_same(value, value)
 

@@ -20,7 +20,15 @@ def _dynamo():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scope"),
-    [("resnet20_cifar", "model"), ("tied", "model"), ("tied", "module"), ("mha", "model"), ("mha", "module"), ("lstm_lm", "model"), ("bert", "module")],
+    [
+        ("resnet20_cifar", "model"),
+        ("tied", "model"),
+        ("tied", "module"),
+        ("mha", "model"),
+        ("mha", "module"),
+        ("lstm_lm", "model"),
+        ("bert", "module"),
+    ],
 )
 def test_compiles_without_a_break_and_trains(name: str, scope: str):
     entry = BY_NAME[name]

@@ -29,7 +29,9 @@ def test_takes_the_expected_scope_and_every_weight(entry: Entry):
     if entry.scope == "model":
         called = [node.target for node in model.graph.nodes if str(node.target).endswith("_quantizer")]
         assert len(called) == entry.weights, "each weight has one node, and so one draw a forward"
-    assert all(isinstance(model.get_submodule(name + "_quantizer"), WeightQuantizer) for q in compression.quantizers for name in q.spec.names)
+    assert all(
+        isinstance(model.get_submodule(name + "_quantizer"), WeightQuantizer) for q in compression.quantizers for name in q.spec.names
+    )
 
 
 @every_model
@@ -58,7 +60,9 @@ def test_leaves_the_original_as_it_was(entry: Entry, training: bool):
     model = prepared(entry, original)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_unchanged(before, snapshot(original))
-    assert all(p is dict(model.named_parameters(remove_duplicate=False))[name] for name, p in original.named_parameters(remove_duplicate=False))
+    assert all(
+        p is dict(model.named_parameters(remove_duplicate=False))[name] for name, p in original.named_parameters(remove_duplicate=False)
+    )
     assert not {b.data_ptr() for b in model.buffers() if b.numel()} & {b.data_ptr() for b in original.buffers() if b.numel()}
     for name, module in original.named_modules():
         assert model.get_submodule(name).training == module.training

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,13 +25,31 @@ PREPARE = importlib.import_module("diffq_fx.prepare")  # the package's attribute
 CONFIG = DiffQConfig(penalty=1.0)
 X = randn(3, 8)
 
-SEVERAL = ["resnet20_cifar", "lstm_lm", "mha", "transformer_encoder", "tied", "reads_its_child", "bare_parameters", "embedding_bag", "unet2d", "weight_norm"]
+SEVERAL = [
+    "resnet20_cifar",
+    "lstm_lm",
+    "mha",
+    "transformer_encoder",
+    "tied",
+    "reads_its_child",
+    "bare_parameters",
+    "embedding_bag",
+    "unet2d",
+    "weight_norm",
+]
 
 
 # A weight that capture overlooks
 
 
-@pytest.mark.parametrize("name", [*(name for name in SEVERAL if name != "bare_parameters"), pytest.param("bert", marks=pytest.mark.slow), pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in SEVERAL if name != "bare_parameters"),
+        pytest.param("bert", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_consumer_that_is_missed(name: str, which: int, monkeypatch: pytest.MonkeyPatch):
     """One weight of one consumer is not found: the gate sees the NaN come through.
@@ -160,7 +178,7 @@ def test_the_user_is_not_left_with_poisoned_weights():
     """Whatever happens in the gate, the weights come back: they are the original's too."""
 
     class FailsTheFourthTime(Two):
-        calls: list[int] = []
+        calls: ClassVar[list[int]] = []
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls.append(1)

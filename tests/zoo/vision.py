@@ -8,7 +8,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from zoo.entry import Entry, randn
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.ReLU) -> nn.Sequential:
+def conv_bn(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.ReLU
+) -> nn.Sequential:
     """Convolution, batch norm and, unless ``act`` is None, an activation."""
     layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
     return nn.Sequential(*layers, *([act()] if act else []))
@@ -108,7 +110,15 @@ class MobileNetV2(nn.Module):
         super().__init__()
         features: list[nn.Module] = [conv_bn(3, 4, 3, 2, act=nn.ReLU6)]
         inputs = 4
-        for expand, width, repeats, stride in ((1, 4, 1, 1), (2, 4, 2, 2), (2, 4, 3, 2), (2, 8, 4, 2), (2, 8, 3, 1), (2, 12, 3, 1), (2, 12, 1, 1)):
+        for expand, width, repeats, stride in (
+            (1, 4, 1, 1),
+            (2, 4, 2, 2),
+            (2, 4, 3, 2),
+            (2, 8, 4, 2),
+            (2, 8, 3, 1),
+            (2, 12, 3, 1),
+            (2, 12, 1, 1),
+        ):
             for i in range(repeats):
                 features.append(InvertedResidual(inputs, width, stride if i == 0 else 1, expand))
                 inputs = width
@@ -159,7 +169,13 @@ class EfficientNet(nn.Module):
         super().__init__()
         blocks: list[nn.Module] = []
         inputs = 4
-        for expand, width, repeats, stride, kernel in ((1, 4, 1, 1, 3), (2, 4, 1, 2, 3), (2, 8, 2, 2, 5), (2, 8, 2, 1, 3), (2, 12, 2, 1, 5)):
+        for expand, width, repeats, stride, kernel in (
+            (1, 4, 1, 1, 3),
+            (2, 4, 1, 2, 3),
+            (2, 8, 2, 2, 5),
+            (2, 8, 2, 1, 3),
+            (2, 12, 2, 1, 5),
+        ):
             for i in range(repeats):
                 blocks.append(MBConv(inputs, width, kernel, stride if i == 0 else 1, expand))
                 inputs = width
@@ -296,11 +312,11 @@ class SpectralNormed(nn.Module):
         return self.linear(F.relu(self.conv(x)).mean(-1))
 
 
-def _images(size: int):  # noqa: ANN202
+def _images(size: int):
     return lambda variant: randn(2 + variant, 3, size + 8 * variant, size + 8 * variant)
 
 
-def _unet_inputs(dims: int):  # noqa: ANN202
+def _unet_inputs(dims: int):
     return lambda variant: randn(2 + variant, 2, *[8 + 4 * variant] * dims)
 
 
@@ -317,7 +333,13 @@ ENTRIES = [
     Entry(name="unet1d", build=lambda: UNet(1), inputs=_unet_inputs(1), weights=4),
     Entry(name="unet2d", build=lambda: UNet(2), inputs=_unet_inputs(2), weights=4),
     Entry(name="unet3d", build=lambda: UNet(3), inputs=_unet_inputs(3), weights=4),
-    Entry(name="unet2d_output_size", build=lambda: UNet(2, output_size=True), inputs=_unet_inputs(2), weights=4, untraceable="inputs to control flow"),
+    Entry(
+        name="unet2d_output_size",
+        build=lambda: UNet(2, output_size=True),
+        inputs=_unet_inputs(2),
+        weights=4,
+        untraceable="inputs to control flow",
+    ),
     Entry(name="weight_norm", build=WeightNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, skipped=_MAGNITUDES, pickles=False),
     Entry(name="spectral_norm", build=SpectralNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, pickles=False),
 ]

@@ -42,7 +42,7 @@ def pack(values: Values, width: int) -> bytes:
 
     Args:
         values: shape (n,), each below ``2^width``.
-        width: 0 to 16.
+        width: 0 to 16; no bits give no bytes.
 
     Returns:
         ``packed_size(n, width)`` bytes.
@@ -73,7 +73,7 @@ def unpack(data: bytes | memoryview, width: int, count: int) -> Values:
 
     Args:
         data: exactly ``packed_size(count, width)`` bytes.
-        width: 0 to 16.
+        width: 1 to 16.
         count: number of values.
 
     Returns:

@@ -29,6 +29,8 @@ _TOTAL = 1 << PRECISION
 _SYMBOLS = 1 << SYMBOL_BITS
 _U32 = np.uint32
 
+_STEPS_AT_ONCE = 32  # symbols are cut out of the table's entries of several steps together
+
 _DECODING = Lock()  # the loop is many short numpy calls: two of them at once only fight for the interpreter
 
 
@@ -104,6 +106,8 @@ def encode(
         >>> decode(states, words, frequencies, lanes)[0]
         [array([0, 1, 1, 0, 1], dtype=uint8)]
     """
+    if not lanes.total:
+        return np.zeros(0, _U32), np.zeros(0, np.uint16)
     grid = _grid_of(streams, frequencies, lanes)
     frequency = np.concatenate([np.asarray(f, _U32) for f in frequencies])
     cumulative = np.concatenate([np.cumsum(f, dtype=_U32) - np.asarray(f, _U32) for f in frequencies])
@@ -119,7 +123,7 @@ def encode(
         x[full] >>= _U32(16)
         quotient = x // f
         x[:] = (quotient << _U32(PRECISION)) + (x - quotient * f) + cumulative[index]
-    return state, np.concatenate([*words[::-1], np.zeros(0, np.uint16)])
+    return state, np.concatenate(words[::-1])
 
 
 def _grid_of(streams: Sequence[NDArray[np.uint8]], frequencies: Sequence[NDArray[np.uint32]], lanes: Lanes) -> NDArray[np.uint8]:
@@ -176,16 +180,18 @@ def _decode_grid(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int]:
     """Decode step by step: symbols as (steps, L), the final states, and how many words were read."""
     slot_mask, frequency_mask = _U32(_TOTAL - 1), _U32(2 * _TOTAL - 1)
-    precision, next_field, word_bits, lowest = _U32(PRECISION), _U32(PRECISION + 1), _U32(16), _U32(LOWEST)
+    precision, next_field, lowest, symbol = _U32(PRECISION), _U32(PRECISION + 1), _U32(LOWEST), _U32(2 * PRECISION + 1)
+    low, high = state.view(np.uint16)[::2], state.view(np.uint16)[1::2]
     base = (lanes.stream_of_lane() << PRECISION).astype(_U32)
-    grid = np.zeros((lanes.steps, lanes.total), np.uint8)
-    field, entry = np.empty_like(state), np.empty_like(state)
-    slot, starved = np.empty(len(state), np.int64), np.empty(len(state), np.bool_)
+    field, slot, hungry = np.empty_like(state), np.empty(len(state), np.int64), np.empty(len(state), np.bool_)
+    entries = np.zeros((_STEPS_AT_ONCE, len(state)), _U32)
+    grid = np.empty((lanes.steps, lanes.total), np.uint8)
     read, width, x = 0, -1, state
     for step, active in enumerate(lanes.active()):
         if active != width:
-            width, x, base = active, state[:active], base[:active]
-            field, entry, slot, starved = field[:active], entry[:active], slot[:active], starved[:active]
+            width, x, high, base = active, state[:active], high[:active], base[:active]
+            field, slot, hungry = field[:active], slot[:active], hungry[:active]
+        entry = entries[step % _STEPS_AT_ONCE, :active]
         np.bitwise_and(x, slot_mask, out=field)
         np.bitwise_or(field, base, out=field)
         slot[:] = field
@@ -193,21 +199,20 @@ def _decode_grid(
         np.bitwise_and(entry, frequency_mask, out=field)
         np.right_shift(x, precision, out=x)
         np.multiply(x, field, out=x)
-        np.right_shift(entry, next_field, out=entry)
-        np.bitwise_and(entry, slot_mask, out=field)
+        np.right_shift(entry, next_field, out=field)
+        np.bitwise_and(field, slot_mask, out=field)
         np.add(x, field, out=x)
-        np.right_shift(entry, precision, out=entry)
-        grid[step, :active] = entry
-        np.less(x, lowest, out=starved)
-        lanes_to_feed = starved.nonzero()[0]
-        fed = x[lanes_to_feed]
+        np.less(x, lowest, out=hungry)
+        fed = hungry.nonzero()[0]
         food = words[read : read + len(fed)]
         if len(food) < len(fed):
             raise PackedFileError("the coded levels end early")
-        np.left_shift(fed, word_bits, out=fed)
-        np.bitwise_or(fed, food, out=fed)
-        x[lanes_to_feed] = fed
+        high[fed] = low[fed]  # x = x << 16 | word, for an x below 2^16
+        low[fed] = food
         read += len(fed)
+        if (step + 1) % _STEPS_AT_ONCE == 0 or step + 1 == lanes.steps:
+            first = step - step % _STEPS_AT_ONCE
+            grid[first : step + 1] = entries[: step + 1 - first] >> symbol
     return grid, state, read
 
 

@@ -190,7 +190,7 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple
     values = []
     for a, count, flag, raw, rest in zip(alphabets, counts, flags, plain, low, strict=True):
         symbols = next(remaining) if flag else unpack(raw, a.symbol_bits, a.symbols(count))
-        values.append(a.join(symbols, unpack(rest, a.low_bits, count), count))
+        values.append(a.join(symbols, unpack(rest, a.low_bits, count) if a.low_bits else symbols, count))
     return values, hidden.astype("<u2").tobytes()
 
 

@@ -125,10 +125,10 @@ def _take_over(old: ir.Value, new: ir.Value) -> None:
 
 
 def _is_read(value: ir.Value) -> bool:
-    """Whether anything that leads to an output still reads a value; nodes that nothing reads are removed on the way."""
-    for node, _ in list(value.uses()):
-        outputs = node.outputs
-        if node.graph is not None and not any(output.is_graph_output() or _is_read(output) for output in outputs):
+    """Whether anything reads a value; a Transpose, Slice or Split that fused products have left behind is removed."""
+    for node in dict.fromkeys(value.consumers()):
+        leftover = node.op_type in ("Transpose", "Slice", "Split") and not any(_is_read(output) for output in node.outputs)
+        if leftover and node.graph is not None:
             node.graph.remove(node, safe=True)
     return bool(value.uses()) or value.is_graph_output()
 
