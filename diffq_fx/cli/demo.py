@@ -9,7 +9,7 @@ from diffq_fx.cli.output import errors_as_messages
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the picture.")] = Path("diffq_fx_demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the picture.")] = Path("diffq-fx-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: see it work, not its accuracy.")] = False,
 ) -> None:
     """Train small models on real data, compress them, export them to ONNX and race them against float."""

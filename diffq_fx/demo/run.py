@@ -133,9 +133,12 @@ def _export_and_race(task: Task, float_model: nn.Module, converted: nn.Module, o
 
 def _export_float(model: nn.Module, example: Tensor, path: Path) -> None:
     """The float model as torch exports it."""
+    from diffq_fx.export.onnx.tracing import quiet
+
     two = torch.cat([example, example])  # a batch of one would be taken for a constant
     shapes = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(model, (two,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
+    with quiet():
+        torch.onnx.export(model, (two,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
 
 
 def _onnx_predictor(path: Path) -> Callable[[Tensor], Tensor]:

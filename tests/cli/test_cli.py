@@ -164,7 +164,7 @@ def test_demo_hands_its_options_on(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "diffq_fx.demo", module)
     assert invoke("demo").exit_code == 0
     assert invoke("demo", "--out", tmp_path, "--quick").exit_code == 0
-    assert calls == [{"out": Path("diffq_fx_demo"), "quick": False}, {"out": tmp_path, "quick": True}]
+    assert calls == [{"out": Path("diffq-fx-demo"), "quick": False}, {"out": tmp_path, "quick": True}]
 
 
 def test_a_missing_module_is_named(monkeypatch):

@@ -58,7 +58,7 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
     Raises:
         ExportError: torch.export or torch.onnx cannot follow the model.
     """
-    with _quiet():
+    with quiet():
         if dynamic_shapes is not None:
             return _traced(_translate(_exported(converted, example, dynamic_shapes)), example, ())
         repeated = _repeated(converted, example)
@@ -163,7 +163,7 @@ def _first_lines(error: Exception, count: int = 3) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what torch.export and torch.onnx say about themselves: nothing of it is for the user of this library."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
