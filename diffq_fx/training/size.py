@@ -65,10 +65,17 @@ class FlatGroups:
 
     def coding_bits(self, width_T: Tensor) -> Tensor:
         """Bits that code the widths: ``groups * ceil(log2(1 + max - min))`` per weight, summed; 0-d, no device sync."""
-        empty = torch.zeros_like(self.groups_W)
-        low_W = empty.scatter_reduce(0, self.weight_of_T, width_T.float(), "amin", include_self=False)
-        high_W = empty.scatter_reduce(0, self.weight_of_T, width_T.float(), "amax", include_self=False)
+        low_W, high_W = self._smallest_and_largest(width_T.float())
         return (self.groups_W * torch.ceil(torch.log2(1 + high_W - low_W))).sum()
+
+    def _smallest_and_largest(self, width_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest width of each weight: many small weights in one kernel, few large ones at the speed of memory."""
+        if self.num_groups > _FEW_LARGE * len(self.counts):
+            pairs = [torch.aminmax(part) for part in self.split(width_T)]
+            return torch.stack([low for low, _ in pairs]), torch.stack([high for _, high in pairs])
+        empty = torch.zeros_like(self.groups_W)
+        low_W = empty.scatter_reduce(0, self.weight_of_T, width_T, "amin", include_self=False)
+        return low_W, empty.scatter_reduce(0, self.weight_of_T, width_T, "amax", include_self=False)
 
     def split(self, flat_T: Tensor) -> list[Tensor]:
         """One flat tensor per weight."""
@@ -105,6 +112,8 @@ class BitPackedSize(SizeMeasure):
         return round(payload.item()) + round(groups.coding_bits(width_T).item()) + groups.fixed_bits
 
 
+_FEW_LARGE = 4096
+"""Groups per weight from which on a kernel for each weight beats a scatter over all groups."""
 _PAYLOAD_ROUNDS = 20
 _CLOSE_ENOUGH = 1e-3
 _LAST_GROUPS = 4096
