@@ -41,7 +41,9 @@ class _StrictProxy(fx.Proxy):
 
 
 class _StrictTracer(fx.Tracer):
-    """Traces with proxies that refuse what a graph cannot hold."""
+    """Traces with proxies that refuse what a graph cannot hold, also for buffers: what Python decides on their values would be frozen."""
+
+    proxy_buffer_attributes = True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy of a node."""

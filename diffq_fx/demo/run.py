@@ -115,7 +115,7 @@ def _export_and_race(task: Task, float_model: nn.Module, converted: nn.Module, o
     ours, theirs = out / f"{task.name}.onnx", out / f"{task.name}-float.onnx"
     export_onnx(converted, example, ours)
     advance()
-    _export_float(float_model, example, theirs)
+    export_float(float_model, example, theirs)
     advance()
     race = compare_latency(theirs, ours, batch=1)
     advance()
@@ -131,7 +131,7 @@ def _export_and_race(task: Task, float_model: nn.Module, converted: nn.Module, o
     )
 
 
-def _export_float(model: nn.Module, example: Tensor, path: Path) -> None:
+def export_float(model: nn.Module, example: Tensor, path: Path) -> None:
     """The float model as torch exports it."""
     from diffq_fx.export.onnx.tracing import quiet
 

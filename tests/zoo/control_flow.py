@@ -204,6 +204,30 @@ class MovingAverage(Two):
         return out
 
 
+class TestsABuffer(Two):
+    """A branch on the value of a buffer, which someone else may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("warm", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.second(F.relu(x) if self.warm else x)
+
+
+class CountsInABuffer(Two):
+    """Counts its calls in a buffer that it does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.second(self.first(x))
+
+
 class AddsToItsInput(Two):
     """Changes its argument by an operator that fx traces out of place."""
 
@@ -327,6 +351,8 @@ ENTRIES = [
     Entry(name="drops_layers", build=DropsLayers, inputs=_row, weights=2, untraceable="draws random numbers", exports=False),
     Entry(name="drops_layers_in_python", build=DropsLayersInPython, inputs=_row, weights=2, untraceable="draws random numbers", draws=True),
     Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2, untraceable="changes mean of the module"),
+    Entry(name="tests_a_buffer", build=TestsABuffer, inputs=_row, weights=2, untraceable="inputs to control flow", exports=False),
+    Entry(name="counts_in_a_buffer", build=CountsInABuffer, inputs=_row, weights=2, untraceable="x"),
     Entry(name="adds_to_its_input", build=AddsToItsInput, inputs=_row, weights=2, untraceable="values of the arguments after the call"),
     Entry(name="weights_in_a_list", build=WeightsInAList, inputs=_row, weights=2),
     Entry(name="shared_module", build=SharedModule, inputs=_row, weights=2),

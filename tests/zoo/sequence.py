@@ -147,6 +147,23 @@ class Tied(nn.Module):
         return self.head(self.body(F.relu(self.body(self.embedding(ids)))))
 
 
+class CausalAttention(nn.Module):
+    """Attention as nanoGPT writes it: one projection for all three, and a mask cut out of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out, self.dropout = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.1)
+        self.register_buffer("mask", torch.tril(torch.ones(32, 32)).view(1, 1, 32, 32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.size()
+        query, key, value = (part.view(batch, length, 2, width // 2).transpose(1, 2) for part in self.project(x).split(8, dim=2))
+        scores = (query @ key.transpose(-2, -1)) * (1.0 / math.sqrt(4))
+        scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, float("-inf"))
+        out = self.dropout(F.softmax(scores, dim=-1)) @ value
+        return self.out(out.transpose(1, 2).contiguous().view(batch, length, width))
+
+
 class TiedToAttention(nn.Module):
     """A Linear shares the weight that nn.MultiheadAttention reads of its child."""
 
@@ -243,6 +260,7 @@ ENTRIES = [
     Entry(name="rnn_cells", build=Cells, inputs=lambda v: randn(4 + v, 2 + v, 5), weights=7),
     Entry(name="demucs", build=Demucs, inputs=lambda v: randn(2 + v, 1, 300 + 50 * v), weights=17, untraceable="inputs to control flow"),
     Entry(name="tied", build=Tied, inputs=lambda v: tokens(29, 2 + v, 5 + v), weights=2),
+    Entry(name="causal_attention", build=CausalAttention, inputs=lambda v: randn(2 + v, 5 + v, 8), weights=2),
     Entry(name="tied_to_attention", build=TiedToAttention, inputs=lambda v: randn(2 + v, 5 + v, 8), weights=2),
     Entry(name="reads_its_child", build=ReadsItsChild, inputs=lambda v: randn(3 + v, 8), weights=2),
     Entry(name="embedding_bag", build=Bag, inputs=_spoken_offsets, weights=2),

@@ -5,11 +5,12 @@ A width is a sum of planes of 8, 4, 2 and 1 bits (5 = 4 + 1), from the low bits 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.uint8] | NDArray[np.uint16]
+Values = NDArray[Any]
 """Unsigned values: uint8 up to 8 bits, else uint16."""
 
 

@@ -1,14 +1,16 @@
 """Which codes share a probability model: those of one width, in rows that use a similar share of their range.
 
-Codes are residues, ``(level - centre) mod 2^width``: small or close to ``2^width``, whatever the row's zero point. How far they spread differs
-from row to row, since one outlier stretches a row's range; so each row has a *bin*, the logarithm of its mean distance from the centre, and
-a *class* is a width and a range of neighbouring bins. Which bins go together is chosen by the length of the code, tables included.
+Codes are residues, ``(level - centre) mod 2^width``: small or close to ``2^width``, whatever the row's zero point. How far they spread
+differs from row to row, since one outlier stretches a row's range; so each row has a *bin*, the logarithm of its mean distance from the
+centre, and a *class* is a width and a range of neighbouring bins. Which bins go together is chosen by the length of the code, tables
+included.
 
 Legend: O rows, C groups of a row, B bins, K classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +117,7 @@ def _partition(counts: NDArray[np.int64], table_bits: float) -> list[tuple[int, 
     return runs[::-1]
 
 
-def _xlogx(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+def _xlogx(counts: NDArray[Any]) -> NDArray[Any]:
     return counts * np.log2(np.maximum(counts, 1))
 
 

@@ -5,6 +5,7 @@ Reading checks all that a header says against the file's size before anything of
 """
 
 import json
+import math
 import os
 import struct
 import zlib
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.dtypes import TENSOR_TYPES
@@ -131,7 +132,7 @@ class Container:
     def _read_length(self) -> int:
         begin = self._read(0, min(self.size, _LENGTH.size))
         if begin.startswith(_PICKLES):
-            raise PackedFileError("is a pickle (as torch.save writes it), not a packed file; it was not opened, since a pickle can run code")
+            raise PackedFileError("is a pickle (as torch.save writes it), not a packed file; a pickle can run code, so it was not opened")
         length = _LENGTH.unpack(begin)[0] if len(begin) == _LENGTH.size else -1
         if not 2 <= length <= min(self.size - _LENGTH.size, _MOST_HEADER_BYTES):
             raise PackedFileError(f"is not a packed file, or is damaged: its {self.size} bytes do not begin with the length of a header")
@@ -204,18 +205,17 @@ def _entry(name: str, value: Any) -> Entry:
     """One tensor's facts, the number of its bytes checked against its shape."""
     fields = value if isinstance(value, dict) else {}
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
-    sound = is_integers(shape, _LARGEST_SIDE) and is_integers(offsets, _LARGEST_SIDE) and len(shape) <= MOST_SIDES
-    if not (sound and len(offsets) == 2 and offsets[0] <= offsets[1]):
+    if not is_integers(shape, _LARGEST_SIDE) or not is_integers(offsets, _LARGEST_SIDE) or len(shape) > MOST_SIDES:
         raise PackedFileError(f"is damaged: tensor '{name[:100]}' has shape {str(shape)[:100]} and bytes {str(offsets)[:100]}")
-    size = TENSOR_TYPES.parse(fields.get("dtype")).itemsize
-    for side in shape:
-        size *= side
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise PackedFileError(f"is damaged: tensor '{name[:100]}' has bytes {str(offsets)[:100]}")
+    size = TENSOR_TYPES.parse(fields.get("dtype")).itemsize * math.prod(shape)
     if size != offsets[1] - offsets[0]:
-        raise PackedFileError(f"is damaged: tensor '{name}' of {fields['dtype']} {shape} has {offsets[1] - offsets[0]} bytes, expected {size}")
-    return Entry(fields["dtype"], tuple(shape), *offsets)
+        raise PackedFileError(f"is damaged: tensor '{name}' of {fields['dtype']} {shape} has {offsets[1] - offsets[0]} bytes, not {size}")
+    return Entry(fields["dtype"], tuple(shape), offsets[0], offsets[1])
 
 
-def is_integers(value: Any, limit: int) -> bool:
+def is_integers(value: Any, limit: int) -> TypeGuard[list[int]]:
     """Whether a JSON value is a list of whole numbers from 0 up to and without ``limit``.
 
     Example:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PackedFileError
@@ -72,7 +73,7 @@ def grouped_by_storage(tensors: dict[str, Any]) -> list[tuple[tuple[str, ...], T
 def _identity(name: str, tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         raise PackedFileError(f"'{name}' is a {type(tensor).__name__}, not a tensor: a packed file cannot hold it")
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         raise PackedFileError(f"'{name}' is not initialized yet: run the model once")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"

@@ -1,15 +1,18 @@
 """Scales that follow from a range and a width, so that a file need not hold one for every group.
 
-Where a range (a row, a tensor) holds groups of several widths, each group's scale is ``extent / (2^b - 1)``: storing the extent of the range
-is enough. It is searched for once, when saving, and only taken if it gives every scale back bit by bit.
+Where a range (a row, a tensor) holds groups of several widths, each group's scale is ``extent / (2^b - 1)``: storing the extent of the
+range is enough. It is searched for once, when saving, and only taken if it gives every scale back bit by bit.
 
 Legend: O rows, (R, C) groups, E ranges: one for all rows or one for each.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32] | NDArray[np.float64]
+Floats = NDArray[Any]
+"""float32 or float64."""
 
 
 def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:

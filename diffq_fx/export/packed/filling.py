@@ -31,7 +31,7 @@ def fill_float(model: nn.Module, reader: PackedReader) -> None:
     """
     contents, state = reader.contents, model.state_dict(keep_vars=True)
     _refuse_other_names(list(state), list(contents.names()), type(model).__name__)
-    facts = {w.spec.name: (w.spec.shape, w.spec.dtype) for w in contents.weights} | _facts_of_tensors(contents)
+    facts = {**{w.spec.name: (w.spec.shape, w.spec.dtype) for w in contents.weights}, **_facts_of_tensors(contents)}
     targets = _targets(state, contents, facts)
     plain = reader.plain_tensors()
     shards = _decode_all(reader)
@@ -151,10 +151,10 @@ def _refuse_other_weights(own: Iterable[StoredWeight], files: Iterable[PackedWei
 def _replace_modules(model: nn.Module, replaced: Mapping[int, StoredWeight]) -> None:
     """Put other stored weights in the place of those of a model, under every name."""
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # noqa: SLF001
+        for name, child in list(parent._modules.items()):
             if isinstance(child, StoredWeight) and id(child) in replaced:
                 device = next(child.buffers()).device
-                parent._modules[name] = replaced[id(child)].to(device).train(child.training)  # noqa: SLF001
+                parent._modules[name] = replaced[id(child)].to(device).train(child.training)
 
 
 def _some(names: Sequence[str]) -> str:

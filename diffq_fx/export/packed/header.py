@@ -3,9 +3,10 @@
 ``docs/packed-format.md`` is the schema.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -159,17 +160,15 @@ def _names(name: Any, aliases: Any) -> tuple[str, tuple[str, ...]]:
 def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
     name, aliases = _names(value.get("name"), value.get("aliases", []))
     try:
-        shape = value.get("shape")
-        if not is_integers(shape, _MOST_CODES) or not shape or 0 in shape or len(shape) > MOST_SIDES or torch.Size(shape).numel() > _MOST_CODES:
-            raise PackedFileError(f"its shape {str(shape)[:100]} is not possible")
+        shape = _shape(value.get("shape"))
         axis, grid, consumer = value.get("axis"), value.get("grid"), value.get("consumer")
         if not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
         spec = WeightSpec(
             name=name,
             aliases=aliases,
-            shape=tuple(shape),
-            axis=axis,  # type: ignore[arg-type]
+            shape=shape,
+            axis=axis,
             dtype=FLOAT_TYPES.parse(value.get("dtype")),
             group_size=_group_size(value.get("group_size")),
             range_size=_group_size(value.get("range_size")),
@@ -179,6 +178,13 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
         return kind_of_name(value.get("kind")).of_facts(spec, value)
     except PackedFileError as error:
         raise PackedFileError(f"weight '{name}': {error}") from error
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    sound = is_integers(value, _MOST_CODES) and 1 <= len(value) <= MOST_SIDES and 0 not in value
+    if not sound or math.prod(value) > _MOST_CODES:
+        raise PackedFileError(f"its shape {str(value)[:100]} is not possible")
+    return tuple(value)
 
 
 def _group_size(value: Any) -> Any:
@@ -202,18 +208,18 @@ def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights
     spans, classes, sections = value.get("spans"), value.get("classes"), value.get("sections")
     if not _are_triples(spans, _MOST_CODES) or not _are_triples(classes, max(BINS, MAX_WIDTH + 1)) or not is_integers(sections, 1 << 48):
         raise PackedFileError(f"shard {index} is not described")
-    found = tuple(Span(*each) for each in spans)  # type: ignore[union-attr]
+    found = tuple(Span(*each) for each in spans)
     if not found or not all(span.weight < len(weights) and span.rows for span in found):
         raise PackedFileError(f"shard {index} holds rows of weights that are not there")
-    code_classes = tuple(CodeClass(*each) for each in classes)  # type: ignore[union-attr]
+    code_classes = tuple(CodeClass(*each) for each in classes)
     if not all(1 <= each.width <= MAX_WIDTH and each.first_bin <= each.last_bin < BINS for each in code_classes):
         raise PackedFileError(f"shard {index} has classes that are not possible")
-    if len(sections) != SECTIONS or (entry.dtype, entry.shape) != ("U8", (shard_size(sections, found, weights),)):  # type: ignore[arg-type]
+    if len(sections) != SECTIONS or (entry.dtype, entry.shape) != ("U8", (shard_size(sections, found, weights),)):
         raise PackedFileError(f"shard {index} of {entry.size} bytes does not hold its sections or is too small for its rows")
-    return Shard(found, ShardHead(code_classes, tuple(sections)), _crc(value.get("crc32")), entry.start, entry.stop)  # type: ignore[arg-type]
+    return Shard(found, ShardHead(code_classes, tuple(sections)), _crc(value.get("crc32")), entry.start, entry.stop)
 
 
-def _are_triples(value: Any, limit: int) -> bool:
+def _are_triples(value: Any, limit: int) -> TypeGuard[list[list[int]]]:
     return isinstance(value, list) and all(is_integers(each, limit) and len(each) == 3 for each in value)
 
 

@@ -88,14 +88,16 @@ class PackedIntegers(PackedWeight):
         """Residues, zero points and scales of some rows."""
         levels = grids.levels_of_rows(stored, rows)
         widths = self.group_rows(grids.array_of(stored.bits), rows, self.spec.bits_layout)
-        parts = [v if v is None else v.detach().cpu() for v in (stored.scale, stored.zero_point, stored.offset)]
-        params = QuantParams(*(v if v is None else self.group_rows(v, rows, self.spec.scale_layout) for v in parts))
+        params = QuantParams(self._rows_of(stored.scale, rows), self._rows_of(stored.zero_point, rows), self._rows_of(stored.offset, rows))
         each = np.broadcast_to(widths, tuple(params.scale.shape))
         if (levels >> self._expand(each.astype(np.int32))).any():
             raise PackedFileError("a level does not fit the width of its group")
         residues = (levels - self._expand(grids.centres(params, each).astype(np.int32))) & self._expand(grids.masks(each, np.int32))
         codes = residues.astype(np.uint8 if int(widths.max()) <= 8 else np.uint16)
         return PartCodes(codes, widths, self._integers(params, each), self._floats(params, each))
+
+    def _rows_of(self, values: Any, rows: slice) -> Any:
+        return None if values is None else self.group_rows(values.detach().cpu(), rows, self.spec.scale_layout)
 
     def _integers(self, params: QuantParams, widths: NDArray[np.uint8]) -> Values:
         """The zero points that are stored as small integers."""

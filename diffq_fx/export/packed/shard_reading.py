@@ -9,7 +9,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.bitplanes import Values, pack, unpack
 from diffq_fx.export.packed.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
-from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, parts_of, tiles_of_part
+from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, Tile, parts_of, tiles_of_part
 from diffq_fx.export.packed.streams import decode_block
 
 
@@ -34,13 +34,15 @@ class DecodedShard:
         self._widths = self._decode_widths(sections[0])
         self._bins = self._decode_bins(sections[1])
         self._integers = self._decode_integers(sections[2])
-        counts = sum((tile.counts(len(head.classes)) for i in range(len(self._parts)) for tile in self._tiles(i)), np.zeros(len(head.classes), np.int64))
+        counts = np.zeros(len(head.classes), np.int64)
+        for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
+            counts += tile.counts(len(counts))
         self._streams = [(each.width, int(count)) for each, count in zip(head.classes, counts, strict=True)]
         self._values, hidden = decode_block(sections[4], self._streams)
         self._floats = self._decode_floats(sections[3], hidden)
         self._packed: list[bytes] | None = None
 
-    def _tiles(self, index: int) -> list:  # type: ignore[type-arg]
+    def _tiles(self, index: int) -> list[Tile]:
         return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
 
     def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
@@ -53,7 +55,7 @@ class DecodedShard:
         if not len(section):
             return [np.zeros(1, np.uint8)] * len(counts)
         (values,), _ = decode_block(section, [(BIN_BITS, sum(counts))])
-        return _split(values, counts)  # type: ignore[return-value]
+        return _split(values, counts)
 
     def _decode_integers(self, section: memoryview) -> list[Values]:
         widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]

@@ -57,11 +57,7 @@ class Part:
 
 def parts_of(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> list[Part]:
     """The parts of a shard in order."""
-    return [
-        Part(span.weight, weights[span.weight], rows)
-        for span in spans
-        for rows in span.parts(weights[span.weight].layout.columns)
-    ]
+    return [Part(span.weight, weights[span.weight], rows) for span in spans for rows in span.parts(weights[span.weight].layout.columns)]
 
 
 @dataclass(frozen=True)

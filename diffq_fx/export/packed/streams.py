@@ -119,21 +119,36 @@ def encode_block(streams: Sequence[Stream], *, entropy: bool, hidden: bytes = b"
     Returns:
         The block, and how many of the hidden bytes are in it.
     """
-    alphabets = [Alphabet(stream.width) for stream in streams]
-    parts = [alphabet.split(stream.values) for alphabet, stream in zip(alphabets, streams, strict=True)]
-    symbols = [part[0] for part in parts]
-    models = [_model(a, s) if entropy else None for a, s in zip(alphabets, symbols, strict=True)]
-    coded = [index for index, model in enumerate(models) if model is not None]
-    steps = _steps(sum(len(symbols[i]) for i in coded), len(hidden))
-    lanes = rans.Lanes.of([len(symbols[i]) for i in coded], steps)
+    cuts = [_Cut.of(stream, entropy) for stream in streams]
+    coded = [cut for cut in cuts if cut.model is not None]
+    counts = [len(cut.symbols) for cut in coded]
+    steps = _steps(sum(counts), len(hidden)) if coded else 0
+    lanes = rans.Lanes.of(counts, max(steps, 1))
     words_to_hide = np.frombuffer(hidden[: 2 * lanes.total], "<u2")
-    states, words = rans.encode([symbols[i] for i in coded], [m for m in models if m is not None], lanes, words_to_hide)
-    pieces = [_HEAD.pack(lanes.steps and steps, len(words)), bytes(model is not None for model in models)]
-    pieces += [pack(model[: 1 << a.symbol_bits].astype(np.uint16), 12) for a, model in zip(alphabets, models, strict=True) if model is not None]
+    models = [cut.model for cut in coded if cut.model is not None]
+    states, words = rans.encode([cut.symbols for cut in coded], models, lanes, words_to_hide)
+    pieces = [_HEAD.pack(steps, len(words)), bytes(cut.model is not None for cut in cuts)]
+    pieces += [pack(model[: 1 << cut.alphabet.symbol_bits].astype(np.uint16), 12) for cut, model in zip(coded, models, strict=True)]
     pieces += [states.astype("<u4").tobytes(), words.astype("<u2").tobytes()]
-    pieces += [pack(s, a.symbol_bits) for a, s, model in zip(alphabets, symbols, models, strict=True) if model is None]
-    pieces += [pack(low, a.low_bits) for a, (_, low) in zip(alphabets, parts, strict=True)]
+    pieces += [pack(cut.symbols, cut.alphabet.symbol_bits) for cut in cuts if cut.model is None]
+    pieces += [pack(cut.low, cut.alphabet.low_bits) for cut in cuts]
     return b"".join(pieces), 2 * len(words_to_hide)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A stream cut into symbols and low bits, and the frequencies of its symbols, None to bit-pack them."""
+
+    alphabet: Alphabet
+    symbols: NDArray[np.uint8]
+    low: Values
+    model: NDArray[np.uint32] | None
+
+    @staticmethod
+    def of(stream: Stream, entropy: bool) -> "_Cut":
+        alphabet = Alphabet(stream.width)
+        symbols, low = alphabet.split(stream.values)
+        return _Cut(alphabet, symbols, low, _model(alphabet, symbols) if entropy else None)
 
 
 def _steps(symbols: int, hidden: int) -> int:
@@ -178,11 +193,11 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple
         size = 1 << alphabet.symbol_bits
         frequencies[row, :size] = unpack(reader.take(packed_size(size, 12)), 12, size)
     rans.check_frequencies(frequencies)
-    coded = [a.symbols(count) for a, count, flag in zip(alphabets, counts, flags, strict=True) if flag]
-    lanes = rans.Lanes.of(coded, max(steps, 1))
+    lanes = rans.Lanes.of([a.symbols(count) for a, count, flag in zip(alphabets, counts, flags, strict=True) if flag], max(steps, 1))
     states = np.frombuffer(reader.take(4 * lanes.total), "<u4").astype(np.uint32)
     coder_words = np.frombuffer(reader.take(2 * words), "<u2")
-    plain = [reader.take(packed_size(a.symbols(n), a.symbol_bits) if not flag else 0) for a, n, flag in zip(alphabets, counts, flags, strict=True)]
+    sizes = [0 if flag else packed_size(a.symbols(count), a.symbol_bits) for a, count, flag in zip(alphabets, counts, flags, strict=True)]
+    plain = [reader.take(size) for size in sizes]
     low = [reader.take(packed_size(count, a.low_bits)) for a, count in zip(alphabets, counts, strict=True)]
     reader.end()  # before anything of the declared size is allocated
     decoded, hidden = rans.decode(states, coder_words, list(frequencies), lanes)
