@@ -107,21 +107,24 @@ def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Modul
 
 
 class ModelState:
-    """What a forward may change on a model, as it is now: attributes, what lists and dicts hold, values of buffers."""
+    """What a forward may change on a model, as it is now: attributes, what lists and dicts hold, values of tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(path, module, dict(vars(module))) for path, module in model.named_modules()]
         values = {id(value): value for _, _, attributes in self._modules for value in attributes.values()}
         self._containers = {key: (value, _contents(value)) for key, value in values.items() if isinstance(value, list | dict | set)}
-        self._buffers = [(name, buffer, buffer._version, buffer.detach().clone()) for name, buffer in model.named_buffers()]
+        plain = [(f"{path}.{name}", value) for path, _, attributes in self._modules for name, value in attributes.items()]
+        tensors = [*model.named_buffers(), *((name, value) for name, value in plain if isinstance(value, Tensor))]
+        self._tensors = [(name.lstrip("."), tensor, tensor._version, tensor.detach().clone()) for name, tensor in tensors]
 
     def changes(self) -> list[str]:
-        """Names of the attributes and buffers that are not what they were."""
-        names = [name for name, buffer, version, _ in self._buffers if buffer._version != version]
+        """Names of the attributes, buffers and plain tensors that are not what they were."""
+        names = [name for name, tensor, version, _ in self._tensors if tensor._version != version]
         for path, module, attributes in self._modules:
             now = vars(module)
-            changed = [name for name in {**attributes, **now} if not self._is_as_it_was(name, attributes, now)]
-            names += [f"{path}.{name}".removeprefix(".") for name in changed]
+            for name in [name for name in {**attributes, **now} if not self._is_as_it_was(name, attributes, now)]:
+                changed = _changed_entries(self._containers[id(now[name])][1], now[name]) if name in _REGISTRIES else [name]
+                names += [f"{path}.{each}".removeprefix(".") for each in changed]
         return names
 
     def _is_as_it_was(self, name: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -142,8 +145,15 @@ class ModelState:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(contents)
         with torch.no_grad():
-            for _, buffer, _, value in self._buffers:  # all of them: batch norm writes its statistics past the version
-                buffer.copy_(value)
+            for _, tensor, _, value in self._tensors:  # all of them: batch norm writes its statistics past the version
+                tensor.detach().copy_(value)
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _changed_entries(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [name for name in {**before, **now} if before.get(name) is not now.get(name)]
 
 
 def _same(a: Any, b: Any) -> bool:

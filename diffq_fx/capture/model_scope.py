@@ -11,7 +11,7 @@ from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
 from diffq_fx.capture.consumers import hooked_modules
 from diffq_fx.capture.plan import WeightPlan
 from diffq_fx.capture.scopes import call_whole
-from diffq_fx.capture.tracing import WeightTracer, omitted_arguments, trace_in_both_modes
+from diffq_fx.capture.tracing import OwnForwardTracer, WeightTracer, omitted_arguments, trace_in_both_modes
 from diffq_fx.errors import CaptureError
 
 
@@ -28,16 +28,25 @@ class CapturedModel(fx.GraphModule):
     def __reduce__(self) -> Any:
         """Pickle as fx does, and keep what fx drops."""
         _, (body, imports) = super().__reduce__()
-        return _unpickle, (body, imports, type(self).__name__)
+        return _unpickle, (body, imports, type(self).__name__, _calls(self.graph))
 
 
-def _unpickle(body: dict[str, Any], imports: str, name: str) -> CapturedModel:
+def _unpickle(body: dict[str, Any], imports: str, name: str, calls: list[tuple[str, str]]) -> CapturedModel:
+    """A pickle holds code, and fx makes the graph again by tracing it; that must give the graph that was saved."""
     graph = cast(fx.Graph, reduce_graph_module(dict(body), imports).graph)
+    if _calls(graph) != calls:
+        raise CaptureError(
+            f"the graph of the saved {name} cannot be made again. Save its state_dict() instead, and load it into a model prepared anew."
+        )
     source = nn.Module()
     source.__dict__.update(body)
     model = CapturedModel(source, graph, name)
     graft(source, model)
     return model
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
+    return [(node.op, getattr(node.target, "__name__", str(node.target))) for node in graph.nodes if node.op.startswith("call")]
 
 
 def graft(source: nn.Module, target: nn.Module, duplicate: Callable[[Any], Any] = lambda value: value) -> None:
@@ -100,7 +109,7 @@ def capture_model(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> Capt
         call_whole(private.get_submodule(path))
     for node in graph.find_nodes(op="placeholder"):
         node.args = ()  # a default that the example did not use was never traced
-    graph._tracer_cls = None
+    graph._tracer_cls = OwnForwardTracer  # what makes the graph of a pickle again
     captured = CapturedModel(private, graph, type(model).__name__)
     graft(private, captured)
     for path, module in private.named_modules():

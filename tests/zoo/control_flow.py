@@ -228,6 +228,20 @@ class CountsInABuffer(Two):
         return self.second(self.first(x))
 
 
+class PlainTensor(Two):
+    """A moving average in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out = self.second(x - self.mean)
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return out
+
+
 class AddsToItsInput(Two):
     """Changes its argument by an operator that fx traces out of place."""
 
@@ -350,9 +364,10 @@ ENTRIES = [
     Entry(name="nested_input", build=NestedInput, inputs=lambda v: {"batch": {"pair": [_row(v), _row(v)]}}, weights=2),
     Entry(name="drops_layers", build=DropsLayers, inputs=_row, weights=2, untraceable="draws random numbers", exports=False),
     Entry(name="drops_layers_in_python", build=DropsLayersInPython, inputs=_row, weights=2, untraceable="draws random numbers", draws=True),
-    Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2, untraceable="changes mean of the module"),
+    Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2),
     Entry(name="tests_a_buffer", build=TestsABuffer, inputs=_row, weights=2, untraceable="inputs to control flow", exports=False),
-    Entry(name="counts_in_a_buffer", build=CountsInABuffer, inputs=_row, weights=2, untraceable="x"),
+    Entry(name="counts_in_a_buffer", build=CountsInABuffer, inputs=_row, weights=2, untraceable="changes calls of the module"),
+    Entry(name="plain_tensor", build=PlainTensor, inputs=_row, weights=2, untraceable="changes mean of the module"),
     Entry(name="adds_to_its_input", build=AddsToItsInput, inputs=_row, weights=2, untraceable="values of the arguments after the call"),
     Entry(name="weights_in_a_list", build=WeightsInAList, inputs=_row, weights=2),
     Entry(name="shared_module", build=SharedModule, inputs=_row, weights=2),

@@ -27,10 +27,12 @@ class Entry:
     """Weights with requires_grad=False."""
     unseen: tuple[str, ...] = ()
     """Weights that the example never reads."""
-    exports: bool = True
-    """torch.onnx.export takes the float model."""
+    exports: Literal["", "no: control flow", "no: output type", "no: experts", "no: state", "no: random"] = ""
+    """Why there is no ONNX file of it: torch refuses the float model (the first three), or a file cannot do what the model does."""
     pickles: bool = True
     """torch.save takes the float model."""
+    stateful: bool = False
+    """A part of its state is not in the state_dict."""
     draws: bool = False
     """The output is random even in eval mode."""
     slow: bool = False

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from zoo.entry import Entry, randn, tokens
 
@@ -21,6 +22,17 @@ class LSTMLanguageModel(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         out, _ = self.lstm(self.embedding(ids))
         return self.decoder(out)
+
+
+class WeightNormedLSTM(nn.Module):
+    """A weight of an LSTM is itself the result of a computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = weight_norm(nn.LSTM(6, 8), "weight_hh_l0"), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
 
 
 class BidirectionalGRU(nn.Module):
@@ -157,7 +169,9 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.size()
-        query, key, value = (part.view(batch, length, 2, width // 2).transpose(1, 2) for part in self.project(x).split(8, dim=2))
+        query, key, value = self.project(x).split(8, dim=2)
+        query, key = (part.view(batch, length, 2, width // 2).transpose(1, 2) for part in (query, key))
+        value = value.view(batch, length, 2, width // 2).transpose(1, 2)
         scores = (query @ key.transpose(-2, -1)) * (1.0 / math.sqrt(4))
         scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, float("-inf"))
         out = self.dropout(F.softmax(scores, dim=-1)) @ value
@@ -240,6 +254,14 @@ def _gru_inputs(variant: int) -> tuple[Any, ...]:
 
 ENTRIES = [
     Entry(name="lstm_lm", build=LSTMLanguageModel, inputs=lambda v: tokens(31, 2 + v, 7 + v), weights=6),
+    Entry(
+        name="weight_normed_lstm",
+        build=WeightNormedLSTM,
+        inputs=lambda v: randn(5 + v, 2 + v, 6),
+        weights=3,
+        skipped=("lstm.parametrizations.weight_hh_l0.original0",),
+        pickles=False,
+    ),
     Entry(name="gru_state_given", build=BidirectionalGRU, inputs=_gru_inputs, weights=5),
     Entry(
         name="gru_state_omitted",

@@ -162,7 +162,7 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
     try:
         shape = _shape(value.get("shape"))
         axis, grid, consumer = value.get("axis"), value.get("grid"), value.get("consumer")
-        if not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
+        if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
         spec = WeightSpec(
             name=name,

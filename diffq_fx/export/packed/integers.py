@@ -144,6 +144,10 @@ class PackedIntegers(PackedWeight):
 
     def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """``(level - zero_point) * scale``, or ``level * scale + offset`` on the float grid."""
+        with np.errstate(all="ignore"):  # infinite scales are the file's to have
+            return self._weight_rows(part, out)
+
+    def _weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None) -> Tensor | None:
         params = self._params(part)
         levels, centres = self._levels(part, params)
         if self.scale_dtype != torch.float32:

@@ -23,7 +23,7 @@ PackedCompression = Literal["entropy", "bits"]
 
 _COMPRESSIONS = ("entropy", "bits")
 _LEAST_CODES, _MOST_CODES = 1 << 19, 1 << 23
-_SHARDS = 6
+_SHARDS = 4
 """Shards of a model that is neither small nor large: enough for a few threads, few enough to fill the coder's lanes."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.bitplanes import Values, pack, unpack
+from diffq_fx.export.packed.bitplanes import Values
 from diffq_fx.export.packed.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
 from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, Tile, parts_of, tiles_of_part
@@ -37,25 +37,25 @@ class DecodedShard:
         counts = np.zeros(len(head.classes), np.int64)
         for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
             counts += tile.counts(len(counts))
-        self._streams = [(each.width, int(count)) for each, count in zip(head.classes, counts, strict=True)]
-        self._values, hidden = decode_block(sections[4], self._streams)
+        expected = [(each.width, count) for each, count in zip(head.classes, counts.tolist(), strict=True)]
+        self._streams, hidden = decode_block(sections[4], expected)
         self._floats = self._decode_floats(sections[3], hidden)
-        self._packed: list[bytes] | None = None
 
     def _tiles(self, index: int) -> list[Tile]:
         return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
 
     def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
-        (values,), _ = decode_block(section, [(4, sum(r * c for r, c in shapes))])
-        return [piece.reshape(shape) for piece, shape in zip(_split(values + np.uint8(1), [r * c for r, c in shapes]), shapes, strict=True)]
+        sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
+        (stream,), _ = decode_block(section, [(4, sum(sizes))])
+        return [piece.reshape(shape) for piece, shape in zip(_split(stream.values() + np.uint8(1), sizes), shapes, strict=True)]
 
     def _decode_bins(self, section: memoryview) -> list[NDArray[np.uint8]]:
         counts = [bins_in(*part.shape) for part in self._parts]
         if not len(section):
             return [np.zeros(1, np.uint8)] * len(counts)
-        (values,), _ = decode_block(section, [(BIN_BITS, sum(counts))])
-        return _split(values, counts)
+        (stream,), _ = decode_block(section, [(BIN_BITS, sum(counts))])
+        return _split(stream.values(), counts)
 
     def _decode_integers(self, section: memoryview) -> list[Values]:
         widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]
@@ -64,7 +64,7 @@ class DecodedShard:
         streams, _ = decode_block(section, list(zip(present.tolist(), counts.tolist(), strict=True)))
         values = np.zeros(len(each), np.uint16)
         for width, stream in zip(present, streams, strict=True):
-            values[each == width] = stream
+            values[each == width] = stream.values()
         return _split(values, [len(w) for w in widths])
 
     def _decode_floats(self, section: memoryview, hidden: bytes) -> list[bytes]:
@@ -78,15 +78,13 @@ class DecodedShard:
         return [data[stop - size : stop] for stop, size in zip(stops, sizes, strict=True)]
 
     def fold(self) -> None:
-        """Hold the codes bit-packed until they are asked for."""
-        self._packed = [pack(values, width) for values, (width, _) in zip(self._values, self._streams, strict=True)]
-        self._values = []
+        """Hold the codes bit-packed."""
+        for stream in self._streams:
+            stream.fold()
 
     def parts(self) -> Iterator[tuple[Part, PartCodes]]:
         """The parts in order, each with its codes."""
-        values = self._values
-        if self._packed is not None:
-            values = [unpack(data, width, count) for data, (width, count) in zip(self._packed, self._streams, strict=True)]
+        values = [stream.values() for stream in self._streams]
         at = np.zeros(len(values), np.int64)
         for index, part in enumerate(self._parts):
             tiles = []

@@ -169,7 +169,33 @@ def _model(alphabet: Alphabet, symbols: NDArray[np.uint8]) -> NDArray[np.uint32]
     return frequencies if cost < len(symbols) * alphabet.symbol_bits else None
 
 
-def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple[list[Values], bytes]:
+class DecodedStream:
+    """A stream of a block that has been decoded: its values can be had, and until then take little room."""
+
+    def __init__(
+        self, alphabet: Alphabet, count: int, symbols: NDArray[np.uint8] | None, packed: memoryview | bytes, low: memoryview
+    ) -> None:
+        self._alphabet = alphabet
+        self._count = count
+        self._symbols = symbols
+        self._packed = packed  # the symbols, where they are not in ``_symbols``
+        self._low = low
+
+    def fold(self) -> None:
+        """Keep the symbols bit-packed."""
+        if self._symbols is not None:
+            self._packed, self._symbols = pack(self._symbols, self._alphabet.symbol_bits), None
+
+    def values(self) -> Values:
+        """The values, made anew at each call."""
+        alphabet, symbols = self._alphabet, self._symbols
+        if symbols is None:
+            symbols = unpack(self._packed, alphabet.symbol_bits, alphabet.symbols(self._count))
+        low = unpack(self._low, alphabet.low_bits, self._count) if alphabet.low_bits else symbols
+        return alphabet.join(symbols, low, self._count)
+
+
+def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple[list[DecodedStream], bytes]:
     """Undo :func:`encode_block`.
 
     Args:
@@ -177,7 +203,7 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple
         expected: width and count of each stream.
 
     Returns:
-        The values of each stream, and the hidden bytes, padded with zeros to two for every lane.
+        The streams, and the hidden bytes, padded with zeros to two for every lane.
 
     Raises:
         PackedFileError: the block is damaged, or not of these streams.
@@ -201,12 +227,12 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> tuple
     low = [reader.take(packed_size(count, a.low_bits)) for a, count in zip(alphabets, counts, strict=True)]
     reader.end()  # before anything of the declared size is allocated
     decoded, hidden = rans.decode(states, coder_words, list(frequencies), lanes)
-    remaining = iter(decoded)
-    values = []
-    for a, count, flag, raw, rest in zip(alphabets, counts, flags, plain, low, strict=True):
-        symbols = next(remaining) if flag else unpack(raw, a.symbol_bits, a.symbols(count))
-        values.append(a.join(symbols, unpack(rest, a.low_bits, count) if a.low_bits else symbols, count))
-    return values, hidden.astype("<u2").tobytes()
+    symbols = iter(decoded)
+    streams = [
+        DecodedStream(a, count, next(symbols) if flag else None, raw, rest)
+        for a, count, flag, raw, rest in zip(alphabets, counts, flags, plain, low, strict=True)
+    ]
+    return streams, hidden.astype("<u2").tobytes()
 
 
 class _Reader:
