@@ -29,9 +29,5 @@ class ExportError(DiffQError):
     """A converted model cannot be exported, or its file does not compute what the model computes."""
 
 
-class PackedFileError(DiffQError):
-    """A packed file cannot be written, is damaged, is not a packed file, or holds another model than the one to fill."""
-
-
 class DiffQWarning(UserWarning):
     """The call worked, but probably not the way it was meant."""

@@ -106,6 +106,21 @@ def test_dynamic_shapes_of_the_user(path):
         export_onnx(model, torch.randn(2, 3, 16), path, dynamic_shapes={"y": {1: torch.export.Dim("length")}})
 
 
+def test_size_at_its_upper_limit(path):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 8, 4)
+            self.register_buffer("positions", torch.randn(6, 16))
+
+        def forward(self, x):
+            return self.layer(x + self.positions[: x.shape[1]])
+
+    length = torch.export.Dim("length", max=6)
+    result = export_onnx(Positions().eval(), torch.randn(2, 6, 16), path, dynamic_shapes={"x": {1: length}})
+    assert result.max_relative_error < 1e-5
+
+
 def test_integers_stay_within_the_range_of_the_example(path):
     table = nn.Embedding(10, 4)
 
@@ -306,6 +321,32 @@ def test_metadata_and_sizes(path):
     assert all(tensor.raw_data for tensor in file.graph.initializer)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert "diffq_fx.weights" in session.get_modelmeta().custom_metadata_map
+
+
+def test_weights_beyond_the_limit_of_protobuf_go_to_a_second_file(path, monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.onnx.saving._PROTOBUF_LIMIT", 1000)
+    model = Linear(64, 64, 4).eval()
+    result = export_onnx(model, torch.randn(2, 64), path)
+    data = path.with_name("model.onnx.data")
+    assert result.file_bytes == path.stat().st_size + data.stat().st_size
+    assert data.stat().st_size >= 64 * 64 // 2
+    assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]
+    fresh = torch.randn(3, 64)
+    assert_same(run_exact(path, fresh), model(fresh))
+
+
+def test_branches_of_a_condition_read_the_folded_weight(path):
+    class Condition(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Linear(512, 16, 4, name="a"), Linear(512, 16, 4, name="b")
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+
+    result = export_onnx(Condition().eval(), torch.randn(2, 512), path)
+    assert [record.rule for record in result.weights] == ["fold", "fold"]
+    assert "DequantizeLinear" not in result.operators
 
 
 def test_file_holds_no_paths_of_the_exporting_machine(path):

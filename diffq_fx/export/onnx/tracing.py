@@ -33,6 +33,8 @@ class TracedModel:
     model: ir.Model
     sizes: dict[str, int]
     """Symbolic size of an input -> what it is in the user's example."""
+    other_sizes: dict[str, int]
+    """The same with every size changed by one, within what the model allows."""
     remarks: tuple[str, ...]
 
     @property
@@ -60,13 +62,13 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
     """
     with quiet():
         if dynamic_shapes is not None:
-            return _traced(_translate(_exported(converted, example, dynamic_shapes)), example, ())
+            return _traced(_exported(converted, example, dynamic_shapes), example, ())
         repeated = _repeated(converted, example)
         program = _exported(converted, repeated, repeated.dynamic_batch())
         if repeated is not example and not _has_dynamic_batch(program):
             program = _exported(converted, example, None)
         remarks = () if _has_dynamic_batch(program) else (_static_remark(example),)
-        return _traced(_translate(program), example, remarks)
+        return _traced(program, example, remarks)
 
 
 def _static_remark(example: Example) -> str:
@@ -134,10 +136,11 @@ def _placeholder() -> Any:
     return dequantize
 
 
-def _traced(model: ir.Model, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+def _traced(program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+    model = _translate(program)
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
-    name_sizes(model.graph)
+    names = name_sizes(model.graph)
     if len(inputs) != len(example.tensors):
         raise ExportError(
             f"the exported graph has {len(inputs)} inputs {[value.name for value in inputs]}, the example {len(example.tensors)} "
@@ -147,7 +150,9 @@ def _traced(model: ir.Model, example: Example, remarks: tuple[str, ...]) -> Trac
         for size, actual in zip(value.shape or (), tensor.shape, strict=True):
             if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value.isidentifier():
                 sizes[size.value] = actual
-    return TracedModel(model, sizes, remarks)
+    largest = {names.get(str(symbol)): bounds.upper for symbol, bounds in program.range_constraints.items()}
+    others = {name: size + 1 if size + 1 <= largest.get(name, size + 1) else size - 1 for name, size in sizes.items()}
+    return TracedModel(model, sizes, others, remarks)
 
 
 def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
