@@ -85,6 +85,23 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or the ordinary tensors that a sparse one is made of."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one layout hold the same numbers."""
+    return all(torch.equal(x, y) for x, y in zip(strided_parts(a), strided_parts(b), strict=True))
+
+
 def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     """Copy a model's modules and buffers, but share its Parameters: no second copy of the weights.
 
@@ -102,7 +119,7 @@ def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Modul
     """
     memo: dict[int, Any] = dict(replaced)
     for module in model.modules():
-        memo.update({id(kept): kept.detach() for kept in tensors_of(list(vars(module).values())) if not kept.is_leaf})
+        memo.update({id(kept): kept.detach().clone() for kept in tensors_of(list(vars(module).values())) if not kept.is_leaf})
     return copy.deepcopy(model, memo)
 
 
@@ -123,7 +140,8 @@ class ModelState:
         for path, module, attributes in self._modules:
             now = vars(module)
             for name in [name for name in {**attributes, **now} if not self._is_as_it_was(name, attributes, now)]:
-                changed = _changed_entries(self._containers[id(now[name])][1], now[name]) if name in _REGISTRIES else [name]
+                kept = self._containers.get(id(now.get(name))) if name in _REGISTRIES else None
+                changed = _changed_entries(kept[1], now[name]) if kept else [name]
                 names += [f"{path}.{each}".removeprefix(".") for each in changed]
         return names
 
@@ -145,8 +163,9 @@ class ModelState:
                 value.clear()
                 (value.extend if isinstance(value, list) else value.update)(contents)
         with torch.no_grad():
-            for _, tensor, _, value in self._tensors:  # all of them: batch norm writes its statistics past the version
-                tensor.detach().copy_(value)
+            for _, tensor, _, value in self._tensors:
+                if not same_values(tensor, value):  # the version does not tell: batch norm writes its statistics past it
+                    tensor.detach().copy_(value)
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from diffq_fx.capture.calls import MODES, ExampleCall, restored_state
+from diffq_fx.capture.calls import MODES, ExampleCall, restored_state, strided_parts
 from diffq_fx.errors import CaptureError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.passes._graph import attribute_of
@@ -57,13 +57,21 @@ def _difference(found: Any, expected: Any, what: str, seen: dict[tuple[int, int]
 
 @torch.no_grad()
 def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return f"{what} is {found.dtype} {tuple(found.shape)}, the original's {expected.dtype} {tuple(expected.shape)}"
-    same = (found == expected) | ((found != found) & (expected != expected))
-    if bool(same.all()):
-        return ""
-    worst = (found.double() - expected.double()).abs().nan_to_num(nan=float("inf")).max().item()
-    return f"{int((~same).sum())} of {same.numel()} values of {what} differ, by up to {worst:.3g}"
+    if (found.shape, found.dtype, found.layout) != (expected.shape, expected.dtype, expected.layout):
+        return f"{what} is {_kind(found)}, the original's {_kind(expected)}"
+    for a, b in zip(strided_parts(found), strided_parts(expected), strict=True):
+        if a.shape != b.shape:
+            return f"{what} has {a.shape[-1]} entries, the original's {b.shape[-1]}"
+        same = (a == b) | ((a != a) & (b != b))
+        if not bool(same.all()):
+            worst = (a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max().item()
+            return f"{int((~same).sum())} of {same.numel()} values of {what} differ, by up to {worst:.3g}"
+    return ""
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
+    return f"{layout}{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _parts(value: Any) -> dict[Any, Any]:

@@ -106,6 +106,31 @@ def test_dynamic_shapes_of_the_user(path):
         export_onnx(model, torch.randn(2, 3, 16), path, dynamic_shapes={"y": {1: torch.export.Dim("length")}})
 
 
+def test_model_that_changes_its_argument(path):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 8, 4)
+
+        def forward(self, x):
+            return self.layer(x.add_(1))
+
+    assert export_onnx(Adds().eval(), torch.randn(2, 16), path).max_relative_error < 1e-5
+
+
+def test_integers_that_must_fit_together(path):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = store(torch.randn(10, 4), 4)
+
+        def forward(self, ids, offsets):
+            return nn.functional.embedding_bag(ids, self.table(), offsets)
+
+    ids, offsets = torch.randint(10, (7,)), torch.tensor([0, 2, 5])
+    assert export_onnx(Bag().eval(), (ids, offsets), path).max_relative_error < 1e-5
+
+
 def test_size_at_its_upper_limit(path):
     class Positions(nn.Module):
         def __init__(self):

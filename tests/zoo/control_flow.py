@@ -327,9 +327,7 @@ ENTRIES = [
     Entry(
         name="functional_dropout", build=FunctionalDropout, inputs=_row, weights=2, untraceable=r"something else in train\(\) than in eval"
     ),
-    Entry(
-        name="data_dependent", build=DataDependent, inputs=_row, weights=2, untraceable="inputs to control flow", exports="no: control flow"
-    ),
+    Entry(name="data_dependent", build=DataDependent, inputs=_row, weights=2, untraceable="inputs to control flow", no_onnx="control flow"),
     Entry(
         name="unseen_branch",
         build=UnseenBranch,
@@ -337,7 +335,7 @@ ENTRIES = [
         weights=3,
         untraceable="inputs to control flow",
         unseen=("rare.weight",),
-        exports="no: control flow",
+        no_onnx="control flow",
     ),
     Entry(
         name="checks_its_input",
@@ -353,12 +351,12 @@ ENTRIES = [
         weights=2,
         untraceable="a tensor that does not depend on its inputs",
         draws=True,
-        exports="no: random",
+        no_onnx="random",
     ),
     Entry(name="checkpointed", build=Checkpointed, inputs=_row, weights=2, untraceable="activation checkpointing"),
     Entry(name="open_signature", build=OpenSignature, inputs=_row, weights=2, untraceable=r"also takes mask, \*\*kwargs"),
     Entry(name="named_tuple_out", build=NamedTupleOut, inputs=_row, weights=2),
-    Entry(name="dataclass_out", build=DataclassOut, inputs=_row, weights=2, exports="no: output type"),
+    Entry(name="dataclass_out", build=DataclassOut, inputs=_row, weights=2, no_onnx="output type"),
     Entry(
         name="ordered_dict_out",
         build=OrderedDictOut,
@@ -367,15 +365,21 @@ ENTRIES = [
         untraceable="the output is a dict, the original's a OrderedDict",
     ),
     Entry(name="optional_scale", build=OptionalScale, inputs=lambda v: (_row(v), torch.tensor(2.0)), weights=2),
-    Entry(name="writes_input", build=WritesInput, inputs=_row, weights=2, untraceable="changes seen of the module", exports="no: state"),
+    Entry(name="writes_input", build=WritesInput, inputs=_row, weights=2, untraceable="changes seen of the module", no_onnx="state"),
     Entry(name="stateful", build=Stateful, inputs=_row, weights=2, untraceable="changes calls, last of the module"),
     Entry(name="nested_input", build=NestedInput, inputs=lambda v: {"batch": {"pair": [_row(v), _row(v)]}}, weights=2),
     Entry(name="drops_layers", build=DropsLayers, inputs=_row, weights=2, untraceable="draws random numbers"),
-    Entry(name="drops_layers_in_python", build=DropsLayersInPython, inputs=_row, weights=2, untraceable="draws random numbers", draws=True),
-    Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2, exports="no: state"),
     Entry(
-        name="tests_a_buffer", build=TestsABuffer, inputs=_row, weights=2, untraceable="inputs to control flow", exports="no: control flow"
+        name="drops_layers_in_python",
+        build=DropsLayersInPython,
+        inputs=_row,
+        weights=2,
+        untraceable="draws random numbers",
+        no_onnx="chance",
+        draws=True,
     ),
+    Entry(name="moving_average", build=MovingAverage, inputs=_row, weights=2, no_onnx="state"),
+    Entry(name="tests_a_buffer", build=TestsABuffer, inputs=_row, weights=2, untraceable="inputs to control flow", no_onnx="control flow"),
     Entry(name="counts_in_a_buffer", build=CountsInABuffer, inputs=_row, weights=2, untraceable="changes calls of the module"),
     Entry(
         name="plain_tensor",
@@ -384,7 +388,7 @@ ENTRIES = [
         weights=2,
         untraceable="changes mean of the module",
         stateful=True,
-        exports="no: state",
+        no_onnx="state",
     ),
     Entry(name="adds_to_its_input", build=AddsToItsInput, inputs=_row, weights=2, untraceable="values of the arguments after the call"),
     Entry(name="weights_in_a_list", build=WeightsInAList, inputs=_row, weights=2),
@@ -395,8 +399,8 @@ ENTRIES = [
         inputs=_row,
         weights=2,
         untraceable="inputs to control flow",
-        exports="no: control flow",
+        no_onnx="control flow",
     ),
-    Entry(name="hooked_activation", build=hooked_activation, inputs=_row, weights=2, exports="no: control flow"),
-    Entry(name="hooked", build=hooked, inputs=_row, weights=2, untraceable="0 has a hook", exports="no: control flow"),
+    Entry(name="hooked_activation", build=hooked_activation, inputs=_row, weights=2, no_onnx="control flow"),
+    Entry(name="hooked", build=hooked, inputs=_row, weights=2, untraceable="0 has a hook", no_onnx="control flow"),
 ]

@@ -82,7 +82,7 @@ ENTRIES = [
         ),
         _ids,
         16,
-        exports="no: experts",
+        no_onnx="experts",
     ),
     _hf(
         "modernbert",

@@ -1,5 +1,6 @@
 """Prepare every model of the zoo: the scope, the quantizers, the same result with the noise off, and an original that is as it was."""
 
+import copy
 import re
 
 import pytest
@@ -134,6 +135,29 @@ def test_a_model_that_keeps_results_of_its_last_forward():
     model(x).sum().backward()
     result = converted(model)
     assert torch.equal(result(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_a_sparse_buffer(scope: str):
+    """The adjacency matrix of a graph convolution: few operations of torch take it."""
+
+    class GraphConvolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("adjacency", (torch.eye(6) + torch.eye(6).roll(1, 0)).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.adjacency, self.linear(x))
+
+    original, x = GraphConvolution(), randn(6, 8)
+    model = prepare_diffq(original, x, DiffQConfig(penalty=1.0), scope=scope)
+    model(x).sum().backward()
+    with noise_off(model):
+        assert torch.equal(model(x), original(x))
+    result = converted(model)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(result)(x), model.eval()(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")

@@ -222,6 +222,17 @@ def test_the_gate_sees_a_difference(found: Any, expected: Any, says: str):
     assert gate._difference(expected, found, "the output")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc"])
+def test_the_gate_looks_into_sparse_tensors(layout: str):
+    matrix = torch.eye(4)
+    sparse, other, wider = (getattr(each, layout)() for each in (matrix, matrix * (1 + 2**-20), matrix + matrix.roll(1, 0)))
+    assert gate._difference(sparse, getattr(matrix, layout)(), "the output") == ""
+    assert "4 of 4 values of the output differ" in gate._difference(sparse, other, "the output")
+    assert gate._difference(sparse, wider, "the output")
+    assert "is torch.sparse" in gate._difference(sparse, matrix, "the output")
+
+
 def test_the_gate_sees_equal_results_as_equal():
     nan = torch.full((2,), torch.nan)
     ring: list[Any] = [X]

@@ -283,6 +283,19 @@ class UNet(nn.Module):
         return self.out(torch.cat([up, skip], 1))
 
 
+class BlurPool(nn.Module):
+    """A fixed filter in a buffer that is expanded: one value stands for many, so nothing can be written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 5)
+        self.register_buffer("kernel", torch.tensor(1 / 9).expand(4, 1, 3, 3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blurred = F.conv2d(self.conv(x), self.kernel, stride=2, groups=4)
+        return self.fc(blurred.mean((2, 3)))
+
+
 class WeightNormed(nn.Module):
     """Weight norm by parametrization: the weight itself is the result of a computation."""
 
@@ -333,6 +346,7 @@ ENTRIES = [
         weights=4,
         untraceable="inputs to control flow",
     ),
+    Entry(name="blur_pool", build=BlurPool, inputs=_images(8), weights=2),
     Entry(name="weight_norm", build=WeightNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, skipped=_MAGNITUDES, pickles=False),
     Entry(name="spectral_norm", build=SpectralNormed, inputs=lambda v: randn(2 + v, 3, 9 + v), weights=2, pickles=False),
 ]

@@ -68,23 +68,28 @@ class Example:
                 shapes[tensor] = {0: torch.export.Dim.AUTO}
         return shapes
 
-    def redrawn(self, generator: torch.Generator, sizes: list[tuple[int, ...]]) -> "Example":
+    def redrawn(self, generator: torch.Generator, sizes: list[tuple[int, ...]], *, keep_integers: bool = False) -> "Example":
         """Fresh random inputs like these: floats and integers within the range of the example's, booleans from the example.
+
+        Integers in ascending order (offsets, positions) keep their values, since their order means something.
 
         Args:
             generator: the source of randomness, on the CPU.
             sizes: the shape of each tensor.
+            keep_integers: keep the values of all integers, the last ones repeated where the shape is larger.
         """
-        return self.replace([_like(t, shape, generator) for t, shape in zip(self.tensors, sizes, strict=True)])
+        return self.replace([_like(t, shape, generator, keep_integers) for t, shape in zip(self.tensors, sizes, strict=True)])
 
 
-def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, keep_integers: bool) -> Tensor:
     if tensor.numel() == 0:
         return tensor.new_zeros(shape)
     if tensor.dtype == torch.bool:
         picks = torch.randint(tensor.numel(), shape, generator=generator)
         return tensor.flatten()[picks.to(tensor.device)]
     if not tensor.is_floating_point():
+        if keep_integers or _is_ascending(tensor):
+            return _resized(tensor, shape)
         low, high = int(tensor.min()), int(tensor.max())
         return torch.randint(low, high + 1, shape, generator=generator).to(tensor)
     values = tensor.detach().double().cpu()
@@ -93,3 +98,15 @@ def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator) ->
         return torch.randn(shape, generator=generator).to(tensor)
     drawn = float(values.mean()) + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
     return drawn.clamp(float(values.min()), float(values.max())).to(tensor)
+
+
+def _is_ascending(tensor: Tensor) -> bool:
+    return tensor.dim() == 1 and tensor.numel() > 1 and bool((tensor.diff() >= 0).all()) and bool(tensor[0] != tensor[-1])
+
+
+def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor cut off, or with its last values repeated, along each size."""
+    for axis, size in enumerate(shape):
+        places = torch.arange(size, device=tensor.device).clamp(max=tensor.shape[axis] - 1)
+        tensor = tensor.index_select(axis, places)
+    return tensor.clone()
