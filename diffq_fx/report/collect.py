@@ -14,7 +14,8 @@ from diffq_fx.prepare import CHILD
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight, container_for
 from diffq_fx.training.compression import Compression
-from diffq_fx.training.size import BitPackedSize, FlatGroups, mib
+from diffq_fx.training.groups_in_row import FlatGroups
+from diffq_fx.training.size import BitPackedSize, mib
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
 _Module = TypeVar("_Module", bound=nn.Module)
