@@ -8,7 +8,7 @@ from scipy import stats
 
 from diffq_fx import functional
 from diffq_fx.groups import GroupLayout
-from diffq_fx.noise import add_noise, native, step_of_logits
+from diffq_fx.noise import add_noise, memory, native, release, step_of_logits
 
 N = 200_000
 
@@ -190,3 +190,21 @@ def test_step_of_logits_is_the_long_form(shapes, dtype):
     (found,) = torch.autograd.grad((short * upstream).sum(), logits)
     (expected,) = torch.autograd.grad((long * upstream).sum(), logits)
     torch.testing.assert_close(found, expected)
+
+
+def test_memory_of_dead_noise_is_used_again_and_that_of_the_living_never(backend):
+    if backend == "torch":
+        return
+    weight, step = torch.zeros(512, 1024), torch.ones(512, 1)
+    first = add_noise(weight, step, axis=0, block=1024)
+    view, copy_of_first, place = first[100:], first.clone(), first.data_ptr()
+    second = add_noise(weight, step, axis=0, block=1024)
+    assert second.data_ptr() != place
+    del first
+    third = add_noise(weight, step, axis=0, block=1024)  # a view keeps the memory of the first
+    assert third.data_ptr() != place
+    assert torch.equal(view, copy_of_first[100:])
+    del view
+    assert add_noise(weight, step, axis=0, block=1024).data_ptr() == place
+    release()
+    assert not memory._free
