@@ -1,0 +1,106 @@
+"""What the kind "integer" asks of scales and zero points. Legend: O rows, (R, C) groups of one scale, E ranges."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq_fx.export.packed.extents import find_extents
+from diffq_fx.functional import QuantParams
+from diffq_fx.storage import IntegerWeight, unpack_levels
+from diffq_fx.weights import WeightSpec
+
+_WIDTHS = 17
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """A tensor as an array on the CPU."""
+    return tensor.detach().cpu().numpy()
+
+
+def masks(widths: NDArray[np.uint8], kind: Any) -> NDArray[Any]:
+    """``2^b - 1`` of each group.
+
+    Example:
+        >>> masks(np.array([[1, 8, 16]], np.uint8), np.uint16)
+        array([[    1,   255, 65535]], dtype=uint16)
+    """
+    return ((1 << widths.astype(np.int32)) - 1).astype(kind)
+
+
+def centres(params: QuantParams, widths: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The level of each group that stands for zero or is next to it: residues are counted from there."""
+    top = masks(widths, np.int64)
+    if params.zero_point is not None:
+        return np.clip(array_of(params.zero_point), 0, top)
+    with np.errstate(all="ignore"):
+        nearest = np.rint(-array_of(params.offset.double()) / array_of(params.scale.double()))  # type: ignore[union-attr]
+    return np.clip(np.nan_to_num(nearest, nan=0.0, posinf=65535, neginf=0), 0, top).astype(np.int64)
+
+
+def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str:
+    """How to store zero points: see :class:`~diffq_fx.export.packed.integers.PackedIntegers`."""
+    if zero_point is None:
+        return "none"
+    values, top = array_of(zero_point), masks(widths, np.int64)
+    if (2 * values == top + 1).all():
+        return "middle"
+    return "coded" if ((values >= 0) & (values <= top)).all() else "plain"
+
+
+def may_have_extents(spec: WeightSpec, scale_dtype: torch.dtype) -> bool:
+    """Whether a range holds groups that may differ in width, so that scales follow from the range and the width."""
+    several = spec.bits_layout.num_groups > spec.range_layout.num_groups
+    return several and spec.range_layout.kind != "block" and scale_dtype in (torch.float32, torch.float64)
+
+
+def by_range(shape: tuple[int, ...], spec: WeightSpec) -> tuple[int, int]:
+    """The shape (E, groups of a range) of values per group of ``shape``."""
+    return (1, shape[0] * shape[1]) if spec.range_layout.kind == "tensor" else (shape[0], shape[1])
+
+
+def follows_from_ranges(params: QuantParams, widths: NDArray[np.uint8], spec: WeightSpec) -> bool:
+    """Whether scales are ``extent / (2^b - 1)``, offsets those of the range, and zero points those of range and width."""
+    shape = by_range(widths.shape, spec)
+    if params.offset is not None:
+        offsets = array_of(params.offset).reshape(shape)
+        if offsets.tobytes() != np.repeat(offsets[:, :1], shape[1], 1).tobytes():
+            return False
+    if params.zero_point is not None:
+        zero_points = array_of(params.zero_point).reshape(-1)
+        widths_of_cells, cell = cells(widths, spec)
+        one = np.zeros(len(widths_of_cells), zero_points.dtype)
+        one[cell] = zero_points
+        if (one[cell] != zero_points).any():
+            return False
+    return find_extents(array_of(params.scale).reshape(shape), widths.reshape(shape)) is not None
+
+
+def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Ranges and widths that occur together, in rising order.
+
+    Args:
+        widths: of some rows, shape (O, C).
+        spec: says whether each row is a range.
+
+    Returns:
+        The width of each such cell, and the cell of each group, shape (O * C,).
+    """
+    of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
+    key = (of_row[:, None] * _WIDTHS + widths).reshape(-1)
+    present = np.zeros(_WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
+    present[key] = True
+    return (np.flatnonzero(present) % _WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
+
+
+def levels_of_rows(stored: IntegerWeight, rows: slice) -> NDArray[np.int32]:
+    """Levels of some rows, without unpacking the others."""
+    columns, bits = stored.spec.columns, stored.container_bits
+    per_byte = max(8 // bits, 1)
+    start = rows.start * columns // per_byte * per_byte
+    stop = rows.stop * columns
+    packed = stored.levels[start * bits // 8 : -(-stop * bits // 8)].cpu()
+    flat = unpack_levels(packed, bits, stop - start)
+    return flat[rows.start * columns - start :].reshape(-1, columns).numpy()
