@@ -93,7 +93,7 @@ def test_every_system_call_may_fail(tmp_path, monkeypatch, call, code):
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"diffq_fx.export.packed.files.os.{call}", fail)
+        patch.setattr(f"diffq_fx.export.packed.fileformat.atomic.os.{call}", fail)
         with pytest.raises(PackedFileError, match=rf"save_packed: cannot write '.*m\.safetensors': {os.strerror(code)}\."):
             save_packed(model_of(2), path)
     assert_equal(load_packed(path), expected(old))
@@ -104,7 +104,7 @@ def test_an_interrupt_leaves_no_draft(tmp_path, monkeypatch):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffq_fx.export.packed.files.os.fsync", interrupt)
+    monkeypatch.setattr("diffq_fx.export.packed.fileformat.atomic.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_packed(model_of(1), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
@@ -117,7 +117,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(PackedFileError, match="cannot write '.*missing/m.safetensors': No such file or directory"):
         save_packed(model, tmp_path / "missing" / "m.safetensors")
     path = save_packed(model, tmp_path / "m.safetensors")
-    monkeypatch.setattr("diffq_fx.export.packed.files.os.access", lambda *_: False)  # root may write anything
+    monkeypatch.setattr("diffq_fx.export.packed.fileformat.atomic.os.access", lambda *_: False)  # root may write anything
     with pytest.raises(PackedFileError, match="cannot write '.*': the file is read-only"):
         save_packed(model, path)
 

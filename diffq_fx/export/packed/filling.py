@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import contents_of, grouped_by_storage
-from diffq_fx.export.packed.header import Contents
-from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
+from diffq_fx.export.packed.fileformat.header import Contents
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
 from diffq_fx.export.packed.reading import PackedReader, in_threads
 from diffq_fx.export.packed.shard_reading import DecodedShard
 from diffq_fx.export.packed.shards import Part
@@ -90,12 +90,8 @@ def fill_rows(target: Tensor, part: Part, codes: PartCodes) -> None:
 
 
 def _decode_all(reader: PackedReader) -> list[DecodedShard]:
-    """Every shard of the file, decoded and so known to be sound, held in the size of its bits."""
-    decoded = []
-    for shard in reader.contents.shards:  # one at a time: the entropy coder would wait for itself, and memory would not
-        decoded.append(reader.decode(shard))
-        decoded[-1].fold()
-    return decoded
+    """Every shard of the file, decoded and so known to be sound; a code takes a byte of memory or less."""
+    return list(in_threads(reader.decode, reader.contents.shards))
 
 
 def _facts_of_tensors(contents: Contents) -> _Facts:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.container import VERSION
-from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES
-from diffq_fx.export.packed.header import Shard
+from diffq_fx.export.packed.fileformat.container import VERSION
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES
+from diffq_fx.export.packed.fileformat.header import Shard
 from diffq_fx.export.packed.reading import PackedReader
 
 _TABLE = 1 << 16

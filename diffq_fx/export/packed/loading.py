@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.fileformat.header import Shard
 from diffq_fx.export.packed.filling import fill_converted, fill_float, fill_rows
-from diffq_fx.export.packed.header import Shard
 from diffq_fx.export.packed.reading import PackedReader, in_threads
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import StoredWeight

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.container import Container
-from diffq_fx.export.packed.dtypes import tensor_of
-from diffq_fx.export.packed.header import PlainTensor, Shard, contents_from_json
+from diffq_fx.export.packed.fileformat.container import Container
+from diffq_fx.export.packed.fileformat.dtypes import tensor_of
+from diffq_fx.export.packed.fileformat.header import PlainTensor, Shard, contents_from_json
 from diffq_fx.export.packed.shard_reading import DecodedShard
 
 _Item = TypeVar("_Item")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.container import RESERVED, write_container
 from diffq_fx.export.packed.contents import ModelContents, contents_of
-from diffq_fx.export.packed.dtypes import TENSOR_TYPES, bytes_of
-from diffq_fx.export.packed.header import Contents, PlainTensor, Shard, contents_to_json, shard_name
-from diffq_fx.export.packed.kinds import PackedWeight
-from diffq_fx.export.packed.registry import kind_of_stored
+from diffq_fx.export.packed.fileformat.container import RESERVED, write_container
+from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES, bytes_of
+from diffq_fx.export.packed.fileformat.header import Contents, PlainTensor, Shard, contents_to_json, shard_name
+from diffq_fx.export.packed.kinds import kind_of_stored
+from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_writing import encode_shard
 from diffq_fx.export.packed.shards import Span
 from diffq_fx.storage import StoredWeight
@@ -22,7 +22,7 @@ from diffq_fx.storage import StoredWeight
 PackedCompression = Literal["entropy", "bits"]
 
 _COMPRESSIONS = ("entropy", "bits")
-_LEAST_CODES, _MOST_CODES = 1 << 19, 1 << 23
+_LEAST_CODES, _MOST_CODES = 1 << 21, 1 << 23
 _SHARDS = 4
 """Shards of a model that is neither small nor large: enough for a few threads, few enough to fill the coder's lanes."""
 

@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.bitplanes import Values
-from diffq_fx.export.packed.classes import BIN_BITS, ClassTable, bins_in
-from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
+from diffq_fx.export.packed.coding.streams import decode_block
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
 from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, Tile, parts_of, tiles_of_part
-from diffq_fx.export.packed.streams import decode_block
 
 
 def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
@@ -38,8 +38,8 @@ class DecodedShard:
         for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
             counts += tile.counts(len(counts))
         expected = [(each.width, count) for each, count in zip(head.classes, counts.tolist(), strict=True)]
-        self._streams, hidden = decode_block(sections[4], expected)
-        self._floats = self._decode_floats(sections[3], hidden)
+        self._streams = decode_block(sections[4], expected)
+        self._floats = self._cut_floats(sections[3])
 
     def _tiles(self, index: int) -> list[Tile]:
         return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
@@ -47,40 +47,32 @@ class DecodedShard:
     def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
         sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
-        (stream,), _ = decode_block(section, [(4, sum(sizes))])
+        (stream,) = decode_block(section, [(4, sum(sizes))])
         return [piece.reshape(shape) for piece, shape in zip(_split(stream.values() + np.uint8(1), sizes), shapes, strict=True)]
 
     def _decode_bins(self, section: memoryview) -> list[NDArray[np.uint8]]:
         counts = [bins_in(*part.shape) for part in self._parts]
         if not len(section):
             return [np.zeros(1, np.uint8)] * len(counts)
-        (stream,), _ = decode_block(section, [(BIN_BITS, sum(counts))])
+        (stream,) = decode_block(section, [(BIN_BITS, sum(counts))])
         return _split(stream.values(), counts)
 
     def _decode_integers(self, section: memoryview) -> list[Values]:
         widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]
         each = np.concatenate(widths)
         present, counts = np.unique(each, return_counts=True)
-        streams, _ = decode_block(section, list(zip(present.tolist(), counts.tolist(), strict=True)))
+        streams = decode_block(section, list(zip(present.tolist(), counts.tolist(), strict=True)))
         values = np.zeros(len(each), np.uint16)
         for width, stream in zip(present, streams, strict=True):
             values[each == width] = stream.values()
         return _split(values, [len(w) for w in widths])
 
-    def _decode_floats(self, section: memoryview, hidden: bytes) -> list[bytes]:
+    def _cut_floats(self, section: memoryview) -> list[bytes]:
         sizes = [part.packed.float_bytes(part.shape[0]) for part in self._parts]
-        in_coder = min(len(hidden), sum(sizes))
-        if in_coder + len(section) != sum(sizes):
-            raise PackedFileError(f"expected {sum(sizes)} bytes of scales, got {in_coder + len(section)}")
-        if any(hidden[in_coder:]):
-            raise PackedFileError("the coder hides more than the scales")
-        data, stops = hidden[:in_coder] + bytes(section), np.cumsum(sizes).tolist()
-        return [data[stop - size : stop] for stop, size in zip(stops, sizes, strict=True)]
-
-    def fold(self) -> None:
-        """Hold the codes bit-packed."""
-        for stream in self._streams:
-            stream.fold()
+        if len(section) != sum(sizes):
+            raise PackedFileError(f"expected {sum(sizes)} bytes of scales, got {len(section)}")
+        stops = np.cumsum(sizes).tolist()
+        return [bytes(section[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
 
     def parts(self) -> Iterator[tuple[Part, PartCodes]]:
         """The parts in order, each with its codes."""

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from diffq_fx.export.packed.bitplanes import Values
-from diffq_fx.export.packed.classes import BIN_BITS, ClassTable, Histogram, bins_of
-from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of
+from diffq_fx.export.packed.coding.streams import Stream, encode_block
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
 from diffq_fx.export.packed.shards import CODES_PER_BYTE, Part, ShardHead, Span, parts_of, tiles_of_part
-from diffq_fx.export.packed.streams import Stream, encode_block
 from diffq_fx.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 
@@ -36,14 +36,12 @@ def encode_shard(
         bins.append(bins_of(content.codes, widths) if entropy else np.zeros(1, np.uint8))
         histogram.add(content.codes, widths, bins[-1])
     table = ClassTable(histogram.classes(by_bin=entropy))
-    floats = b"".join(content.floats for content in contents)
-    codes, hidden = encode_block(_code_streams(parts, contents, bins, table), entropy=entropy, hidden=floats)
     sections = [
-        encode_block([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))], entropy=entropy)[0],
-        encode_block([Stream(BIN_BITS, np.concatenate(bins))], entropy=True)[0] if entropy else b"",
-        encode_block(_integer_streams(parts, contents), entropy=entropy)[0],
-        floats[hidden:],
-        codes,
+        encode_block([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))], entropy=entropy),
+        encode_block([Stream(BIN_BITS, np.concatenate(bins))], entropy=True) if entropy else b"",
+        encode_block(_integer_streams(parts, contents), entropy=entropy),
+        b"".join(content.floats for content in contents),
+        encode_block(_code_streams(parts, contents, bins, table), entropy=entropy),
     ]
     data = b"".join(sections)
     filler = -(-sum(content.codes.size for content in contents) // CODES_PER_BYTE) - len(data)

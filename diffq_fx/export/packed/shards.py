@@ -1,7 +1,6 @@
 """A shard: rows of one or several weights that are coded together, and can be read without the rest of the file.
 
-Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. The first
-bytes of the floats are not in their own section but hidden in the coder of the codes. Zeros fill the shard up to one byte for 128 codes, so
+Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. Zeros fill the shard up to one byte for 128 codes, so
 that a reader can refuse a shape that is too large for the file before it allocates anything.
 
 Within a shard the order is: spans, parts of a span, tiles of a part (its blocks, then the shorter blocks at the ends of its rows), and in a
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffq_fx.export.packed.classes import ClassTable, CodeClass
-from diffq_fx.export.packed.kinds import PackedWeight
+from diffq_fx.export.packed.coding.classes import ClassTable, CodeClass
+from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.groups import GroupLayout
 
 CODES_PER_BYTE = 128

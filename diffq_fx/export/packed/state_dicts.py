@@ -11,8 +11,8 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import ModelContents
-from diffq_fx.export.packed.dtypes import FLOAT_TYPES
-from diffq_fx.export.packed.files import replaced_atomically
+from diffq_fx.export.packed.fileformat.atomic import replaced_atomically
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
 from diffq_fx.export.packed.saving import write_packed
 from diffq_fx.functional import Grid

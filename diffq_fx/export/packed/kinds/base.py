@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq_fx.export.packed.bitplanes import Values
+from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import WeightSpec
@@ -24,7 +24,7 @@ class PartCodes:
     """Consecutive rows of one weight as the file holds them. Legend: O rows, I columns, (R, C) the groups of those rows."""
 
     codes: Values
-    """Shape (O, I)."""
+    """Shape (O, I); the coder gains most where small codes are frequent."""
     widths: NDArray[np.uint8]
     """Bits of each group of codes, shape (R, C) of the kind's ``layout`` for these rows."""
     integers: Values
@@ -81,7 +81,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def float_bytes(self, rows: int) -> int:
-        """Bytes of the floats of a part of so many rows; a multiple of 2."""
+        """Bytes of the floats of a part of so many rows."""
 
     @abstractmethod
     def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:

@@ -16,8 +16,8 @@ from threading import Lock
 from typing import Any, BinaryIO, TypeGuard
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.dtypes import TENSOR_TYPES
-from diffq_fx.export.packed.files import replaced_atomically
+from diffq_fx.export.packed.fileformat.atomic import replaced_atomically
+from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES
 
 RESERVED = "diffq_fx/"
 """Tensors whose names begin so are not the model's."""

@@ -1,8 +1,8 @@
-"""The kinds of stored weights that a packed file can hold. A new kind is one more line here."""
+"""The kinds of stored weights that a packed file can hold: see :mod:`.base` for what a kind is. A new kind is one more line here."""
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.integers import PackedIntegers
-from diffq_fx.export.packed.kinds import PackedWeight
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.integers import PackedIntegers
 from diffq_fx.storage import StoredWeight
 
 KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers,)

@@ -52,10 +52,11 @@ def pack(values: Values, width: int) -> bytes:
         >>> pack(np.array([1, 2, 3, 0, 1, 2, 3, 0], np.uint8), 2).hex()
         'dd22'
     """
-    return b"".join(_pack_plane((values >> first).astype(np.uint8), bits) for first, bits in planes_of(width))
+    return b"".join(pack_plane((values >> first).astype(np.uint8), bits) for first, bits in planes_of(width))
 
 
-def _pack_plane(values: NDArray[np.uint8], bits: int) -> bytes:
+def pack_plane(values: NDArray[np.uint8], bits: int) -> bytes:
+    """Pack the low ``bits`` of values, 1, 2, 4 or 8 of them, into one plane."""
     if bits == 8:
         return values.tobytes()
     per_byte = 8 // bits
@@ -89,13 +90,14 @@ def unpack(data: bytes | memoryview, width: int, count: int) -> Values:
     start = 0
     for first, bits in planes_of(width):
         stop = start + -(-count * bits // 8)
-        plane = _unpack_plane(raw[start:stop], bits, count)
+        plane = unpack_plane(raw[start:stop], bits, count)
         values = plane if first == 0 and width <= 8 else values | (plane.astype(values.dtype) << values.dtype.type(first))
         start = stop
     return values
 
 
-def _unpack_plane(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+def unpack_plane(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
+    """Undo :func:`pack_plane`."""
     if bits == 8:
         return packed
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]

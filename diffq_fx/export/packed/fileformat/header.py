@@ -11,11 +11,11 @@ from typing import Any, TypeGuard
 import torch
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.classes import BINS, MAX_WIDTH, CodeClass
-from diffq_fx.export.packed.container import MOST_SIDES, RESERVED, Entry, is_integers
-from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES
-from diffq_fx.export.packed.kinds import PackedWeight
-from diffq_fx.export.packed.registry import kind_of_name
+from diffq_fx.export.packed.coding.classes import BINS, MAX_WIDTH, CodeClass
+from diffq_fx.export.packed.fileformat.container import MOST_SIDES, RESERVED, Entry, is_integers
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES
+from diffq_fx.export.packed.kinds import kind_of_name
+from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_reading import shard_size
 from diffq_fx.export.packed.shards import SECTIONS, ShardHead, Span
 from diffq_fx.weights import WeightSpec

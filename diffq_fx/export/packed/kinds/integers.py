@@ -1,7 +1,8 @@
 """The kind "integer": levels on an affine, symmetric or float grid, with their scales and zero points.
 
-A code is the residue ``(level - centre) mod 2^b``, where the centre is the zero point, or on the float grid the level nearest to zero.
-The residue knows no zero point, so rows of all zero points share one model; and it takes no more values than the level itself.
+A code is the residue ``(level - centre) mod 2^b``, taken as a number of ``[-2^(b-1), 2^(b-1))`` and folded to 0, -1, 1, -2, 2, ... in
+this order, where the centre is the zero point, or on the float grid the level nearest to zero. The residue knows no zero point, so rows
+of all zero points share one model; it takes no more values than the level itself; and its low bits, the sign first, tell hardly anything.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed import integer_grids as grids
-from diffq_fx.export.packed.bitplanes import Values
-from diffq_fx.export.packed.dtypes import FLOAT_TYPES, bytes_of, tensor_of
-from diffq_fx.export.packed.extents import find_extents, scales_of
-from diffq_fx.export.packed.kinds import PackedWeight, PartCodes
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, bytes_of, tensor_of
+from diffq_fx.export.packed.kinds import integer_scales as grids
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
 from diffq_fx.groups import GroupLayout
 from diffq_fx.storage import IntegerWeight
@@ -92,8 +93,10 @@ class PackedIntegers(PackedWeight):
         each = np.broadcast_to(widths, tuple(params.scale.shape))
         if (levels >> self._expand(each.astype(np.int32))).any():
             raise PackedFileError("a level does not fit the width of its group")
-        residues = (levels - self._expand(grids.centres(params, each).astype(np.int32))) & self._expand(grids.masks(each, np.int32))
-        codes = residues.astype(np.uint8 if int(widths.max()) <= 8 else np.uint16)
+        residues = levels - self._expand(grids.centres(params, each).astype(np.int32))
+        half = self._expand(1 << (each.astype(np.int32) - 1))
+        residues = ((residues + half) & (2 * half - 1)) - half
+        codes = np.where(residues < 0, -2 * residues - 1, 2 * residues).astype(np.uint8 if int(widths.max()) <= 8 else np.uint16)
         return PartCodes(codes, widths, self._integers(params, each), self._floats(params, each))
 
     def _rows_of(self, values: Any, rows: slice) -> Any:
@@ -155,16 +158,15 @@ class PackedIntegers(PackedWeight):
             layout = GroupLayout(len(levels), self.spec.columns, layout.kind, layout.block)
             return functional.dequantize(torch.from_numpy(levels.astype(np.int32)), params, layout)
         rows = np.empty(levels.shape, np.float32) if out is None else out
-        scale = self._expand(params.scale.numpy())
-        if params.zero_point is None:
-            np.multiply(levels, scale, out=rows)
-            rows += self._expand(grids.array_of(params.offset))
+        if self.zero_point == "none":
+            np.copyto(rows, levels)
         elif self.zero_point == "plain":
-            np.multiply((levels - self._expand(params.zero_point.numpy())).astype(np.float32), scale, out=rows)
-        elif levels.dtype == np.uint8:
-            np.multiply(np.subtract(levels, centres, dtype=np.int16), scale, out=rows)
+            np.copyto(rows, levels - self._expand(params.zero_point.numpy()), casting="unsafe")  # type: ignore[union-attr]
         else:
-            np.multiply(np.subtract(levels, centres, dtype=np.int32).astype(np.float32), scale, out=rows)
+            np.copyto(rows, _difference(levels, centres, int(part.widths.max())), casting="same_kind")
+        rows *= self._expand(params.scale.numpy())
+        if self.zero_point == "none":
+            rows += self._expand(grids.array_of(params.offset))
         return torch.from_numpy(rows) if out is None else None
 
     def _params(self, part: PartCodes) -> QuantParams:
@@ -194,7 +196,9 @@ class PackedIntegers(PackedWeight):
         each = np.broadcast_to(part.widths, tuple(params.scale.shape))
         kind = part.codes.dtype.type
         centres = self._expand(grids.centres(params, each).astype(kind))
-        levels = part.codes + centres
+        levels = part.codes >> kind(1)
+        levels ^= -(part.codes & kind(1))  # unfold: 0, 1, 2, 3 are 0, -1, 1, -2
+        levels += centres
         levels &= self._expand(grids.masks(each, kind))
         return levels, centres
 
@@ -221,3 +225,10 @@ class PackedIntegers(PackedWeight):
         if values.shape[1] == 1:
             return values
         return np.repeat(values, self.spec.scale_layout.block, axis=1)[:, : self.spec.columns]
+
+
+def _difference(levels: Values, centres: Values, width: int) -> NDArray[Any]:
+    """``levels - centres`` in the smallest signed type that holds the difference of two levels of ``width`` bits."""
+    if width < 8 * levels.itemsize:
+        return (levels - centres).view(np.int8 if levels.itemsize == 1 else np.int16)  # unsigned numbers wrap to the same bits
+    return np.subtract(levels, centres, dtype=np.int16 if levels.itemsize == 1 else np.int32)

@@ -1,9 +1,8 @@
 """Which codes share a probability model: those of one width, in rows that use a similar share of their range.
 
-Codes are residues, ``(level - centre) mod 2^width``: small or close to ``2^width``, whatever the row's zero point. How far they spread
-differs from row to row, since one outlier stretches a row's range; so each row has a *bin*, the logarithm of its mean distance from the
-centre, and a *class* is a width and a range of neighbouring bins. Which bins go together is chosen by the length of the code, tables
-included.
+Small codes are frequent, but how far codes spread differs from row to row, since one outlier stretches a row's range; so each row has a
+*bin*, the logarithm of its mean code, and a *class* is a width and a range of neighbouring bins. Which bins go together is chosen by the
+length of the code, tables included.
 
 Legend: O rows, C groups of a row, B bins, K classes.
 """
@@ -16,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.bitplanes import Values
-from diffq_fx.export.packed.streams import Alphabet
+from diffq_fx.export.packed.coding.bitplanes import Values
 
 BINS = 32
 BIN_BITS = 5
@@ -25,6 +23,7 @@ MAX_WIDTH = 16
 _ROW_IS_LONG = 128
 """Codes of a row that are worth a bin of its own; shorter rows share one."""
 _SYMBOLS = 64
+_TABLE_BITS = 1000  # what one more class costs: a head and a table
 _NO_CLASS = 0xFFFF
 
 
@@ -39,7 +38,7 @@ def bins_in(rows: int, columns: int) -> int:
 
 
 def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bin of each row: quarters of an octave of the mean distance from the centre, in shares of the range.
+    """Bin of each row: quarters of an octave of the mean code, in shares of its range.
 
     Args:
         codes: shape (O, I).
@@ -49,12 +48,11 @@ def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
         Shape (``bins_in(O, I)``,), each below 32.
 
     Example:
-        >>> bins_of(np.array([[0, 1, 15, 0] * 50, [0, 4, 12, 0] * 50], np.uint8), np.array([[4]], np.uint8))
-        array([16,  8], dtype=uint8)
+        >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
+        array([13,  4], dtype=uint8)
     """
-    share = codes * np.exp2(-widths.astype(np.float32))
-    distance = np.minimum(share, 1 - share)
-    mean = distance.mean(axis=1) if bins_in(*codes.shape) == len(codes) else distance.mean(keepdims=True).reshape(-1)
+    share = codes * np.exp2(-1 - widths.astype(np.float32))
+    mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
     return np.clip(np.floor(-4 * np.log2(np.maximum(mean, 1e-9))) - 4, 0, BINS - 1).astype(np.uint8)
 
 
@@ -86,17 +84,16 @@ class Histogram:
         for width in range(1, MAX_WIDTH + 1):
             counts = self._counts[width]
             if counts.any():
-                parts = _partition(counts, 12 * 2 ** Alphabet(width).symbol_bits) if by_bin else [(0, BINS - 1)]
+                parts = _partition(counts) if by_bin else [(0, BINS - 1)]
                 found += [CodeClass(width, first, last) for first, last in parts if counts[first : last + 1].any()]
         return found
 
 
-def _partition(counts: NDArray[np.int64], table_bits: float) -> list[tuple[int, int]]:
+def _partition(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Cut the bins into runs so that the code of all symbols, one table for each run included, is shortest.
 
     Args:
         counts: shape (B, 64).
-        table_bits: what one table costs.
 
     Returns:
         First and last bin of each run.
@@ -104,7 +101,7 @@ def _partition(counts: NDArray[np.int64], table_bits: float) -> list[tuple[int, 
     until = np.concatenate([np.zeros((1, _SYMBOLS)), np.cumsum(counts, 0)])
     within = until[None] - until[:, None]  # [first, stop]: the counts of a run
     total = within.sum(-1)
-    cost = _xlogx(total) - _xlogx(within).sum(-1) + table_bits * (total > 0)
+    cost = _xlogx(total) - _xlogx(within).sum(-1) + _TABLE_BITS * (total > 0)
     best, cut = [0.0], [0]
     for stop in range(1, BINS + 1):
         candidates = [best[first] + cost[first, stop] for first in range(stop)]
