@@ -19,7 +19,7 @@ from diffq_fx.groups import GroupLayout
 
 CODES_PER_BYTE = 128
 """A shard has at least a byte for so many codes."""
-_PART_CODES = 1 << 17
+_PART_CODES = 1 << 18
 """Codes that are worked on at once: they stay in the processor's cache, and temporaries stay small."""
 SECTIONS = 5
 

@@ -49,7 +49,7 @@ def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Example:
         >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
-        array([13,  4], dtype=uint8)
+        array([17,  8], dtype=uint8)
     """
     share = codes * np.exp2(-1 - widths.astype(np.float32))
     mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)

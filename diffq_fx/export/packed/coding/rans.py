@@ -25,7 +25,7 @@ from diffq_fx.export.packed.coding.bitplanes import pack, packed_size, unpack
 
 PRECISION = 12
 """The frequencies sum to ``2^12``."""
-STEPS = 4096
+STEPS = 2048
 """Symbols of one lane, at most. A lane costs 4 bytes, and the more there are, the faster it goes."""
 LEAST = 1 << 15
 """Symbols below which there are too few lanes to be worth it."""

@@ -8,8 +8,8 @@ length of the outcome.
 coder  name     what it does
 =====  =======  ======================================================================================================
 0      stored   nothing is coded: every bit is low
-1      deflate  Huffman codes alone, a new table every 32768 bytes (zlib, in C): fast, within about 1 % of the entropy
-2      rans     at the entropy, several times slower; taken where it saves more than half a per cent
+1      deflate  Huffman codes: fast, and mostly within 1 % of the entropy
+2      rans     at the entropy, several times slower; taken where it saves more than 1.2 %
 =====  =======  ======================================================================================================
 
 A block of streams, whose widths and counts the reader knows, is for each stream that is not empty (little endian)::
@@ -22,27 +22,25 @@ A block of streams, whose widths and counts the reader knows, is for each stream
     the low bits, bit-packed
 """
 
-import heapq
 import math
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding import rans
+from diffq_fx.export.packed.coding import deflate, rans
 from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, unpack, unpack_plane
 
 STORED, DEFLATE, RANS = 0, 1, 2
 
 _HEAD = struct.Struct("<BBBI")
-_WORTH_IT = 0.995
-"""A slower coder must bring a stream below this share of its size."""
-_DEFLATE_BLOCK = 1 << 15
+_WORTH_IT = 0.99
+"""Coding must bring a stream below this share of its size."""
+_WORTH_THE_TIME = 0.988
+"""The slower coder must bring a stream below this share of its Huffman codes."""
 _FEW = 64
 """Values below which coding does not pay."""
 _RANS_PLANE = (0, 2, 4, 4, 8, 8, 8)
@@ -80,9 +78,9 @@ def encode_block(streams: Sequence[Stream], *, entropy: bool) -> bytes:
         entropy: False packs every stream at its width.
 
     Example:
-        >>> values = np.array([0, 1, 0, 0] * 100, np.uint8)
+        >>> values = np.array([0, 1, 0, 0] * 1000, np.uint8)
         >>> len(encode_block([Stream(3, values)], entropy=False)), len(encode_block([Stream(3, values)], entropy=True))
-        (157, 70)
+        (1507, 458)
     """
     return b"".join(_encode(stream, entropy) for stream in streams if stream.count)
 
@@ -92,27 +90,9 @@ def _encode(stream: Stream, entropy: bool) -> bytes:
     cut = _best_cut(stream, stored) if entropy and stream.count >= _FEW else stored
     coded = b""
     if cut.coder != STORED:
-        plane = pack_plane((stream.values >> cut.low).astype(np.uint8), cut.plane)
-        coded = _deflate(plane) if cut.coder == DEFLATE else rans.encode(np.frombuffer(plane, np.uint8))
+        plane = np.frombuffer(pack_plane((stream.values >> cut.low).astype(np.uint8), cut.plane), np.uint8)
+        coded = (deflate if cut.coder == DEFLATE else rans).encode(plane)
     return _HEAD.pack(cut.coder, cut.low, cut.plane, len(coded)) + coded + pack(stream.values, cut.low)
-
-
-def _deflate(data: bytes) -> bytes:
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(data) + coder.flush()
-
-
-def _inflate(data: memoryview, size: int) -> bytes:
-    """Undo :func:`_deflate`; never makes more than ``size`` bytes."""
-    coder = zlib.decompressobj(-15)
-    try:
-        plane = coder.decompress(data, size) if size else b""
-        more = b"" if coder.eof else coder.decompress(coder.unconsumed_tail, 1)
-    except zlib.error as error:
-        raise PackedFileError(f"a coded plane is damaged ({error})") from error
-    if len(plane) != size or more or not coder.eof or coder.unused_data:
-        raise PackedFileError(f"a coded plane does not hold {size} bytes")
-    return plane
 
 
 def _best_cut(stream: Stream, stored: _Cut) -> _Cut:
@@ -121,32 +101,19 @@ def _best_cut(stream: Stream, stored: _Cut) -> _Cut:
     best = min((_deflate_cut(counts, stream.width, low) for low in range(max(stream.width - 8, 0), stream.width)), key=lambda cut: cut.bits)
     best = best if best.bits < _WORTH_IT * stored.bits else stored
     exact = _rans_cut(counts, stream.width)
-    return exact if exact.bits < _WORTH_IT * best.bits else best
+    return exact if exact.bits < _WORTH_THE_TIME * best.bits else best
 
 
 def _deflate_cut(counts: NDArray[np.int64], width: int, low: int) -> _Cut:
     number = int(counts.sum())
     plane = next(bits for bits in (1, 2, 4, 8) if bits >= width - low)
     high = counts.reshape(-1, 1 << low).sum(1) / number
-    symbols: NDArray[Any] = high
+    symbols = high
     for _ in range(8 // plane - 1):  # values far from each other share a byte: take them for independent
         symbols = np.multiply.outer(symbols, high).reshape(-1)
     symbols = symbols[symbols > 0]
     size = -(-number * plane // 8)
-    tables = -(-size // _DEFLATE_BLOCK) * (100 + 2.6 * len(symbols))
-    return _Cut(DEFLATE, low, plane, size * _huffman_length(symbols) + tables + low * number)
-
-
-def _huffman_length(shares: NDArray[Any]) -> float:
-    """Mean length of a symbol's Huffman code: the sum of all nodes inside the tree; one bit where there is one symbol."""
-    heap = shares.tolist()
-    heapq.heapify(heap)
-    total = float(len(heap) == 1)
-    while len(heap) > 1:
-        node = heapq.heappop(heap) + heap[0]
-        heapq.heapreplace(heap, node)
-        total += node
-    return total
+    return _Cut(DEFLATE, low, plane, size * deflate.mean_length(symbols) + deflate.HEAD_BITS + low * number)
 
 
 def _rans_cut(counts: NDArray[np.int64], width: int) -> _Cut:
@@ -214,7 +181,7 @@ def _decode(reader: "_Reader", width: int, count: int) -> DecodedStream:
     if coder == STORED:
         return DecodedStream(width, count, low, plane, None, low_bytes)
     high_bytes = -(-count * plane // 8)
-    high = np.frombuffer(_inflate(coded, high_bytes), np.uint8) if coder == DEFLATE else rans.decode(coded, high_bytes)
+    high = (deflate if coder == DEFLATE else rans).decode(coded, high_bytes)
     if (high & _bits_above(width - low, plane)).any():
         raise PackedFileError(f"a value does not fit {width} bits")
     return DecodedStream(width, count, low, plane, high, low_bytes)

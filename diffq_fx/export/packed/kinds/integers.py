@@ -47,11 +47,12 @@ class PackedIntegers(PackedWeight):
         self.scale_dtype = scale_dtype
         self.scale = scale
         self.zero_point = zero_point
+        self._layout, self._scale_layout, self._range_layout = spec.bits_layout, spec.scale_layout, spec.range_layout
 
     @property
     def layout(self) -> GroupLayout:
         """The layout of the bits."""
-        return self.spec.bits_layout
+        return self._layout
 
     def facts(self) -> dict[str, Any]:
         """Where scales and zero points come from."""
@@ -88,7 +89,7 @@ class PackedIntegers(PackedWeight):
     def encode(self, stored: IntegerWeight, rows: slice) -> PartCodes:
         """Residues, zero points and scales of some rows."""
         levels = grids.levels_of_rows(stored, rows)
-        widths = self.group_rows(grids.array_of(stored.bits), rows, self.spec.bits_layout)
+        widths = self.group_rows(grids.array_of(stored.bits), rows, self._layout)
         params = QuantParams(self._rows_of(stored.scale, rows), self._rows_of(stored.zero_point, rows), self._rows_of(stored.offset, rows))
         each = np.broadcast_to(widths, tuple(params.scale.shape))
         if (levels >> self._expand(each.astype(np.int32))).any():
@@ -100,7 +101,7 @@ class PackedIntegers(PackedWeight):
         return PartCodes(codes, widths, self._integers(params, each), self._floats(params, each))
 
     def _rows_of(self, values: Any, rows: slice) -> Any:
-        return None if values is None else self.group_rows(values.detach().cpu(), rows, self.spec.scale_layout)
+        return None if values is None else self.group_rows(values.detach().cpu(), rows, self._scale_layout)
 
     def _integers(self, params: QuantParams, widths: NDArray[np.uint8]) -> Values:
         """The zero points that are stored as small integers."""
@@ -126,7 +127,7 @@ class PackedIntegers(PackedWeight):
         return extents.tobytes() + offsets
 
     def _scale_shape(self, rows: int) -> tuple[int, int]:
-        layout = self.spec.scale_layout
+        layout = self._scale_layout
         return (1, 1) if layout.kind == "tensor" else (rows, layout.shape[1])
 
     def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
@@ -141,7 +142,7 @@ class PackedIntegers(PackedWeight):
         """Scales, offsets and plain zero points."""
         size = self.scale_dtype.itemsize * (2 if self.zero_point == "none" else 1)
         if self.scale == "extents":
-            return size * (1 if self.spec.range_layout.kind == "tensor" else rows)
+            return size * (1 if self._range_layout.kind == "tensor" else rows)
         groups_R, groups_C = self._scale_shape(rows)
         return groups_R * groups_C * (size + 4 * (self.zero_point == "plain"))
 
@@ -154,8 +155,8 @@ class PackedIntegers(PackedWeight):
         params = self._params(part)
         levels, centres = self._levels(part, params)
         if self.scale_dtype != torch.float32:
-            layout = self.spec.scale_layout
-            layout = GroupLayout(len(levels), self.spec.columns, layout.kind, layout.block)
+            layout = self._scale_layout
+            layout = GroupLayout(len(levels), self._layout.columns, layout.kind, layout.block)
             return functional.dequantize(torch.from_numpy(levels.astype(np.int32)), params, layout)
         rows = np.empty(levels.shape, np.float32) if out is None else out
         if self.zero_point == "none":
@@ -174,7 +175,7 @@ class PackedIntegers(PackedWeight):
         rows = len(part.codes)
         shape = self._scale_shape(rows)
         each = np.broadcast_to(part.widths, shape)
-        count = shape[0] * shape[1] if self.scale == "groups" else 1 if self.spec.range_layout.kind == "tensor" else rows
+        count = shape[0] * shape[1] if self.scale == "groups" else 1 if self._range_layout.kind == "tensor" else rows
         size = count * self.scale_dtype.itemsize
         scale = tensor_of(part.floats[:size], self.scale_dtype, (count, 1) if self.scale == "extents" else shape)
         offset = zero_point = None
@@ -210,8 +211,8 @@ class PackedIntegers(PackedWeight):
             levels.append(torch.from_numpy(self._levels(part, params)[0].astype(np.int32)))
             widths.append(torch.from_numpy(part.widths))
             every.append(params)
-        joined = [self._joined([p[i] for p in every], self.spec.scale_layout) for i in range(3)]
-        bits = self._joined(widths, self.spec.bits_layout)
+        joined = [self._joined([p[i] for p in every], self._scale_layout) for i in range(3)]
+        bits = self._joined(widths, self._layout)
         return IntegerWeight(self.spec, torch.cat(levels), QuantParams(*joined), bits)  # type: ignore[arg-type]
 
     @staticmethod
@@ -224,7 +225,7 @@ class PackedIntegers(PackedWeight):
         """Values per scale group as an array that broadcasts with rows."""
         if values.shape[1] == 1:
             return values
-        return np.repeat(values, self.spec.scale_layout.block, axis=1)[:, : self.spec.columns]
+        return np.repeat(values, self._scale_layout.block, axis=1)[:, : self._layout.columns]
 
 
 def _difference(levels: Values, centres: Values, width: int) -> NDArray[Any]:
