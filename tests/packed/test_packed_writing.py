@@ -30,7 +30,7 @@ def in_child(function):
     try:
         function()
         os._exit(0)
-    except BaseException:
+    finally:
         os._exit(1)
 
 

@@ -1,7 +1,7 @@
 """A shard: rows of one or several weights that are coded together, and can be read without the rest of the file.
 
-Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. Zeros fill the shard up to one byte for 128 codes, so
-that a reader can refuse a shape that is too large for the file before it allocates anything.
+Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. Zeros
+fill the shard up to one byte for 128 codes, so that a reader can refuse a shape that is too large for the file before it allocates.
 
 Within a shard the order is: spans, parts of a span, tiles of a part (its blocks, then the shorter blocks at the ends of its rows), and in a
 tile its groups by class, in the order of rows within a class. Legend: O rows, I columns, C groups of a row, K classes.

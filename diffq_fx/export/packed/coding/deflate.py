@@ -85,7 +85,7 @@ def _code_lengths(counts: Sequence[int]) -> list[int]:
     """Lengths of a Huffman code, none above 15; 0 for symbols that do not occur."""
     least = 1
     while True:
-        heap = [(max(count, least), (symbol,)) for symbol, count in enumerate(counts) if count]
+        heap: list[tuple[int, tuple[int, ...]]] = [(max(count, least), (symbol,)) for symbol, count in enumerate(counts) if count]
         heapq.heapify(heap)
         lengths = [0] * len(counts)
         while len(heap) > 1:
