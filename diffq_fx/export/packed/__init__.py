@@ -1,8 +1,12 @@
 """Packed files: a converted model with its exact learned bits, at their entropy, safe to open. Importing this needs torch and numpy.
 
-The schema is in ``docs/packed-format.md``. From the bottom up: ``bitplanes`` and ``rans`` code values, ``streams`` chooses between them,
-``classes`` says which codes share a model, ``kinds`` and ``integers`` know the stored weights, ``shards`` puts rows of weights together,
-``container`` and ``header`` are the file, ``saving``, ``loading`` and ``inspection`` the public functions.
+The schema is in ``docs/packed-format.md``, and how to add a kind of storage.
+
+- To save (``saving``): collect what the model holds (``contents``), encode rows of weights as shards (``kinds``, ``shards``,
+  ``shard_writing``, ``coding``), write the file (``fileformat``).
+- To load (``loading``): open and validate (``fileformat``, ``reading``), decode shards (``shard_reading``), fill a model (``filling``).
+
+``inspection`` looks into a file; ``state_dicts`` is for the command line.
 """
 
 from diffq_fx.export.packed.loading import load_packed
