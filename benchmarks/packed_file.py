@@ -1,7 +1,9 @@
-"""The packed file: how small against bit packing, entropy, zstd and diffq's files; how fast it loads against diffq's restore and torch.load.
+"""The packed file: its size against bit packing, entropy, zstd and diffq's files; its speed against diffq's restore and torch.load.
 
 Weights are drawn from a normal distribution and the bits at random, the same for diffq and for us: groups of 8, 2 to 15 bits, about 5 on
 average, on the paper's grid. Our default, bits for each output channel, comes in rows of its own. What is loaded is the plain float model.
+
+nncodec is not compared: its coder is a C++ extension that its package on PyPI does not bring for this Python.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +91,7 @@ def entropy_bits(values: np.ndarray) -> float:
 
 
 def ideal_bytes(model: nn.Module) -> tuple[float, float, float]:
-    """Bit-packed levels, their order-0 entropy (each weight and width by itself), and widths at their entropy with scales and zero points."""
+    """Bit-packed levels, their order-0 entropy (each weight and width by itself), and widths at their entropy with scales."""
     packed = entropy = side = 0.0
     for weight in weights_of(model):
         levels, bits = weight.levels_OI().numpy(), weight.bits.numpy()
@@ -145,8 +148,6 @@ def diffq_rows(name: str, folder: Path, repeats: int) -> tuple[list[tuple[str, s
     model.eval()
     state = quantizer.get_quantized_state()
     torch.save(state, folder / "diffq.th")
-    import zlib
-
     compressed = len(zlib.compress((folder / "diffq.th").read_bytes(), 6))
     rows = [
         ("diffq, packed state by torch.save", mib((folder / "diffq.th").stat().st_size)),
@@ -162,52 +163,60 @@ def mib(size: float) -> str:
     return f"{size / MIB:.3f}"
 
 
-def compare(name: str, folder: Path, with_diffq: bool) -> str:
-    """One model's tables."""
+def plain_load(name: str, folder: Path) -> tuple[int, float]:
+    """Bytes of the float model, and the time of torch.load into it."""
+    model = make_float(name)
+    torch.save(model.state_dict(), folder / "float.pt")
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    return size, seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 3)
+
+
+def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore: float) -> tuple[list[tuple], list[tuple]]:
+    """Sizes and speeds of the packed file; beside them the ideal sizes of small models."""
     import zstandard
 
-    sizes, speed, restore = [], [], 0.0
+    sizes, speed, converted = [], [], make_converted(name, config)
+    is_large = name == "demucs"
+    packed, entropy, side = (0.0, 0.0, 0.0) if is_large else ideal_bytes(converted)
+    for compression in ("bits", "entropy"):
+        path = folder / f"{compression}.safetensors"
+        start = time.perf_counter()
+        save_packed(converted, path, compression)
+        save = time.perf_counter() - start
+        loaded, size = measure_load(name, path), path.stat().st_size
+        ratio = "" if is_large else f"{size / (entropy + side + plain_bytes(path)):.4f}"
+        sizes.append((groups, f"packed file, {compression}", mib(size), ratio))
+        rate, faster = loaded["float_bytes"] / loaded["seconds"] / 1e9, restore / loaded["seconds"]
+        cells = (f"{save:.2f}", f"{loaded['seconds']:.3f}", f"{rate:.2f}", f"{faster:.1f}" if restore else "", f"{loaded['peak']:.2f}")
+        speed.append((groups, f"load_packed, {compression}", *cells))
+    if not is_large:
+        kinds = {bits: np.uint16 if bits > 8 else np.uint8 for bits in range(17)}
+        levels = b"".join(w.levels_OI().numpy().astype(kinds[w.container_bits]).tobytes() for w in weights_of(converted))
+        sizes += [
+            (groups, "levels alone, bit-packed", mib(packed), ""),
+            (groups, "levels alone, order-0 entropy", mib(entropy), ""),
+            (groups, "levels alone, zstd -9 of a byte or two each", mib(len(zstandard.ZstdCompressor(level=9).compress(levels))), ""),
+            (groups, "widths, scales and zero points at their entropy", mib(side), ""),
+        ]
+    return sizes, speed
+
+
+def compare(name: str, folder: Path) -> str:
+    """One model's tables."""
+    sizes, restore = [], 0.0
+    float_bytes, plain = plain_load(name, folder)
+    speed = [("float", "torch.load and load_state_dict", "", f"{plain:.3f}", f"{float_bytes / plain / 1e9:.2f}", "", "")]
     configs = {"groups of 8": DiffQConfig.paper(penalty=None, group_size=8), "channels": DiffQConfig()}
-    if with_diffq:
+    if name == "demucs":  # one float for each group of 8 and several copies of it would not fit
+        del configs["groups of 8"]
+    else:
         rows, restore = diffq_rows(name, folder, 2)
         sizes += [("groups of 8", *row, "") for row in rows]
-    model = make_float(name)
-    float_bytes = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    torch.save(model.state_dict(), folder / "float.pt")
-    plain = seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 3)
-    speed += [("float", "torch.load and load_state_dict", "", f"{plain:.3f}", f"{float_bytes / plain / 1e9:.2f}", "", "")]
-    del model
-    if with_diffq:
-        speed += [("groups of 8", "diffq's restore", "", f"{restore:.3f}", f"{float_bytes / restore / 1e9:.3f}", "1", "")]
-    for groups, config in configs.items() if name != "demucs" else [("channels", configs["channels"])]:
-        converted = make_converted(name, config)
-        packed, entropy, side = ideal_bytes(converted) if name != "demucs" else (0.0, 0.0, 0.0)
-        for compression in ("bits", "entropy") if name != "demucs" else ("bits", "entropy"):
-            path = folder / f"{compression}.safetensors"
-            save = seconds(lambda path=path, kind=compression: save_packed(converted, path, kind), 1)
-            loaded, size = measure_load(name, path), path.stat().st_size
-            ratio = f"{size / (entropy + side + plain_bytes(path)):.4f}" if entropy else ""
-            sizes.append((groups, f"packed file, {compression}", mib(size), ratio))
-            rate, faster = loaded["float_bytes"] / loaded["seconds"] / 1e9, restore / loaded["seconds"]
-            cells = (
-                f"{save:.2f}",
-                f"{loaded['seconds']:.3f}",
-                f"{rate:.2f}",
-                f"{faster:.1f}" if with_diffq else "",
-                f"{loaded['peak']:.2f}",
-            )
-            speed.append((groups, f"load_packed, {compression}", *cells))
-        if entropy:
-            levels = b"".join(
-                weight.levels_OI().numpy().astype(np.uint16 if weight.container_bits > 8 else np.uint8).tobytes()
-                for weight in weights_of(converted)
-            )
-            zstd = len(zstandard.ZstdCompressor(level=9).compress(levels))
-            sizes.append((groups, "levels alone, bit-packed", mib(packed), ""))
-            sizes.append((groups, "levels alone, order-0 entropy", mib(entropy), ""))
-            sizes.append((groups, "levels alone, zstd -9 of a byte or two each", mib(zstd), ""))
-            sizes.append((groups, "widths, scales and zero points at their entropy", mib(side), ""))
-        del converted
+        speed.append(("groups of 8", "diffq's restore", "", f"{restore:.3f}", f"{float_bytes / restore / 1e9:.3f}", "1", ""))
+    for groups, config in configs.items():
+        more_sizes, more_speed = our_rows(name, groups, config, folder, restore)
+        sizes += more_sizes
+        speed += more_speed
     size_table = markdown_table(("bits for", "what", "MiB", "of entropy, widths, scales and plain tensors"), sizes)
     header = ("bits for", "load", "save s", "load s", "GB/s of float32", "times diffq's speed", "peak memory / float model")
     return f"## {name}: {mib(float_bytes)} MiB of float32\n\n{size_table}\n\n{markdown_table(header, speed)}"
@@ -223,7 +232,7 @@ def main() -> None:
         load_here(*arguments.load)
         return
     with tempfile.TemporaryDirectory() as folder:
-        body = "\n\n".join(compare(name, Path(folder), with_diffq=name != "demucs") for name in arguments.models)
+        body = "\n\n".join(compare(name, Path(folder)) for name in arguments.models)
     name = "packed_file_" + "_".join(arguments.models)
     print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "diffq", "zstandard"]).read_text())
 

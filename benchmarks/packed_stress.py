@@ -1,7 +1,7 @@
 """What a packed file must survive: thousands of damaged and forged files, and saves that are killed.
 
-A damaged file (bytes removed, added, replaced, swapped, cut) must be refused; a forged one, whose checksums fit, may load, but then as tensors
-of the shapes that its header says. Whatever happens is one PackedFileError within bounded time and memory, and the model as it was.
+A damaged file (bytes removed, added, replaced, swapped, cut) must be refused; a forged one, whose checksums fit, may load, but then as
+tensors of the shapes that its header says. Whatever happens is one PackedFileError within bounded time and memory, and the model as it was.
 """
 
 import argparse

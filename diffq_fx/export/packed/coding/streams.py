@@ -1,8 +1,8 @@
 """Streams of unsigned values as bytes: bit-packed, or with their high bits entropy coded.
 
 The low bits of a stream, which hardly ever tell anything, stay as they are. Its high bits are packed into bytes as one bit plane (of 1,
-2, 4 or 8 bits, so that a byte holds 8 to 1 values), and these bytes go through a coder. Which bits are low, and which coder, is chosen by the
-length of the outcome.
+2, 4 or 8 bits, so that a byte holds 8 to 1 values), and these bytes go through a coder. Which bits are low, and which coder, is chosen
+by the length of the outcome.
 
 =====  =======  ======================================================================================================
 coder  name     what it does
