@@ -3,12 +3,13 @@
 Weights are drawn from a normal distribution and the bits at random, the same for diffq and for us: groups of 8, 2 to 15 bits, about 5 on
 average, on the paper's grid. Our default, bits for each output channel, comes in rows of its own. What is loaded is the plain float model.
 
-nncodec is not compared: its coder is a C++ extension that its package on PyPI does not bring for this Python.
+Of nncodec only the coder is used (DeepCABAC, on the same integers counted from zero): its package pins other versions of numpy and torch.
 """
 
 import argparse
 import contextlib
 import copy
+import importlib.util
 import io
 import json
 import subprocess
@@ -158,6 +159,24 @@ def diffq_rows(name: str, folder: Path, repeats: int) -> tuple[list[tuple[str, s
     return rows, restore
 
 
+def nncodec_bytes(model: nn.Module) -> int:
+    """What DeepCABAC makes of the levels, each weight by itself, counted from the level that stands for zero."""
+    folder = Path(importlib.util.find_spec("nncodec").origin).parent / "extensions"  # type: ignore[union-attr, arg-type]
+    spec = importlib.util.spec_from_file_location("deepCABAC", next(folder.glob("deepCABAC*.so")))
+    coder = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(coder)  # type: ignore[union-attr]
+    total = 0
+    for weight in weights_of(model):
+        zero = weight.zero_point if weight.zero_point is not None else torch.round(-weight.offset / weight.scale).int()
+        levels = (weight.levels_OI() - weight.spec.scale_layout.expand(zero)).to(torch.int32).contiguous().numpy()
+        encoder = coder.Encoder()
+        encoder.initCtxModels(11, 0)
+        skipped = np.zeros(len(levels), np.int32)
+        encoder.encodeLayer(levels, 0, 0, 0, 0, 0, skipped, coder.HdspMode.AlwaysOff, np.zeros(0, np.int8), 0, 0)
+        total += len(encoder.finish())
+    return total
+
+
 def mib(size: float) -> str:
     """Bytes as MiB."""
     return f"{size / MIB:.3f}"
@@ -196,6 +215,7 @@ def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore:
             (groups, "levels alone, bit-packed", mib(packed), ""),
             (groups, "levels alone, order-0 entropy", mib(entropy), ""),
             (groups, "levels alone, zstd -9 of a byte or two each", mib(len(zstandard.ZstdCompressor(level=9).compress(levels))), ""),
+            (groups, "levels alone, nncodec's DeepCABAC", mib(nncodec_bytes(converted)), ""),
             (groups, "widths, scales and zero points at their entropy", mib(side), ""),
         ]
     return sizes, speed
@@ -234,7 +254,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         body = "\n\n".join(compare(name, Path(folder)) for name in arguments.models)
     name = "packed_file_" + "_".join(arguments.models)
-    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "diffq", "zstandard"]).read_text())
+    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "diffq", "nncodec", "zstandard"]).read_text())
 
 
 if __name__ == "__main__":
