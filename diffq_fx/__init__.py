@@ -10,6 +10,7 @@ from diffq_fx.errors import (
     DiffQError,
     DiffQWarning,
     ExportError,
+    PackedFileError,
     PassError,
     PreparationError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "DiffQError",
     "DiffQWarning",
     "ExportError",
+    "PackedFileError",
     "PassError",
     "PreparationError",
 ]

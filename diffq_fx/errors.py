@@ -29,5 +29,9 @@ class ExportError(DiffQError):
     """A converted model cannot be exported, or its file does not compute what the model computes."""
 
 
+class PackedFileError(DiffQError):
+    """A packed file cannot be written or read: wrong contents, damage, another architecture, no space."""
+
+
 class DiffQWarning(UserWarning):
     """The call worked, but probably not the way it was meant."""
