@@ -10,22 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import functional
+from diffq_fx.footprint import CONTAINER_BITS as CONTAINER_BITS
+from diffq_fx.footprint import Footprint, grid_footprint
+from diffq_fx.footprint import container_for as container_for
 from diffq_fx.functional import QuantParams
 from diffq_fx.groups import GroupKind, GroupLayout, from_rows
 from diffq_fx.weights import WeightSpec
-
-CONTAINER_BITS = (2, 4, 8, 16)
-"""The widths that ONNX (and a byte-addressed memory) can hold."""
-
-
-def container_for(bits: int) -> int:
-    """Smallest container width that holds ``bits``.
-
-    Example:
-        >>> [container_for(b) for b in (1, 3, 5, 9)]
-        [2, 4, 8, 16]
-    """
-    return next(width for width in CONTAINER_BITS if width >= bits)
 
 
 def pack_levels(levels: Tensor, container_bits: int) -> Tensor:
@@ -121,6 +111,10 @@ class StoredWeight(nn.Module, ABC):
     def container_payload_bits(self) -> int:
         """Bits of the levels alone in the container that holds them."""
 
+    @abstractmethod
+    def footprint(self) -> Footprint:
+        """The parts of its sizes."""
+
 
 class IntegerWeight(StoredWeight):
     """Integers on an affine, symmetric or float grid, packed into the smallest container that holds the widest group.
@@ -175,6 +169,10 @@ class IntegerWeight(StoredWeight):
     def container_payload_bits(self) -> int:
         """Number of weights times the container's width."""
         return self.spec.numel * self.container_bits
+
+    def footprint(self) -> Footprint:
+        """The parts of its sizes."""
+        return grid_footprint(self.spec, self.bits)
 
     def extra_repr(self) -> str:
         """Name, shape and width for ``print(model)``."""
