@@ -29,5 +29,9 @@ class ExportError(DiffQError):
     """A converted model cannot be exported, or its file does not compute what the model computes."""
 
 
+class DivergenceError(DiffQError):
+    """A training step of a driver left values that are not finite; the last good state is back."""
+
+
 class DiffQWarning(UserWarning):
     """The call worked, but probably not the way it was meant."""

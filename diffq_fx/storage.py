@@ -5,6 +5,7 @@ integers, their scales and their layout in one place. Levels are packed least si
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,8 @@ class StoredWeight(nn.Module, ABC):
     """The storage of one quantized weight; calling it gives the float weight. One subclass per kind of storage."""
 
     spec: WeightSpec
+    packed_buffer: ClassVar[str] = "levels"
+    """The buffer that the storage's operator reads first; exporters find the weight by its name."""
 
     @abstractmethod
     def forward(self) -> Tensor:

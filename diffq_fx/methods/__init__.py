@@ -2,8 +2,9 @@
 
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.lc import LC
 from diffq_fx.methods.lsq import LSQ
 from diffq_fx.methods.quant_noise import QuantNoise
 from diffq_fx.methods.ste import STE
 
-__all__ = ["LSQ", "STE", "DiffQConfig", "Method", "QuantNoise", "WeightQuantizer"]
+__all__ = ["LC", "LSQ", "STE", "DiffQConfig", "Method", "QuantNoise", "WeightQuantizer"]
