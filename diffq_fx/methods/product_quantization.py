@@ -106,7 +106,7 @@ class ProductQuantization(Method):
         if self.entries > blocks:
             raise PreparationError(
                 f"prepare: weight {spec.name!r} of shape {spec.shape} has {blocks} blocks of {block}, fewer than the {self.entries} "
-                f"entries of its codebook. Give at most {blocks} entries or a smaller block_size, or leave it out: exclude=({spec.name!r},)."
+                f"entries of its codebook. Give at most {blocks} entries or a smaller block_size, or leave it out with exclude."
             )
         return ProductWeight(spec, self, block, weight)
 
