@@ -3,12 +3,13 @@
 Importing this needs torch alone; :mod:`diffq_fx.export` needs onnx and onnxruntime.
 """
 
-from diffq_fx.convert import CompressionRecord, convert_diffq
+from diffq_fx.convert import CompressionRecord, convert, convert_diffq
 from diffq_fx.errors import (
     CaptureError,
     ConversionError,
     DiffQError,
     DiffQWarning,
+    DivergenceError,
     ExportError,
     PackedFileError,
     PassError,
@@ -33,6 +34,7 @@ __all__ = [
     "model_size",
     "setup_optimizer",
     "convert_diffq",
+    "convert",
     "bits_report",
     # what the road is made of
     "BitsReport",
@@ -49,6 +51,7 @@ __all__ = [
     "ConversionError",
     "DiffQError",
     "DiffQWarning",
+    "DivergenceError",
     "ExportError",
     "PackedFileError",
     "PassError",

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,8 @@ from diffq_fx.capture.model_scope import CapturedModel
 from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
 from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import ConversionError, DiffQWarning
-from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
@@ -27,7 +27,7 @@ from diffq_fx.weights import SkippedWeight
 class CompressionRecord:
     """What a converted model remembers of its compression; it holds it as ``model.compression``."""
 
-    method: Method
+    method: MethodChoice
     skipped: tuple[SkippedWeight, ...]
     scope: str
     scope_reason: str
@@ -79,64 +79,88 @@ def convert_diffq(model: nn.Module) -> nn.Module:
         >>> sorted(name for name, _ in converted.named_parameters())
         ['bias']
     """
-    root, compression = _prepared_root(model)
-    _warn_untrained(compression)
+    return convert(model, caller="convert_diffq")
+
+
+def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
+    """Round every weight of a prepared model for good, each as its method stores it; the general :func:`convert_diffq`.
+
+    Args:
+        model: from :func:`~diffq_fx.prepare`, trained; a wrapper such as DistributedDataParallel is looked through.
+        caller: the name to use in messages.
+
+    Returns:
+        The converted model in eval mode; it computes exactly what the prepared model computes in eval().
+
+    Raises:
+        ConversionError: the model was never prepared, or is converted already.
+
+    Example:
+        >>> from diffq_fx import prepare
+        >>> from diffq_fx.methods import STE
+        >>> prepared = prepare(torch.nn.Linear(32, 32), torch.zeros(1, 32), STE(bits=4))
+        >>> convert(prepared).weight_quantized
+        IntegerWeight('weight', shape=(32, 32), container_bits=4)
+    """
+    root, compression = _prepared_root(model, caller)
+    if compression.learned:
+        _warn_untrained(compression, caller)
     with torch.no_grad():
         compression.allocate()
         weights = {quantizer.spec.name: root.get_parameter(quantizer.spec.name) for quantizer in compression.quantizers}
-        stored = {q.spec.name: _stored(q, weights[q.spec.name]) for q in compression.quantizers}
+        stored = {q.spec.name: _stored(q, weights[q.spec.name], caller) for q in compression.quantizers}
     converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
     if isinstance(converted, CapturedModel):
         _convert_model_scope(converted, stored)
     else:
         _convert_module_scope(converted, stored)
     object.__setattr__(converted, CHILD, CompressionRecord.of(compression))
-    if compression.config.rest_dtype == "float16":
+    if compression.method.rest_dtype == "float16":
         _round_rest_to_half(converted)
     return converted.eval()
 
 
-def _prepared_root(model: nn.Module) -> tuple[nn.Module, Compression]:
+def _prepared_root(model: nn.Module, caller: str) -> tuple[nn.Module, Compression]:
     """The module that was prepared: the model itself, or the one inside its wrapper."""
     for module in model.modules():
         compression = vars(module).get(CHILD)
         if isinstance(compression, Compression) and not isinstance(module, WeightQuantizer):
             return module, compression
     if any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise ConversionError(f"convert_diffq: the {type(model).__name__} is converted already.")
+        raise ConversionError(f"{caller}: the {type(model).__name__} is converted already.")
     raise ConversionError(
-        f"convert_diffq: the {type(model).__name__} was never prepared. "
-        "Call prepare_diffq(model, example_inputs) and train the result first."
+        f"{caller}: the {type(model).__name__} was never prepared. "
+        f"Call {caller.replace('convert', 'prepare')}(model, example_inputs) and train the result first."
     )
 
 
-def _warn_untrained(compression: Compression) -> None:
+def _warn_untrained(compression: Compression, caller: str) -> None:
     config = compression.config
     aimless = config.target_bits is None and config.target_mib is None and config.penalty is None
     if not int(compression.steps):
         warnings.warn(
-            "convert_diffq: the bits never moved: no optimizer that holds them has made a step. "
+            f"{caller}: the bits never moved: no optimizer that holds them has made a step. "
             "Build the optimizer from the prepared model's "
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model).",
             DiffQWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     elif aimless and not compression.penalized:
         warnings.warn(
-            "convert_diffq: no pressure on the size ever reached this model: "
+            f"{caller}: no pressure on the size ever reached this model: "
             "the config has no target and no penalty, and model_size(model) was "
             "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss.",
             DiffQWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _stored(quantizer: Any, weight: nn.Parameter) -> StoredWeight:
+def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, caller: str) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
     stored = quantizer.store(weight.detach())
     stored.spec = replace(stored.spec, dtype=weight.dtype)  # the model may have gone to another type since it was prepared
     if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
-        raise ConversionError(f"convert_diffq: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
+        raise ConversionError(f"{caller}: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
     return stored
 
 

@@ -33,5 +33,9 @@ class PackedFileError(DiffQError):
     """A packed file cannot be written or read: wrong contents, damage, another architecture, no space."""
 
 
+class DivergenceError(DiffQError):
+    """A training step of a driver left values that are not finite; the last good state is back."""
+
+
 class DiffQWarning(UserWarning):
     """The call worked, but probably not the way it was meant."""

@@ -76,14 +76,14 @@ class GroupLayout:
         if self.kind == "tensor":
             low, high = torch.aminmax(rows_OI)
             return low.reshape(1, 1), high.reshape(1, 1)
-        blocks = self._blocks(rows_OI, edge=True)
+        blocks = self.blocks(rows_OI, edge=True)
         return blocks.amin(-1), blocks.amax(-1)  # several times faster than aminmax along an axis
 
     def sum(self, rows_OI: Tensor) -> Tensor:
         """Sum over each group, shape (R, C)."""
         if self.kind == "tensor":
             return rows_OI.sum().reshape(1, 1)
-        return self._blocks(rows_OI).sum(-1)
+        return self.blocks(rows_OI).sum(-1)
 
     def expand(self, values_RC: Tensor) -> Tensor:
         """Values per group as a tensor that broadcasts against rows of shape (O, I)."""
@@ -91,7 +91,7 @@ class GroupLayout:
             return values_RC
         return values_RC.repeat_interleave(self.block, dim=1)[:, : self.columns]
 
-    def _blocks(self, rows_OI: Tensor, edge: bool = False) -> Tensor:
+    def blocks(self, rows_OI: Tensor, edge: bool = False) -> Tensor:
         """Rows as (O, C, block), a short last block filled up with zeros or with copies of its own last weight."""
         missing = self.shape[1] * self.block - self.columns
         if missing:
@@ -104,3 +104,9 @@ def combine(first: GroupLayout, second: GroupLayout) -> GroupLayout:
     """Layout of values that depend on a group of ``first`` and a group of ``second``: the finer of the two."""
     order = {"tensor": 0, "channel": 1, "block": 2}
     return first if order[first.kind] >= order[second.kind] else second
+
+
+def scale_layout_of(scale: Tensor, rows: int, columns: int, block: int) -> GroupLayout:
+    """The layout that a scale of shape (1, 1), (O, 1) or (O, C) has."""
+    kind: GroupKind = "block" if scale.shape[1] > 1 else "channel" if scale.shape[0] == rows else "tensor"
+    return GroupLayout(rows, columns, kind, block)

@@ -1,6 +1,7 @@
 """prepare: float model in, the same model with a quantizer between every weight and what reads it out."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
 from diffq_fx.passes.insert_quantizers import insert_quantizers
@@ -71,30 +73,46 @@ def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | N
     return prepare(model, example_inputs, config or DiffQConfig(), scope=scope, caller="prepare_diffq")
 
 
-def prepare(model: nn.Module, example_inputs: Any, method: Method, *, scope: Scope = "auto", caller: str = "prepare") -> nn.Module:
+def prepare(
+    model: nn.Module,
+    example_inputs: Any,
+    method: Method | Mapping[str, Method],
+    *,
+    scope: Scope = "auto",
+    caller: str = "prepare",
+) -> nn.Module:
     """Put a method's quantizer on every weight of a model; :func:`prepare_diffq` says what is shared and what is raised.
 
     Args:
         model: a float model.
         example_inputs: what the model is called with.
-        method: the settings of the method.
+        method: a config of :mod:`diffq_fx.methods`, or a mapping of patterns of state_dict names to configs, of which the first that
+            matches decides; what no pattern matches stays in float.
         scope: "auto", "model" or "module".
         caller: the name to use in messages.
 
     Returns:
         The prepared model.
 
+    Raises:
+        PreparationError: as for :func:`prepare_diffq`; a method cannot quantize a weight that it was asked to.
+        ValueError: as for :func:`prepare_diffq`; a pattern matches nothing.
+        TypeError: ``method`` is neither a method nor a mapping to methods.
+
     Example:
         >>> import torch
-        >>> prepared = prepare(torch.nn.Linear(32, 32), torch.zeros(1, 32), DiffQConfig())
-        >>> prepared.compression.scope
-        'model'
+        >>> from diffq_fx.methods import LSQ
+        >>> net = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> prepared = prepare(net, torch.zeros(1, 32), {"0": LSQ(bits=3), "*": DiffQConfig(target_bits=6)})
+        >>> [type(quantizer).__name__ for quantizer in prepared.compression.quantizers]
+        ['LSQWeight', 'DiffQWeight']
     """
+    choice = MethodChoice.of(method, caller)
     _refuse_unfit(model, scope, caller)
     call = ExampleCall.of(example_inputs)
-    plan = plan_weights(model, method, caller)
+    plan = plan_weights(model, choice, caller)
     expected = _reference(model, call, caller)
-    prepared, compression = _first_faithful(model, call, plan, method, expected, scope, caller)
+    prepared, compression = _first_faithful(model, call, plan, choice, expected, scope, caller)
     _check_target(compression, caller)
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
@@ -148,7 +166,7 @@ def _described(value: Any) -> str:
 
 
 def _first_faithful(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, expected: Reference, scope: Scope, caller: str
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
 ) -> tuple[nn.Module, Compression]:
     """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
     ways = {
@@ -160,9 +178,9 @@ def _first_faithful(
     }
     reasons: list[str] = []
     for name, way in ways.get(scope, ways["model"] + ways["module"]):
-        own_plan = WeightPlan(dict(plan.specs), list(plan.skipped), plan.parameters)
+        own_plan = WeightPlan(dict(plan.specs), list(plan.skipped), plan.parameters, plan.methods)
         try:
-            prepared, compression = way(model, call, own_plan, method)
+            prepared, compression = way(model, call, own_plan, choice)
             check_faithful(prepared, compression.quantizers, call, expected)
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
@@ -175,30 +193,30 @@ def _first_faithful(
     raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
 
 
-def _prepare_model_scope(model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method) -> tuple[nn.Module, Compression]:
+def _prepare_model_scope(model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice) -> tuple[nn.Module, Compression]:
     captured = capture_model(model, call, plan)
     run_passes(captured, [partial(annotate_weights, plan=plan)])
     read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
     unread = [spec.name for spec in plan.specs.values() if spec.name not in read]
     if unread:
         raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
-    quantizers = _add_quantizers(captured, plan, method)
+    quantizers = _add_quantizers(captured, plan)
     run_passes(captured, [insert_quantizers, verify_prepared])
-    return captured, _add_compression(captured, plan, method, quantizers)
+    return captured, _add_compression(captured, plan, choice, quantizers)
 
 
 def _prepare_module_scope(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, method: Method, *, trace_forwards: bool
+    model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice, *, trace_forwards: bool
 ) -> tuple[nn.Module, Compression]:
     private, scopes, unseen = capture_modules(model, call, plan, trace_forwards=trace_forwards)
     for each in scopes:
         run_passes(each.graph, [partial(annotate_weights, plan=plan)])
     for key, spec in plan.specs.items():
         plan.specs[key] = replace(spec, consumer=spec.consumer or "nothing in the example")
-    quantizers = _add_quantizers(private, plan, method)
+    quantizers = _add_quantizers(private, plan)
     for each in scopes:
         _rewrite_scope(each)
-    compression = _add_compression(private, plan, method, quantizers)
+    compression = _add_compression(private, plan, choice, quantizers)
     if unseen:
         compression.notes = (
             f"the example never read {', '.join(unseen)}; their noise is put where the weights are kept. "
@@ -219,11 +237,11 @@ def _rewrite_scope(scope: ModuleScope) -> None:
     install_graph(scope.module, scope.kind, gm, tuple(weights))
 
 
-def _add_quantizers(model: nn.Module, plan: WeightPlan, method: Method) -> list[WeightQuantizer]:
+def _add_quantizers(model: nn.Module, plan: WeightPlan) -> list[WeightQuantizer]:
     """Make one quantizer per weight and register it beside the weight under each of its names."""
     quantizers = []
     for key, spec in plan.specs.items():
-        quantizer = method.make_quantizer(spec, plan.parameters[key])
+        quantizer = plan.methods[key].make_quantizer(spec, plan.parameters[key])
         for name in spec.names:
             owner, attribute = owner_of(model, name)
             owner.add_module(attribute + QUANTIZER_SUFFIX, quantizer)
@@ -231,13 +249,13 @@ def _add_quantizers(model: nn.Module, plan: WeightPlan, method: Method) -> list[
     return quantizers
 
 
-def _add_compression(model: nn.Module, plan: WeightPlan, method: Method, quantizers: list[WeightQuantizer]) -> Compression:
+def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, quantizers: list[WeightQuantizer]) -> Compression:
     """Make the handle and let the model show it.
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
     rest = sum(p.numel() for key, p in plan.parameters.items() if key not in plan.specs)
-    compression = Compression(method, quantizers, plan.skipped, rest)
+    compression = Compression(choice, quantizers, plan.skipped, rest)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
     for quantizer in quantizers:
@@ -256,7 +274,7 @@ def _check_target(compression: Compression, caller: str) -> None:
         return
     if config.target_mib is not None:
         asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
-        low, high = (mib(size + compression.rest_bits) for size in (smallest, largest))
+        low, high = (mib(size + compression.rest_bits + compression.fixed_bits()) for size in (smallest, largest))
     else:
         asked, unit = f"target_bits={config.target_bits}", "bits a weight, scales included"
         low, high = smallest / weights, largest / weights

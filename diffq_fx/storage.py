@@ -5,27 +5,18 @@ integers, their scales and their layout in one place. Levels are packed least si
 """
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffq_fx import functional
+from diffq_fx.footprint import CONTAINER_BITS as CONTAINER_BITS
+from diffq_fx.footprint import Footprint, grid_footprint
+from diffq_fx.footprint import container_for as container_for
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import GroupKind, GroupLayout, from_rows
+from diffq_fx.groups import from_rows, scale_layout_of
 from diffq_fx.weights import WeightSpec
-
-CONTAINER_BITS = (2, 4, 8, 16)
-"""The widths that ONNX (and a byte-addressed memory) can hold."""
-
-
-def container_for(bits: int) -> int:
-    """Smallest container width that holds ``bits``.
-
-    Example:
-        >>> [container_for(b) for b in (1, 3, 5, 9)]
-        [2, 4, 8, 16]
-    """
-    return next(width for width in CONTAINER_BITS if width >= bits)
 
 
 def pack_levels(levels: Tensor, container_bits: int) -> Tensor:
@@ -72,12 +63,6 @@ def unpack_levels(packed: Tensor, container_bits: int, numel: int) -> Tensor:
     return torch.stack(places, 1).reshape(-1)[:numel].to(torch.int32)
 
 
-def scale_layout_of(scale: Tensor, rows: int, columns: int, block: int) -> GroupLayout:
-    """The layout that a scale of shape (1, 1), (O, 1) or (O, C) has."""
-    kind: GroupKind = "block" if scale.shape[1] > 1 else "channel" if scale.shape[0] == rows else "tensor"
-    return GroupLayout(rows, columns, kind, block)
-
-
 @torch.library.custom_op("diffq_fx::dequantize", mutates_args=())
 def dequantize_op(
     levels: Tensor,
@@ -108,6 +93,8 @@ class StoredWeight(nn.Module, ABC):
     """The storage of one quantized weight; calling it gives the float weight. One subclass per kind of storage."""
 
     spec: WeightSpec
+    packed_buffer: ClassVar[str] = "levels"
+    """The buffer that the storage's operator reads first; exporters find the weight by its name."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -120,6 +107,10 @@ class StoredWeight(nn.Module, ABC):
     @abstractmethod
     def container_payload_bits(self) -> int:
         """Bits of the levels alone in the container that holds them."""
+
+    @abstractmethod
+    def footprint(self) -> Footprint:
+        """The parts of its sizes."""
 
 
 class IntegerWeight(StoredWeight):
@@ -175,6 +166,10 @@ class IntegerWeight(StoredWeight):
     def container_payload_bits(self) -> int:
         """Number of weights times the container's width."""
         return self.spec.numel * self.container_bits
+
+    def footprint(self) -> Footprint:
+        """The parts of its sizes."""
+        return grid_footprint(self.spec, self.bits)
 
     def extra_repr(self) -> str:
         """Name, shape and width for ``print(model)``."""

@@ -1,7 +1,7 @@
 """Which parameters of a model are weights to quantize, and why the others are not."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[repor
 from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method
+from diffq_fx.methods.mapping import MethodChoice, matches
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
 _KNOWN_OWNERS = (
@@ -31,6 +32,8 @@ class WeightPlan:
     specs: dict[int, WeightSpec] = field(default_factory=dict)
     skipped: list[SkippedWeight] = field(default_factory=list)
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    methods: dict[int, Method] = field(default_factory=dict)
+    """The method of each weight in ``specs``."""
 
     def spec_of(self, tensor: object) -> WeightSpec | None:
         """The spec of a parameter that is to be quantized."""
@@ -41,20 +44,21 @@ class WeightPlan:
         return [name for spec in self.specs.values() for name in spec.names]
 
 
-def plan_weights(model: nn.Module, method: Method, caller: str) -> WeightPlan:
-    """Decide for every parameter of the model whether it is a weight to quantize.
+def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightPlan:
+    """Decide for every parameter of the model whether it is a weight to quantize, and by which method.
 
     Args:
         model: the float model.
-        method: its ``exclude``, ``min_size`` and layout decide.
+        choice: the methods; their ``exclude``, ``min_size`` and layouts decide.
         caller: the public function's name, for messages.
 
     Returns:
         The plan, weights in the order of ``model.named_parameters()``.
 
     Raises:
-        PreparationError: nothing can be quantized, a weight is not finite or has no data yet.
-        ValueError: an exclude pattern matches no parameter.
+        PreparationError: nothing can be quantized, a pattern asks for parameters of which none can be, a weight is not finite or has no
+            data yet.
+        ValueError: a pattern matches no parameter.
     """
     names: dict[int, list[str]] = {}
     plan = WeightPlan()
@@ -64,15 +68,21 @@ def plan_weights(model: nn.Module, method: Method, caller: str) -> WeightPlan:
             raise PreparationError(f"{caller}: weight {name!r} is not initialized yet: run the model once before preparing it.")
         names.setdefault(id(parameter), []).append(name)
         plan.parameters[id(parameter)] = parameter
-    _check_patterns(method.exclude, [name for name, _ in everything], caller)
-    group_size, range_size, grid = method.layout
+    known = [name for name, _ in everything]
+    for method in choice.methods:
+        _check_patterns(method.exclude, known, "exclude pattern", caller)
+    if known:
+        _check_patterns([pattern for pattern, _ in choice.entries], known, "pattern", caller)
     for key, parameter in plan.parameters.items():
         name, *aliases = names[key]
-        reason = _reason_to_skip(model, name, (name, *aliases), parameter, method)
-        if reason:
+        _, method = choice.entry_for(names[key]) or ("", None)
+        reason = _reason_to_skip(model, name, names[key], parameter, method) if method else "no pattern of the mapping matches it"
+        if reason or method is None:
             plan.skipped.append(SkippedWeight(name, tuple(parameter.shape), reason))
             continue
         _check_values(name, parameter, caller)
+        group_size, range_size, grid = method.layout
+        plan.methods[key] = method
         plan.specs[key] = WeightSpec(
             name=name,
             aliases=tuple(aliases),
@@ -86,27 +96,37 @@ def plan_weights(model: nn.Module, method: Method, caller: str) -> WeightPlan:
     if not plan.specs:
         seen = "; ".join(f"{s.name} {s.shape}: {s.reason}" for s in plan.skipped[:8]) or "it has no parameters"
         raise PreparationError(f"{caller}: the {type(model).__name__} has no weight to quantize ({seen}).")
+    _check_answered(choice, plan, names, caller)
     return plan
 
 
-def _check_patterns(patterns: tuple[str, ...], names: list[str], caller: str) -> None:
+def _check_answered(choice: MethodChoice, plan: WeightPlan, names: dict[int, list[str]], caller: str) -> None:
+    """Refuse a pattern that asks for parameters of which its method can quantize none."""
+    for pattern, method in choice.entries:
+        asked = [key for key, own in names.items() if any(matches(name, pattern) for name in own)]
+        if any(key in plan.specs for key in asked):
+            continue
+        reasons = {skipped.name: skipped.reason for skipped in plan.skipped}
+        seen = "; ".join(f"{names[key][0]}: {reasons[names[key][0]]}" for key in asked[:4])
+        raise PreparationError(
+            f"{caller}: pattern {pattern!r} asks for {type(method).__name__} where nothing can be quantized ({seen}). "
+            "Change the pattern or leave it out."
+        )
+
+
+def _check_patterns(patterns: Iterable[str], names: list[str], what: str, caller: str) -> None:
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            raise ValueError(f"{caller}: exclude pattern {pattern!r} matches no parameter. The model has {known}.")
+            raise ValueError(f"{caller}: {what} {pattern!r} matches no parameter. The model has {known}.")
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """A pattern names a parameter, or a module with everything below it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
-
-
-def _reason_to_skip(model: nn.Module, name: str, names: tuple[str, ...], parameter: Tensor, method: Method) -> str:
+def _reason_to_skip(model: nn.Module, name: str, names: Sequence[str], parameter: Tensor, method: Method) -> str:
     """Why this parameter stays in float; empty if it does not."""
     if not parameter.is_floating_point():
         return f"{parameter.dtype}: not a float type"
     for pattern in method.exclude:
-        if any(_matches(each, pattern) for each in names):
+        if any(matches(each, pattern) for each in names):
             return f"excluded by {pattern!r}"
     owner, _ = owner_of(model, name)
     if parameter.ndim < 2:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.footprint import Footprint
 from diffq_fx.functional import Grid
 from diffq_fx.groups import GroupSize
 from diffq_fx.storage import StoredWeight
@@ -36,7 +37,37 @@ class Method(ABC):
 
     @abstractmethod
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "WeightQuantizer":
-        """Make the quantizer of one weight."""
+        """Make the quantizer of one weight.
+
+        Raises:
+            PreparationError: the method cannot quantize this weight; says which and why.
+        """
+
+    def check_common(self) -> None:
+        """Refuse what no method can work with, naming the setting and the value; for ``__post_init__``."""
+        name = type(self).__name__
+        if self.rest_dtype not in ("float32", "float16"):
+            raise ValueError(f"{name}: rest_dtype must be one of ('float32', 'float16'), got {self.rest_dtype!r}.")
+        if self.min_size < 0:
+            raise ValueError(f"{name}: min_size must not be negative, got {self.min_size}.")
+        if isinstance(self.exclude, str):
+            raise TypeError(f"{name}: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+
+
+def check_group(method: str, setting: str, size: Any) -> None:
+    """Refuse a group size that is none.
+
+    Example:
+        >>> check_group("STE", "group_size", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: STE: group_size must be at least 1, got 0.
+    """
+    if isinstance(size, str):
+        if size not in ("tensor", "channel"):
+            raise ValueError(f'{method}: {setting} must be "tensor", "channel" or a number, got {size!r}.')
+    elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"{method}: {setting} must be at least 1, got {size}.")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -90,8 +121,8 @@ class WeightQuantizer(nn.Module, ABC):
         """Round the weight for good."""
 
     @abstractmethod
-    def rounded_bits(self) -> Tensor:
-        """The width of each group after rounding, int32, shape of the spec's ``bits_layout``."""
+    def footprint(self) -> Footprint:
+        """The parts of the weight's sizes once it is rounded; the same as that of what :meth:`store` gives."""
 
     @abstractmethod
     def state_key(self) -> tuple[Any, ...]:

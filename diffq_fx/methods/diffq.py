@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffq_fx import functional
 from diffq_fx.functional import Grid
 from diffq_fx.groups import GroupSize, to_rows
-from diffq_fx.methods.base import Method
+from diffq_fx.methods.base import Method, check_group
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.noise import add_noise, step_of_logits
 from diffq_fx.weights import WeightSpec
@@ -121,24 +121,18 @@ class DiffQConfig(Method):
             raise ValueError(f"DiffQConfig: expected min_bits < init_bits <= max_bits, {found}.")
         self._check_groups()
         self._check_widths()
-        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("rest_dtype", ("float32", "float16"))):
+        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.ramp_steps < 0 or self.min_size < 0 or not self.bits_gain > 0:
-            raise ValueError("DiffQConfig: ramp_steps and min_size must not be negative, bits_gain must be positive.")
-        if isinstance(self.exclude, str):
-            raise TypeError(f"DiffQConfig: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+        if self.ramp_steps < 0 or not self.bits_gain > 0:
+            raise ValueError("DiffQConfig: ramp_steps must not be negative, bits_gain must be positive.")
+        self.check_common()
 
     def _check_groups(self) -> None:
-        size = self.group_size
-        if isinstance(size, str):
-            if size not in ("tensor", "channel"):
-                raise ValueError(f'DiffQConfig: group_size must be "tensor", "channel" or a number, got {size!r}.')
-        elif size < 1:
-            raise ValueError(f"DiffQConfig: group_size must be at least 1, got {size}.")
+        check_group("DiffQConfig", "group_size", self.group_size)
         if self.range_per not in ("tensor", "channel", "group"):
             raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
-        if self.range_per == "group" and size == 1:
+        if self.range_per == "group" and self.group_size == 1:
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
 
     def _check_widths(self) -> None:

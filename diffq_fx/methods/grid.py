@@ -1,8 +1,11 @@
 """Rounding on a uniform grid: what DiffQ and its integer baselines have in common once training is over."""
 
+from abc import abstractmethod
+
 from torch import Tensor
 
 from diffq_fx import functional
+from diffq_fx.footprint import Footprint, grid_footprint
 from diffq_fx.functional import QuantParams
 from diffq_fx.groups import from_rows, to_rows
 from diffq_fx.methods.base import WeightQuantizer
@@ -12,23 +15,39 @@ from diffq_fx.storage import IntegerWeight
 class GridQuantizer(WeightQuantizer):
     """A quantizer whose rounded weight is ``(levels - zero_point) * scale`` on the spec's grid and groups."""
 
+    @abstractmethod
+    def rounded_bits(self) -> Tensor:
+        """The width of each group after rounding, int32, shape of the spec's ``bits_layout``."""
+
     def range_of(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers, two tensors of the spec's ``range_layout``."""
         return functional.weight_range(rows_OI, self.spec.range_layout, self.spec.grid)
 
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, QuantParams, Tensor]:
-        bits = self.rounded_bits()
-        rows_OI = to_rows(weight, self.spec.axis)
+    def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
+        """Scale and zero point of the grid, shape of the spec's ``scale_layout``."""
         low, high = self.range_of(rows_OI)
-        params = functional.quant_params(low, high, bits, self.spec.grid)
-        return functional.quantize(rows_OI.to(low.dtype), params, bits, self.spec.scale_layout), params, bits
+        return functional.quant_params(low, high, bits, self.spec.grid)
+
+    def _levels(self, rows_OI: Tensor, params: QuantParams, bits: Tensor) -> Tensor:
+        return functional.quantize(rows_OI.to(params.scale.dtype), params, bits, self.spec.scale_layout)
+
+    def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:
+        """The nearest weight on the grid of ``params``."""
+        rows_OI = to_rows(weight, self.spec.axis)
+        levels_OI = self._levels(rows_OI, params, self.rounded_bits())
+        rounded_OI = functional.dequantize(levels_OI, params, self.spec.scale_layout).to(weight.dtype)
+        return from_rows(rounded_OI, self.spec.shape, self.spec.axis).contiguous()
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """The nearest weight on the grid."""
-        levels_OI, params, _ = self._quantize(weight)
-        rows_OI = functional.dequantize(levels_OI, params, self.spec.scale_layout).to(weight.dtype)
-        return from_rows(rows_OI, self.spec.shape, self.spec.axis).contiguous()
+        return self.round_to(weight, self.params(to_rows(weight, self.spec.axis), self.rounded_bits()))
 
     def store(self, weight: Tensor) -> IntegerWeight:
         """The levels, their scale and zero point."""
-        return IntegerWeight(self.spec, *self._quantize(weight))
+        bits, rows_OI = self.rounded_bits(), to_rows(weight, self.spec.axis)
+        params = self.params(rows_OI, bits)
+        return IntegerWeight(self.spec, self._levels(rows_OI, params, bits), params, bits)
+
+    def footprint(self) -> Footprint:
+        """The parts of the weight's sizes once it is rounded."""
+        return grid_footprint(self.spec, self.rounded_bits())

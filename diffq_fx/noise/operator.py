@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from diffq_fx.groups import GroupLayout
+from diffq_fx.groups import GroupLayout, scale_layout_of
 from diffq_fx.noise import eager, native
-from diffq_fx.storage import scale_layout_of
 
 
 def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayout:

@@ -3,6 +3,7 @@
 Sizes are kept as whole numbers of bits, so that sums are exact; what is shown is in MiB, and says so.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ class WeightBits:
     consumer: str
     """What reads it: "linear", "conv2d", "LSTM"."""
     histogram: dict[int, int]
-    """Bits -> number of weights that have them, by rising bits."""
+    """Bits -> number of levels (of codes, where one code stands for several weights) that have them, by rising bits."""
     scale_bits: int
     """Bit-packed: scales, zero points or ends of the ranges, and the limits of the widths."""
     coding_bits: int
@@ -44,6 +45,11 @@ class WeightBits:
     @property
     def numel(self) -> int:
         """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels or codes."""
         return sum(self.histogram.values())
 
     @property
@@ -59,11 +65,11 @@ class WeightBits:
     @property
     def container_payload_bits(self) -> int:
         """The levels alone in their container."""
-        return self.numel * self.container_bits
+        return self.num_levels * self.container_bits
 
     @property
     def average_bits(self) -> float:
-        """Mean width over the weights (not over the groups)."""
+        """Mean number of bits of a weight: widths over the weights (not over the groups), or its share of a code."""
         return self.payload_bits / self.numel
 
     @property

@@ -5,22 +5,22 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
-from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.footprint import Footprint
+from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.prepare import CHILD
 from diffq_fx.report.bits_report import BitsReport, WeightBits
-from diffq_fx.storage import StoredWeight, container_for
+from diffq_fx.storage import StoredWeight
 from diffq_fx.training.compression import Compression
-from diffq_fx.training.groups_in_row import FlatGroups
-from diffq_fx.training.size import BitPackedSize, mib
+from diffq_fx.training.size import mib
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
 _Module = TypeVar("_Module", bound=nn.Module)
-
-_SCALE_BITS = 32
 
 
 def bits_report(model: nn.Module) -> BitsReport:
@@ -65,7 +65,7 @@ def bits_report(model: nn.Module) -> BitsReport:
 def _of_prepared(root: nn.Module, compression: Compression) -> BitsReport:
     if compression.learned:
         compression.allocate()
-    rows = [_row(quantizer.spec, quantizer.rounded_bits()) for quantizer in _in_order(root, WeightQuantizer)]
+    rows = [_row(quantizer.spec, quantizer.footprint()) for quantizer in _in_order(root, WeightQuantizer)]
     notes = compression.notes
     if compression.learned and not int(compression.steps):
         notes += ("no optimizer step has moved the bits yet",)
@@ -73,7 +73,7 @@ def _of_prepared(root: nn.Module, compression: Compression) -> BitsReport:
 
 
 def _of_converted(root: nn.Module, record: CompressionRecord) -> BitsReport:
-    return _report(root, record, [_row(stored.spec, _stored_bits(stored)) for stored in _in_order(root, StoredWeight)], ())
+    return _report(root, record, [_row(stored.spec, stored.footprint()) for stored in _in_order(root, StoredWeight)], ())
 
 
 def _in_order(root: nn.Module, kind: type[_Module]) -> list[_Module]:
@@ -82,41 +82,20 @@ def _in_order(root: nn.Module, kind: type[_Module]) -> list[_Module]:
     return list(found.values())
 
 
-def _stored_bits(stored: StoredWeight) -> Tensor:
-    bits = getattr(stored, "bits", None)
-    if not isinstance(bits, Tensor):
-        kind = type(stored).__name__
-        raise TypeError(f"bits_report: the {kind} of weight {stored.spec.name!r} has no tensor 'bits' with the width of each group.")
-    return bits
-
-
-def _row(spec: WeightSpec, bits: Tensor) -> WeightBits:
-    """One weight; the bit-packed size is split so that its parts sum up to what ``model_size(model, exact=True)`` counts."""
-    width = bits.detach().reshape(-1).cpu().long()
-    counts = spec.bits_layout.counts().reshape(-1)
-    total = torch.bincount(width, weights=counts.double())
-    histogram = {index: int(count) for index, count in enumerate(total.tolist()) if count}
-    groups = FlatGroups([spec], torch.device("cpu"))
-    payload = sum(each * count for each, count in histogram.items())
-    coding = width.numel() * math.ceil(math.log2(1 + max(histogram) - min(histogram)))
-    container = container_for(max(histogram))
+def _row(spec: WeightSpec, parts: Footprint) -> WeightBits:
+    """One weight; its bit-packed parts sum up to what ``model_size(model, exact=True)`` counts."""
     return WeightBits(
         name=spec.name,
         aliases=spec.aliases,
         shape=spec.shape,
         consumer=spec.consumer,
-        histogram=histogram,
-        scale_bits=BitPackedSize().exact_bits(groups, width) - payload - coding,
-        coding_bits=coding,
-        container_bits=container,
-        container_scale_bits=spec.scale_layout.num_groups * (_SCALE_BITS + _second_value_bits(spec, container)),
+        histogram=parts.histogram,
+        scale_bits=parts.scale_bits,
+        coding_bits=parts.coding_bits,
+        container_bits=parts.container_bits,
+        container_scale_bits=parts.container_scale_bits,
         float_bits=spec.numel * _float_bits(spec.dtype),
     )
-
-
-def _second_value_bits(spec: WeightSpec, container: int) -> int:
-    """What DequantizeLinear stores beside a scale: a zero point as wide as the levels, or the float grid's offset."""
-    return {"symmetric": 0, "affine": container, "float": _SCALE_BITS}[spec.grid]
 
 
 def _float_bits(dtype: torch.dtype) -> int:
@@ -125,22 +104,23 @@ def _float_bits(dtype: torch.dtype) -> int:
 
 def _report(root: nn.Module, record: Compression | CompressionRecord, rows: Sequence[WeightBits], notes: tuple[str, ...]) -> BitsReport:
     """The report, from what a prepared and a converted model have in common."""
-    method = record.method
-    if getattr(method, "grid", None) == "float":
+    choice = record.method
+    if any(method.layout[2] == "float" for method in choice.methods):
         notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
-    penalty = getattr(method, "penalty", None)
+    learned = next((method for method in choice.methods if isinstance(method, DiffQConfig)), None)
+    penalty = learned.penalty if learned else None
     return BitsReport(
         model=type(root).__name__,
         stage="prepared" if isinstance(record, Compression) else "converted",
-        method=type(method).__name__,
+        method=choice.name,
         scope=record.scope,
         scope_reason=_scope_reason(record),
         weights=tuple(rows),
         skipped=tuple(record.skipped),
-        rest_bits=_rest_bits(record.rest_numel, method),
+        rest_bits=_rest_bits(record.rest_numel, choice),
         rest_float_bits=_rest_float_bits(root, record.skipped),
-        target_bits=getattr(method, "target_bits", None),
-        target_mib=getattr(method, "target_mib", None),
+        target_bits=learned.target_bits if learned else None,
+        target_mib=learned.target_mib if learned else None,
         penalty=penalty,
         lambda_per_bit=_lambda_per_bit(record, penalty),
         notes=notes,
@@ -163,8 +143,8 @@ def _lambda_per_bit(record: Compression | CompressionRecord, penalty: float | No
     return None if multiplier is None else float(multiplier)
 
 
-def _rest_bits(numel: int, method: Method) -> int:
-    return numel * (16 if method.rest_dtype == "float16" else 32)
+def _rest_bits(numel: int, choice: MethodChoice) -> int:
+    return numel * (16 if choice.rest_dtype == "float16" else 32)
 
 
 def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:

@@ -10,6 +10,7 @@ from diffq_fx import functional, noise
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.pressure import SizePressure
@@ -26,11 +27,14 @@ class Compression(nn.Module):
 
     steps: Tensor
 
-    def __init__(self, method: Any, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int) -> None:
+    def __init__(
+        self, method: MethodChoice, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int
+    ) -> None:
         super().__init__()
         self.method = method
         # Tuples, since the quantizers are children of the modules whose weights they quantize.
         self.quantizers = tuple(quantizers)
+        self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
         self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
         self.skipped = tuple(skipped)
         self.rest_numel = rest_numel
@@ -41,6 +45,12 @@ class Compression(nn.Module):
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
+        configs = list(dict.fromkeys(quantizer.config for quantizer in self.learned))
+        if len(configs) > 1:
+            raise ValueError(
+                "prepare: all weights with trainable bits share one size and so one DiffQConfig; the mapping has "
+                f"{len(configs)} different ones: {configs}."
+            )
         device = self.learned[0].logits.device if self.learned else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         for index, quantizer in enumerate(self.learned):
@@ -49,8 +59,10 @@ class Compression(nn.Module):
 
     @property
     def config(self) -> DiffQConfig:
-        """The settings."""
-        return self.method
+        """The settings of the trainable bits."""
+        if not self.learned:
+            raise PreparationError(f"no weight of this model has trainable bits: it was prepared with {self.method.name}.")
+        return self.learned[0].config
 
     @property
     def logits(self) -> list[Tensor]:
@@ -65,7 +77,11 @@ class Compression(nn.Module):
     @property
     def rest_bits(self) -> int:
         """Size of what is not quantized, in bits."""
-        return self.rest_numel * (16 if self.config.rest_dtype == "float16" else 32)
+        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
+
+    def fixed_bits(self) -> int:
+        """Size of the weights whose method has no trainable bits."""
+        return sum(quantizer.footprint().packed_bits for quantizer in self.fixed)
 
     def groups(self) -> FlatGroups:
         """The groups of all learned weights in one row, made once per device."""
@@ -87,18 +103,26 @@ class Compression(nn.Module):
 
     def expected_bits(self) -> Tensor:
         """Differentiable size of the whole model in bits, 0-d."""
-        return self.size_of_logits()(self.logits) + self.rest_bits
+        other = self.fixed_bits() + self.rest_bits
+        if not self.learned:
+            return torch.tensor(float(other))
+        return self.size_of_logits()(self.logits) + other
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use."""
+        other = self.fixed_bits() + self.rest_bits
+        if not self.learned:
+            return other
         self.allocate()
         width_T = torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
-        return self.measure.exact_bits(self.groups(), width_T) + self.rest_bits
+        return self.measure.exact_bits(self.groups(), width_T) + other
 
     def budget_bits(self) -> int | None:
-        """Target for the quantized weights in bits, None without a target."""
+        """Target for the weights with trainable bits, in bits; None without a target."""
+        if not self.learned:
+            return None
         if self.config.target_mib is not None:
-            return int(self.config.target_mib * MIB_BITS) - self.rest_bits
+            return int(self.config.target_mib * MIB_BITS) - self.rest_bits - self.fixed_bits()
         if self.config.target_bits is not None:
             return int(self.config.target_bits * self.groups().num_weights)
         return None
@@ -118,7 +142,7 @@ class Compression(nn.Module):
     def allocate(self) -> None:
         """Round the bits of all weights, within the target where there is one; does nothing if no logit has changed."""
         key = self._logits_key()
-        if key == self._allocated_from:
+        if not self.learned or key == self._allocated_from:
             return
         groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits()
         widths = self.config.allowed_widths

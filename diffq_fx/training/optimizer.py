@@ -22,7 +22,7 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
 
     Raises:
         PreparationError: the model is not prepared.
-        ValueError: the optimizer holds no parameter of the model, or ``bits_lr`` is not positive.
+        ValueError: the optimizer holds no parameter of the model, no weight has trainable bits, or ``bits_lr`` is not positive.
 
     Example:
         >>> import torch
@@ -35,6 +35,8 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
     compression = require_compression(model, "setup_optimizer")
     if not bits_lr > 0:
         raise ValueError(f"setup_optimizer: bits_lr must be positive, got {bits_lr}.")
+    if not compression.learned:
+        raise ValueError(f"setup_optimizer: no weight has trainable bits: the model was prepared with {compression.method.name}.")
     bits = [quantizer.logits for quantizer in compression.learned]
     ours = {id(logits) for logits in bits}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

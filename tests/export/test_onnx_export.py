@@ -228,6 +228,9 @@ def test_storage_without_onnx_form(old_file):
         def container_payload_bits(self):
             return 0
 
+        def footprint(self):
+            raise NotImplementedError
+
     with pytest.raises(ExportError, match="weight 'coded' is a Codebook, which has no ONNX form yet"):
         export_onnx(nn.Sequential(Codebook()), torch.randn(1, 4), old_file)
 

@@ -13,6 +13,7 @@ from diffq_fx.capture.plan import plan_weights
 from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import PassError
 from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
 from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.replace_quantizers import replace_quantizers
@@ -44,7 +45,7 @@ class NoWeight(nn.Module):
 
 def captured():
     model = Model()
-    plan = plan_weights(model, CONFIG, "test")
+    plan = plan_weights(model, MethodChoice.of(CONFIG, "test"), "test")
     return model, plan, capture_model(model, ExampleCall.of(X), plan)
 
 

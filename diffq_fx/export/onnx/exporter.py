@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.methods.base import WeightQuantizer
@@ -123,7 +124,7 @@ def _check_converted(converted: nn.Module) -> None:
                 f"export_onnx: {name or type(module).__name__!r} still quantizes {module.spec.name!r} for training. "
                 "Call convert_diffq(model) first and export what it returns."
             )
-        if isinstance(module, StoredWeight) and not isinstance(module, IntegerWeight):
+        if isinstance(module, StoredWeight) and not isinstance(module, IntegerWeight | CodebookWeight):
             raise ExportError(f"export_onnx: weight {module.spec.name!r} is a {type(module).__name__}, which has no ONNX form yet.")
     if not any(isinstance(module, StoredWeight) for module in converted.modules()):
         raise ExportError(

@@ -19,7 +19,7 @@ from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import Parity, check_parity
 from diffq_fx.export.onnx.saving import draft_folder, publish, save_draft
 from diffq_fx.export.onnx.tracing import TracedModel, trace, weights_by_initializer
-from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage import IntegerWeight, StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class _Job:
     """What one export works on."""
 
     converted: nn.Module
-    weights: dict[str, IntegerWeight]
+    weights: dict[str, StoredWeight]
     example: Example
     traced: TracedModel
     halved: set[str]
@@ -67,7 +67,8 @@ def export_file(
         with draft_folder(path) as folder:
             weights = weights_by_initializer(converted)
             for weight in weights.values():
-                read_table(weight)  # a weight without ONNX form is found before the long work begins
+                if isinstance(weight, IntegerWeight):
+                    read_table(weight)  # a weight without ONNX form is found before the long work begins
             job = _Job(
                 converted=converted,
                 weights=weights,

@@ -18,7 +18,7 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.export.onnx.sizes import name_sizes
-from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage import StoredWeight
 
 BASE_OPSET = 20
 """The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
@@ -43,10 +43,10 @@ class TracedModel:
         return [value.shape if value.shape is not None else ir.Shape([]) for value in self.model.graph.inputs]
 
 
-def weights_by_initializer(converted: nn.Module) -> dict[str, IntegerWeight]:
-    """Name of the initializer that holds a weight's levels -> the weight, for every name that the weight has."""
+def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
+    """Name of the initializer that holds a weight's levels or codes -> the weight, for every name that the weight has."""
     modules = converted.named_modules(remove_duplicate=False)
-    return {f"{name}.levels".lstrip("."): module for name, module in modules if isinstance(module, IntegerWeight)}
+    return {f"{name}.{module.packed_buffer}".lstrip("."): module for name, module in modules if isinstance(module, StoredWeight)}
 
 
 def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> TracedModel:
@@ -104,7 +104,8 @@ def _exported(converted: nn.Module, example: Example, dynamic_shapes: Any) -> to
 
 
 def _translate(program: torch.export.ExportedProgram) -> ir.Model:
-    table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: _placeholder()}
+    placeholder = _placeholder()
+    table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: placeholder, torch.ops.diffq_fx.look_up.default: placeholder}
     try:
         translated = torch.onnx.export(program, (), dynamo=True, custom_translation_table=table, opset_version=BASE_OPSET, verbose=False)
     except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS) as error:
@@ -118,7 +119,7 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
 
 
 def _placeholder() -> Any:
-    """Translate ``diffq_fx::dequantize`` to a node that keeps nothing but the name of its levels."""
+    """Translate the operator of a stored weight to a node that keeps nothing but the name of its levels or codes."""
     schema_type = onnx.defs.OpSchema
     schema = schema_type(
         "Dequantize",

@@ -1,13 +1,15 @@
 """Replaces every placeholder of a captured model by ONNX, and reports what was done to each weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.layout.codebook import emit_looked_up
 from diffq_fx.export.onnx.layout.consumers import find_uses
 from diffq_fx.export.onnx.layout.emitter import Emitter
 from diffq_fx.export.onnx.layout.fold import emit_folded
@@ -17,7 +19,7 @@ from diffq_fx.export.onnx.layout.qdq import emit_dequantized, emit_qdq_product
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.metadata import WeightRecord
-from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage import IntegerWeight, StoredWeight
 
 PLACEHOLDER_DOMAIN = "diffq_fx"
 """Domain of the nodes that stand for ``diffq_fx::dequantize`` until a rule replaces them."""
@@ -27,13 +29,13 @@ PLACEHOLDER_DOMAIN = "diffq_fx"
 class _Placed:
     """A weight, and the one node that stands for it."""
 
-    weight: IntegerWeight
+    weight: StoredWeight
     node: ir.Node
 
 
 def apply_layout(
     model: ir.Model,
-    weights: Mapping[str, IntegerWeight],
+    weights: Mapping[str, StoredWeight],
     layout: Layout,
     sizes: dict[str, int],
     refused: Mapping[str, str] = MappingProxyType({}),
@@ -57,22 +59,38 @@ def apply_layout(
     emitter = Emitter(model.graph)
     records = []
     for placed in placed_weights:
-        table = read_table(placed.weight)
-        uses = find_uses(placed.node.outputs[0], table.spec.axis, model.graph)
-        if layout == "qdq":
-            plan, emit = plan_for_qdq(table, uses), _emit_qdq
+        integers = placed.weight
+        if isinstance(integers, CodebookWeight):
+            integers = integers.as_integers()
+        if isinstance(integers, IntegerWeight):
+            record = _lay_out_integers(emitter, integers, placed.node, layout, sizes, refused)
+            records.append(replace(record, bits=placed.weight.footprint().histogram))
+        elif isinstance(placed.weight, CodebookWeight):
+            looked_up, record = emit_looked_up(emitter, placed.weight)
+            _take_over(placed.node.outputs[0], looked_up)
+            records.append(record)
         else:
-            plan, emit = plan_for_onnxruntime(table, uses, sizes, refused.get(table.spec.name)), _emit_onnxruntime
-        stored = StoredTable(emitter, table, plan.storage)
-        rule = emit(plan, stored, placed.node)
-        records.append(_record(plan, stored, rule))
+            raise ExportError(f"weight {placed.weight.spec.name!r} is a {type(placed.weight).__name__}, which has no ONNX form yet.")
     emitter.flush()
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     return tuple(records)
 
 
-def _merge_placeholders(model: ir.Model, weights: Mapping[str, IntegerWeight]) -> list[_Placed]:
+def _lay_out_integers(
+    emitter: Emitter, weight: IntegerWeight, placeholder: ir.Node, layout: Layout, sizes: dict[str, int], refused: Mapping[str, str]
+) -> WeightRecord:
+    table = read_table(weight)
+    uses = find_uses(placeholder.outputs[0], table.spec.axis, emitter.graph)
+    if layout == "qdq":
+        plan, emit = plan_for_qdq(table, uses), _emit_qdq
+    else:
+        plan, emit = plan_for_onnxruntime(table, uses, sizes, refused.get(table.spec.name)), _emit_onnxruntime
+    stored = StoredTable(emitter, table, plan.storage)
+    return _record(plan, stored, emit(plan, stored, placeholder))
+
+
+def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) -> list[_Placed]:
     """Give all calls of one weight the output of the first."""
     placed: dict[int, _Placed] = {}
     for node in list(model.graph.all_nodes()):

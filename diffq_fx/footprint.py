@@ -1,0 +1,79 @@
+"""What one quantized weight takes: the parts of its sizes, whatever its method and its storage are."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffq_fx.training.groups_in_row import FlatGroups
+from diffq_fx.training.size import BitPackedSize
+from diffq_fx.weights import WeightSpec
+
+CONTAINER_BITS = (2, 4, 8, 16)
+"""The widths that ONNX (and a byte-addressed memory) can hold."""
+
+_SCALE_BITS = 32
+
+
+def container_for(bits: int) -> int:
+    """Smallest container width that holds ``bits``.
+
+    Example:
+        >>> [container_for(b) for b in (1, 3, 5, 9)]
+        [2, 4, 8, 16]
+    """
+    return next(width for width in CONTAINER_BITS if width >= bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """The parts that the sizes of one weight are sums of, in bits."""
+
+    histogram: dict[int, int]
+    """Bits -> number of values (levels or codes) that have them, by rising bits."""
+    scale_bits: int
+    """Bit-packed: scales, zero points or ends of the ranges, limits of the widths; a codebook."""
+    coding_bits: int = 0
+    """Bit-packed: one code per group that says how wide it is."""
+    container_bits: int
+    """The narrowest container that holds every value."""
+    container_scale_bits: int
+    """What stands beside the values in the container."""
+
+    @property
+    def packed_bits(self) -> int:
+        """All of the bit-packed size."""
+        return sum(width * count for width, count in self.histogram.items()) + self.scale_bits + self.coding_bits
+
+
+def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
+    """What integers on a grid take; its bit-packed parts sum up to what :class:`~diffq_fx.training.size.BitPackedSize` counts.
+
+    Args:
+        spec: the weight.
+        bits: whole widths, shape of the spec's ``bits_layout``.
+
+    Returns:
+        The parts.
+
+    Example:
+        >>> spec = WeightSpec(name="w", shape=(2, 8), axis=0)
+        >>> grid_footprint(spec, torch.tensor([[3], [4]])).packed_bits  # 27 + 36 for levels and zero points, 72 for scales, 2 for widths
+        137
+    """
+    width = bits.detach().reshape(-1).cpu().long()
+    total = torch.bincount(width, weights=spec.bits_layout.counts().reshape(-1).double())
+    histogram = {index: int(count) for index, count in enumerate(total.tolist()) if count}
+    payload = sum(each * count for each, count in histogram.items())
+    coding = width.numel() * math.ceil(math.log2(1 + max(histogram) - min(histogram)))
+    container = container_for(max(histogram))
+    # What DequantizeLinear stores beside a scale: a zero point as wide as the levels, or the float grid's offset.
+    second = {"symmetric": 0, "affine": container, "float": _SCALE_BITS}[spec.grid]
+    return Footprint(
+        histogram=histogram,
+        scale_bits=BitPackedSize().exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
+        coding_bits=coding,
+        container_bits=container,
+        container_scale_bits=spec.scale_layout.num_groups * (_SCALE_BITS + second),
+    )

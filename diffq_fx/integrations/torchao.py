@@ -1,0 +1,269 @@
+"""TorchAO: its ``quantize_`` as a way in, its integer tensors as a way out. Needs the package torchao.
+
+Way in: torchao's own ``quantize_``, with its filter functions or its FqnToConfig, says which modules get which method;
+:func:`prepare_marked` is the first of the two steps, ``diffq_fx.convert`` the second. Way out: :func:`to_torchao`.
+"""
+
+import copy
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from diffq_fx.capture.model_scope import CapturedModel
+from diffq_fx.capture.scopes import ScopedModule, scope_graph
+from diffq_fx.codebook_weight import CodebookWeight
+from diffq_fx.errors import ConversionError, PreparationError
+from diffq_fx.footprint import Footprint
+from diffq_fx.groups import from_rows
+from diffq_fx.methods.base import Method
+from diffq_fx.passes._graph import module_of
+from diffq_fx.prepare import Scope, prepare
+from diffq_fx.storage import IntegerWeight, StoredWeight
+
+_MARK = "_diffq_fx_method"
+_READERS = frozenset({"linear", "conv2d", "embedding"})
+"""What torchao's integer tensor can be read by; any other function would fail on it."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 8
+
+
+@dataclass
+class PrepareConfig(AOBaseConfig):
+    """A config for torchao's ``quantize_``: the modules that its filter lets through are marked for a method of diffq_fx.
+
+    Marking changes nothing that a model computes; :func:`prepare_marked` does the work, since only the whole model shows which weights
+    are tied and how large it is.
+
+    Example:
+        >>> from torchao.quantization import quantize_
+        >>> from diffq_fx.methods import LSQ
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> quantize_(model, PrepareConfig(LSQ(bits=4)), lambda module, name: name == "2")
+        >>> prepared = prepare_marked(model, torch.zeros(1, 16))
+        >>> [quantizer.spec.name for quantizer in prepared.compression.quantizers]
+        ['2.weight']
+    """
+
+    method: Method
+
+    def __post_init__(self) -> None:
+        """Refuse what is no method."""
+        if not isinstance(self.method, Method):
+            raise TypeError(f"PrepareConfig: expected a method of diffq_fx.methods (an object such as LSQ()), got {self.method!r}.")
+
+
+@register_quantize_module_handler(PrepareConfig)
+def _mark(module: nn.Module, config: PrepareConfig) -> nn.Module:
+    object.__setattr__(module, _MARK, config.method)
+    return module
+
+
+def prepare_marked(model: nn.Module, example_inputs: Any, *, scope: Scope = "auto") -> nn.Module:
+    """The first step for a model that torchao's ``quantize_`` has marked: ``diffq_fx.prepare`` with what the marks say.
+
+    A tied weight is marked by any of its modules and stays one weight.
+
+    Args:
+        model: marked with :class:`PrepareConfig`. Its marks are taken off.
+        example_inputs: what the model is called with, as for ``prepare``.
+        scope: as for ``prepare``.
+
+    Returns:
+        The prepared model; train it, and then call ``diffq_fx.convert`` as the second step.
+
+    Raises:
+        PreparationError: nothing is marked, or a marked module has no weight to quantize.
+    """
+    marked = {path: vars(module)[_MARK] for path, module in model.named_modules() if _MARK in vars(module)}
+    if not marked:
+        raise PreparationError(
+            "prepare_marked: no module is marked. Call torchao's quantize_(model, PrepareConfig(method), filter_fn) first, with a filter "
+            "that lets at least one module through."
+        )
+    mapping = {_literal(path): method for path, method in sorted(marked.items(), key=lambda each: -each[0].count("."))}
+    unmarked = [module for module in model.modules() if _MARK in vars(module)]
+    for module in unmarked:
+        object.__delattr__(module, _MARK)
+    try:
+        return prepare(model, example_inputs, mapping, scope=scope, caller="prepare_marked")
+    except BaseException:
+        for module, method in zip(unmarked, marked.values(), strict=True):
+            object.__setattr__(module, _MARK, method)
+        raise
+
+
+def _literal(path: str) -> str:
+    """A pattern that matches a path, and the root's, which is empty, everything."""
+    return re.sub(r"([*?\[])", r"[\1]", path) or "*"
+
+
+class TorchAOWeight(StoredWeight):
+    """A weight as torchao's integer tensor; calling it gives that tensor, whose readers torchao dispatches.
+
+    Parameters:
+        weight: IntxUnpackedToInt8Tensor of the weight's shape, not trainable.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, stored: StoredWeight, integers: IntegerWeight) -> None:
+        super().__init__()
+        self.spec = stored.spec
+        self._footprint = stored.footprint()
+        self._payload_bits = stored.payload_bits()
+        self.weight = nn.Parameter(_integer_tensor(integers), requires_grad=False)
+
+    def forward(self) -> Tensor:
+        """The integer tensor."""
+        return self.weight
+
+    def payload_bits(self) -> int:
+        """Bits of the levels alone, each at the width it has learned."""
+        return self._payload_bits
+
+    def container_payload_bits(self) -> int:
+        """torchao holds each level in a byte."""
+        return self.spec.numel * 8
+
+    def footprint(self) -> Footprint:
+        """The parts of its sizes as they were stored; torchao's container is a byte."""
+        return self._footprint
+
+
+@dataclass(frozen=True)
+class TorchAOResult:
+    """What :func:`to_torchao` made."""
+
+    model: nn.Module
+    mapped: tuple[str, ...]
+    """Weights that are torchao's integer tensors now."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Weight -> why torchao has no form for it; it stays as diffq_fx stores it, and the model computes the same."""
+
+
+def to_torchao(converted: nn.Module) -> TorchAOResult:
+    """Replace the integer weights of a converted model by torchao's integer tensors, wherever torchao has a form for them.
+
+    Args:
+        converted: from ``convert``; it is not changed.
+
+    Returns:
+        A copy that computes the same within float tolerance, and what became of each weight.
+
+    Raises:
+        ConversionError: the model holds no stored weight, or torchao has a form for none of them; says why for each.
+
+    Example:
+        >>> from diffq_fx import convert
+        >>> from diffq_fx.methods import STE
+        >>> result = to_torchao(convert(prepare(nn.Linear(16, 8), torch.zeros(1, 16), STE(bits=4))))
+        >>> result.mapped, result.kept
+        (('weight',), {})
+    """
+    if not any(isinstance(module, StoredWeight) for module in converted.modules()):
+        raise ConversionError(
+            f"to_torchao: the {type(converted).__name__} holds no stored weight. Call convert on the prepared model first."
+        )
+    model = copy.deepcopy(converted)
+    readers = _readers(model)
+    mapped: dict[int, TorchAOWeight] = {}
+    kept: dict[str, str] = {}
+    for parent in list(model.modules()):
+        for name, stored in list(parent._modules.items()):
+            if not isinstance(stored, StoredWeight):
+                continue
+            if id(stored) not in mapped:
+                reason = _reason_to_keep(stored, readers.get(id(stored), set()))
+                if reason:
+                    kept[stored.spec.name] = reason
+                    continue
+                integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored
+                if isinstance(integers, IntegerWeight):
+                    mapped[id(stored)] = TorchAOWeight(stored, integers)
+                    mapped[id(mapped[id(stored)])] = mapped[id(stored)]
+            parent._modules[name] = mapped[id(stored)]
+    names = tuple(dict.fromkeys(weight.spec.name for weight in mapped.values()))
+    if not names:
+        why = "\n  ".join(f"{name}: {reason}" for name, reason in kept.items())
+        raise ConversionError(f"to_torchao: torchao has a form for none of the weights.\n  {why}")
+    return TorchAOResult(model, names, kept)
+
+
+def _readers(model: nn.Module) -> dict[int, set[str]]:
+    """What reads each stored weight in the model's graphs, by the weight's identity."""
+    if isinstance(model, CapturedModel):
+        graphs: Iterable[fx.GraphModule] = [model]
+    else:
+        scoped = [m for m in model.modules() if isinstance(m, ScopedModule) and m.scope_kind in ("own forward", "weights")]
+        graphs = [scope_graph(module) for module in scoped]
+    readers: dict[int, set[str]] = {}
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            stored = module_of(graph, node)
+            if isinstance(stored, StoredWeight):
+                readers.setdefault(id(stored), set()).update(_name_of(graph, user) for user in node.users)
+    return readers
+
+
+def _name_of(graph: fx.GraphModule, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(module_of(graph, node)).__name__
+    return "a module's own code" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
+
+
+def _reason_to_keep(stored: StoredWeight, readers: set[str]) -> str:
+    """Why a weight cannot be torchao's; empty if it can."""
+    others = sorted(readers - _READERS)
+    if others or not readers:
+        return (
+            f"read by {', '.join(others) or 'nothing that a graph shows'}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
+        )
+    if stored.spec.dtype not in _DTYPES:
+        return f"{stored.spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
+    if isinstance(stored, CodebookWeight):
+        stored = stored.as_integers() or stored
+    if not isinstance(stored, IntegerWeight):
+        return "a codebook that is not integers times one scale"
+    bits, layout = int(stored.bits.max()), stored.spec.scale_layout
+    if bits > _WIDEST:
+        return f"{bits} bits; torchao's integer tensor has 1 to {_WIDEST}"
+    if layout.kind == "block" and (len(stored.spec.shape) > 2 or stored.spec.axis != 0):
+        return f"blocks of {layout.block} in a weight of shape {stored.spec.shape}; torchao's blocks lie along one axis of a matrix"
+    if layout.columns % layout.block:
+        return f"blocks of {layout.block} do not divide its {layout.columns} inputs; torchao has whole blocks alone"
+    return ""
+
+
+def _integer_tensor(stored: IntegerWeight) -> IntxUnpackedToInt8Tensor:
+    """Levels shifted to signed ones; a float grid's offset becomes a float zero point."""
+    spec, layout = stored.spec, stored.spec.scale_layout
+    bits = int(stored.bits.max())
+    half = 2 ** (bits - 1)
+    qdata = from_rows((stored.levels_OI() - half).to(torch.int8), spec.shape, spec.axis).contiguous()
+    if stored.zero_point is not None:
+        zero_point = (stored.zero_point - half).to(torch.int8)
+    else:
+        offset = stored.offset if stored.offset is not None else torch.zeros_like(stored.scale)
+        zero_point = -half - offset / stored.scale
+    shape = [1] * len(spec.shape)
+    block = list(spec.shape)
+    if layout.kind != "tensor":
+        block[spec.axis], shape[spec.axis] = 1, spec.rows
+    if layout.kind == "block":
+        block[1], shape[1] = layout.block, layout.shape[1]
+    return IntxUnpackedToInt8Tensor(
+        qdata=qdata,
+        scale=stored.scale.reshape(shape).float(),
+        zero_point=zero_point.reshape(shape),
+        target_dtype=getattr(torch, f"int{bits}"),
+        block_size=tuple(block),
+        dtype=spec.dtype,
+        activation_quantization=None,
+    )

@@ -1,0 +1,53 @@
+"""What the integer methods with a fixed number of bits share: their settings and the grid they round on."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffq_fx.groups import GroupSize
+from diffq_fx.methods.base import Method, check_group
+from diffq_fx.methods.grid import GridQuantizer
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedBits(Method):
+    """Settings of a method whose weights all have the same number of bits."""
+
+    bits: int = 4
+    """Width of every weight, 1 to 16."""
+    group_size: GroupSize = "channel"
+    """Weights that share a scale: "tensor", "channel" (one output channel), or a block of this many inputs."""
+
+    least_bits: ClassVar[int] = 1
+    """Smallest width that the method can have."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        name = type(self).__name__
+        if not isinstance(self.bits, int) or not self.least_bits <= self.bits <= 16:
+            raise ValueError(f"{name}: bits must be a whole number from {self.least_bits} to 16, got {self.bits}.")
+        check_group(name, "group_size", self.group_size)
+        if self.group_size == 1:
+            raise ValueError(f"{name}: group_size=1 would store a scale for every weight; use a larger block.")
+        self.check_common()
+
+
+class FixedBitsQuantizer(GridQuantizer):
+    """A quantizer with the same width everywhere.
+
+    Buffers:
+        width: int32, shape of the spec's ``bits_layout``; made of the settings, not saved.
+    """
+
+    width: Tensor
+
+    def __init__(self, spec: WeightSpec, bits: int, device: torch.device) -> None:
+        super().__init__(spec)
+        self.register_buffer("width", torch.full(spec.bits_layout.shape, bits, dtype=torch.int32, device=device), persistent=False)
+
+    def rounded_bits(self) -> Tensor:
+        """The width of each group."""
+        return self.width

@@ -1,0 +1,206 @@
+"""LC quantization: learn the weights and compress them in turn, held together by a penalty (arXiv:1707.04319).
+
+This file is the method's side: what one weight knows of its compression. The loop is :class:`diffq_fx.training.lc.LCLoop`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffq_fx.clustering import nearest
+from diffq_fx.codebook_weight import CodebookWeight, codebook_footprint
+from diffq_fx.codebooks import KINDS, CodebookKind, fit
+from diffq_fx.errors import PreparationError
+from diffq_fx.footprint import Footprint
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupSize, to_rows
+from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.weights import WeightSpec
+
+_MOST_ENTRIES = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class LC(Method):
+    """Learning-compression: ``min L(w) subject to w = codebook[codes]`` (Carreira-Perpiñán and Idelbayev, arXiv:1707.04319).
+
+    In training the weights are float and free; :class:`~diffq_fx.training.lc.LCLoop`, or
+    :func:`~diffq_fx.training.lc.lc_penalty` and :func:`~diffq_fx.training.lc.lc_step` in a loop of your own, draw them to their
+    compressed values. In eval() and after conversion a weight is its compressed value: that of the last C step, or, before the
+    first one, the nearest that its codebook can hold (direct compression).
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> LC(entries=4).num_entries, LC(codebook="powers_of_two", smallest_power=3).num_entries
+        (4, 9)
+        >>> LC(codebook=(-1.0, 0.5, 1.0), learn_scale=True).num_entries
+        3
+    """
+
+    codebook: CodebookKind | tuple[float, ...] = "adaptive"
+    """"adaptive" (K free entries), "binary" {-1, +1}, "scaled_binary" {-a, +a}, "ternary" {-1, 0, +1}, "scaled_ternary" {-a, 0, +a},
+    "powers_of_two" {0, +-1, ..., +-2^-C}, or entries of your own."""
+    entries: int = 2
+    """K of an adaptive codebook."""
+    smallest_power: int = 4
+    """C of the powers of two."""
+    learn_scale: bool = False
+    """Whether entries of your own are scaled to the weights."""
+    shared: bool = False
+    """One codebook for all weights with this config, in place of one for each; a shared one begins at the first C step."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        if isinstance(self.codebook, str):
+            if self.codebook not in KINDS:
+                raise ValueError(f"LC: codebook must be one of {KINDS} or a tuple of numbers, got {self.codebook!r}.")
+            if self.learn_scale:
+                raise ValueError('LC: learn_scale is for entries of your own; "scaled_binary" and "scaled_ternary" learn theirs.')
+        else:
+            self._check_own()
+        if not isinstance(self.entries, int) or not 1 <= self.entries <= _MOST_ENTRIES:
+            raise ValueError(f"LC: entries must be a whole number from 1 to {_MOST_ENTRIES}, got {self.entries}.")
+        if not isinstance(self.smallest_power, int) or not 0 <= self.smallest_power <= 30:
+            raise ValueError(f"LC: smallest_power must be a whole number from 0 to 30, got {self.smallest_power}.")
+        self.check_common()
+
+    def _check_own(self) -> None:
+        own = torch.tensor(self.codebook, dtype=torch.float32)
+        if own.ndim != 1 or not 1 <= len(own) <= _MOST_ENTRIES or not bool(own.isfinite().all()):
+            raise ValueError(f"LC: a codebook of your own is a tuple of finite numbers, got {self.codebook!r}.")
+        if len(own.unique()) < len(own):
+            raise ValueError(f"LC: the entries of a codebook must differ in float32, got {self.codebook!r}.")
+        if self.learn_scale and not bool(own.any()):
+            raise ValueError("LC: learn_scale needs an entry that is not zero.")
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the codebook."""
+        fixed = {"binary": 2, "scaled_binary": 2, "ternary": 3, "scaled_ternary": 3, "powers_of_two": 2 * self.smallest_power + 3}
+        if isinstance(self.codebook, str):
+            return fixed.get(self.codebook, self.entries)
+        return len(self.codebook)
+
+    @property
+    def learned_floats(self) -> int:
+        """Numbers of the codebook that are learned and so must be stored: what the paper's compression ratio counts."""
+        if self.codebook == "adaptive":
+            return self.entries
+        return int(self.learn_scale or self.codebook in ("scaled_binary", "scaled_ternary"))
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
+        """A codebook has no groups: one for the whole weight."""
+        return "tensor", "tensor", "symmetric"
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "LCWeight":
+        """Make the quantizer of one weight.
+
+        Raises:
+            PreparationError: the codebook has more entries than there are weights.
+        """
+        if self.codebook == "adaptive" and self.entries > spec.numel:
+            raise PreparationError(
+                f"prepare: weight {spec.name!r} of shape {spec.shape} has {spec.numel} weights, fewer than the {self.entries} entries of "
+                f"its codebook. Give LC(entries=...) of at most {spec.numel}, or leave this weight out with exclude=({spec.name!r},)."
+            )
+        return LCWeight(spec, self, weight.device)
+
+    def fit(self, values_N: Tensor, start: Tensor | None) -> Tensor:
+        """The best codebook for some weights, warm started."""
+        return fit(values_N, self.codebook, entries=self.entries, smallest=self.smallest_power, learn_scale=self.learn_scale, start=start)
+
+
+class LCWeight(WeightQuantizer):
+    """One weight of an LC problem: free in training, its compressed value in eval.
+
+    Buffers:
+        entries: float32, shape (K,): the codebook of the last C step, rising.
+        codes: uint8 or int32, shape of the weight.
+        multipliers: float32, shape of the weight: the augmented Lagrangian's lambda.
+        penalty: float32, 0-d: mu.
+        steps: int64, 0-d: C steps so far.
+    """
+
+    entries: Tensor
+    codes: Tensor
+    multipliers: Tensor
+    penalty: Tensor
+    steps: Tensor
+
+    def __init__(self, spec: WeightSpec, config: LC, device: torch.device) -> None:
+        super().__init__(spec)
+        self.config = config
+        code_dtype = torch.uint8 if config.num_entries <= 256 else torch.int32
+        self.register_buffer("entries", torch.zeros(config.num_entries, device=device))
+        self.register_buffer("codes", torch.zeros(spec.shape, dtype=code_dtype, device=device))
+        self.register_buffer("multipliers", torch.zeros(spec.shape, device=device))
+        self.register_buffer("penalty", torch.zeros((), device=device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The weight itself: what draws it to its compressed value is the penalty in the loss."""
+        return weight
+
+    def compressed(self) -> Tensor:
+        """Delta: the compressed weight of the last C step, float32."""
+        return self.entries[self.codes.long()]
+
+    def lagrangian(self, weight: Tensor) -> Tensor:
+        """``-lambda^T (w - Delta) + mu/2 ||w - Delta||^2``, 0-d, differentiable in the weight."""
+        difference = weight.to(self.multipliers.dtype) - self.compressed()
+        return (self.penalty / 2 * difference - self.multipliers).mul(difference).sum()
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What the C step compresses: ``w - lambda / mu``, the weight itself while mu is zero; float32, the weight's shape."""
+        weight = weight.detach().to(self.multipliers.dtype)
+        return weight - self.multipliers / self.penalty if float(self.penalty) > 0 else weight
+
+    @torch.no_grad()
+    def take_c_step(self, weight: Tensor, entries: Tensor, *, augmented: bool) -> None:
+        """Keep a codebook and the nearest codes, and move the multipliers: ``lambda - mu (w - Delta)``."""
+        self.entries.copy_(entries)
+        self.codes.copy_(nearest(self.target(weight), self.entries))
+        if augmented:
+            self.multipliers.sub_(self.penalty * (weight.to(self.multipliers.dtype) - self.compressed()))
+        self.steps.add_(1)
+
+    def _solution(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codebook and codes: those of the last C step, else of direct compression."""
+        if int(self.steps):
+            return self.entries, self.codes
+        source = weight.detach().to(self.entries.dtype)
+        entries = self.config.fit(source.flatten(), None)
+        return entries, nearest(source, entries)
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """The compressed weight."""
+        entries, codes = self._solution(weight)
+        return entries[codes.long()].to(weight.dtype)
+
+    def store(self, weight: Tensor) -> CodebookWeight:
+        """The codebook and the codes."""
+        entries, codes = self._solution(weight)
+        return CodebookWeight(self.spec, to_rows(codes, self.spec.axis), entries.clone().unsqueeze(1))
+
+    def footprint(self) -> Footprint:
+        """The parts of the weight's sizes: ``ceil(log2 K)`` bits a weight and K floats."""
+        return codebook_footprint(self.spec.numel, self.entries.unsqueeze(1), None)
+
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes with every C step, and when a state is loaded."""
+        return (self.entries._version, self.codes._version, self.steps._version)
+
+
+def shared_groups(quantizers: Sequence[WeightQuantizer]) -> list[list[LCWeight]]:
+    """The LC weights of a model, those that share a codebook together."""
+    groups: dict[object, list[LCWeight]] = {}
+    for quantizer in quantizers:
+        if isinstance(quantizer, LCWeight):
+            groups.setdefault(quantizer.config if quantizer.config.shared else id(quantizer), []).append(quantizer)
+    return list(groups.values())

@@ -1,0 +1,145 @@
+"""LSQ: the step of a uniform quantizer is a parameter, trained with the weights (Esser et al., arXiv:1902.08153)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.functional import Grid, QuantParams
+from diffq_fx.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSQ(FixedBits):
+    """Learned step size quantization: ``clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s``, s trainable.
+
+    The steps are parameters of the prepared model and train with any optimizer over its ``parameters()``.
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> LSQ(bits=1)
+        Traceback (most recent call last):
+        ...
+        ValueError: LSQ: bits must be a whole number from 2 to 16, got 1.
+    """
+
+    least_bits: ClassVar[int] = 2
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
+        """One width for all, a symmetric grid, steps as ``group_size`` says."""
+        return "tensor", self.group_size, "symmetric"
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "LSQWeight":
+        """Make the quantizer of one weight; its step starts from the weight."""
+        return LSQWeight(spec, self.bits, weight)
+
+
+class LSQWeight(FixedBitsQuantizer):
+    """Rounding with a trainable step per group.
+
+    Parameters:
+        step: float32, shape of the spec's ``scale_layout``; its absolute value counts, so that no optimizer step can turn the grid over.
+    """
+
+    step: nn.Parameter
+
+    def __init__(self, spec: WeightSpec, bits: int, weight: Tensor) -> None:
+        super().__init__(spec, bits, weight.device)
+        self.bits = bits
+        rows_OI = to_rows(weight.detach(), spec.axis).float()
+        self.step = nn.Parameter(initial_step(rows_OI, spec.scale_layout, bits))
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The rounded weight, differentiable in the weight and the step."""
+        spec = self.spec
+        rows_OI = to_rows(weight, spec.axis)
+        rounded_OI = learned_step(rows_OI, self._positive_step(), spec.scale_layout, self.bits)
+        return from_rows(rounded_OI, spec.shape, spec.axis).contiguous()
+
+    def _positive_step(self) -> Tensor:
+        return self.step.abs().clamp(min=torch.finfo(torch.float32).tiny)
+
+    def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
+        """The learned steps, whatever the weight."""
+        step = self._positive_step().detach()
+        return QuantParams(step, torch.full_like(step, 2 ** (self.bits - 1), dtype=torch.int32), None)
+
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes with the step."""
+        return (self.step._version, self.step.data_ptr())
+
+
+def initial_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """Step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153).
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        layout: the groups that share a step.
+        bits: width, 2 or more.
+
+    Returns:
+        float32, shape (R, C); 1 for a group of zeros.
+
+    Example:
+        >>> initial_step(torch.tensor([[1.0, -3.0]]), GroupLayout.of(1, 2, "channel"), 2)
+        tensor([[4.]])
+    """
+    mean = layout.sum(rows_OI.abs()) / layout.counts().to(rows_OI.device)
+    step = 2 * mean / math.sqrt(2 ** (bits - 1) - 1)
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+class _LearnedStep(torch.autograd.Function):
+    """Rounding in the forward, LSQ's gradients in closed form in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+        ctx.save_for_backward(rows_OI, step)
+        ctx.layout, ctx.bits = layout, bits
+        half = 2 ** (bits - 1)
+        step_OI = layout.expand(step)
+        levels = torch.round(rows_OI.to(step.dtype) / step_OI).clamp_(-half, half - 1)
+        return (levels * step_OI).to(rows_OI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows_OI, step = ctx.saved_tensors
+        layout, half = ctx.layout, 2 ** (ctx.bits - 1)
+        in_steps = rows_OI.to(step.dtype) / layout.expand(step)
+        inside = (in_steps > -half) & (in_steps < half - 1)
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, in_steps.round() - in_steps, in_steps.clamp(-half, half - 1))
+            scale = (layout.counts().to(step.device) * (half - 1)).rsqrt()
+            grad_step = layout.sum(grad.to(step.dtype) * slope) * scale
+        return grad * inside, grad_step, None, None
+
+
+def learned_step(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """Round to multiples of a step that receives a gradient, LSQ (arXiv:1902.08153).
+
+    Forward ``clamp(round(w / s), -N, P) s`` with ``N = 2^(b-1)``, ``P = 2^(b-1) - 1``. Backward, for the weight: 1 where
+    ``-N < w/s < P``, else 0; for the step: ``round(w/s) - w/s`` inside, -N and P at the ends, times ``1 / sqrt(n P)`` for the n weights
+    of its group.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        step: positive, shape (R, C) of ``layout``.
+        layout: the groups that share a step.
+        bits: width, 2 or more.
+
+    Returns:
+        Rounded rows, shape (O, I), of the dtype of ``rows_OI``.
+
+    Example:
+        >>> learned_step(torch.tensor([[0.4, 0.6, 9.0]]), torch.tensor([[1.0]]), GroupLayout.of(1, 3, "channel"), 3)
+        tensor([[0., 1., 3.]])
+    """
+    return _LearnedStep.apply(rows_OI, step, layout, bits)

@@ -1,0 +1,71 @@
+"""Methods that differ per weight: a mapping of name patterns to methods, the first match decides."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from diffq_fx.methods.base import Method
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A pattern names a parameter, or a module with everything below it.
+
+    Example:
+        >>> matches("encoder.0.weight", "encoder"), matches("encoder.0.weight", "*.weight"), matches("encoder.0.weight", "coder")
+        (True, True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """Which method a weight gets: the first whose pattern matches one of its names. A single method is the choice ``{"*": method}``."""
+
+    entries: tuple[tuple[str, Method], ...]
+
+    @staticmethod
+    def of(method: Method | Mapping[str, Method], caller: str) -> "MethodChoice":
+        """Check what a user gave.
+
+        Raises:
+            TypeError: it is no method, or a mapping of something else.
+            ValueError: the mapping is empty, or its methods disagree about ``rest_dtype``.
+
+        Example:
+            >>> from diffq_fx import DiffQConfig
+            >>> MethodChoice.of(DiffQConfig(), "prepare").name
+            'DiffQConfig'
+        """
+        entries = tuple(method.items()) if isinstance(method, Mapping) else (("*", method),)
+        for pattern, each in entries:
+            if not isinstance(pattern, str) or not isinstance(each, Method):
+                raise TypeError(
+                    f"{caller}: expected a method (an object such as DiffQConfig()), or a mapping of name patterns to methods; "
+                    f"got {pattern!r}: {each!r}."
+                )
+        if not entries:
+            raise ValueError(f"{caller}: the mapping of name patterns to methods is empty.")
+        dtypes = {pattern: each.rest_dtype for pattern, each in entries}
+        if len(set(dtypes.values())) > 1:
+            raise ValueError(f"{caller}: all methods of a mapping need the same rest_dtype, got {dtypes}.")
+        return MethodChoice(entries)
+
+    def entry_for(self, names: Sequence[str]) -> tuple[str, Method] | None:
+        """Pattern and method of the weight with these names; None where no pattern matches."""
+        return next((entry for entry in self.entries if any(matches(name, entry[0]) for name in names)), None)
+
+    @property
+    def methods(self) -> Iterator[Method]:
+        """The methods, each once."""
+        return iter(dict.fromkeys(method for _, method in self.entries))
+
+    @property
+    def rest_dtype(self) -> Literal["float32", "float16"]:
+        """What is not quantized is counted and exported in this type."""
+        return self.entries[0][1].rest_dtype
+
+    @property
+    def name(self) -> str:
+        """The methods' classes, for reports."""
+        return " + ".join(dict.fromkeys(type(method).__name__ for method in self.methods))

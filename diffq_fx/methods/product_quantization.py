@@ -1,0 +1,270 @@
+"""Product quantization: blocks of weights share the entries of a codebook (iPQ and its noise, Quant-Noise, arXiv:2004.07320).
+
+This file is the method's side: the noise, the codebook of one weight, its rounding. The driver that quantizes layer group by layer
+group is :class:`diffq_fx.training.ipq.IPQ`.
+
+Shape legend: O rows (output channels), I columns, D weights in a block, C = ceil(I / D) blocks in a row, K entries.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.clustering import cluster_vectors, nearest_vectors
+from diffq_fx.codebook_weight import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
+from diffq_fx.errors import PreparationError
+from diffq_fx.footprint import Footprint
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupSize
+from diffq_fx.methods.base import Method, WeightQuantizer, straight_through
+from diffq_fx.methods.quant_noise import check_rate, noised_blocks
+from diffq_fx.weights import WeightSpec
+
+_MOST_ENTRIES = 65536
+_WARM_ITERATIONS = 4
+_LINEAR_BLOCK = 8
+_POINTWISE_BLOCK = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductQuantization(Method):
+    """Product quantization of each weight's rows, with Quant-Noise in training (arXiv:2004.07320).
+
+    Until its codes are assigned, a weight trains in float under noise and eval() clusters it as it is. :class:`~diffq_fx.training.ipq.IPQ`
+    assigns the codes; from then on the entries of the codebook train in place of the weight. Without the driver, ``convert`` clusters the
+    weights as they are then.
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> ProductQuantization(entries=64, block_size=4, noise="proxy", rate=0.1).entries
+        64
+        >>> ProductQuantization(rate=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: ProductQuantization: rate must be from 0 to 1, got 2.
+    """
+
+    entries: int = 256
+    """K: entries of the codebook of each weight."""
+    block_size: int | Literal["auto"] = "auto"
+    """D: weights along the inputs that one code stands for; a short last block of a row is filled up with zeros. "auto": one kernel for
+    convolutions (9 for 3x3), 4 for pointwise ones, 8 for all others."""
+    noise: Literal["exact", "mean", "proxy"] = "exact"
+    """What a noised block becomes: its nearest entry, the mean of all blocks, or zero (with the others divided by ``1 - rate``)."""
+    rate: float = 0.1
+    """Probability that a block is noised in a forward; 0 trains in float."""
+    update_every: int = 200
+    """Forwards in training after which the entries of the "exact" noise follow the weights."""
+    entry_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """How entries are stored; int8 with one scale for each codebook (the paper's iPQ + int8)."""
+    iterations: int = 25
+    """Iterations of k-means."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        name = "ProductQuantization"
+        check_rate(name, self.rate)
+        if not isinstance(self.entries, int) or not 1 <= self.entries <= _MOST_ENTRIES:
+            raise ValueError(f"{name}: entries must be a whole number from 1 to {_MOST_ENTRIES}, got {self.entries}.")
+        if self.block_size != "auto" and (not isinstance(self.block_size, int) or self.block_size < 1):
+            raise ValueError(f'{name}: block_size must be "auto" or at least 1, got {self.block_size!r}.')
+        choices = {"noise": ("exact", "mean", "proxy"), "entry_dtype": ("float32", "float16", "int8")}
+        for setting, allowed in choices.items():
+            if getattr(self, setting) not in allowed:
+                raise ValueError(f"{name}: {setting} must be one of {allowed}, got {getattr(self, setting)!r}.")
+        for setting in ("update_every", "iterations"):
+            if getattr(self, setting) < 1:
+                raise ValueError(f"{name}: {setting} must be at least 1, got {getattr(self, setting)}.")
+        self.check_common()
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
+        """A codebook has no groups: one for the whole weight."""
+        return "tensor", "tensor", "symmetric"
+
+    def block_of(self, spec: WeightSpec) -> int:
+        """D for one weight."""
+        if self.block_size != "auto":
+            return self.block_size
+        kernel = torch.Size(n for i, n in enumerate(spec.shape) if i > 1).numel()
+        if len(spec.shape) > 2:
+            return kernel if kernel > 1 else _POINTWISE_BLOCK
+        return _LINEAR_BLOCK
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "ProductWeight":
+        """Make the quantizer of one weight; its codebook starts from the weight.
+
+        Raises:
+            PreparationError: the codebook has more entries than the weight has blocks.
+        """
+        block = self.block_of(spec)
+        blocks = spec.rows * -(-spec.columns // block)
+        if self.entries > blocks:
+            raise PreparationError(
+                f"prepare: weight {spec.name!r} of shape {spec.shape} has {blocks} blocks of {block}, fewer than the {self.entries} "
+                f"entries of its codebook. Give at most {blocks} entries or a smaller block_size, or leave it out with exclude."
+            )
+        return ProductWeight(spec, self, block, weight)
+
+
+class ProductWeight(WeightQuantizer):
+    """One weight under product quantization.
+
+    Parameters:
+        centroids: float32, shape (K, D); trainable once the codes are assigned.
+
+    Buffers:
+        codes: int32, shape (O, C): the assigned codes.
+        assigned: bool, 0-d: whether the codes are assigned.
+    """
+
+    centroids: nn.Parameter
+    codes: Tensor
+    assigned: Tensor
+
+    def __init__(self, spec: WeightSpec, config: ProductQuantization, block_size: int, weight: Tensor) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.block_size = block_size
+        blocks = -(-spec.columns // block_size)
+        points = to_blocks(weight.detach(), spec.axis, block_size).float()
+        centroids, _ = cluster_vectors(points, config.entries, iterations=config.iterations)
+        self.centroids = nn.Parameter(centroids, requires_grad=False)
+        self.register_buffer("codes", torch.zeros(spec.rows, blocks, dtype=torch.int32, device=weight.device))
+        self.register_buffer("assigned", torch.zeros((), dtype=torch.bool, device=weight.device))
+        self._forwards = 0
+        self._is_assigned: tuple[Any, bool] = (None, False)
+
+    @property
+    def is_assigned(self) -> bool:
+        """Whether the codes are assigned; read from the device only when it may have changed."""
+        key = (self.assigned.data_ptr(), self.assigned._version)
+        if self._is_assigned[0] != key:
+            self._is_assigned = (key, bool(self.assigned))
+            self.centroids.requires_grad_(self._is_assigned[1])
+        return self._is_assigned[1]
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The weight with some blocks noised, straight-through; the codebook's own weight once its codes are assigned."""
+        spec = self.spec
+        if self.is_assigned:
+            values = _StoredEntries.apply(self.centroids, self.config.entry_dtype)
+            return _AveragedLookUp.apply(values, self.codes, tuple(spec.shape), spec.axis).to(weight.dtype)
+        if self.config.rate == 0:
+            return weight
+        source = weight.detach()
+        noised = noised_blocks(spec, self.block_size, self.config.rate, weight.device)
+        if self.config.noise == "proxy":
+            kept = source / (1 - self.config.rate) if self.config.rate < 1 else source
+            return straight_through(weight, torch.where(noised, 0.0, kept))
+        return straight_through(weight, torch.where(noised, self._noise_value(source), source))
+
+    def _noise_value(self, weight: Tensor) -> Tensor:
+        """What the weight would be if all its blocks were noised."""
+        spec = self.spec
+        points = to_blocks(weight, spec.axis, self.block_size).float()
+        if self.config.noise == "mean":
+            codes, values = torch.zeros_like(self.codes), points.mean(0, keepdim=True)
+            return look_up_rows(codes, values, tuple(spec.shape), spec.axis).to(weight.dtype)
+        if self._forwards >= self.config.update_every:
+            moved, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=_WARM_ITERATIONS)
+            with torch.no_grad():
+                self.centroids.copy_(moved)
+            self._forwards = 0
+        self._forwards += 1
+        codes, _ = nearest_vectors(points, self.centroids.detach())
+        return look_up_rows(codes.reshape(self.codes.shape), self.centroids.detach(), tuple(spec.shape), spec.axis).to(weight.dtype)
+
+    @torch.no_grad()
+    def assign(self, weight: Tensor) -> float:
+        """Cluster the weight, fix the codes, and let the entries train in its place from now on.
+
+        Returns:
+            Relative error, ``||w - codebook[codes]|| / ||w||``.
+        """
+        entries, codes = self._clustered(weight)
+        self.centroids.copy_(entries)
+        self.codes.copy_(codes)
+        self.assigned.fill_(True)
+        self.centroids.requires_grad_(True)
+        difference = weight.float() - self.rounded_weight(weight).float()
+        return float(difference.norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+    def _clustered(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        points = to_blocks(weight.detach(), self.spec.axis, self.block_size).float()
+        entries, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=self.config.iterations)
+        codes, _ = nearest_vectors(points, codebook_values(*stored_entries(entries, self.config.entry_dtype)))
+        return entries, codes.reshape(self.codes.shape).to(torch.int32)
+
+    def _solution(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.centroids.detach(), self.codes) if self.is_assigned else self._clustered(weight)
+
+    def rounded_weight(self, weight: Tensor) -> Tensor:
+        """The entries that the codes name, as they are stored."""
+        entries, codes = self._solution(weight)
+        values = codebook_values(*stored_entries(entries, self.config.entry_dtype))
+        return look_up_rows(codes, values, tuple(self.spec.shape), self.spec.axis).to(weight.dtype)
+
+    def store(self, weight: Tensor) -> CodebookWeight:
+        """The codebook and the codes."""
+        entries, codes = self._solution(weight)
+        codebook, scale = stored_entries(entries, self.config.entry_dtype)
+        return CodebookWeight(self.spec, codes, codebook.clone(), scale)
+
+    def footprint(self) -> Footprint:
+        """The parts of the weight's sizes: ``ceil(log2 K) / D`` bits a weight, K D numbers of the codebook."""
+        return codebook_footprint(self.codes.numel(), *stored_entries(self.centroids.detach(), self.config.entry_dtype))
+
+    def state_key(self) -> tuple[Any, ...]:
+        """Changes with the codebook, the codes, and when a state is loaded."""
+        return (self.centroids._version, self.codes._version, self.assigned._version, self.centroids.data_ptr())
+
+
+def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Entries as they are stored, and the scale of int8 ones, 0-d.
+
+    Example:
+        >>> codebook, scale = stored_entries(torch.tensor([[1.0], [-2.54]]), "int8")
+        >>> codebook.tolist(), round(float(scale), 4)
+        ([[50], [-127]], 0.02)
+    """
+    if entry_dtype == "float32":
+        return entries_KD, None
+    if entry_dtype == "float16":
+        return entries_KD.half(), None
+    scale = (entries_KD.abs().max() / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.round(entries_KD / scale).to(torch.int8), scale
+
+
+class _StoredEntries(torch.autograd.Function):
+    """Value of the entries as they are stored, gradient of the entries."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, entry_dtype: str) -> Tensor:
+        return codebook_values(*stored_entries(entries, entry_dtype)).view_as(entries)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _AveragedLookUp(torch.autograd.Function):
+    """The weight of its codes; each entry gets the mean and not the sum of the gradients of the blocks that it stands for."""
+
+    @staticmethod
+    def forward(ctx: Any, values_KD: Tensor, codes_OC: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+        ctx.save_for_backward(codes_OC)
+        ctx.axis, ctx.shape_KD = axis, values_KD.shape
+        return look_up_rows(codes_OC, values_KD, shape, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (codes_OC,) = ctx.saved_tensors
+        entries, block = ctx.shape_KD
+        codes = codes_OC.flatten().long()
+        sums = grad.new_zeros(ctx.shape_KD).index_add_(0, codes, to_blocks(grad, ctx.axis, block).to(grad.dtype))
+        return sums / torch.bincount(codes, minlength=entries).clamp(min=1).unsqueeze(1), None, None, None

@@ -1,0 +1,139 @@
+"""Quant-Noise: each forward rounds a random part of the weights and leaves the others as they are (Fan, Stock et al., arXiv:2004.07320).
+
+This is its scalar form; the noise of product quantization is a setting of
+:class:`~diffq_fx.methods.product_quantization.ProductQuantization`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffq_fx import functional
+from diffq_fx.functional import QuantParams
+from diffq_fx.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.methods.base import straight_through
+from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
+from diffq_fx.ranges import histogram_range
+from diffq_fx.weights import WeightSpec
+
+
+def check_rate(method: str, rate: float) -> None:
+    """Refuse a rate that is no probability.
+
+    Example:
+        >>> check_rate("QuantNoise", 1.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: QuantNoise: rate must be from 0 to 1, got 1.5.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{method}: rate must be from 0 to 1, got {rate}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantNoise(FixedBits):
+    """Scalar Quant-Noise: in each forward every block of weights is rounded with probability ``rate``; the others pass as they are.
+
+    ``rate=1`` is uniform quantization-aware training (:class:`~diffq_fx.methods.STE`), ``rate=0`` trains in float. The weights
+    themselves are never written.
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> QuantNoise(bits=4, rate=0.1, group_size="tensor", range="histogram").rate
+        0.1
+    """
+
+    bits: int = 8
+    rate: float = 0.5
+    """Probability that a block is rounded in a forward; the paper has 0.5 for scalar quantization."""
+    block_size: int = 1
+    """Weights along the inputs that are rounded together or not at all; the paper has 1 for scalar quantization."""
+    range: Literal["minmax", "histogram"] = "minmax"
+    """"minmax" spans all weights of a group; "histogram" is the range with the smallest squared error, and clips what lies beyond."""
+    range_every: int = 100
+    """Forwards in training after which a "histogram" range is made anew; eval() and convert make their own."""
+    grid: Literal["affine", "symmetric"] = "affine"
+    """"affine" (integer zero_point) or "symmetric"."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        super().__post_init__()
+        check_rate("QuantNoise", self.rate)
+        for name, allowed in (("range", ("minmax", "histogram")), ("grid", ("affine", "symmetric"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"QuantNoise: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("block_size", "range_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"QuantNoise: {name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, functional.Grid]:
+        """One width for all, so that coding the widths costs nothing; scales as ``group_size`` says."""
+        return "tensor", self.group_size, self.grid
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "QuantNoiseWeight":
+        """Make the noise node of one weight."""
+        return QuantNoiseWeight(spec, self, weight.device)
+
+
+class QuantNoiseWeight(FixedBitsQuantizer):
+    """Rounding of random blocks in training, of all weights in eval; the gradient of the weight is the identity."""
+
+    def __init__(self, spec: WeightSpec, config: QuantNoise, device: torch.device) -> None:
+        super().__init__(spec, config.bits, device)
+        self.config = config
+        self._held: QuantParams | None = None
+        self._forwards = 0
+
+    def range_of(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Range that the grid covers, two tensors of the spec's ``range_layout``."""
+        if self.config.range == "histogram":
+            return histogram_range(rows_OI.detach(), self.spec.range_layout, self.config.bits, self.config.grid)
+        return super().range_of(rows_OI)
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The weight with random blocks rounded, straight-through."""
+        source = weight.detach()
+        rounded = self.round_to(source, self._training_params(source))
+        noised = noised_blocks(self.spec, self.config.block_size, self.config.rate, weight.device)
+        return straight_through(weight, torch.where(noised, rounded, source))
+
+    def _training_params(self, weight: Tensor) -> QuantParams:
+        """The grid in training: of this forward, or held for some forwards where finding the range is dear."""
+        rows_OI = to_rows(weight, self.spec.axis)
+        if self.config.range == "minmax":
+            return self.params(rows_OI, self.rounded_bits())
+        if self._held is None or self._forwards >= self.config.range_every or self._held.scale.device != weight.device:
+            self._held, self._forwards = self.params(rows_OI, self.rounded_bits()), 0
+        self._forwards += 1
+        return self._held
+
+    def state_key(self) -> tuple[Any, ...]:
+        """The rounding depends on nothing but the weight."""
+        return ()
+
+
+def noised_blocks(spec: WeightSpec, block_size: int, rate: float, device: torch.device) -> Tensor:
+    """Draw which weights are noised: blocks along the inputs of a row, each with probability ``rate``.
+
+    Args:
+        spec: the weight.
+        block_size: weights in a block; the last block of a row may be shorter.
+        rate: from 0 (none) to 1 (all).
+        device: where.
+
+    Returns:
+        bool, shape of the weight.
+
+    Example:
+        >>> spec = WeightSpec(name="w", shape=(4, 6), axis=0)
+        >>> int(noised_blocks(spec, 3, 1.0, torch.device("cpu")).sum()), int(noised_blocks(spec, 3, 0.0, torch.device("cpu")).sum())
+        (24, 0)
+    """
+    layout = GroupLayout.of(spec.rows, spec.columns, block_size)
+    noised_RC = torch.rand(layout.shape, device=device) < rate
+    return from_rows(layout.expand(noised_RC).expand(spec.rows, spec.columns), spec.shape, spec.axis)

@@ -1,0 +1,59 @@
+"""Uniform quantization-aware training: round in the forward, pass the gradient straight through (the baseline of all others)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupSize
+from diffq_fx.methods.base import straight_through
+from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class STE(FixedBits):
+    """Uniform quantization with a straight-through estimator: ``w + stop_gradient(Q(w) - w)``, Q on the range of the weights.
+
+    Raises:
+        ValueError: a setting is out of its range, with the value found.
+
+    Example:
+        >>> STE(bits=3, group_size=32).layout
+        ('tensor', 32, 'affine')
+        >>> STE(bits=17)
+        Traceback (most recent call last):
+        ...
+        ValueError: STE: bits must be a whole number from 1 to 16, got 17.
+    """
+
+    grid: Grid = "affine"
+    """"affine" (integer zero_point), "symmetric", or "float" (float minimum, which ONNX cannot hold)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        super().__post_init__()
+        if self.grid not in ("affine", "symmetric", "float"):
+            raise ValueError(f"STE: grid must be one of ('affine', 'symmetric', 'float'), got {self.grid!r}.")
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
+        """One width for all, so that coding the widths costs nothing; scales as ``group_size`` says."""
+        return "tensor", self.group_size, self.grid
+
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "STEWeight":
+        """Make the rounding node of one weight."""
+        return STEWeight(spec, self.bits, weight.device)
+
+
+class STEWeight(FixedBitsQuantizer):
+    """True rounding in training and in eval; the gradient of the weight is the identity."""
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The rounded weight."""
+        return straight_through(weight, self.rounded_weight(weight.detach()))
+
+    def state_key(self) -> tuple[Any, ...]:
+        """The rounding depends on nothing but the weight."""
+        return ()
