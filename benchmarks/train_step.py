@@ -187,11 +187,11 @@ def part_transform(quick: bool) -> str:
     def ours(**settings: object) -> Step:
         model = prepare_diffq(copy.deepcopy(float_model), x, DiffQConfig(**settings)).train()
 
+        parameters = list(model.parameters())
+
         def step() -> None:
             size = model_size(model)
-            torch.autograd.backward([*weights_of(model), size], [*upstream, torch.ones(())])
-            for parameter in model.parameters():
-                parameter.grad = None
+            torch.autograd.grad([*weights_of(model), size], parameters, [*upstream, torch.ones(())])
 
         return step
 
@@ -200,6 +200,7 @@ def part_transform(quick: bool) -> str:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         quantizer = diffq.DiffQuantizer(model, group_size=group_size, min_size=0.01)
         quantizer.setup_optimizer(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         seen: list[Tensor] = []
         for layer in model:
             layer.forward = lambda x, layer=layer: seen.append(layer.weight) or x
@@ -207,9 +208,7 @@ def part_transform(quick: bool) -> str:
         def step() -> None:
             seen.clear()
             model.train()(x)
-            torch.autograd.backward([*seen, quantizer.model_size()], [*upstream, torch.ones(())])
-            for parameter in model.parameters():
-                parameter.grad = None
+            torch.autograd.grad([*seen, quantizer.model_size()], parameters, [*upstream, torch.ones(())])
 
         return step
 

@@ -11,6 +11,7 @@ from diffq_fx.errors import (
     DiffQWarning,
     DivergenceError,
     ExportError,
+    PackedFileError,
     PassError,
     PreparationError,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "DiffQWarning",
     "DivergenceError",
     "ExportError",
+    "PackedFileError",
     "PassError",
     "PreparationError",
 ]

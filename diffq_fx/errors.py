@@ -29,6 +29,10 @@ class ExportError(DiffQError):
     """A converted model cannot be exported, or its file does not compute what the model computes."""
 
 
+class PackedFileError(DiffQError):
+    """A packed file cannot be written or read: wrong contents, damage, another architecture, no space."""
+
+
 class DivergenceError(DiffQError):
     """A training step of a driver left values that are not finite; the last good state is back."""
 

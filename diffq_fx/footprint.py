@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffq_fx.training.size import BitPackedSize, FlatGroups
+from diffq_fx.training.groups_in_row import FlatGroups
+from diffq_fx.training.size import BitPackedSize
 from diffq_fx.weights import WeightSpec
 
 CONTAINER_BITS = (2, 4, 8, 16)

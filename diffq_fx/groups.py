@@ -104,3 +104,9 @@ def combine(first: GroupLayout, second: GroupLayout) -> GroupLayout:
     """Layout of values that depend on a group of ``first`` and a group of ``second``: the finer of the two."""
     order = {"tensor": 0, "channel": 1, "block": 2}
     return first if order[first.kind] >= order[second.kind] else second
+
+
+def scale_layout_of(scale: Tensor, rows: int, columns: int, block: int) -> GroupLayout:
+    """The layout that a scale of shape (1, 1), (O, 1) or (O, C) has."""
+    kind: GroupKind = "block" if scale.shape[1] > 1 else "channel" if scale.shape[0] == rows else "tensor"
+    return GroupLayout(rows, columns, kind, block)

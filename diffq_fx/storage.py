@@ -15,7 +15,7 @@ from diffq_fx.footprint import CONTAINER_BITS as CONTAINER_BITS
 from diffq_fx.footprint import Footprint, grid_footprint
 from diffq_fx.footprint import container_for as container_for
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import GroupKind, GroupLayout, from_rows
+from diffq_fx.groups import from_rows, scale_layout_of
 from diffq_fx.weights import WeightSpec
 
 
@@ -61,12 +61,6 @@ def unpack_levels(packed: Tensor, container_bits: int, numel: int) -> Tensor:
     mask = (1 << container_bits) - 1
     places = [(packed >> (place * container_bits)) & mask for place in range(8 // container_bits)]
     return torch.stack(places, 1).reshape(-1)[:numel].to(torch.int32)
-
-
-def scale_layout_of(scale: Tensor, rows: int, columns: int, block: int) -> GroupLayout:
-    """The layout that a scale of shape (1, 1), (O, 1) or (O, C) has."""
-    kind: GroupKind = "block" if scale.shape[1] > 1 else "channel" if scale.shape[0] == rows else "tensor"
-    return GroupLayout(rows, columns, kind, block)
 
 
 @torch.library.custom_op("diffq_fx::dequantize", mutates_args=())

@@ -8,9 +8,19 @@ from scipy import stats
 
 from diffq_fx import functional
 from diffq_fx.groups import GroupLayout
-from diffq_fx.noise import add_noise, step_of_logits
+from diffq_fx.noise import add_noise, memory, native, release, step_of_logits
 
 N = 200_000
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    """Everything holds for the C kernel and for torch's own operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler is at hand")
+    return request.param
 
 
 def noise_of(shape=(100, N // 100), gaussian=False, dtype=torch.float32):
@@ -121,24 +131,58 @@ def test_the_operator_is_registered_as_torch_expects():
     torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, 0, 6, False), test_utils=checks)
 
 
-@pytest.mark.parametrize("shape", [(3, 700_000), (700, 1000), (90_000, 8)])
-def test_tiles_cover_every_weight_once(shape):
-    weight, step = torch.randn(shape), torch.rand(shape[0], 1).requires_grad_()
-    torch.manual_seed(1)
-    noisy = add_noise(weight, step, axis=0, block=shape[1])
-    torch.manual_seed(1)
-    by_columns = add_noise(weight.t().contiguous().t(), step, axis=0, block=shape[1])  # strided: the path without tiles
-    torch.testing.assert_close(noisy, by_columns, rtol=0, atol=1e-6)
-    noisy.square().sum().backward(retain_graph=True)
-    tiled, step.grad = step.grad, None
-    by_columns.square().sum().backward()
-    torch.testing.assert_close(tiled, step.grad, rtol=1e-4, atol=1e-2)
+@pytest.mark.parametrize("gaussian", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((3, 700_000), 700_000),
+        ((700, 1000), 1000),
+        ((90_000, 8), 8),
+        ((500, 1000), 8),
+        ((500, 1001), 8),
+        ((9, 5003), 3000),
+        ((70, 3000), 1),
+    ],
+)
+def test_every_weight_gets_its_own_noise_and_step_once(shape, block, gaussian):
+    """Tiles, chunks, threads and short last blocks leave nothing out, and the backward knows the noise of the forward."""
+    rows, columns = shape
+    weight = torch.zeros(shape, requires_grad=True)
+    layout = GroupLayout.of(rows, columns, block)
+    step = torch.rand(layout.shape).add(0.5).requires_grad_()
+    noisy = add_noise(weight, step, axis=0, block=layout.block, gaussian=gaussian)
+    noise = (noisy / layout.expand(step)).detach()
+    assert noise.abs().min() > 0
+    assert noise.unique().numel() >= 128
+    assert noise.std().item() == pytest.approx(0.5 if gaussian else 12**-0.5, rel=0.02)
+    upstream = torch.randn(shape)
+    noisy.backward(upstream)
+    torch.testing.assert_close(step.grad, layout.sum(upstream * noise), rtol=1e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("shapes", [((5, 4), (5, 1)), ((1, 1), (5, 1)), ((5, 1), (1, 1)), ((5, 1), (5, 1))])
-def test_step_of_logits_is_the_long_form(shapes):
-    logits = torch.randn(shapes[0], dtype=torch.float64, requires_grad=True)
-    span = torch.rand(shapes[1], dtype=torch.float64)
+def test_what_is_kept_for_the_backward(backend):
+    kept = torch.ops.diffq_fx.add_noise(torch.zeros(64, 64), torch.ones(64, 1), 0, 64, False)[1]
+    assert kept.nbytes == (8 if backend == "native" else 64 * 64)
+
+
+def test_the_kernel_does_not_depend_on_the_threads(backend):
+    threads, draws = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        torch.manual_seed(5)
+        draws.append(noise_of())
+    torch.set_num_threads(threads)
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    "shapes", [((5, 4), (5, 1)), ((1, 1), (5, 1)), ((5, 1), (1, 1)), ((400, 500), (400, 1)), ((400, 500), (1, 1)), ((400, 500), (400, 500))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_of_logits_is_the_long_form(shapes, dtype):
+    logits = torch.randn(shapes[0], dtype=dtype, requires_grad=True)
+    span = torch.rand(shapes[1], dtype=dtype)
     short = step_of_logits(logits, span, min_bits=2, max_bits=8, gain=3.0)
     long = functional.step_size(torch.zeros_like(span), span, functional.bits_from_logits(logits, 2, 8, 3.0))
     torch.testing.assert_close(short, long)
@@ -146,3 +190,21 @@ def test_step_of_logits_is_the_long_form(shapes):
     (found,) = torch.autograd.grad((short * upstream).sum(), logits)
     (expected,) = torch.autograd.grad((long * upstream).sum(), logits)
     torch.testing.assert_close(found, expected)
+
+
+def test_memory_of_dead_noise_is_used_again_and_that_of_the_living_never(backend):
+    if backend == "torch":
+        return
+    weight, step = torch.zeros(512, 1024), torch.ones(512, 1)
+    first = add_noise(weight, step, axis=0, block=1024)
+    view, copy_of_first, place = first[100:], first.clone(), first.data_ptr()
+    second = add_noise(weight, step, axis=0, block=1024)
+    assert second.data_ptr() != place
+    del first
+    third = add_noise(weight, step, axis=0, block=1024)  # a view keeps the memory of the first
+    assert third.data_ptr() != place
+    assert torch.equal(view, copy_of_first[100:])
+    del view
+    assert add_noise(weight, step, axis=0, block=1024).data_ptr() == place
+    release()
+    assert not memory._free

@@ -1,4 +1,4 @@
-"""The ``diffq-fx`` command line: look into ONNX files, race two of them, see the demo.
+"""The ``diffq-fx`` command line: look into files, pack and unpack state dicts, race two ONNX files, see the demo.
 
 Commands import torch, onnx and onnxruntime when they run, so that ``diffq-fx --help`` answers at once.
 """
@@ -8,6 +8,7 @@ import typer
 from diffq_fx.cli.bench import bench
 from diffq_fx.cli.demo import demo
 from diffq_fx.cli.inspect import inspect
+from diffq_fx.cli.packed import pack, unpack
 
 __all__ = ["app", "main"]
 
@@ -20,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(inspect)
+app.command()(pack)
+app.command()(unpack)
 app.command()(bench)
 app.command()(demo)
 

@@ -1,4 +1,4 @@
-"""``diffq-fx inspect``: what lies in an ONNX file."""
+"""``diffq-fx inspect``: what lies in an ONNX or packed file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
+from diffq_fx.cli.packed import inspect_packed_file
 
 if TYPE_CHECKING:
     from diffq_fx.export.onnx.inspection import OnnxInspection, Role, TensorReport
@@ -26,12 +27,17 @@ _ROLES: "dict[Role, str]" = {
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Any ONNX file.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="An ONNX file, or one that save_packed has written.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List scales, zero points and small tensors too.")] = False,
 ) -> None:
-    """Show the weights of an ONNX file: width, container and payload bytes, scales, and who reads them."""
+    """Show the weights of a file: widths and what they take; in ONNX their container, scales and who reads them."""
     with errors_as_messages():
+        from diffq_fx.export.packed.fileformat.container import looks_packed
+
+        if looks_packed(file):
+            inspect_packed_file(file, json=json, everything=everything)
+            return
         from diffq_fx.export.onnx.inspection import inspect_onnx
 
         inspection = inspect_onnx(file)

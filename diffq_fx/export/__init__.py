@@ -1,5 +1,6 @@
-"""Ways out of the library: ONNX files for runtimes."""
+"""Ways out of the library: ONNX files for runtimes, packed files for PyTorch."""
 
 from diffq_fx.export.onnx import ExportMetadata, ExportResult, WeightRecord, export_onnx, read_metadata
+from diffq_fx.export.packed import load_packed, save_packed
 
-__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "export_onnx", "read_metadata"]
+__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "export_onnx", "load_packed", "read_metadata", "save_packed"]

@@ -6,12 +6,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from diffq_fx import functional, noise
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.training.allocation import allocate_widths, nearest_widths
+from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.pressure import SizePressure
-from diffq_fx.training.size import MIB_BITS, BitPackedSize, FlatGroups, SizeMeasure, allocate_widths, mib, nearest_widths
+from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits, mib
 from diffq_fx.weights import SkippedWeight
 
 
@@ -83,22 +86,27 @@ class Compression(nn.Module):
     def groups(self) -> FlatGroups:
         """The groups of all learned weights in one row, made once per device."""
         device = self.learned[0].logits.device
-        if self._groups is None or self._groups.values_T.device != device:
+        if self._groups is None or self._groups.device != device:
             self._groups = FlatGroups([quantizer.spec for quantizer in self.learned], device)
         return self._groups
 
     def bits_T(self) -> Tensor:
-        """Bits of every group as trained, differentiable, shape (T,)."""
-        logits_T = torch.cat([logits.reshape(-1) for logits in self.logits])
+        """Bits of every group as trained, shape (T,)."""
+        logits_T = torch.cat([logits.detach().reshape(-1) for logits in self.logits])
         config = self.config
-        return config.min_bits + torch.sigmoid(logits_T * config.bits_gain) * (config.max_bits - config.min_bits)
+        return functional.bits_from_logits(logits_T, config.min_bits, config.max_bits, config.bits_gain)
+
+    def size_of_logits(self) -> SizeOfLogits:
+        """The size of the quantized weights as a function of the logits."""
+        config = self.config
+        return SizeOfLogits(self.groups(), self.measure, config.min_bits, config.max_bits, config.bits_gain)
 
     def expected_bits(self) -> Tensor:
         """Differentiable size of the whole model in bits, 0-d."""
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return torch.tensor(float(other))
-        return self.measure.expected_bits(self.groups(), self.bits_T()) + other
+        return self.size_of_logits()(self.logits) + other
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use."""
@@ -123,7 +131,8 @@ class Compression(nn.Module):
         """Smallest and largest exact size of the quantized weights that the limits of the widths allow."""
         groups = self.groups()
         smallest, *_, largest = self.config.allowed_widths
-        low, high = (self.measure.exact_bits(groups, torch.full_like(groups.values_T, width)) for width in (smallest, largest))
+        values_T = groups.values_T
+        low, high = (self.measure.exact_bits(groups, torch.full_like(values_T, width)) for width in (smallest, largest))
         return low, high
 
     def _logits_key(self) -> tuple[Any, ...]:
@@ -152,6 +161,8 @@ class Compression(nn.Module):
         """Round the bits when the model goes to eval(), so that no forward has to."""
         if not mode and self.learned and self.learned[0].logits.device.type != "meta":
             self.allocate()
+        if not mode:
+            noise.release()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

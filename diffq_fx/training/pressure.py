@@ -14,7 +14,7 @@ lambda) the hook adds ``penalty * dM/dl`` once per step.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,6 @@ class SizePressure:
     def _forget(self) -> None:
         """Start without the sums of any optimizer."""
         self._sums: weakref.WeakKeyDictionary[Optimizer, _GradientSums] = weakref.WeakKeyDictionary()
-        self._slope: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle needs: optimizers belong to this process."""
@@ -80,16 +79,9 @@ class SizePressure:
         if budget is None:
             return None
         groups = compression.groups()
-        start = config.init_bits * groups.values_T.sum() + groups.fixed_bits
+        start = config.init_bits * groups.num_values + groups.fixed_bits
         share = ((compression.steps + 1) / max(config.ramp_steps, 1)).clamp(max=1)
         return start + (budget - start) * share
-
-    def _size_and_slope(self) -> tuple[Tensor, list[Tensor]]:
-        """Size of the quantized weights in bits and its gradient for each logit."""
-        compression = self.compression
-        with torch.enable_grad():
-            size = compression.measure.expected_bits(compression.groups(), compression.bits_T())
-        return size.detach(), list(torch.autograd.grad(size, compression.logits))
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
@@ -97,30 +89,42 @@ class SizePressure:
         config, logits = self.compression.config, self.compression.logits
         if config.penalty is None and self.compression.budget_bits() is None:
             return
-        if self._slope is None:
-            _, self._slope = self._size_and_slope()
-        pairs = [(grad, self._slope[i]) for i in held if (grad := logits[i].grad) is not None]
-        if not pairs:
+        grads: dict[int, Tensor] = {i: grad for i in held if (grad := logits[i].grad) is not None}
+        if not grads:
             return
         # A fused optimizer divides by GradScaler's scale itself, later.
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale
         if config.penalty is not None:
-            for grad, slope in pairs:
+            for grad, slope in self._tiles(grads):
                 grad.add_(slope * (scale * config.penalty / MIB_BITS))
             return
-        multiplier, factor = self._multiplier_and_factor(optimizer, pairs, scale)
+        multiplier, factor = self._multiplier_and_factor(optimizer, grads, scale)
         self.lambda_per_bit = -multiplier
-        for grad, slope in pairs:
-            grad.sub_(multiplier * scale * slope).mul_(factor)
+        for grad, slope in self._tiles(grads):
+            grad.sub_(slope.mul_(multiplier * scale)).mul_(factor)
 
-    def _multiplier_and_factor(
-        self, optimizer: Optimizer, pairs: Sequence[tuple[Tensor, Tensor]], scale: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
+    def _tiles(self, grads: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of the gradient, to be changed in place, and the derivative of the size in the same logits."""
+        size_of, logits = self.compression.size_of_logits(), self.compression.logits
+        own = [grads.get(i, logits[i]) for i in range(len(logits))]
+        for segment in size_of.groups.segments(tuple(grads)):
+            row, grad = segment.gather(logits), segment.gather(own)
+            for tile in segment.tiles():
+                yield grad[tile], size_of.slope(segment.values[tile], row[tile])
+            segment.scatter_(grad, own)
+
+    def _multiplier_and_factor(self, optimizer: Optimizer, grads: Mapping[int, Tensor], scale: Tensor | float) -> tuple[Tensor, Tensor]:
         """The Lagrange multiplier over all optimizers that hold bits, and what brings the projected gradient to its size."""
-        g = torch.cat([grad.reshape(-1) for grad, _ in pairs]).double() / scale
-        n = torch.cat([slope.reshape(-1) for _, slope in pairs]).double()
-        own = _GradientSums(g.sum(), n.sum(), torch.dot(g, g), torch.dot(g, n), torch.dot(n, n), g.numel())
+        zero = next(iter(grads.values())).new_zeros((), dtype=torch.float64)
+        own = _GradientSums(zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), 0)
+        for g, n in self._tiles(grads):
+            own.g += g.sum(dtype=torch.float64) / scale
+            own.n += n.sum(dtype=torch.float64)
+            own.gg += (torch.linalg.vector_norm(g, dtype=torch.float64) / scale).square()
+            own.gn += torch.dot(g, n).double() / scale
+            own.nn += torch.dot(n, n)
+            own.count += g.numel()
         self._sums[optimizer] = own
         others = [sums for other, sums in self._sums.items() if other is not optimizer]
         total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))
@@ -134,12 +138,10 @@ class SizePressure:
         compression = self.compression
         if held[0] == 0:  # of several optimizers one counts
             compression.steps += 1
-        self._slope = None
         budget = self.budget_now()
         if budget is None:
             return
-        size, self._slope = self._size_and_slope()
-        slope = torch.stack([s.sum() for s in self._slope]).sum()
+        size, slope = compression.size_of_logits().total(compression.logits)
         gain = compression.config.bits_gain
         shift = ((budget - size) / slope.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / gain, _LARGEST_SHIFT / gain)
         for logits in compression.logits:

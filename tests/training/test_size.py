@@ -1,11 +1,15 @@
 """The size against hand-computed cases."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
-from diffq_fx.training.size import BitPackedSize, FlatGroups, allocate_widths, bit_costs
+from diffq_fx.training.allocation import allocate_widths
+from diffq_fx.training.groups_in_row import FlatGroups, bit_costs
+from diffq_fx.training.size import BitPackedSize, SizeOfLogits
 from diffq_fx.weights import WeightSpec
 
 
@@ -70,11 +74,41 @@ def test_tied_weights_count_once():
     assert untied == 2 * tied
 
 
-def test_size_gradient_is_the_number_of_values():
-    groups = FlatGroups([spec(), spec(shape=(3, 5))], torch.device("cpu"))
-    bits = torch.full((7,), 4.0, requires_grad=True)
-    BitPackedSize().expected_bits(groups, bits).backward()
-    assert bits.grad.tolist() == [11.0] * 4 + [6.0] * 3
+def test_the_slope_of_the_size_is_the_number_of_values():
+    values = torch.tensor([11.0, 6.0])
+    size, slope = BitPackedSize().size_and_slope(values, torch.tensor([4.0, 2.5]))
+    assert size.item() == 11 * 4 + 6 * 2.5
+    assert slope.tolist() == [11.0, 6.0]
+
+
+SPECS = {
+    "small": [spec(), spec(shape=(3, 5)), spec(shape=(6, 10), group_size=4)],
+    "small and large": [spec(), spec(shape=(300, 1000), group_size=6), spec(shape=(3, 5)), spec(shape=(20, 20_000), group_size=1)],
+}
+
+
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_size_and_gradient_against_the_formula(specs):
+    """Worked out in one row, in tiles and in closed form, against one weight after the other by autograd."""
+    groups = FlatGroups(specs, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(s.bits_layout.shape, generator=generator).requires_grad_() for s in specs]
+    size_of = SizeOfLogits(groups, BitPackedSize(), 2, 8, 1.5)
+    expected = torch.zeros((), dtype=torch.float64)
+    for each, s in zip(logits, specs, strict=True):
+        bits = 2 + 6 * torch.sigmoid(1.5 * each.double())
+        values, fixed = bit_costs(s)
+        width = bits.detach().round()
+        coding = width.numel() * math.ceil(math.log2(1 + int(width.max()) - int(width.min())))
+        expected = expected + (bits * values).sum() + fixed + coding
+    found = size_of(logits)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradient, by_autograd = torch.autograd.grad(3 * found, logits), torch.autograd.grad(3 * expected, logits)
+    for a, b in zip(gradient, by_autograd, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    size, growth = size_of.total([each.detach() for each in logits])
+    assert size.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert 3 * growth.item() == pytest.approx(sum(g.double().sum().item() for g in by_autograd), rel=1e-5)
 
 
 def test_more_bits_are_more_bytes():

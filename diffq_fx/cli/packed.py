@@ -1,0 +1,132 @@
+"""``diffq-fx pack`` and ``unpack``, and what ``inspect`` shows of a packed file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
+
+if TYPE_CHECKING:
+    from diffq_fx.export.packed.inspection import PackedInspection, PackedWeightReport
+
+_SMALL_BYTES = 4096
+"""Plain tensors of fewer bytes are summed up, not listed."""
+
+
+def pack(
+    file: Annotated[Path, typer.Argument(metavar="FLOAT.safetensors", help="A float state dict.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="PACKED.safetensors", help="The file to write.", show_default=False)],
+    bits: Annotated[int, typer.Option(help="Width of every weight, 1 to 16.")] = 8,
+    group_size: Annotated[str, typer.Option(help='Weights that share a scale: "tensor", "channel", or a block of so many.')] = "channel",
+    grid: Annotated[Literal["affine", "symmetric"], typer.Option(help="Where zero lies between the levels.")] = "affine",
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names that stay as they are; may be repeated.")] = None,
+    compression: Annotated[Literal["entropy", "bits"], typer.Option(help="Smallest file, or fastest to load.")] = "entropy",
+) -> None:
+    """Round the weights of a float state dict to a number of bits, without training, and pack them.
+
+    For trained bits use save_packed(convert_diffq(model), path) in Python.
+    """
+    with errors_as_messages():
+        from diffq_fx.export.packed.state_dicts import pack_state_dict
+
+        skipped = pack_state_dict(
+            file, out, bits=bits, group_size=group_size, grid=grid, exclude=tuple(exclude or ()), entropy=compression == "entropy"
+        )
+        before, after = file.stat().st_size, out.stat().st_size
+        console = standard_output()
+        console.print(f"{out}: {mib(after)} MiB, {before / after:.2f} times smaller", markup=False, soft_wrap=True)
+        if skipped:
+            console.print(f"as they were: {', '.join(skipped)}", markup=False, soft_wrap=True)
+
+
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="PACKED.safetensors", help="A packed file.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="FLOAT.safetensors", help="The file to write.", show_default=False)],
+) -> None:
+    """Write the float state dict of a packed file, ready for load_state_dict; a tied weight comes under each of its names."""
+    with errors_as_messages():
+        from diffq_fx.export.packed.state_dicts import unpack_state_dict
+
+        unpack_state_dict(file, out)
+        standard_output().print(f"{out}: {mib(out.stat().st_size)} MiB", markup=False, soft_wrap=True)
+
+
+def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
+    """Show the weights of a packed file: widths, payload, entropy, overhead."""
+    from diffq_fx.export.packed.inspection import inspect_packed
+
+    inspection = inspect_packed(file)
+    if json:
+        print_json(inspection.to_dict())
+        return
+    console = standard_output()
+    console.print(_weight_table(inspection))
+    console.print(_tensor_table(inspection, everything))
+    console.print(_totals_table(inspection))
+
+
+def _weight_table(inspection: "PackedInspection") -> Table:
+    table = new_table(f"{inspection.path}: quantized weights")
+    table.add_column("name", overflow="fold")
+    for heading in ("shape", "groups"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("learned bits", "bit-packed MiB", "entropy MiB", "coded MiB", "overhead %", "scales MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for weight in inspection.weights:
+        shape = "x".join(map(str, weight.shape))
+        names = "\n= ".join((weight.name, *weight.aliases))
+        add_row(table, names, shape, f"{weight.group_size}, {weight.grid}", _bits(weight), *_sizes(weight))
+    return table
+
+
+def _bits(weight: "PackedWeightReport") -> str:
+    """Mean of the learned bits, and their range: ``3.40 (2-6)``."""
+    mean = sum(bits * count for bits, count in weight.bits.items()) / max(sum(weight.bits.values()), 1)
+    return f"{mean:.2f} ({min(weight.bits)}-{max(weight.bits)})" if weight.bits else "-"
+
+
+def _sizes(weight: "PackedWeightReport") -> list[str]:
+    overhead = 100 * (weight.coded_bytes / weight.entropy_bytes - 1) if weight.entropy_bytes else 0.0
+    sizes = [mib(round(size)) for size in (weight.bit_packed_bytes, weight.entropy_bytes, weight.coded_bytes)]
+    return [*sizes, f"{overhead:.1f}", mib(round(weight.side_bytes))]
+
+
+def _tensor_table(inspection: "PackedInspection", everything: bool) -> Table:
+    table = new_table("stored as they are")
+    table.add_column("name", overflow="fold")
+    for heading in ("shape", "type", "stored as"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("MiB", justify="right", no_wrap=True)
+    listed = [tensor for tensor in inspection.tensors if everything or tensor.stored_bytes >= _SMALL_BYTES]
+    for tensor in listed:
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        add_row(table, "\n= ".join((tensor.name, *tensor.aliases)), shape, tensor.dtype, tensor.stored_dtype, mib(tensor.stored_bytes))
+    if hidden := [tensor for tensor in inspection.tensors if tensor not in listed]:
+        table.caption = f"and {len(hidden)} small ones, {mib(sum(tensor.stored_bytes for tensor in hidden))} MiB together: see --all"
+        table.caption_justify = "left"
+    return table
+
+
+def _totals_table(inspection: "PackedInspection") -> Table:
+    table = new_table(f"totals; format version {inspection.version}; {inspection.shards} shards")
+    table.add_column("what")
+    for heading in ("values", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    weights = inspection.weights
+    values = str(sum(weight.values for weight in weights))
+    add_row(table, "codes at their widths (not in the file)", values, mib(sum(weight.bit_packed_bytes for weight in weights)))
+    add_row(
+        table,
+        "entropy of the codes (not in the file)",
+        values,
+        mib(round(sum(weight.entropy_bytes for weight in weights))),
+        end_section=True,
+    )
+    add_row(table, "codes", values, mib(round(sum(weight.coded_bytes for weight in weights))))
+    add_row(table, "widths, zero points, scales", "", mib(round(sum(weight.side_bytes for weight in weights))))
+    add_row(table, "plain tensors", "", mib(sum(tensor.stored_bytes for tensor in inspection.tensors)))
+    add_row(table, "names, models, checksums", "", mib(inspection.header_bytes), end_section=True)
+    add_row(table, "file on disk", "", mib(inspection.file_bytes), style="bold")
+    return table

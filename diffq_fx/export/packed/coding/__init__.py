@@ -1,0 +1,1 @@
+"""How numbers become bytes: bit planes, entropy coders, streams, and which codes share a stream."""

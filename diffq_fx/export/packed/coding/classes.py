@@ -1,0 +1,146 @@
+"""Which codes share a probability model: those of one width, in rows that use a similar share of their range.
+
+Small codes are frequent, but how far codes spread differs from row to row, since one outlier stretches a row's range; so each row has a
+*bin*, the logarithm of its mean code, and a *class* is a width and a range of neighbouring bins. Which bins go together is chosen by the
+length of the code, tables included.
+
+Legend: O rows, C groups of a row, B bins, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding.bitplanes import Values
+
+BINS = 32
+BIN_BITS = 5
+MAX_WIDTH = 16
+_ROW_IS_LONG = 128
+"""Codes of a row that are worth a bin of its own; shorter rows share one."""
+_SYMBOLS = 64
+_TABLE_BITS = 1000  # what one more class costs: a head and a table
+_NO_CLASS = 0xFFFF
+
+
+def bins_in(rows: int, columns: int) -> int:
+    """Number of bins that so many rows have.
+
+    Example:
+        >>> bins_in(8, 1000), bins_in(8, 9)
+        (8, 1)
+    """
+    return rows if columns >= _ROW_IS_LONG else 1
+
+
+def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bin of each row: quarters of an octave of the mean code, in shares of its range.
+
+    Args:
+        codes: shape (O, I).
+        widths: broadcasts with ``codes``.
+
+    Returns:
+        Shape (``bins_in(O, I)``,), each below 32.
+
+    Example:
+        >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
+        array([17,  8], dtype=uint8)
+    """
+    share = codes * np.exp2(-1 - widths.astype(np.float32))
+    mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
+    return np.clip(np.floor(-4 * np.log2(np.maximum(mean, 1e-9))) - 4, 0, BINS - 1).astype(np.uint8)
+
+
+@dataclass(frozen=True, order=True)
+class CodeClass:
+    """Codes that share one model."""
+
+    width: int
+    first_bin: int
+    last_bin: int
+
+
+class Histogram:
+    """How often each symbol occurs at each width and bin."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((MAX_WIDTH + 1, BINS, _SYMBOLS), np.int64)
+
+    def add(self, codes: Values, widths: NDArray[np.uint8], bins: NDArray[np.uint8]) -> None:
+        """Count codes of shape (O, I); ``widths`` and ``bins`` as columns broadcast with them."""
+        shift = np.maximum(widths.astype(np.int8) - 6, 0).astype(codes.dtype)
+        place = (widths.astype(np.int32) * BINS + bins.reshape(-1, 1)) * _SYMBOLS
+        index = (codes >> shift) + place
+        self._counts += np.bincount(index.reshape(-1), minlength=self._counts.size).reshape(self._counts.shape)
+
+    def classes(self, *, by_bin: bool) -> list[CodeClass]:
+        """The classes that make the code short; without ``by_bin`` one class for each width."""
+        found = []
+        for width in range(1, MAX_WIDTH + 1):
+            counts = self._counts[width]
+            if counts.any():
+                parts = _partition(counts) if by_bin else [(0, BINS - 1)]
+                found += [CodeClass(width, first, last) for first, last in parts if counts[first : last + 1].any()]
+        return found
+
+
+def _partition(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Cut the bins into runs so that the code of all symbols, one table for each run included, is shortest.
+
+    Args:
+        counts: shape (B, 64).
+
+    Returns:
+        First and last bin of each run.
+    """
+    until = np.concatenate([np.zeros((1, _SYMBOLS)), np.cumsum(counts, 0)])
+    within = until[None] - until[:, None]  # [first, stop]: the counts of a run
+    total = within.sum(-1)
+    cost = _xlogx(total) - _xlogx(within).sum(-1) + _TABLE_BITS * (total > 0)
+    best, cut = [0.0], [0]
+    for stop in range(1, BINS + 1):
+        candidates = [best[first] + cost[first, stop] for first in range(stop)]
+        cut.append(int(np.argmin(candidates)))
+        best.append(candidates[cut[-1]])
+    runs, stop = [], BINS
+    while stop:
+        runs.append((cut[stop], stop - 1))
+        stop = cut[stop]
+    return runs[::-1]
+
+
+def _xlogx(counts: NDArray[Any]) -> NDArray[Any]:
+    return counts * np.log2(np.maximum(counts, 1))
+
+
+class ClassTable:
+    """The class of every width and bin."""
+
+    def __init__(self, classes: Sequence[CodeClass]) -> None:
+        self.classes = tuple(classes)
+        self._table = np.full((MAX_WIDTH + 1, BINS), _NO_CLASS, np.uint16)
+        for index, each in enumerate(self.classes):
+            taken = self._table[each.width, each.first_bin : each.last_bin + 1]
+            if (taken != _NO_CLASS).any():
+                raise PackedFileError(f"two models of {each.width} bits claim one bin")
+            taken[:] = index
+
+    def of(self, widths: NDArray[np.uint8], bins: NDArray[np.uint8]) -> NDArray[np.uint16]:
+        """Class of each group, shape (O, C).
+
+        Args:
+            widths: shape (O, C) or (1, 1).
+            bins: shape (O,) or (1,).
+
+        Raises:
+            PackedFileError: there is no model for one of them.
+        """
+        found = self._table[widths, bins.reshape(-1, 1)]
+        if (found == _NO_CLASS).any():
+            raise PackedFileError("a group of weights has no model")
+        return found

@@ -1,0 +1,1 @@
+"""The file itself: a safetensors container with checksums, its header, written atomically."""

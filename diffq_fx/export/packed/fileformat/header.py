@@ -1,0 +1,236 @@
+"""The contents of a packed file's header: weights, plain tensors and shards, written as JSON and read with every value checked.
+
+``docs/packed-format.md`` is the schema.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding.classes import BINS, MAX_WIDTH, CodeClass
+from diffq_fx.export.packed.fileformat.container import MOST_SIDES, RESERVED, Entry, is_integers
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES
+from diffq_fx.export.packed.kinds import kind_of_name
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.shard_reading import shard_size
+from diffq_fx.export.packed.shards import SECTIONS, ShardHead, Span
+from diffq_fx.weights import WeightSpec
+
+_GROUP_KINDS = ("tensor", "channel")
+_GRIDS = ("affine", "symmetric", "float")
+_MOST_CODES = 1 << 40
+_MOST_CRC = 1 << 32
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that is stored as it is."""
+
+    name: str
+    aliases: tuple[str, ...]
+    dtype: torch.dtype
+    """The type that it has in the model; in the file it may be a smaller one that holds the same values."""
+    stored_dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name of the tensor, the first one first."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of weights that are coded together, and where they lie."""
+
+    spans: tuple[Span, ...]
+    head: ShardHead
+    crc32: int
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that a packed file's header says."""
+
+    weights: tuple[PackedWeight, ...]
+    tensors: tuple[PlainTensor, ...]
+    tensors_crc32: int
+    """Of the bytes of all plain tensors, which lie at the beginning."""
+    shards: tuple[Shard, ...]
+
+    def names(self) -> dict[str, str]:
+        """The first name of each tensor or weight, by every name."""
+        every = [weight.spec.names for weight in self.weights] + [tensor.names for tensor in self.tensors]
+        return {name: names[0] for names in every for name in names}
+
+
+def shard_name(index: int) -> str:
+    """Name of a shard's tensor in the container."""
+    return f"{RESERVED}shard/{index}"
+
+
+def contents_to_json(contents: Contents) -> dict[str, Any]:
+    """What :func:`contents_from_json` reads; offsets are the container's to know."""
+    extras = {tensor.name: _tensor_to_json(tensor) for tensor in contents.tensors}
+    return {
+        "weights": [_weight_to_json(weight) for weight in contents.weights],
+        "tensors": {name: extra for name, extra in extras.items() if extra},
+        "tensors_crc32": contents.tensors_crc32,
+        "shards": [
+            {
+                "crc32": shard.crc32,
+                "spans": [[span.weight, span.first_row, span.rows] for span in shard.spans],
+                "classes": [[each.width, each.first_bin, each.last_bin] for each in shard.head.classes],
+                "sections": list(shard.head.sections),
+            }
+            for shard in contents.shards
+        ],
+    }
+
+
+def _tensor_to_json(tensor: PlainTensor) -> dict[str, Any]:
+    dtype = {"dtype": TENSOR_TYPES.name(tensor.dtype)} if tensor.dtype != tensor.stored_dtype else {}
+    return dtype | ({"aliases": list(tensor.aliases)} if tensor.aliases else {})
+
+
+def _weight_to_json(weight: PackedWeight) -> dict[str, Any]:
+    spec = weight.spec
+    fields: dict[str, Any] = {"name": spec.name, "kind": weight.kind, "shape": list(spec.shape), "axis": spec.axis}
+    if spec.aliases:
+        fields["aliases"] = list(spec.aliases)
+    fields |= {"dtype": FLOAT_TYPES.name(spec.dtype), "group_size": spec.group_size, "range_size": spec.range_size, "grid": spec.grid}
+    return fields | {"consumer": spec.consumer} | weight.facts()
+
+
+def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -> Contents:
+    """Read the contents, and check them against each other and the tensors of the container.
+
+    Raises:
+        PackedFileError: something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
+    """
+    weights = tuple(_weight_from_json(each) for each in _list(value, "weights"))
+    described = value.get("tensors")
+    if not isinstance(described, dict):
+        raise PackedFileError("the header does not say what its tensors are")
+    plain = {name: entry for name, entry in entries.items() if not name.startswith(RESERVED)}
+    if unknown := sorted(described.keys() - plain.keys()):
+        raise PackedFileError(f"the header describes tensor '{unknown[0]}', which is not there")
+    tensors = tuple(_tensor_from_json(name, described.get(name, {}), entry) for name, entry in plain.items())
+    found = _list(value, "shards")
+    if set(entries) - set(plain) != {shard_name(i) for i in range(len(found))}:
+        raise PackedFileError(f"the header describes {len(found)} shards, the file has others")
+    shards = tuple(_shard_from_json(each, entries[shard_name(i)], i, weights) for i, each in enumerate(found))
+    _check_spans(weights, shards)
+    if [t.start for t in tensors] and max(t.stop for t in tensors) > min((s.start for s in shards), default=1 << 62):
+        raise PackedFileError("a tensor lies between the shards")
+    contents = Contents(weights, tensors, _crc(value.get("tensors_crc32")), shards)
+    count = sum(len(w.spec.names) for w in weights) + sum(len(t.names) for t in tensors)
+    if len(contents.names()) != count:
+        raise PackedFileError("two tensors have one name")
+    return contents
+
+
+def _list(value: Mapping[str, Any], key: str) -> list[Any]:
+    found = value.get(key)
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise PackedFileError(f"the header has no list of {key}")
+    return found
+
+
+def _crc(value: Any) -> int:
+    if not is_integers([value], _MOST_CRC):
+        raise PackedFileError("a checksum is missing in the header")
+    return value
+
+
+def _names(name: Any, aliases: Any) -> tuple[str, tuple[str, ...]]:
+    if not isinstance(name, str) or not isinstance(aliases, list) or not all(isinstance(each, str) for each in aliases):
+        raise PackedFileError(f"a tensor's name {str(name)[:100]!r} or aliases {str(aliases)[:100]!r} are not text")
+    return name, tuple(aliases)
+
+
+def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
+    name, aliases = _names(value.get("name"), value.get("aliases", []))
+    try:
+        shape = _shape(value.get("shape"))
+        axis, grid, consumer = value.get("axis"), value.get("grid"), value.get("consumer")
+        if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
+            raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
+        spec = WeightSpec(
+            name=name,
+            aliases=aliases,
+            shape=shape,
+            axis=axis,
+            dtype=FLOAT_TYPES.parse(value.get("dtype")),
+            group_size=_group_size(value.get("group_size")),
+            range_size=_group_size(value.get("range_size")),
+            grid=grid,
+            consumer=consumer,
+        )
+        return kind_of_name(value.get("kind")).of_facts(spec, value)
+    except PackedFileError as error:
+        raise PackedFileError(f"weight '{name}': {error}") from error
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    sound = is_integers(value, _MOST_CODES) and 1 <= len(value) <= MOST_SIDES and 0 not in value
+    if not sound or math.prod(value) > _MOST_CODES:
+        raise PackedFileError(f"its shape {str(value)[:100]} is not possible")
+    return tuple(value)
+
+
+def _group_size(value: Any) -> Any:
+    if value not in _GROUP_KINDS and not (is_integers([value], _MOST_CODES) and value):
+        raise PackedFileError(f"its group size {value!r} is not possible")
+    return value
+
+
+def _tensor_from_json(name: str, value: Any, entry: Entry) -> PlainTensor:
+    if not isinstance(value, dict):
+        raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
+    _, aliases = _names(name, value.get("aliases", []))
+    stored = TENSOR_TYPES.parse(entry.dtype)
+    dtype = TENSOR_TYPES.parse(value.get("dtype", entry.dtype))
+    if dtype != stored and (stored, dtype) != (torch.float16, torch.float32):
+        raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
+    return PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
+
+
+def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights: Sequence[PackedWeight]) -> Shard:
+    spans, classes, sections = value.get("spans"), value.get("classes"), value.get("sections")
+    if not _are_triples(spans, _MOST_CODES) or not _are_triples(classes, max(BINS, MAX_WIDTH + 1)) or not is_integers(sections, 1 << 48):
+        raise PackedFileError(f"shard {index} is not described")
+    found = tuple(Span(*each) for each in spans)
+    if not found or not all(span.weight < len(weights) and span.rows for span in found):
+        raise PackedFileError(f"shard {index} holds rows of weights that are not there")
+    code_classes = tuple(CodeClass(*each) for each in classes)
+    if not all(1 <= each.width <= MAX_WIDTH and each.first_bin <= each.last_bin < BINS for each in code_classes):
+        raise PackedFileError(f"shard {index} has classes that are not possible")
+    if len(sections) != SECTIONS or (entry.dtype, entry.shape) != ("U8", (shard_size(sections, found, weights),)):
+        raise PackedFileError(f"shard {index} of {entry.size} bytes does not hold its sections or is too small for its rows")
+    return Shard(found, ShardHead(code_classes, tuple(sections)), _crc(value.get("crc32")), entry.start, entry.stop)
+
+
+def _are_triples(value: Any, limit: int) -> TypeGuard[list[list[int]]]:
+    return isinstance(value, list) and all(is_integers(each, limit) and len(each) == 3 for each in value)
+
+
+def _check_spans(weights: Sequence[PackedWeight], shards: Iterable[Shard]) -> None:
+    """Every row of every weight must come exactly once, and in order."""
+    rows = [0] * len(weights)
+    for shard in shards:
+        for span in shard.spans:
+            if span.first_row != rows[span.weight]:
+                raise PackedFileError(f"weight '{weights[span.weight].spec.name}': its rows are not in order")
+            rows[span.weight] += span.rows
+    for weight, found in zip(weights, rows, strict=True):
+        if found != weight.layout.rows:
+            raise PackedFileError(f"weight '{weight.spec.name}': expected {weight.layout.rows} rows, got {found}")

@@ -1,0 +1,166 @@
+"""What lies in a packed file: for every weight its widths, what it takes, and how close that is to its entropy."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.fileformat.container import VERSION
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES
+from diffq_fx.export.packed.fileformat.header import Shard
+from diffq_fx.export.packed.reading import PackedReader
+
+_TABLE = 1 << 16
+
+
+@dataclass(frozen=True)
+class PackedWeightReport:
+    """One quantized weight. Sizes are in bytes; those of codes that share a model are shared out by their ideal length."""
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    group_size: int | str
+    grid: str
+    values: int
+    """Number of weights."""
+    bits: dict[int, int]
+    """Number of codes of each width."""
+    bit_packed_bytes: int
+    """Its codes at exactly their widths."""
+    entropy_bytes: float
+    """The order-0 entropy of its codes, each width by itself."""
+    coded_bytes: float
+    """Its codes as they are in the file."""
+    side_bytes: float
+    """Its widths, zero points and scales as they are in the file."""
+
+
+@dataclass(frozen=True)
+class PlainTensorReport:
+    """One tensor that is stored as it is."""
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    stored_dtype: str
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class PackedInspection:
+    """A packed file."""
+
+    path: str
+    version: int
+    file_bytes: int
+    shards: int
+    weights: tuple[PackedWeightReport, ...]
+    tensors: tuple[PlainTensorReport, ...]
+
+    @property
+    def header_bytes(self) -> int:
+        """What is neither a weight nor a tensor: names, models' places, checksums, filler."""
+        weights = sum(weight.coded_bytes + weight.side_bytes for weight in self.weights)
+        return round(self.file_bytes - weights - sum(tensor.stored_bytes for tensor in self.tensors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return asdict(self) | {"header_bytes": self.header_bytes}
+
+
+class _Tally:
+    """What has been counted of one weight."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, NDArray[np.int64]] = {}
+        self.coded = 0.0
+        self.side = 0.0
+
+
+def inspect_packed(path: str | Path) -> PackedInspection:
+    """Look into a packed file; everything in it is decoded and checked.
+
+    Args:
+        path: a file that ``save_packed`` has written.
+
+    Returns:
+        Its weights and tensors, and what they take.
+
+    Raises:
+        PackedFileError: the file is missing, damaged, or not a packed file.
+    """
+    try:
+        with PackedReader(Path(path)) as reader:
+            tallies = [_Tally() for _ in reader.contents.weights]
+            for shard in reader.contents.shards:
+                _count_shard(reader, shard, tallies)
+            reader.plain_tensors()
+            return _inspection(str(path), reader, tallies)
+    except PackedFileError as error:
+        raise PackedFileError(f"'{path}': {error}.") from error
+
+
+def _count_shard(reader: PackedReader, shard: Shard, tallies: list[_Tally]) -> None:
+    """Add a shard to what has been counted of its weights."""
+    of_weight: dict[tuple[int, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(_TABLE, np.int64))
+    side: dict[int, float] = defaultdict(float)
+    for part, codes in reader.decode(shard).parts():
+        widths, layout = codes.widths, part.packed.layout
+        each = widths if widths.shape[1] == 1 else np.repeat(widths, layout.block, axis=1)[:, : layout.columns]
+        each = np.broadcast_to(each, codes.codes.shape)
+        for width in np.unique(widths).tolist():
+            of_weight[part.weight, width] += np.bincount(codes.codes[each == width], minlength=_TABLE)
+        side[part.weight] += widths.size / 2 + len(codes.integers) + len(codes.floats)
+    everyone: dict[int, NDArray[np.int64]] = defaultdict(lambda: np.zeros(_TABLE, np.int64))
+    for (_, width), counts in of_weight.items():
+        everyone[width] += counts
+    ideal = {key: _length(counts, everyone[key[1]]) for key, counts in of_weight.items()}
+    stored, *_, coded = shard.head.sections[:4], shard.head.sections[4]
+    for (weight, width), counts in of_weight.items():
+        tally = tallies[weight]
+        tally.counts[width] = tally.counts.get(width, 0) + counts
+        tally.coded += coded * ideal[weight, width] / max(sum(ideal.values()), 1e-9)
+    for weight, size in side.items():
+        tallies[weight].side += sum(stored) * size / max(sum(side.values()), 1e-9)
+
+
+def _length(counts: NDArray[np.int64], model: NDArray[np.int64]) -> float:
+    """Bits of values with these counts, coded for the frequencies of ``model``."""
+    used = counts > 0
+    return float(counts[used] @ np.log2(model.sum() / model[used]))
+
+
+def _inspection(path: str, reader: PackedReader, tallies: list[_Tally]) -> PackedInspection:
+    weights = []
+    for packed, tally in zip(reader.contents.weights, tallies, strict=True):
+        spec, bits = packed.spec, {width: int(counts.sum()) for width, counts in sorted(tally.counts.items())}
+        weights.append(
+            PackedWeightReport(
+                name=spec.name,
+                aliases=spec.aliases,
+                kind=packed.kind,
+                shape=spec.shape,
+                dtype=FLOAT_TYPES.name(spec.dtype),
+                group_size=spec.group_size,
+                grid=spec.grid,
+                values=spec.numel,
+                bits=bits,
+                bit_packed_bytes=-(-sum(width * count for width, count in bits.items()) // 8),
+                entropy_bytes=sum(_length(counts, counts) for counts in tally.counts.values()) / 8,
+                coded_bytes=tally.coded,
+                side_bytes=tally.side,
+            )
+        )
+    tensors = tuple(
+        PlainTensorReport(t.name, t.aliases, t.shape, TENSOR_TYPES.name(t.dtype), TENSOR_TYPES.name(t.stored_dtype), t.stop - t.start)
+        for t in reader.contents.tensors
+    )
+    return PackedInspection(path, VERSION, reader.file_bytes, len(reader.contents.shards), tuple(weights), tensors)

@@ -1,0 +1,108 @@
+"""What a packed file must know of one kind of stored weight; everything else in this package works on codes and knows no kind.
+
+A kind turns rows of a stored weight into *codes* (unsigned, each at its group's width), a few *small integers* of known widths and some
+raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``registry.py``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.groups import GroupLayout
+from diffq_fx.storage import StoredWeight
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True)
+class PartCodes:
+    """Consecutive rows of one weight as the file holds them. Legend: O rows, I columns, (R, C) the groups of those rows."""
+
+    codes: Values
+    """Shape (O, I); the coder gains most where small codes are frequent."""
+    widths: NDArray[np.uint8]
+    """Bits of each group of codes, shape (R, C) of the kind's ``layout`` for these rows."""
+    integers: Values
+    """Small integers, shape (n,), such as zero points."""
+    floats: bytes
+    """What is stored as it is, such as scales."""
+
+
+class PackedWeight(ABC):
+    """One weight of one kind, as far as it must be known before its codes can be read."""
+
+    kind: ClassVar[str]
+    """The kind's name in the file."""
+    stored_type: ClassVar[type[StoredWeight]]
+    """What it packs."""
+
+    def __init__(self, spec: WeightSpec) -> None:
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def layout(self) -> GroupLayout:
+        """Rows and columns of the codes, and which of them share a width."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the file's header must say beyond the spec, as JSON."""
+
+    @classmethod
+    @abstractmethod
+    def of_stored(cls, stored: Any) -> "PackedWeight":
+        """Decide how to pack a weight.
+
+        Raises:
+            PackedFileError: it holds values that the format cannot.
+        """
+
+    @classmethod
+    @abstractmethod
+    def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedWeight":
+        """Undo :meth:`facts`.
+
+        Raises:
+            PackedFileError: a fact is missing or not possible.
+        """
+
+    @abstractmethod
+    def encode(self, stored: Any, rows: slice) -> PartCodes:
+        """The codes of some rows."""
+
+    @abstractmethod
+    def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
+        """Widths of the small integers of a part of so many rows whose groups have ``widths``, shape (n,)."""
+
+    @abstractmethod
+    def float_bytes(self, rows: int) -> int:
+        """Bytes of the floats of a part of so many rows."""
+
+    @abstractmethod
+    def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
+        """The float weight of a part, bit for bit what the stored weight computes.
+
+        Args:
+            part: rows of the weight.
+            out: where to put them, shape (O, I); None to get a new tensor.
+
+        Returns:
+            Shape (O, I) in the dtype that the weight is computed in; None if it is in ``out``, which is ignored for other dtypes.
+        """
+
+    @abstractmethod
+    def restore(self, parts: Iterable[PartCodes]) -> StoredWeight:
+        """The stored weight of all its parts, in order."""
+
+    def group_rows(self, values: Any, rows: slice, layout: GroupLayout) -> Any:
+        """The values per group (R, C) that belong to some rows."""
+        return values if layout.kind == "tensor" else values[rows]
+
+    def widths_shape(self, rows: int) -> tuple[int, int]:
+        """Shape (R, C) of the widths of so many rows."""
+        return (1, 1) if self.layout.kind == "tensor" else (rows, self.layout.shape[1])

@@ -1,0 +1,165 @@
+"""What the kind "integer" asks of scales and zero points.
+
+Where a range (a row, a tensor) holds groups of several widths, each group's scale is ``extent / (2^b - 1)``: storing the extent of the
+range is enough. It is searched for once, when saving, and only taken if it gives every scale back bit by bit.
+
+Legend: O rows, (R, C) groups of one scale, E ranges: one for all rows or one for each.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffq_fx.functional import QuantParams
+from diffq_fx.storage import IntegerWeight, unpack_levels
+from diffq_fx.weights import WeightSpec
+
+_WIDTHS = 17
+
+Floats = NDArray[Any]
+"""float32 or float64."""
+
+
+def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:
+    """Scale of each group, as :func:`diffq_fx.functional.quant_params` computes it.
+
+    Args:
+        extents: high - low of each range, shape (1, 1) or (O, 1).
+        widths: shape (O, C).
+
+    Returns:
+        Shape (O, C), in the dtype of ``extents``.
+
+    Example:
+        >>> scales_of(np.array([[3.0]], np.float32), np.array([[1, 2]], np.uint8))
+        array([[3., 1.]], dtype=float32)
+    """
+    levels = np.exp2(widths.astype(extents.dtype)) - 1
+    scales = extents / levels
+    return np.where(scales > np.finfo(scales.dtype).tiny, scales, np.ones_like(scales))
+
+
+def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
+    """The extents of ranges, one for each row, that give these scales exactly; None if there are none.
+
+    Args:
+        scales: shape (O, C).
+        widths: shape (O, C).
+
+    Returns:
+        Shape (O, 1), or None.
+
+    Example:
+        >>> find_extents(np.array([[3.0, 1.0]], np.float32), np.array([[1, 2]], np.uint8))
+        array([[3.]], dtype=float32)
+        >>> find_extents(np.array([[3.0, 2.0]], np.float32), np.array([[1, 2]], np.uint8)) is None
+        True
+    """
+    column = np.argmin(widths, 1)[:, None]  # the coarsest scale leaves the fewest candidates
+    scale, width = np.take_along_axis(scales, column, 1), np.take_along_axis(widths, column, 1)
+    found = np.full_like(scale, np.nan)
+    for candidate in _candidates(scale * (np.exp2(width.astype(scales.dtype)) - 1)):
+        fits = (scales_of(candidate, widths) == scales).all(1, keepdims=True)
+        found = np.where(np.isnan(found) & fits, candidate, found)
+    return None if np.isnan(found).any() else found
+
+
+def _candidates(middle: Floats) -> list[Floats]:
+    """Floats that may round to the same scale as ``middle``; zero for a range without extent, whose scales are all 1."""
+    below, above = np.full_like(middle, -np.inf), np.full_like(middle, np.inf)
+    nearest = [np.nextafter(middle, below), np.nextafter(middle, above)]
+    return [np.zeros_like(middle), middle, *nearest, np.nextafter(nearest[0], below), np.nextafter(nearest[1], above)]
+
+
+def array_of(tensor: Any) -> NDArray[Any]:
+    """A tensor as an array on the CPU."""
+    return tensor.detach().cpu().numpy()
+
+
+def masks(widths: NDArray[np.uint8], kind: Any) -> NDArray[Any]:
+    """``2^b - 1`` of each group.
+
+    Example:
+        >>> masks(np.array([[1, 8, 16]], np.uint8), np.uint16)
+        array([[    1,   255, 65535]], dtype=uint16)
+    """
+    return ((1 << widths.astype(np.int32)) - 1).astype(kind)
+
+
+def centres(params: QuantParams, widths: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """The level of each group that stands for zero or is next to it: residues are counted from there."""
+    top = masks(widths, np.int64)
+    if params.zero_point is not None:
+        return np.clip(array_of(params.zero_point), 0, top)
+    with np.errstate(all="ignore"):
+        nearest = np.rint(-array_of(params.offset.double()) / array_of(params.scale.double()))  # type: ignore[union-attr]
+    return np.clip(np.nan_to_num(nearest, nan=0.0, posinf=65535, neginf=0), 0, top).astype(np.int64)
+
+
+def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str:
+    """How to store zero points: see :class:`~diffq_fx.export.packed.kinds.integers.PackedIntegers`."""
+    if zero_point is None:
+        return "none"
+    values, top = array_of(zero_point), masks(widths, np.int64)
+    if (2 * values == top + 1).all():
+        return "middle"
+    return "coded" if ((values >= 0) & (values <= top)).all() else "plain"
+
+
+def may_have_extents(spec: WeightSpec, scale_dtype: torch.dtype) -> bool:
+    """Whether a range holds groups that may differ in width, so that scales follow from the range and the width."""
+    several = spec.bits_layout.num_groups > spec.range_layout.num_groups
+    return several and spec.range_layout.kind != "block" and scale_dtype in (torch.float32, torch.float64)
+
+
+def by_range(shape: tuple[int, ...], spec: WeightSpec) -> tuple[int, int]:
+    """The shape (E, groups of a range) of values per group of ``shape``."""
+    return (1, shape[0] * shape[1]) if spec.range_layout.kind == "tensor" else (shape[0], shape[1])
+
+
+def follows_from_ranges(params: QuantParams, widths: NDArray[np.uint8], spec: WeightSpec) -> bool:
+    """Whether scales are ``extent / (2^b - 1)``, offsets those of the range, and zero points those of range and width."""
+    shape = by_range(widths.shape, spec)
+    if params.offset is not None:
+        offsets = array_of(params.offset).reshape(shape)
+        if offsets.tobytes() != np.repeat(offsets[:, :1], shape[1], 1).tobytes():
+            return False
+    if params.zero_point is not None:
+        zero_points = array_of(params.zero_point).reshape(-1)
+        widths_of_cells, cell = cells(widths, spec)
+        one = np.zeros(len(widths_of_cells), zero_points.dtype)
+        one[cell] = zero_points
+        if (one[cell] != zero_points).any():
+            return False
+    return find_extents(array_of(params.scale).reshape(shape), widths.reshape(shape)) is not None
+
+
+def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Ranges and widths that occur together, in rising order.
+
+    Args:
+        widths: of some rows, shape (O, C).
+        spec: says whether each row is a range.
+
+    Returns:
+        The width of each such cell, and the cell of each group, shape (O * C,).
+    """
+    of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
+    key = (of_row[:, None] * _WIDTHS + widths).reshape(-1)
+    present = np.zeros(_WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
+    present[key] = True
+    return (np.flatnonzero(present) % _WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
+
+
+def levels_of_rows(stored: IntegerWeight, rows: slice) -> NDArray[np.int32]:
+    """Levels of some rows, without unpacking the others."""
+    columns, bits = stored.spec.columns, stored.container_bits
+    per_byte = max(8 // bits, 1)
+    start = rows.start * columns // per_byte * per_byte
+    stop = rows.stop * columns
+    packed = stored.levels[start * bits // 8 : -(-stop * bits // 8)].cpu()
+    flat = unpack_levels(packed, bits, stop - start)
+    return flat[rows.start * columns - start :].reshape(-1, columns).numpy()

@@ -1,0 +1,109 @@
+"""Reads the bytes of a shard: see :mod:`diffq_fx.export.packed.shards` for what they are."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
+from diffq_fx.export.packed.coding.streams import decode_block
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, Tile, parts_of, tiles_of_part
+
+
+def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
+    """Bytes of a shard with such sections: their sum, filled up to a byte for 128 codes."""
+    codes = sum(span.rows * weights[span.weight].layout.columns for span in spans)
+    return max(sum(sections), -(-codes // CODES_PER_BYTE))
+
+
+class DecodedShard:
+    """The codes of a shard by class, and everything else that its parts need."""
+
+    def __init__(self, data: memoryview, spans: Sequence[Span], weights: Sequence[PackedWeight], head: ShardHead) -> None:
+        """Decode a shard whose spans, weights and size the caller has checked.
+
+        Raises:
+            PackedFileError: the bytes are damaged, or not of these spans.
+        """
+        self._parts = parts_of(spans, weights)
+        self._table = ClassTable(head.classes)
+        sections = _cut(data, head.sections)
+        self._widths = self._decode_widths(sections[0])
+        self._bins = self._decode_bins(sections[1])
+        self._integers = self._decode_integers(sections[2])
+        counts = np.zeros(len(head.classes), np.int64)
+        for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
+            counts += tile.counts(len(counts))
+        expected = [(each.width, count) for each, count in zip(head.classes, counts.tolist(), strict=True)]
+        self._streams = decode_block(sections[4], expected)
+        self._floats = self._cut_floats(sections[3])
+
+    def _tiles(self, index: int) -> list[Tile]:
+        return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
+
+    def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
+        shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
+        sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
+        (stream,) = decode_block(section, [(4, sum(sizes))])
+        return [piece.reshape(shape) for piece, shape in zip(_split(stream.values() + np.uint8(1), sizes), shapes, strict=True)]
+
+    def _decode_bins(self, section: memoryview) -> list[NDArray[np.uint8]]:
+        counts = [bins_in(*part.shape) for part in self._parts]
+        if not len(section):
+            return [np.zeros(1, np.uint8)] * len(counts)
+        (stream,) = decode_block(section, [(BIN_BITS, sum(counts))])
+        return _split(stream.values(), counts)
+
+    def _decode_integers(self, section: memoryview) -> list[Values]:
+        widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]
+        each = np.concatenate(widths)
+        present, counts = np.unique(each, return_counts=True)
+        streams = decode_block(section, list(zip(present.tolist(), counts.tolist(), strict=True)))
+        values = np.zeros(len(each), np.uint16)
+        for width, stream in zip(present, streams, strict=True):
+            values[each == width] = stream.values()
+        return _split(values, [len(w) for w in widths])
+
+    def _cut_floats(self, section: memoryview) -> list[bytes]:
+        sizes = [part.packed.float_bytes(part.shape[0]) for part in self._parts]
+        if len(section) != sum(sizes):
+            raise PackedFileError(f"expected {sum(sizes)} bytes of scales, got {len(section)}")
+        stops = np.cumsum(sizes).tolist()
+        return [bytes(section[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
+
+    def parts(self) -> Iterator[tuple[Part, PartCodes]]:
+        """The parts in order, each with its codes."""
+        values = [stream.values() for stream in self._streams]
+        at = np.zeros(len(values), np.int64)
+        for index, part in enumerate(self._parts):
+            tiles = []
+            for tile in self._tiles(index):
+                counts = tile.counts(len(values))
+                present = np.flatnonzero(counts).tolist()
+                sorted_codes = np.concatenate([values[i][at[i] : at[i] + counts[i]] for i in present]).reshape(-1, tile.length)
+                at += counts
+                order = tile.order()
+                if order is not None:
+                    place = np.empty_like(order)
+                    place[order] = np.arange(len(order))
+                    sorted_codes = sorted_codes.take(place, 0)
+                tiles.append(sorted_codes.reshape(part.shape[0], -1))
+            codes = tiles[0] if len(tiles) == 1 else np.concatenate(tiles, 1)
+            yield part, PartCodes(codes, self._widths[index], self._integers[index], self._floats[index])
+
+
+def _cut(data: memoryview, sections: Sequence[int]) -> list[memoryview]:
+    """The sections of a shard; what follows must be zeros."""
+    stops = np.cumsum(sections).tolist()
+    if len(sections) != SECTIONS or stops[-1] > len(data):
+        raise PackedFileError(f"sections of {list(sections)} bytes do not lie in {len(data)} bytes")
+    if any(data[stops[-1] :]):
+        raise PackedFileError("something is hidden behind the sections of a shard")
+    return [data[stop - size : stop] for stop, size in zip(stops, sections, strict=True)]
+
+
+def _split(values: Values, counts: Sequence[int]) -> list[Values]:
+    return np.split(values, np.cumsum(counts)[:-1])

@@ -1,0 +1,80 @@
+"""Writes the bytes of a shard: see :mod:`diffq_fx.export.packed.shards` for what they are."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of
+from diffq_fx.export.packed.coding.streams import Stream, encode_block
+from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.shards import CODES_PER_BYTE, Part, ShardHead, Span, parts_of, tiles_of_part
+from diffq_fx.groups import GroupLayout
+from diffq_fx.storage import StoredWeight
+
+
+def encode_shard(
+    spans: Sequence[Span], weights: Sequence[PackedWeight], stored: Sequence[StoredWeight], *, entropy: bool
+) -> tuple[bytes, ShardHead]:
+    """Encode rows of weights.
+
+    Args:
+        spans: the rows.
+        weights: all weights of the file.
+        stored: what they pack.
+        entropy: False to bit-pack everything.
+
+    Returns:
+        The shard's bytes, and what the header must say of them.
+    """
+    parts = parts_of(spans, weights)
+    contents = [part.packed.encode(stored[part.weight], part.rows) for part in parts]
+    histogram, bins = Histogram(), []
+    for part, content in zip(parts, contents, strict=True):
+        widths = _per_column(content.widths, part.packed.layout)
+        bins.append(bins_of(content.codes, widths) if entropy else np.zeros(1, np.uint8))
+        histogram.add(content.codes, widths, bins[-1])
+    table = ClassTable(histogram.classes(by_bin=entropy))
+    sections = [
+        encode_block([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))], entropy=entropy),
+        encode_block([Stream(BIN_BITS, np.concatenate(bins))], entropy=True) if entropy else b"",
+        encode_block(_integer_streams(parts, contents), entropy=entropy),
+        b"".join(content.floats for content in contents),
+        encode_block(_code_streams(parts, contents, bins, table), entropy=entropy),
+    ]
+    data = b"".join(sections)
+    filler = -(-sum(content.codes.size for content in contents) // CODES_PER_BYTE) - len(data)
+    return data + bytes(max(filler, 0)), ShardHead(table.classes, tuple(len(section) for section in sections))
+
+
+def _per_column(widths: NDArray[np.uint8], layout: GroupLayout) -> NDArray[np.uint8]:
+    """Widths that broadcast with codes of shape (O, I)."""
+    return widths if widths.shape[1] == 1 else np.repeat(widths, layout.block, axis=1)[:, : layout.columns]
+
+
+def _code_streams(
+    parts: Iterable[Part], contents: Iterable[PartCodes], bins: Iterable[NDArray[np.uint8]], table: ClassTable
+) -> list[Stream]:
+    """The codes of each class, in the order of tiles and groups."""
+    pieces: list[list[Values]] = [[] for _ in table.classes]
+    for part, content, row_bins in zip(parts, contents, bins, strict=True):
+        for tile in tiles_of_part(part, content.widths, row_bins, table):
+            groups = content.codes[:, tile.columns].reshape(-1, tile.length)
+            order = tile.order()
+            flat = (groups if order is None else groups[order]).reshape(-1)
+            ends = np.cumsum(tile.counts(len(pieces)))
+            for index in np.flatnonzero(np.diff(ends, prepend=0)):
+                pieces[index].append(flat[ends[index - 1] if index else 0 : ends[index]])
+    return [Stream(each.width, _narrow(np.concatenate(piece), each.width)) for each, piece in zip(table.classes, pieces, strict=True)]
+
+
+def _integer_streams(parts: Iterable[Part], contents: Sequence[PartCodes]) -> list[Stream]:
+    """The small integers by their width, from 1 to 16 bits, where there are any."""
+    values = np.concatenate([content.integers for content in contents])
+    widths = np.concatenate([p.packed.integer_widths(c.widths, p.shape[0]) for p, c in zip(parts, contents, strict=True)])
+    return [Stream(width, _narrow(values[widths == width], width)) for width in np.unique(widths).tolist()]
+
+
+def _narrow(values: Values, width: int) -> Values:
+    return values.astype(np.uint8 if width <= 8 else np.uint16)

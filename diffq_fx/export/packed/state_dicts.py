@@ -1,0 +1,121 @@
+"""Float safetensors state dicts to packed files and back, for the command line."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffq_fx import functional
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.contents import ModelContents
+from diffq_fx.export.packed.fileformat.atomic import replaced_atomically
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
+from diffq_fx.export.packed.loading import load_packed
+from diffq_fx.export.packed.saving import write_packed
+from diffq_fx.functional import Grid
+from diffq_fx.groups import GroupSize, to_rows
+from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.weights import WeightSpec
+
+
+def pack_state_dict(
+    source: Path, target: Path, *, bits: int, group_size: str, grid: Grid = "affine", exclude: Sequence[str] = (), entropy: bool = True
+) -> list[str]:
+    """Round the weights of a float state dict to the nearest level and pack them.
+
+    A weight is a floating-point tensor with two dimensions or more; its first one is taken for the output channels.
+
+    Args:
+        source: a safetensors file.
+        target: the packed file to write.
+        bits: width of every weight, 1 to 16.
+        group_size: weights that share a scale: "tensor", "channel", or the length of a block.
+        grid: "affine" or "symmetric".
+        exclude: patterns (as in a shell) of names that stay as they are.
+        entropy: False to bit-pack.
+
+    Returns:
+        Names of the tensors with two dimensions or more that stay as they are.
+
+    Raises:
+        PackedFileError: the source is not a safetensors file, a weight is not finite, or the target cannot be written.
+        ValueError: an option is out of its range, or a pattern matches nothing.
+    """
+    if not 1 <= bits <= 16:
+        raise ValueError(f"bits must be from 1 to 16, got {bits}.")
+    size = _group_size(group_size)
+    tensors = _read_state_dict(source)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in tensors):
+            raise ValueError(f"the pattern '{pattern}' matches no tensor of '{source}'.")
+    stored: list[StoredWeight] = []
+    rest: list[tuple[tuple[str, ...], Tensor]] = []
+    for name, tensor in tensors.items():
+        excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
+        if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES or excluded:
+            rest.append(((name,), tensor))
+        else:
+            spec = WeightSpec(name=name, shape=tuple(tensor.shape), axis=0, dtype=tensor.dtype, group_size=size, range_size=size, grid=grid)
+            stored.append(_rounded(tensor, spec, bits))
+    try:
+        write_packed(ModelContents(tuple(stored), tuple(rest)), target, entropy=entropy)
+    except PackedFileError as error:
+        raise PackedFileError(f"{error}.") from error
+    return [names[0] for names, tensor in rest if tensor.dim() >= 2]
+
+
+def _group_size(value: str) -> GroupSize:
+    if value == "tensor" or value == "channel":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f'the group size is "tensor", "channel" or a number from 1, got {value!r}.')
+    return int(value)
+
+
+def _read_state_dict(source: Path) -> dict[str, Tensor]:
+    import safetensors
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(source)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise PackedFileError(f"'{source}' is not a safetensors file that can be read: {error}.") from error
+
+
+def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
+    """A weight at the nearest level of its grid."""
+    if not torch.isfinite(weight).all():
+        raise PackedFileError(f"weight '{spec.name}' of shape {spec.shape} has values that are not finite.")
+    rows_OI = to_rows(weight, spec.axis)
+    low, high = functional.weight_range(rows_OI, spec.range_layout, spec.grid)
+    widths = torch.full(spec.bits_layout.shape, bits, dtype=torch.int32)
+    params = functional.quant_params(low, high, widths, spec.grid)
+    return IntegerWeight(spec, functional.quantize(rows_OI.to(low.dtype), params, widths, spec.scale_layout), params, widths)
+
+
+def unpack_state_dict(source: Path, target: Path) -> None:
+    """Write the float state dict of a packed file as safetensors.
+
+    Args:
+        source: a packed file.
+        target: the safetensors file to write. A tied weight is in it under each of its names.
+
+    Raises:
+        PackedFileError: the source is not a packed file, or the target cannot be written.
+    """
+    from safetensors.torch import save
+
+    tensors: dict[str, Any] = load_packed(source)
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    data = save(tensors, metadata={"format": "pt"})
+    try:
+        with replaced_atomically(target) as file:
+            file.write(data)
+    except PackedFileError as error:
+        raise PackedFileError(f"{error}.") from error

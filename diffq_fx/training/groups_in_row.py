@@ -1,0 +1,142 @@
+"""The groups of all weights of a model in one row, so that size costs a few kernels and not a few per weight.
+
+Shape legend: T groups in all, W weights, N groups of one segment.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffq_fx.weights import WeightSpec
+
+_WIDTH_HEADER_BITS = 8
+"""Smallest and largest width of a weight, 4 bits each; the widths are coded relative to them."""
+_LARGE = 1 << 14
+"""Groups from which on a weight is worked on alone, without a copy into one row with others."""
+_TILE = 1 << 17
+"""Groups worked on at a time: they stay in the processor's cache."""
+
+
+def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
+    """What one weight stores: values per group that take the group's width, and bits that no width changes.
+
+    A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width. Where a
+    range holds groups of several widths, or has a float offset, both of its ends are stored.
+
+    Args:
+        spec: the weight.
+
+    Returns:
+        Values per group, int64, shape of the spec's ``bits_layout``; and the fixed number of bits.
+
+    Example:
+        >>> values, fixed = bit_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
+        >>> values.tolist(), fixed
+        ([[9], [9]], 72)
+    """
+    values, ranges = spec.bits_layout.counts(), spec.range_layout
+    if spec.grid == "symmetric":
+        return values, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+    several_widths_in_a_range = spec.bits_layout.num_groups > ranges.num_groups
+    if spec.grid == "float" or several_widths_in_a_range:
+        return values, 64 * ranges.num_groups + _WIDTH_HEADER_BITS
+    return values + ranges.num_groups // spec.bits_layout.num_groups, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Weights that are worked on together: one with many groups, or all those with few."""
+
+    weights: tuple[int, ...]
+    counts: tuple[int, ...]
+    values: Tensor
+    """Stored values per group, shape (N,); a view of one number where all groups have as many."""
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One value per group of each weight of the model, as a row: a view where the segment is one weight."""
+        parts = [tensors[i].reshape(-1) for i in self.weights]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def scatter_(self, row_N: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Write a row that :meth:`gather` gave, and that was changed in place, back to where it came from."""
+        first, *others = self.weights
+        if others or row_N.data_ptr() != tensors[first].data_ptr():
+            for i, part in zip(self.weights, row_N.split(self.counts), strict=True):
+                tensors[i].copy_(part.view_as(tensors[i]))
+
+    def tiles(self) -> Iterator[slice]:
+        """The row in pieces that stay in the cache; on a GPU in one piece."""
+        size = _TILE if self.values.device.type == "cpu" else max(len(self.values), 1)
+        return (slice(left, left + size) for left in range(0, len(self.values), size))
+
+
+class FlatGroups:
+    """The groups of all weights of a model."""
+
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
+        costs = [bit_costs(spec) for spec in specs]
+        self.counts = [values.numel() for values, _ in costs]
+        self._values = [_one_number_if_equal(values.reshape(-1).to(device, torch.float32)) for values, _ in costs]
+        self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
+        self.device = device
+        self.num_groups = sum(self.counts)
+        self.num_values = sum(int(values.sum()) for values, _ in costs)
+        self.fixed_bits = sum(fixed for _, fixed in costs)
+        self.num_weights = sum(spec.numel for spec in specs)
+        self._segments: dict[tuple[int, ...], list[Segment]] = {}
+        few = [i for i, count in enumerate(self.counts) if count < _LARGE]
+        few_counts = torch.tensor([self.counts[i] for i in few], dtype=torch.int64)
+        self._few = torch.tensor(few, dtype=torch.int64, device=device)
+        self._place_in_few = torch.repeat_interleave(torch.arange(len(few)), few_counts).to(device)
+
+    @property
+    def values_T(self) -> Tensor:
+        """Stored values of every group, float32."""
+        return torch.cat(self._values)
+
+    def segments(self, weights: Sequence[int] | None = None) -> list[Segment]:
+        """The segments of these weights, by default of all."""
+        key = tuple(range(len(self.counts)) if weights is None else weights)
+        if key not in self._segments:
+            few = tuple(i for i in key if self.counts[i] < _LARGE)
+            runs: list[tuple[int, ...]] = [(i,) for i in key if self.counts[i] >= _LARGE] + ([few] if few else [])
+            self._segments[key] = [
+                Segment(
+                    run,
+                    tuple(self.counts[i] for i in run),
+                    self._values[run[0]] if len(run) == 1 else torch.cat([self._values[i] for i in run]),
+                )
+                for run in runs
+            ]
+        return self._segments[key]
+
+    def limits(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each weight, shape (W,): a kernel for each large weight, a few for all small ones."""
+        low_W, high_W = torch.empty_like(self.groups_W), torch.empty_like(self.groups_W)
+        for i, count in enumerate(self.counts):
+            if count >= _LARGE:
+                low_W[i], high_W[i] = torch.aminmax(tensors[i])
+        if len(self._few):
+            row = torch.cat([tensor.reshape(-1) for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]).float()
+            empty = row.new_zeros(len(self._few))
+            low_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amin", include_self=False)
+            high_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amax", include_self=False)
+        return low_W, high_W
+
+    def coding_bits(self, width_T: Tensor) -> Tensor:
+        """Bits that code the widths: ``groups * ceil(log2(1 + max - min))`` per weight, summed; 0-d, no device sync."""
+        return self.coding_bits_between(*self.limits(self.split(width_T)))
+
+    def coding_bits_between(self, low_W: Tensor, high_W: Tensor) -> Tensor:
+        """The same from the smallest and largest width of each weight."""
+        return (self.groups_W * torch.ceil(torch.log2(1 + high_W.float() - low_W.float()))).sum()
+
+    def split(self, flat_T: Tensor) -> list[Tensor]:
+        """One flat tensor per weight."""
+        return list(flat_T.split(self.counts))
+
+
+def _one_number_if_equal(values_N: Tensor) -> Tensor:
+    return values_N[:1].expand(len(values_N)) if bool((values_N == values_N[0]).all()) else values_N

@@ -1,0 +1,400 @@
+"""Whatever the bytes: one error of our type, or the right weights, in little time and memory; and the model as it was."""
+
+import json
+import pickle
+import random
+import struct
+import time
+import tracemalloc
+import zlib
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from packed_models import assert_equal, converted, expected, float_twin, store
+from torch import nn
+
+from diffq_fx.errors import DiffQError, PackedFileError
+from diffq_fx.export import load_packed, save_packed
+from diffq_fx.export.packed.inspection import inspect_packed
+
+MUTATIONS = 2000  # of each kind that is drawn at random
+SLOWEST_LOAD = 5.0  # seconds; the machine may be busy
+
+
+def small_model(seed=0):
+    """All kinds of sections in a few thousand bytes."""
+    return converted(
+        store("a", (12, 20), bits=(1, 16), seed=seed),
+        store("b.weight", (6, 5), axis=1, bits=(2, 6), group=4, ranges="channel", grid="float", aliases=("c.weight",), seed=seed),
+        store("d", (9, 40), bits=(2, 4), group=8, ranges="channel", seed=seed),
+        bias=torch.randn(7),
+        steps=torch.tensor(3),
+        mask=torch.tensor([True, False]),
+    )
+
+
+def coded_model(seed=0):
+    """Large enough for the entropy coder."""
+    return converted(store("a", (64, 256), bits=(2, 5), seed=seed))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Contents of files, and what loading them gives."""
+    folder = tmp_path_factory.mktemp("sound")
+    made = {}
+    for name, model, compression in (("small", small_model(), "bits"), ("coded", coded_model(), "entropy")):
+        made[name] = (save_packed(model, folder / name, compression).read_bytes(), model)
+    return made
+
+
+def refuse(path, data, match="is damaged|is not a packed file|cut short|checksum|is a pickle|format version|without what save_packed"):
+    """Loading these bytes is an error of our type, and quick."""
+    path.write_bytes(data)
+    start = time.monotonic()
+    with pytest.raises(PackedFileError, match=match):
+        load_packed(path)
+    assert time.monotonic() - start < SLOWEST_LOAD
+
+
+def test_cut_short_at_every_byte(tmp_path, files):
+    data = files["small"][0]
+    for stop in range(len(data)):
+        refuse(tmp_path / "m", data[:stop])
+
+
+def test_every_byte_flipped(tmp_path, files):
+    data, draw = files["small"][0], random.Random(0)
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= draw.randrange(1, 256)
+        refuse(tmp_path / "m", damaged)
+
+
+def test_random_edits(tmp_path, files):
+    """Bytes removed, added, replaced, swapped: never a load, since every byte is covered by a checksum."""
+    draw = random.Random(1)
+    for turn in range(MUTATIONS):
+        data = files["small" if turn % 4 else "coded"][0]
+        damaged, start, count = bytearray(data), draw.randrange(len(data)), draw.choice((1, 1, 2, 4, 8, 64, 500))
+        match draw.randrange(5):
+            case 0:
+                del damaged[start : start + count]
+            case 1:
+                damaged[start:start] = draw.randbytes(count)
+            case 2:
+                damaged[start : start + count] = draw.randbytes(len(damaged[start : start + count]))
+            case 3:
+                damaged[start : start + count] = bytes(len(damaged[start : start + count]))
+            case 4:
+                other = draw.randrange(len(data))
+                damaged[start], damaged[other] = damaged[other], damaged[start]
+        if damaged != data:
+            refuse(tmp_path / "m", damaged)
+
+
+class Forgery:
+    """A file taken apart, to be put together with other values and checksums that fit."""
+
+    def __init__(self, data):
+        length = struct.unpack("<Q", data[:8])[0]
+        self.header = json.loads(data[8 : 8 + length])
+        self.contents = json.loads(self.header["__metadata__"]["contents"])
+        self.body = bytearray(data[8 + length : -4])
+
+    def build(self):
+        self.header["__metadata__"]["contents"] = json.dumps(self.contents)
+        text = json.dumps(self.header).encode()
+        head = struct.pack("<Q", len(text)) + text
+        return head + self.body + struct.pack("<I", zlib.crc32(head))
+
+    def fix_checksums(self):
+        """Those of the body, of whatever the header still describes."""
+        places = {name: entry["data_offsets"] for name, entry in self.header.items() if name != "__metadata__"}
+        for index, shard in enumerate(self.contents["shards"]):
+            start, stop = places[f"diffq_fx/shard/{index}"]
+            shard["crc32"] = zlib.crc32(self.body[start:stop])
+        self.contents["tensors_crc32"] = zlib.crc32(self.body[: places["diffq_fx/shard/0"][0]])
+
+
+def paths_of(value, path=()):
+    """The path of every value in nested lists and dicts."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        yield (*path, key)
+        yield from paths_of(each, (*path, key))
+
+
+def replaced(value, path, new):
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+ODD = [
+    0,
+    1,
+    2,
+    -1,
+    3,
+    7,
+    31,
+    255,
+    10**6,
+    2**31,
+    2**40,
+    2**62,
+    10**30,
+    None,
+    "",
+    "a",
+    "tensor",
+    "channel",
+    "extents",
+    "groups",
+    "coded",
+    "middle",
+]
+ODD += ["plain", "none", "float", "float64", "bfloat16", "F16", "U8", "BOOL", True, 1.5, [], {}, [1], [[0, 0, 1]], [0] * 5]
+
+
+def test_forged_headers_with_checksums_that_fit(tmp_path, files):
+    """Anything in the header replaced by anything: an error of our type, or tensors of the shapes that the header says."""
+    draw, path, refused = random.Random(2), tmp_path / "m", 0
+    for turn in range(MUTATIONS):
+        forgery = Forgery(files["small" if turn % 4 else "coded"][0])
+        target = forgery.contents if draw.random() < 0.7 else forgery.header
+        where = draw.choice([p for p in paths_of(target) if p[0] != "__metadata__"])
+        replaced(target, where, draw.choice(ODD))
+        path.write_bytes(forgery.build())
+        start = time.monotonic()
+        try:
+            load_packed(path)
+        except PackedFileError:
+            refused += 1
+        assert time.monotonic() - start < SLOWEST_LOAD, where
+    assert refused > 0.9 * MUTATIONS
+
+
+def test_forged_payloads_with_checksums_that_fit(tmp_path, files):
+    """Other bytes under checksums that fit: an error of our type, or other weights of the same shapes; a model is whole or as it was."""
+    draw, path, refused = random.Random(3), tmp_path / "m", 0
+    for turn in range(MUTATIONS // 4):
+        data, model = files["small" if turn % 2 else "coded"]
+        forgery = Forgery(data)
+        for _ in range(draw.choice((1, 1, 3, 20))):
+            forgery.body[draw.randrange(len(forgery.body))] ^= draw.randrange(1, 256)
+        forgery.fix_checksums()
+        path.write_bytes(forgery.build())
+        twin = float_twin(model)
+        before = {name: value.clone() for name, value in twin.state_dict().items()}
+        try:
+            load_packed(twin, path)
+        except PackedFileError:
+            refused += 1
+            assert_equal(twin.state_dict(), before)
+    assert refused > MUTATIONS // 20
+
+
+def forged(files, change, name="small"):
+    forgery = Forgery(files[name][0])
+    change(forgery)
+    forgery.header["__metadata__"].setdefault("contents", "")
+    return forgery.build()
+
+
+def weight(forgery):
+    return forgery.contents["weights"][0]
+
+
+def shard(forgery):
+    return forgery.contents["shards"][0]
+
+
+FORGERIES = {
+    "a newer version": (
+        lambda f: f.header["__metadata__"].update(version="2"),
+        "has the format version '2'; this diffq_fx reads version 1",
+    ),
+    "a huge weight": (
+        lambda f: weight(f).update(shape=[10**6, 10**6]),
+        "does not hold its sections or is too small for its rows|expected .* rows",
+    ),
+    "a huge row": (lambda f: weight(f).update(shape=[12, 10**9]), "shard 0 of .* too small for its rows"),
+    "a huge side": (lambda f: weight(f).update(shape=[2**41]), "weight 'a': its shape .* is not possible"),
+    "no shape": (lambda f: weight(f).update(shape=[]), "weight 'a': its shape"),
+    "a zero side": (lambda f: weight(f).update(shape=[0, 3]), "weight 'a': its shape"),
+    "an axis too many": (lambda f: weight(f).update(axis=2), "weight 'a': its axis 2"),
+    "another kind": (lambda f: weight(f).update(kind="codebook"), "weight 'a': its kind 'codebook' is not known here; integer is"),
+    "another type": (lambda f: weight(f).update(dtype="int8"), "weight 'a': expected one of the types float32, .* got 'int8'"),
+    "a name twice": (lambda f: weight(f).update(name="bias"), "two tensors have one name"),
+    "rows twice": (lambda f: shard(f)["spans"].append(shard(f)["spans"][0]), "too small|rows are not in order"),
+    "rows missing": (lambda f: shard(f)["spans"].pop(), "expected 9 rows, got 0"),
+    "a class too wide": (lambda f: shard(f)["classes"].append([17, 0, 31]), "shard 0 is not described|classes that are not possible"),
+    "a class twice": (lambda f: shard(f)["classes"].append(shard(f)["classes"][0]), "two models of . bits claim one bin"),
+    "a class missing": (lambda f: shard(f)["classes"].pop(), "a group of weights has no model"),
+    "a negative section": (lambda f: shard(f)["sections"].__setitem__(0, -5), "shard 0 is not described"),
+    "a wrong checksum": (lambda f: shard(f).update(crc32=5), r"checksum of shard 0 \(with 'a'\) does not fit"),
+    "another checksum": (lambda f: f.contents.update(tensors_crc32=5), "checksum of its plain tensors does not fit"),
+    "an unknown tensor": (lambda f: f.contents["tensors"].update(x={}), "describes tensor 'x', which is not there"),
+    "a shard too few": (lambda f: f.contents.update(shards=[]), "describes 0 shards, the file has others"),
+    "a gap": (lambda f: f.header["steps"].update(data_offsets=[1, 9]), "begins at byte"),
+    "a tensor too long": (lambda f: f.header["bias"].update(shape=[70]), r"tensor 'bias' of F32 \[70\] has 28 bytes, not 280"),
+    "many dimensions": (lambda f: f.header["bias"].update(shape=[1] * 65), "tensor 'bias' has shape"),
+    "no contents": (lambda f: f.contents.clear(), "the header has no list of weights"),
+    "a bool of 2": (lambda f: (f.body.__setitem__(slice(36, 38), b"\2\0"), f.fix_checksums()), "a bool is stored as 2"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), FORGERIES.values(), ids=FORGERIES)
+def test_forgeries_are_named_before_anything_is_allocated(tmp_path, files, change, match):
+    data = forged(files, change)
+    tracemalloc.start()
+    try:
+        refuse(tmp_path / "m", data, match)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_that_is_longer_than_the_file_or_nested_without_end(tmp_path):
+    refuse(tmp_path / "m", struct.pack("<Q", 2**62) + b"{}", "do not begin with the length of a header")
+    text = b'{"a":' + b"[" * 10**6
+    refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "its header is not JSON")
+    text = b'{"a":' + b"1" * 10**6 + b"}"
+    refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "its header is not JSON")
+    text = b'{"a":1,"a":2}'
+    refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "the name 'a' occurs twice")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.exit, ("a pickle was opened",))
+
+
+def test_files_of_other_kinds(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    refuse(path, path.read_bytes(), "is a pickle")
+    torch.save({"w": torch.zeros(3)}, path)
+    refuse(path, path.read_bytes(), "is a pickle")
+    torch.save({"w": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    refuse(path, path.read_bytes(), "is a pickle")
+    safetensors.torch.save_file({"w": torch.zeros(3)}, path)
+    refuse(path, path.read_bytes(), "read it with safetensors.torch.load_file")
+    refuse(path, b"", "is not a packed file, or is damaged: its 0 bytes")
+    with pytest.raises(PackedFileError, match=r"load_packed: '.*nothing': cannot be opened: No such file or directory\."):
+        load_packed(tmp_path / "nothing")
+    with pytest.raises(PackedFileError, match="cannot be opened: Is a directory"):
+        load_packed(tmp_path)
+
+
+def test_safetensors_reads_what_is_not_quantized(tmp_path):
+    model = small_model()
+    path = save_packed(model, tmp_path / "m.safetensors")
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "diffq_fx.packed"
+        assert torch.equal(file.get_tensor("bias"), model.bias)
+        assert file.get_tensor("steps") == 3
+
+
+def model_for(change):
+    twin = float_twin(small_model())
+    change(twin)
+    return twin
+
+
+ARCHITECTURES = {
+    "a name more": (lambda m: m.register_parameter("extra", nn.Parameter(torch.zeros(2))), "the file has no 'extra', which the Module has"),
+    "a name less": (lambda m: delattr(m, "a"), "the Module has no 'a', which the file has"),
+    "another shape": (
+        lambda m: setattr(m, "a", nn.Parameter(torch.zeros(20, 12))),
+        r"tensor 'a': the model has \(20, 12\) torch.float32, the file \(12, 20\)",
+    ),
+    "another type": (lambda m: m.half(), r"the model has .* torch\.float16, the file .* torch\.float32"),
+    "another buffer": (lambda m: setattr(m, "bias", torch.zeros(8)), r"tensor 'bias': the model has \(8,\)"),
+    "tied": (lambda m: setattr(m.b, "weight", m.d), "shape|the model ties"),
+    "lazy": (lambda m: setattr(m, "a", nn.UninitializedParameter()), "'a' is not initialized yet: run the model once"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_another_architecture_is_named_and_left_alone(tmp_path, files, change, match):
+    path = tmp_path / "m"
+    path.write_bytes(files["small"][0])
+    model = model_for(change)
+    before = {name: value.clone() for name, value in model.state_dict(keep_vars=True).items() if not nn.parameter.is_lazy(value)}
+    with pytest.raises(PackedFileError, match=match):
+        load_packed(model, path)
+    assert_equal({name: value for name, value in model.state_dict(keep_vars=True).items() if name in before}, before)
+
+
+def test_tensors_that_only_the_model_ties(tmp_path):
+    path = save_packed(converted(store("a", (8, 8)), store("b", (8, 8), seed=1)), tmp_path / "m")
+    model = float_twin(converted(store("a", (8, 8)), store("b", (8, 8), seed=1)))
+    model.b = model.a
+    with pytest.raises(PackedFileError, match="the model ties a and b, which the file holds as different tensors"):
+        load_packed(model, path)
+    assert (model.a == 7).all()
+
+
+def test_a_converted_model_with_other_weights_is_left_alone(tmp_path):
+    path = save_packed(converted(store("a", (8, 8)), store("b", (8, 8))), tmp_path / "m")
+    for other, match in (
+        (converted(store("a", (8, 8))), "weight 'b' is quantized in the file, but not in the converted model"),
+        (converted(*(store(name, (8, 8)) for name in "abc")), "weight 'c' is quantized in the converted model, but not in the file"),
+        (converted(store("a", (8, 8)), store("b", (4, 16))), r"weight 'b': the model has .*\(4, 16\).*, the file .*\(8, 8\)"),
+        (converted(store("a", (8, 8)), store("b", (8, 8)), x=torch.zeros(1)), "the file has no 'x', which the Module has"),
+    ):
+        before = {name: value.clone() for name, value in other.state_dict().items()}
+        with pytest.raises(PackedFileError, match=match):
+            load_packed(other, path)
+        assert_equal(other.state_dict(), before)
+
+
+def test_a_damaged_shard_leaves_the_model_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    model = converted(*(store(f"w{i}", (64, 300), seed=i) for i in range(4)), bias=torch.randn(4))
+    path = save_packed(model, tmp_path / "m")
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1  # in the last of several shards
+    path.write_bytes(data)
+    twin, other = float_twin(model), converted(*(store(f"w{i}", (64, 300), seed=9) for i in range(4)), bias=torch.zeros(4))
+    before = other.state_dict()
+    for target in (twin, other):
+        with pytest.raises(PackedFileError, match=r"is damaged: the checksum of shard \d \(with 'w3'\) does not fit"):
+            load_packed(target, path)
+    assert all((value == 7).all() for name, value in twin.named_parameters())
+    assert_equal(other.state_dict(), before)
+    assert torch.equal(load_packed(path, names=["w0"])["w0"], expected(model)["w0"])  # the rest can still be had
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    path = save_packed(small_model(), tmp_path / "m")
+    from diffq_fx.export.packed import loading
+
+    original = loading.fill_float
+
+    def cut_then_fill(model, reader):
+        path.write_bytes(path.read_bytes()[:600])
+        original(model, reader)
+
+    monkeypatch.setattr(loading, "fill_float", cut_then_fill)
+    twin = float_twin(small_model())
+    with pytest.raises(PackedFileError, match="is cut short: expected"):
+        load_packed(twin, path)
+    assert (twin.a == 7).all()
+
+
+def test_names_that_the_format_needs_are_refused(tmp_path):
+    with pytest.raises(PackedFileError, match="a tensor cannot be named 'diffq_fx/shard/0'"):
+        save_packed(converted(store("diffq_fx/shard/0", (4, 4))), tmp_path / "m")
+
+
+def test_inspection_names_the_file(tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(DiffQError, match=r"'.*m': is not a packed file, or is damaged"):
+        inspect_packed(path)

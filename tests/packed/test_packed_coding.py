@@ -1,0 +1,156 @@
+"""Bit planes, the entropy coder and blocks of streams: every width and every length comes back, and at its entropy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding import rans
+from diffq_fx.export.packed.coding.bitplanes import pack, packed_size, unpack
+from diffq_fx.export.packed.coding.classes import BINS, ClassTable, CodeClass, Histogram, bins_of
+from diffq_fx.export.packed.coding.streams import DEFLATE, RANS, Stream, decode_block, encode_block
+
+WIDTHS = st.integers(1, 16)
+
+
+def values_of(width, count, seed, peaked=False):
+    generator = np.random.default_rng(seed)
+    values = np.minimum(generator.geometric(0.4, count) - 1, 2**width - 1) if peaked else generator.integers(0, 2**width, count)
+    return values.astype(np.uint8 if width <= 8 else np.uint16)
+
+
+@settings(deadline=None)
+@given(width=WIDTHS, count=st.integers(0, 100), seed=st.integers(0, 999))
+def test_bit_planes_hold_values_in_their_bits(width, count, seed):
+    values = values_of(width, count, seed)
+    packed = pack(values, width)
+    assert len(packed) == packed_size(count, width)
+    assert packed_size(8 * count, width) == count * width
+    assert np.array_equal(unpack(packed, width, count), values)
+
+
+@settings(deadline=None, max_examples=30)
+@given(extra=st.integers(0, 5000), width=st.integers(1, 8), seed=st.integers(0, 999))
+def test_rans_gives_back_symbols(extra, width, seed):
+    symbols = values_of(width, rans.LEAST + extra, seed, peaked=seed % 2 == 0)
+    assert np.array_equal(rans.decode(memoryview(rans.encode(symbols)), len(symbols)), symbols)
+
+
+@pytest.mark.parametrize("only", [0, 255])
+def test_rans_codes_one_symbol_alone(only):
+    symbols = np.full(40000, only, np.uint8)
+    coded = rans.encode(symbols)
+    assert len(coded) < 600
+    assert np.array_equal(rans.decode(memoryview(coded), 40000), symbols)
+
+
+def entropy_bytes(values):
+    counts = np.bincount(values)
+    share = counts[counts > 0] / len(values)
+    return -(share @ np.log2(share)) * len(values) / 8
+
+
+@pytest.mark.parametrize(("width", "scale"), [(2, 0.4), (3, 0.5), (4, 0.9), (4, 2.0), (5, 1.0), (5, 4.0), (8, 2.0), (8, 30.0), (12, 500.0)])
+def test_a_stream_is_as_long_as_its_entropy(width, scale):
+    drawn = np.rint(np.random.default_rng(0).laplace(size=2_000_000) * scale)
+    values = np.minimum(np.where(drawn < 0, -2 * drawn - 1, 2 * drawn), 2**width - 1).astype(np.uint8 if width <= 8 else np.uint16)
+    block = encode_block([Stream(width, values)], entropy=True)
+    assert 0.999 * entropy_bytes(values) < len(block) < 1.02 * entropy_bytes(values) + 100
+    assert np.array_equal(decode_block(memoryview(block), [(width, len(values))])[0].values(), values)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5000), min_size=256, max_size=256).filter(any))
+def test_frequencies_sum_up_and_forget_no_symbol(counts):
+    counts = np.array(counts)
+    frequencies = rans.frequencies_of(counts)
+    assert frequencies.sum() == 4096
+    assert (frequencies[counts > 0] > 0).all()
+    assert frequencies.max() < 4096
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    streams=st.lists(st.tuples(WIDTHS, st.sampled_from([0, 1, 2, 7, 64, 1000, 5000, 70000]), st.booleans()), max_size=6),
+    entropy=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_blocks_give_back_streams(streams, entropy, seed):
+    given = [Stream(width, values_of(width, count, seed + i, peaked)) for i, (width, count, peaked) in enumerate(streams)]
+    block = encode_block(given, entropy=entropy)
+    found = decode_block(memoryview(block), [(stream.width, stream.count) for stream in given])
+    for stream, decoded in zip(given, found, strict=True):
+        assert np.array_equal(decoded.values(), stream.values)
+        assert decoded.values().dtype == stream.values.dtype
+
+
+def coded_block(coder):
+    """A block of one stream that this coder has coded."""
+    values = values_of(4, 160000, 0, peaked=True)
+    values = (values > 2).astype(np.uint8) if coder == RANS else np.minimum(values, 11)
+    block = encode_block([Stream(4, values)], entropy=True)
+    assert block[0] == coder
+    return block, [(4, 160000)]
+
+
+@pytest.mark.parametrize("coder", [DEFLATE, RANS])
+def test_blocks_of_another_size_are_refused(coder):
+    block, expected = coded_block(coder)
+    for cut in (0, 5, 6, 7, 40, 200, len(block) - 1):
+        with pytest.raises(PackedFileError, match="ends early"):
+            decode_block(memoryview(block[:cut]), expected)
+    with pytest.raises(PackedFileError, match="has 1 too many"):
+        decode_block(memoryview(block + b"x"), expected)
+    for count in (10, 140000, 150000, 161000):
+        with pytest.raises(PackedFileError, match=r"does not hold|coded|ends early|too many"):
+            decode_block(memoryview(block), [(4, count)])
+
+
+@pytest.mark.parametrize("coder", [DEFLATE, RANS])
+def test_heads_that_are_not_possible_are_refused(coder):
+    block, expected = coded_block(coder)
+    for place, value in ((0, 3), (0, 0), (1, 5), (1, 200), (2, 0), (2, 3), (2, 16)):
+        damaged = bytearray(block)
+        damaged[place] = value
+        with pytest.raises(PackedFileError, match="damaged head|does not hold|ends early|too many|coded|fit"):
+            decode_block(memoryview(damaged), expected)
+
+
+def test_a_flipped_byte_of_rans_is_seen():
+    block, expected = coded_block(RANS)
+    for place in (13, 200, len(block) // 2, len(block) - 1):  # a frequency, states, words
+        damaged = bytearray(block)
+        damaged[place] ^= 0x55
+        with pytest.raises(PackedFileError, match=r"frequencies|state|end early"):
+            decode_block(memoryview(damaged), expected)
+
+
+def test_values_above_their_width_are_refused():
+    block = encode_block([Stream(3, values_of(3, 80000, 0, peaked=True))], entropy=True)
+    assert tuple(block[:3]) == (DEFLATE, 0, 4)
+    assert len(decode_block(memoryview(block), [(4, 80000)])) == 1
+    with pytest.raises(PackedFileError, match="a value does not fit 2 bits"):
+        decode_block(memoryview(block), [(2, 80000)])
+
+
+def test_rows_that_spread_alike_share_a_model():
+    generator = np.random.default_rng(0)
+    spread = np.repeat([1.0, 30.0], 50)[:, None]
+    codes = np.abs(np.rint(generator.standard_normal((100, 2000)) * spread)).astype(np.uint8)
+    widths = np.full((100, 1), 8, np.uint8)
+    bins = bins_of(codes, widths)
+    histogram = Histogram()
+    histogram.add(codes, widths, bins)
+    assert histogram.classes(by_bin=False) == [CodeClass(8, 0, BINS - 1)]
+    classes = histogram.classes(by_bin=True)
+    assert len(classes) == 2
+    table = ClassTable(classes)
+    assert (table.of(widths, bins)[:, 0] == np.repeat([1, 0], 50)).all()  # narrow rows have the higher bins
+
+
+def test_classes_that_overlap_or_are_missing_are_refused():
+    with pytest.raises(PackedFileError, match="two models of 3 bits claim one bin"):
+        ClassTable([CodeClass(3, 0, 5), CodeClass(3, 5, 6)])
+    with pytest.raises(PackedFileError, match="has no model"):
+        ClassTable([CodeClass(3, 0, 5)]).of(np.array([[4]], np.uint8), np.array([0], np.uint8))

@@ -1,0 +1,220 @@
+"""Every width, layout, grid and type comes back bit by bit: as tensors, into a float model, into a converted model."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_models import assert_equal, converted, expected, float_twin, store
+
+from diffq_fx.export import load_packed, save_packed
+from diffq_fx.export.packed.inspection import inspect_packed
+from diffq_fx.storage import IntegerWeight
+
+GROUPS = ("tensor", "channel", 1, 3, 4, 8)
+SHAPES = (((6, 10), 0), ((5, 11, 3), 1), ((1, 7), 0), ((9, 1), 0), ((3, 200), 0), ((4, 6, 3, 3), 2))
+GRIDS = ("affine", "symmetric", "float")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def round_trip(model, path, compression):
+    """Load by all three roads and compare."""
+    save_packed(model, path, compression)
+    wanted = expected(model)
+    assert_equal(load_packed(path), wanted)
+    assert_equal(load_packed(float_twin(model), path).state_dict(), wanted)
+    other = converted(
+        *(
+            store(m.spec.name, m.spec.shape, axis=m.spec.axis, aliases=m.spec.aliases, dtype=m.spec.dtype, seed=99)
+            for m in stored_in(model)
+        ),
+        **{name: torch.zeros_like(value) for name, value in model.named_buffers(recurse=False)},
+    )
+    assert_equal(load_packed(other, path).state_dict(), model.state_dict())
+    for name, module in other.named_modules():
+        if isinstance(module, IntegerWeight):
+            assert module.spec == model.get_submodule(name).spec
+
+
+def stored_in(model):
+    return {id(m): m for m in model.modules() if isinstance(m, IntegerWeight)}.values()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shape=st.sampled_from(SHAPES),
+    bits=st.one_of(st.integers(1, 16), st.tuples(st.integers(1, 8), st.integers(8, 16))),
+    group=st.sampled_from(GROUPS),
+    ranges=st.sampled_from(("tensor", "channel", "group")),
+    grid=st.sampled_from(GRIDS),
+    dtype=st.sampled_from(DTYPES),
+    compression=st.sampled_from(("entropy", "bits")),
+    seed=st.integers(0, 999),
+)
+def test_weights_of_all_kinds(tmp_path_factory, shape, bits, group, ranges, grid, dtype, compression, seed):
+    ranges = group if ranges == "group" else ranges
+    weight = store("layer.weight", shape[0], axis=shape[1], bits=bits, group=group, ranges=ranges, grid=grid, dtype=dtype, seed=seed)
+    round_trip(converted(weight), tmp_path_factory.mktemp("packed") / "model.safetensors", compression)
+
+
+@pytest.mark.parametrize("compression", ["entropy", "bits"])
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_every_width_large_enough_for_the_coder(tmp_path, bits, compression):
+    weights = [store(f"on_{grid}.weight", (40, 530), bits=bits, grid=grid, seed=bits) for grid in GRIDS]
+    round_trip(converted(*weights), tmp_path / "m.safetensors", compression)
+
+
+@pytest.mark.parametrize("compression", ["entropy", "bits"])
+@pytest.mark.parametrize("group", ["tensor", "channel", 1, 8, 7])
+def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.packed.shards._PART_CODES", 3000)
+    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    weights = [
+        store("a", (300, 129), bits=(1, 16), group=group, ranges="channel"),
+        store("b", (7, 50, 3), axis=1, bits=(2, 5), group=group, ranges="tensor", grid="float", dtype=torch.float16),
+        store("c", (64, 300), bits=(2, 8), group=group, grid="symmetric"),
+    ]
+    path = tmp_path / "m.safetensors"
+    round_trip(converted(*weights), path, compression)
+    assert inspect_packed(path).shards > 3
+    for name in "abc":
+        assert_equal(load_packed(path, names=[name]), {name: expected(converted(*weights))[name]})
+
+
+def test_threads_give_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    model = converted(*(store(f"w{i}", (100, 300), seed=i) for i in range(5)))
+    path = save_packed(model, tmp_path / "m.safetensors")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert_equal(load_packed(path), expected(model))
+        assert_equal(load_packed(float_twin(model), path).state_dict(), expected(model))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_zero_points_and_scales_that_no_grid_gives(tmp_path):
+    weight = store("w", (6, 20), bits=(2, 8), group=4, ranges="channel")
+    weight.zero_point[0, 0] = -5
+    weight.zero_point[2, 1] = 70000
+    weight.scale[3, 2] *= 1.37
+    round_trip(converted(weight), tmp_path / "m.safetensors", "entropy")
+
+
+def test_weights_that_are_constant_or_zero(tmp_path):
+    weights = [store(f"w{i}", (30, 300), bits=(2, 5), group=g, ranges="channel", spread=0.0) for i, g in enumerate(("channel", 8))]
+    path = tmp_path / "m.safetensors"
+    round_trip(converted(*weights), path, "entropy")
+    assert path.stat().st_size > 2 * 30 * 300 / 128  # never so few bytes that a reader could be made to allocate without limit
+
+
+def test_a_scale_with_ranges_of_several_widths_is_stored_once_per_range(tmp_path):
+    weight = store("w", (64, 1024), bits=(2, 8), group=8, ranges="channel")
+    (report,) = inspect_packed(save_packed(converted(weight), tmp_path / "m.safetensors")).weights
+    one_scale_each = 4 * 64 * 1024 / 8
+    assert report.side_bytes < one_scale_each / 4
+    round_trip(converted(weight), tmp_path / "m.safetensors", "bits")
+
+
+@pytest.mark.parametrize("compression", ["entropy", "bits"])
+def test_a_tied_weight_is_stored_once(tmp_path, compression):
+    tied = store("embedding.weight", (200, 64), aliases=("head.weight",))
+    model = converted(tied)
+    path = tmp_path / "m.safetensors"
+    round_trip(model, path, compression)
+    single = save_packed(converted(store("embedding.weight", (200, 64))), tmp_path / "single.safetensors", compression)
+    assert path.stat().st_size - single.stat().st_size < 100
+    tensors = load_packed(path)
+    assert tensors["embedding.weight"] is tensors["head.weight"]
+    untied = load_packed(float_twin(model, tie=False), path)
+    assert_equal(untied.state_dict(), expected(model))
+
+
+def test_every_type_of_buffer(tmp_path):
+    buffers = {
+        "half_": torch.randn(5, dtype=torch.float16),
+        "brain_": torch.randn(5).bfloat16(),
+        "double_": torch.randn(2, 3, dtype=torch.float64),
+        "float_": torch.randn(7),
+        "odd_": torch.tensor([0.0, -0.0, float("inf"), float("nan"), 1e-45, 65504.0]),
+        "exact_half_": torch.arange(9.0) / 4,
+        "count_": torch.tensor(12),
+        "mask_": torch.tensor([[True, False]]),
+        "byte_": torch.arange(3, dtype=torch.uint8),
+        "small_": torch.tensor([-3], dtype=torch.int8),
+        "empty_": torch.zeros(0, 4),
+        "scalar_": torch.tensor(3.25),
+        "strided_": torch.randn(4, 6).t(),
+    }
+    path = tmp_path / "m.safetensors"
+    round_trip(converted(store("w", (4, 40)), **buffers), path, "entropy")
+    stored = {t.name: (t.dtype, t.stored_dtype) for t in inspect_packed(path).tensors}
+    assert stored["exact_half_"] == ("F32", "F16")  # no bit is lost
+    assert stored["float_"] == ("F32", "F32")
+    assert stored["odd_"] == ("F32", "F32")
+
+
+def test_a_target_in_any_memory_order(tmp_path):
+    model = converted(store("w", (8, 4, 3, 3)), store("t", (4, 8, 3, 3), axis=1))
+    path = save_packed(model, tmp_path / "m.safetensors")
+    twin = float_twin(model).to(memory_format=torch.channels_last)
+    version = twin.w._version
+    load_packed(twin, path)
+    assert_equal(twin.state_dict(), expected(model))
+    assert twin.w.is_contiguous(memory_format=torch.channels_last)
+    assert twin.w._version > version
+
+
+def test_a_load_is_seen_by_whoever_watches_versions(tmp_path):
+    model = converted(store("w", (8, 40)))
+    twin = float_twin(model)
+    version = twin.w._version
+    load_packed(twin, save_packed(model, tmp_path / "m.safetensors"))
+    assert twin.w._version > version
+    assert twin.w.requires_grad
+
+
+@pytest.mark.parametrize(("distribution", "limit"), [("gaussian", 1.01), ("laplacian", 1.015)])
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+def test_the_file_is_at_the_entropy_of_its_levels(tmp_path, grid, distribution, limit):
+    """Levels at their order-0 entropy for each width, widths at theirs, 32 bits a scale, b bits an affine zero point."""
+    generator = np.random.default_rng(0)
+    shape = (1000, 2500)
+    weight = store("w", shape, bits=(2, 6), grid=grid)
+    if distribution == "laplacian":
+        weight = relaid(weight, torch.from_numpy(generator.laplace(size=shape)).float())
+    path = save_packed(converted(weight), tmp_path / "m.safetensors")
+    levels, widths = weight.levels_OI().numpy(), weight.bits.numpy()
+    payload = sum(entropy(levels[(widths == w)[:, 0]]) for w in np.unique(widths))
+    zero_points = float(widths.sum()) if grid == "affine" else 0
+    order_0 = (payload + entropy(widths) + 32 * widths.size + zero_points) / 8
+    assert path.stat().st_size <= limit * order_0
+
+
+def relaid(weight, values):
+    """Another weight with the widths of a first one."""
+    from diffq_fx import functional
+
+    spec, bits = weight.spec, weight.bits.int()
+    params = functional.quant_params(*functional.weight_range(values, spec.range_layout, spec.grid), bits, spec.grid)
+    return IntegerWeight(spec, functional.quantize(values, params, bits, spec.scale_layout), params, bits)
+
+
+def entropy(values):
+    counts = np.unique(values, return_counts=True)[1]
+    return float(counts @ np.log2(counts.sum() / counts))
+
+
+def test_inspection_adds_up(tmp_path):
+    model = converted(store("a", (100, 600)), store("b", (50, 800), group=16), extra=torch.randn(100))
+    path = save_packed(model, tmp_path / "m.safetensors")
+    found = inspect_packed(path)
+    assert [report.name for report in found.weights] == ["a", "b"]
+    for report, stored in zip(found.weights, stored_in(model), strict=True):
+        assert sum(w * n for w, n in report.bits.items()) == stored.payload_bits()
+        assert sum(report.bits.values()) == report.values == stored.spec.numel
+        assert report.bit_packed_bytes == -(-stored.payload_bits() // 8)
+        assert 0.93 * report.entropy_bytes < report.coded_bytes < 1.05 * report.entropy_bytes
+    parts = sum(r.coded_bytes + r.side_bytes for r in found.weights) + sum(t.stored_bytes for t in found.tensors)
+    assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
