@@ -34,7 +34,7 @@ from diffq_fx.training.lc import (
 )
 
 BATCH = 256
-LONG_LC = 80
+LONG_LC = 40
 """LC needs many L steps at one bit a weight: the paper has 40 of 20 epochs each."""
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
