@@ -119,12 +119,10 @@ class ProductWeight(WeightQuantizer):
 
     Buffers:
         codes: int32, shape (O, C): the assigned codes.
-        assigned: bool, 0-d: whether the codes are assigned.
     """
 
     centroids: nn.Parameter
     codes: Tensor
-    assigned: Tensor
 
     def __init__(self, spec: WeightSpec, config: ProductQuantization, block_size: int, weight: Tensor) -> None:
         super().__init__(spec)
@@ -135,18 +133,17 @@ class ProductWeight(WeightQuantizer):
         centroids, _ = cluster_vectors(points, config.entries, iterations=config.iterations)
         self.centroids = nn.Parameter(centroids, requires_grad=False)
         self.register_buffer("codes", torch.zeros(spec.rows, blocks, dtype=torch.int32, device=weight.device))
-        self.register_buffer("assigned", torch.zeros((), dtype=torch.bool, device=weight.device))
+        self.is_assigned = False  # no buffer: a forward asks for it
         self._forwards = 0
-        self._is_assigned: tuple[Any, bool] = (None, False)
 
-    @property
-    def is_assigned(self) -> bool:
-        """Whether the codes are assigned; read from the device only when it may have changed."""
-        key = (self.assigned.data_ptr(), self.assigned._version)
-        if self._is_assigned[0] != key:
-            self._is_assigned = (key, bool(self.assigned))
-            self.centroids.requires_grad_(self._is_assigned[1])
-        return self._is_assigned[1]
+    def get_extra_state(self) -> Tensor:
+        """Whether the codes are assigned, for the model's state_dict."""
+        return torch.tensor(self.is_assigned)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Undo :meth:`get_extra_state`."""
+        self.is_assigned = bool(state)
+        self.centroids.requires_grad_(self.is_assigned)
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight with some blocks noised, straight-through; the codebook's own weight once its codes are assigned."""
@@ -189,7 +186,7 @@ class ProductWeight(WeightQuantizer):
         entries, codes = self._clustered(weight)
         self.centroids.copy_(entries)
         self.codes.copy_(codes)
-        self.assigned.fill_(True)
+        self.is_assigned = True
         self.centroids.requires_grad_(True)
         difference = weight.float() - self.rounded_weight(weight).float()
         return float(difference.norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
@@ -221,7 +218,7 @@ class ProductWeight(WeightQuantizer):
 
     def state_key(self) -> tuple[Any, ...]:
         """Changes with the codebook, the codes, and when a state is loaded."""
-        return (self.centroids._version, self.codes._version, self.assigned._version, self.centroids.data_ptr())
+        return (self.centroids._version, self.codes._version, self.is_assigned, self.centroids.data_ptr())
 
 
 def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from diffq_fx import (
     setup_optimizer,
 )
 from diffq_fx.groups import GroupLayout
-from diffq_fx.methods import LSQ, STE, QuantNoise
+from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 from diffq_fx.methods.lsq import initial_step, learned_step
 from diffq_fx.ranges import histogram_range
 
@@ -246,6 +246,21 @@ def test_the_histogram_range_of_a_constant_weight():
     low, high = histogram_range(torch.full((2, 8), 0.25), GroupLayout.of(2, 8, "channel"), 4, "affine")
     assert low.tolist() == [[0], [0]]
     assert float(high.min()) > 0
+
+
+@pytest.mark.parametrize(
+    "method", [STE(), LSQ(), QuantNoise(), LC(entries=4), ProductQuantization(entries=4)], ids=lambda m: type(m).__name__
+)
+def test_compiles_without_a_break(method):
+    torch._dynamo.reset()
+    x = torch.randn(3, 16)
+    model = prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), x, method)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    assert bool(model.get_parameter("0.weight").grad.any())
+    if not isinstance(method, QuantNoise | ProductQuantization):
+        torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
 
 
 # Several methods in one model

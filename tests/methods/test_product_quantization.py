@@ -340,6 +340,28 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(task):
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+def test_an_interrupted_finetuning_goes_on_with_its_codebook(task):
+    net, x, y, _ = task
+    model = prepare(copy.deepcopy(net), x[:2], METHOD)
+    tune = finetune_on(x, y)
+    entries = []
+
+    def finetune(model, stage):
+        entries.append(model.compression.quantizers[0].centroids.detach().clone())
+        tune(model, stage)
+        if len(entries) == 1:
+            entries.append(model.compression.quantizers[0].centroids.detach().clone())
+            raise KeyboardInterrupt
+
+    driver = IPQ(model, [["*"]], finetune)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    driver.run()
+    before, tuned, again = entries
+    assert not torch.equal(before, tuned)
+    assert torch.equal(tuned, again)
+
+
 def test_a_diverging_finetuning_is_reported_and_undone(task):
     net, x, y, _ = task
     model = prepare(copy.deepcopy(net), x[:2], METHOD)

@@ -5,7 +5,7 @@ from torch import nn
 
 from diffq_fx import functional
 from diffq_fx.groups import to_rows
-from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 
 
@@ -51,7 +51,7 @@ def converted(*stored, **buffers):
 def float_twin(model, tie=True):
     """The float architecture of a converted model, full of sevens."""
     twin = nn.Module()
-    for weight in {id(m): m for m in model.modules() if isinstance(m, IntegerWeight)}.values():
+    for weight in {id(m): m for m in model.modules() if isinstance(m, StoredWeight)}.values():
         parameter = nn.Parameter(torch.full(weight.spec.shape, 7.0, dtype=weight.spec.dtype))
         for name in weight.spec.names:
             module, last = owner(twin, name)
@@ -63,7 +63,7 @@ def float_twin(model, tie=True):
 
 def expected(model):
     """What loading must give: every weight and buffer by name."""
-    weights = {name: m() for m in model.modules() if isinstance(m, IntegerWeight) for name in m.spec.names}
+    weights = {name: m() for m in model.modules() if isinstance(m, StoredWeight) for name in m.spec.names}
     return weights | dict(model.named_buffers(recurse=False))
 
 

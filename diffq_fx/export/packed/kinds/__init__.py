@@ -2,10 +2,11 @@
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.codebooks import PackedCodebook
 from diffq_fx.export.packed.kinds.integers import PackedIntegers
 from diffq_fx.storage import StoredWeight
 
-KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers,)
+KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers, PackedCodebook)
 
 
 def kind_of_stored(stored: StoredWeight) -> type[PackedWeight]:
