@@ -263,7 +263,7 @@ def _peak_mib() -> float:
 def _grow(millions: int) -> list[str]:
     side = 1000
     warnings.simplefilter("ignore")
-    prepare_diffq(nn.Linear(8, 8), torch.zeros(1, 8))  # what is loaded once
+    prepare_diffq(nn.Linear(64, 64), torch.zeros(1, 64))  # what is loaded once
     before = _peak_mib()
     model = nn.Sequential(*(nn.Linear(side, side, bias=False) for _ in range(millions)))
     size = millions * side * side * 4 / 2**20

@@ -23,6 +23,15 @@ class QuantParams(NamedTuple):
     zero_point: Tensor | None
     offset: Tensor | None
 
+    def of_rows(self, rows: slice) -> "QuantParams":
+        """Those of some of the rows; values that all rows share stay as they are."""
+
+        def part(values: Tensor) -> Tensor:
+            return values if values.shape[0] == 1 else values[rows]
+
+        zero_point, offset = self.zero_point, self.offset
+        return QuantParams(part(self.scale), None if zero_point is None else part(zero_point), None if offset is None else part(offset))
+
     def integer_zero_point(self) -> Tensor:
         """The zero point of an integer grid."""
         if self.zero_point is None:

@@ -7,7 +7,8 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 (1, 1) per tensor, (O, 1) per channel, (O, ceil(I / block)) per block. Group values of two layouts broadcast together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -90,6 +91,15 @@ class GroupLayout:
         if values_RC.shape[1] == 1:
             return values_RC
         return values_RC.repeat_interleave(self.block, dim=1)[:, : self.columns]
+
+    def row_slices(self) -> Iterator[slice]:
+        """The rows in pieces that stay in the processor's cache; every piece but the last has a multiple of 8 rows."""
+        height = max(8, (1 << 17) // max(self.columns, 1) // 8 * 8)
+        return (slice(top, min(top + height, self.rows)) for top in range(0, self.rows, height))
+
+    def of_rows(self, rows: slice) -> "GroupLayout":
+        """The layout of some of the rows alone."""
+        return replace(self, rows=rows.stop - rows.start)
 
     def blocks(self, rows_OI: Tensor, edge: bool = False) -> Tensor:
         """Rows as (O, C, block), a short last block filled up with zeros or with copies of its own last weight."""

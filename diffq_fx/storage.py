@@ -16,6 +16,7 @@ from diffq_fx.footprint import Footprint, grid_footprint
 from diffq_fx.footprint import container_for as container_for
 from diffq_fx.functional import QuantParams
 from diffq_fx.groups import from_rows, scale_layout_of
+from diffq_fx.noise import memory
 from diffq_fx.weights import WeightSpec
 
 
@@ -77,11 +78,15 @@ def dequantize_op(
 ) -> Tensor:
     """Make the float weight of packed levels (see :func:`diffq_fx.functional.dequantize`)."""
     rows = shape[axis]
-    numel = torch.Size(shape).numel()
-    levels_OI = unpack_levels(levels, container_bits, numel).reshape(rows, numel // rows)
-    layout = scale_layout_of(scale, rows, numel // rows, block)
-    weight_OI = functional.dequantize(levels_OI, QuantParams(scale, zero_point, offset), layout)
-    return from_rows(weight_OI.to(dtype), tuple(shape), axis).contiguous()
+    columns = torch.Size(shape).numel() // rows
+    layout, params = scale_layout_of(scale, rows, columns, block), QuantParams(scale, zero_point, offset)
+    weight_OI = memory.empty((rows, columns), dtype, levels.device)
+    for part in layout.row_slices():  # in the cache, and without integers as large as the weight
+        numel, first = (part.stop - part.start) * columns, part.start * columns * container_bits // 8
+        packed = levels[first : first + -(-numel * container_bits // 8)]
+        levels_PI = unpack_levels(packed, container_bits, numel).reshape(-1, columns)
+        weight_OI[part] = functional.dequantize(levels_PI, params.of_rows(part), layout.of_rows(part))
+    return from_rows(weight_OI, tuple(shape), axis).contiguous()
 
 
 @dequantize_op.register_fake

@@ -30,9 +30,6 @@ class GridQuantizer(WeightQuantizer):
         low, high = self.range_of(rows_OI)
         return functional.quant_params(low, high, bits, self.spec.grid)
 
-    def _levels(self, rows_OI: Tensor, params: QuantParams, bits: Tensor) -> Tensor:
-        return functional.quantize(rows_OI.to(params.scale.dtype), params, bits, self.spec.scale_layout)
-
     def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:
         """The nearest weight on the grid of ``params``."""
         bits = self.rounded_bits()
@@ -40,7 +37,7 @@ class GridQuantizer(WeightQuantizer):
             top = 2 ** bits.to(torch.int32) - 1
             return native.round_to_grid(weight.detach(), params.scale, params.zero_point, top, self.spec.scale_layout)
         rows_OI = to_rows(weight, self.spec.axis)
-        levels_OI = self._levels(rows_OI, params, bits)
+        levels_OI = functional.quantize(rows_OI.to(params.scale.dtype), params, bits, self.spec.scale_layout)
         rounded_OI = functional.dequantize(levels_OI, params, self.spec.scale_layout).to(weight.dtype)
         return from_rows(rounded_OI, self.spec.shape, self.spec.axis).contiguous()
 
@@ -50,9 +47,14 @@ class GridQuantizer(WeightQuantizer):
 
     def store(self, weight: Tensor) -> IntegerWeight:
         """The levels, their scale and zero point."""
-        bits, rows_OI = self.rounded_bits(), to_rows(weight, self.spec.axis)
+        bits, rows_OI, layout = self.rounded_bits(), to_rows(weight, self.spec.axis), self.spec.scale_layout
         params = self.params(rows_OI, bits)
-        return IntegerWeight(self.spec, self._levels(rows_OI, params, bits), params, bits)
+        levels_OI = torch.empty(rows_OI.shape, dtype=torch.uint8 if int(bits.max()) <= 8 else torch.int32, device=weight.device)
+        for part in layout.row_slices():  # piece by piece: no other integers as large as the weight
+            part_bits = bits if bits.shape[0] == 1 else bits[part]
+            rows_PI, part_params = rows_OI[part].to(params.scale.dtype), params.of_rows(part)
+            levels_OI[part] = functional.quantize(rows_PI, part_params, part_bits, layout.of_rows(part)).to(levels_OI.dtype)
+        return IntegerWeight(self.spec, levels_OI, params, bits)
 
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes once it is rounded."""

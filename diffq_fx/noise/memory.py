@@ -1,10 +1,12 @@
-"""Memory for noisy weights that is used again at the next step.
+"""Memory for float weights that are made anew at every step: it is used again.
 
 A large block that torch frees goes back to the system, and taking it again, page by page, costs more than filling it with noise
 does. The noisy weights of all layers live at the same time between forward and backward, so keeping their memory makes no peak higher.
 """
 
+import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +17,16 @@ _WORTH_KEEPING = 1 << 20
 _free: dict[int, list[Tensor]] = {}
 
 
-def empty_like(weight: Tensor) -> Tensor:
-    """A tensor like a contiguous float32 weight on the CPU, of memory that a dead one of the same size has left, if there is any."""
-    if weight.nbytes < _WORTH_KEEPING:
-        return torch.empty_like(weight)
-    blocks = _free.setdefault(weight.numel(), [])
-    block = blocks.pop() if blocks else torch.empty(weight.numel())
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; a large float32 one on the CPU takes the memory that a dead one of the same size has left."""
+    numel = math.prod(shape)
+    if dtype != torch.float32 or device.type != "cpu" or 4 * numel < _WORTH_KEEPING:
+        return torch.empty(shape, dtype=dtype, device=device)
+    blocks = _free.setdefault(numel, [])
+    block = blocks.pop() if blocks else torch.empty(numel)
     lent = block.numpy()[:]  # an array of its own, which dies with the tensor made of it and with all of that one's views
     weakref.finalize(lent, blocks.append, block).atexit = False
-    return torch.from_numpy(lent).view(weight.shape)
+    return torch.from_numpy(lent).view(shape)
 
 
 def release() -> None:

@@ -44,7 +44,7 @@ def takes(weight: Tensor, axis: int) -> bool:
 def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tuple[Tensor, Tensor]:
     """Noisy weight, and the seed of its noise: int64, shape (1,)."""
     seed = draw_seed()
-    out, step = memory.empty_like(weight), step.float().contiguous()
+    out, step = memory.empty(weight.shape, weight.dtype, weight.device), step.float().contiguous()
     strides = (0 if layout.kind == "tensor" else step.shape[1], 1)
     _library().diffq_fx_add_noise(
         weight.data_ptr(),
@@ -71,7 +71,7 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
     """The nearest weight on an integer grid; scale, zero_point and top level per group of ``layout``."""
-    out = memory.empty_like(weight)
+    out = memory.empty(weight.shape, weight.dtype, weight.device)
     scale, zero_point, top = (each.expand(scale.shape).float().contiguous() for each in (scale, zero_point, top))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]
     pointers = (each.data_ptr() for each in (weight, scale, zero_point, top, out))
