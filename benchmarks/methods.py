@@ -24,14 +24,8 @@ from torch import Tensor, nn
 from diffq_fx import DiffQConfig, bits_report, convert, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ, IPQStage
-from diffq_fx.training.lc import (
-    LCLoop,
-    LStep,
-    counted_ratio,
-    direct_compression,
-    geometric_schedule,
-    iterated_direct_compression,
-)
+from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
+from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
 
 BATCH = 256
 LONG_LC = 40
