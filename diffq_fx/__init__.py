@@ -21,6 +21,7 @@ from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.training.compression import Compression, model_size
+from diffq_fx.training.last_mile import freeze_bits, reestimate_batch_norm
 from diffq_fx.training.optimizer import setup_optimizer
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
@@ -33,6 +34,8 @@ __all__ = [
     "prepare",
     "model_size",
     "setup_optimizer",
+    "freeze_bits",
+    "reestimate_batch_norm",
     "convert_diffq",
     "convert",
     "bits_report",

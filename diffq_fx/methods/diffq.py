@@ -73,6 +73,11 @@ class DiffQConfig(Method):
     """How much faster the bits move than a weight under the same optimizer; the paper has 1 and an optimizer of their own."""
     ramp_steps: int = 100
     """Optimizer steps in which the size in training goes from ``init_bits`` to the target. eval() and convert always use the target."""
+    training_steps: int | None = None
+    """Optimizer steps that the whole training will make. If given, the bits freeze at the end of the noise, and the last part trains with
+    true rounding; else call :func:`~diffq_fx.freeze_bits` for that yourself."""
+    rounding_share: float = 1 / 3
+    """The part of ``training_steps`` with frozen bits and true rounding, 0 to 1."""
 
     @staticmethod
     def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":
@@ -121,6 +126,7 @@ class DiffQConfig(Method):
             raise ValueError(f"DiffQConfig: expected min_bits < init_bits <= max_bits, {found}.")
         self._check_groups()
         self._check_widths()
+        self._check_phases()
         for name, allowed in (("grid", _GRIDS), ("noise", _NOISES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -134,6 +140,18 @@ class DiffQConfig(Method):
             raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
         if self.range_per == "group" and self.group_size == 1:
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
+
+    def _check_phases(self) -> None:
+        steps = self.training_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"DiffQConfig: training_steps must be a whole number of at least 1, or None, got {steps!r}.")
+        if not 0 <= self.rounding_share <= 1:
+            raise ValueError(f"DiffQConfig: rounding_share must be from 0 to 1, got {self.rounding_share!r}.")
+
+    @property
+    def freeze_step(self) -> int | None:
+        """The optimizer step after which the bits freeze; None without ``training_steps``."""
+        return None if self.training_steps is None else round(self.training_steps * (1 - self.rounding_share))
 
     def _check_widths(self) -> None:
         allowed = self.allowed_widths
@@ -159,6 +177,20 @@ class DiffQConfig(Method):
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
         """Make the noise node of one weight."""
         return DiffQWeight(spec, self, weight.device)
+
+
+class _FrozenBits(torch.autograd.Function):
+    """The rounded weight, with the gradient straight through and none for the bits: a zero, so that DistributedDataParallel meets them."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor, rounded: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        return grad, torch.zeros_like(logits), None
 
 
 class DiffQWeight(GridQuantizer):
@@ -188,8 +220,12 @@ class DiffQWeight(GridQuantizer):
         return functional.bits_from_logits(self.logits, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
 
     def training_weight(self, weight: Tensor) -> Tensor:
-        """``w + step(b) * n``."""
+        """``w + step(b) * n``; once the bits are frozen, the rounded weight with the gradient straight through."""
         spec = self.spec
+        if self.compression is not None and self.compression.frozen:
+            if not torch.compiler.is_compiling():
+                self.compression.refresh(self)
+            return _FrozenBits.apply(weight, self.logits, self.rounded_weight(weight.detach()))
         low, high = self.range_of(to_rows(weight, spec.axis))
         config = self.config
         step = step_of_logits(self.logits, high - low, min_bits=config.min_bits, max_bits=config.max_bits, gain=config.bits_gain)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from diffq_fx import functional
@@ -9,6 +10,7 @@ from diffq_fx.footprint import Footprint, grid_footprint
 from diffq_fx.functional import QuantParams
 from diffq_fx.groups import from_rows, to_rows
 from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.noise import native
 from diffq_fx.storage import IntegerWeight
 
 
@@ -33,8 +35,12 @@ class GridQuantizer(WeightQuantizer):
 
     def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:
         """The nearest weight on the grid of ``params``."""
+        bits = self.rounded_bits()
+        if params.zero_point is not None and not native.recorded() and native.takes(weight, self.spec.axis):
+            top = 2 ** bits.to(torch.int32) - 1
+            return native.round_to_grid(weight.detach(), params.scale, params.zero_point, top, self.spec.scale_layout)
         rows_OI = to_rows(weight, self.spec.axis)
-        levels_OI = self._levels(rows_OI, params, self.rounded_bits())
+        levels_OI = self._levels(rows_OI, params, bits)
         rounded_OI = functional.dequantize(levels_OI, params, self.spec.scale_layout).to(weight.dtype)
         return from_rows(rounded_OI, self.spec.shape, self.spec.axis).contiguous()
 

@@ -175,3 +175,22 @@ void diffq_fx_bits(const float *logits, float *bits, float *slope, int64_t count
         slope[i] = gain * bits_range * share * (1 - share);
     }
 }
+
+// The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, the same operations as torch's, so the same
+// bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
+void diffq_fx_round(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
+                    int64_t columns, int64_t block, int64_t row_stride, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t left = 0, b = row * row_stride; left < columns; left += block, b++) {
+            int64_t end = left + block < columns ? left + block : columns;
+            float s = scale[b], z = zero_point[b], t = top[b];
+            const float *restrict w = weight + row * columns;
+            float *restrict o = out + row * columns;
+            for (int64_t i = left; i < end; i++) {
+                float q = __builtin_rintf(w[i] / s) + z;
+                q = q < 0 ? 0 : q > t ? t : q;
+                o[i] = (q - z) * s;
+            }
+        }
+}

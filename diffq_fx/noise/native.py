@@ -69,13 +69,23 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
 
 
+def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
+    """The nearest weight on an integer grid; scale, zero_point and top level per group of ``layout``."""
+    out = memory.empty_like(weight)
+    scale, zero_point, top = (each.expand(scale.shape).float().contiguous() for each in (scale, zero_point, top))
+    stride = 0 if layout.kind == "tensor" else scale.shape[1]
+    pointers = (each.data_ptr() for each in (weight, scale, zero_point, top, out))
+    _library().diffq_fx_round(*pointers, layout.rows, layout.columns, layout.block, stride, _threads(weight.numel()))
+    return out
+
+
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
-    return fits and not _recorded() and library() is not None
+    return not recorded() and fits and library() is not None
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     """Whether operations are recorded by a compiler or tracer, which would miss a kernel that is called past torch."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
@@ -164,7 +174,8 @@ def library() -> ctypes.CDLL | None:
     loaded.diffq_fx_steps.argtypes = [*[pointer] * 3, *[size] * 4, *[real] * 3, count]
     loaded.diffq_fx_steps_backward.argtypes = [*[pointer] * 4, size, *[real] * 3, count]
     loaded.diffq_fx_bits.argtypes = [*[pointer] * 3, size, *[real] * 3, count]
-    for name in ("add_noise", "reduce_noise", "steps", "steps_backward", "bits"):
+    loaded.diffq_fx_round.argtypes = [*[pointer] * 5, *[size] * 4, count]
+    for name in ("add_noise", "reduce_noise", "steps", "steps_backward", "bits", "round"):
         getattr(loaded, f"diffq_fx_{name}").restype = None
     return loaded
 

@@ -23,9 +23,11 @@ class Compression(nn.Module):
 
     Buffers:
         steps: int64, 0-d: optimizer steps that the bits have made.
+        bits_frozen: bool, 0-d: whether the widths are final and training rounds truly.
     """
 
     steps: Tensor
+    bits_frozen: Tensor
 
     def __init__(
         self, method: MethodChoice, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int
@@ -53,9 +55,41 @@ class Compression(nn.Module):
             )
         device = self.learned[0].logits.device if self.learned else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("bits_frozen", torch.zeros((), dtype=torch.bool, device=device))
+        self._known: tuple[int, bool] | None = None  # the buffers as Python values, so that no step waits for a device
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
         self.pressure = SizePressure(self)
+
+    def _progress(self) -> tuple[int, bool]:
+        if self._known is None:
+            self._known = int(self.steps), bool(self.bits_frozen)
+        return self._known
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the widths are final: training rounds truly and the bits do not move."""
+        return self._progress()[1]
+
+    def count_step(self) -> None:
+        """Note an optimizer step of the bits; the one that ends the noise freezes them."""
+        steps, frozen = self._progress()
+        self.steps += 1
+        self._known = steps + 1, frozen
+        freeze_step = self.config.freeze_step
+        if freeze_step is not None and steps + 1 >= freeze_step and not frozen:
+            self.freeze()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Round the bits for good; from now on training rounds the weights truly."""
+        self.allocate()
+        self.bits_frozen.fill_(True)
+        self._known = int(self.steps), True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known = None
 
     @property
     def config(self) -> DiffQConfig:
@@ -159,7 +193,7 @@ class Compression(nn.Module):
 
     def train(self, mode: bool = True) -> "Compression":
         """Round the bits when the model goes to eval(), so that no forward has to."""
-        if not mode and self.learned and self.learned[0].logits.device.type != "meta":
+        if self.learned and self.learned[0].logits.device.type != "meta" and (not mode or self.frozen):
             self.allocate()
         if not mode:
             noise.release()

@@ -87,6 +87,10 @@ class SizePressure:
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
         """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
         config, logits = self.compression.config, self.compression.logits
+        if self.compression.frozen:
+            for i in held:
+                logits[i].grad = None  # so that no momentum and no decay moves them either
+            return
         if config.penalty is None and self.compression.budget_bits() is None:
             return
         grads: dict[int, Tensor] = {i: grad for i in held if (grad := logits[i].grad) is not None}
@@ -136,11 +140,14 @@ class SizePressure:
     def after_step(self, held: Sequence[int]) -> None:
         """Shift all logits together so that the size is the one to hold."""
         compression = self.compression
+        frozen, budget = compression.frozen, self.budget_now()
+        if budget is not None and not frozen:
+            self._shift(budget)
         if held[0] == 0:  # of several optimizers one counts
-            compression.steps += 1
-        budget = self.budget_now()
-        if budget is None:
-            return
+            compression.count_step()
+
+    def _shift(self, budget: Tensor) -> None:
+        compression = self.compression
         size, slope = compression.size_of_logits().total(compression.logits)
         gain = compression.config.bits_gain
         shift = ((budget - size) / slope.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / gain, _LARGEST_SHIFT / gain)
