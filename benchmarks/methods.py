@@ -10,6 +10,7 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,14 +25,8 @@ from torch import Tensor, nn
 from diffq_fx import DiffQConfig, bits_report, convert, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ, IPQStage
-from diffq_fx.training.lc import (
-    LCLoop,
-    LStep,
-    counted_ratio,
-    direct_compression,
-    geometric_schedule,
-    iterated_direct_compression,
-)
+from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
+from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
 
 BATCH = 256
 LONG_LC = 40
@@ -177,7 +172,7 @@ class Bench:
         steps = epochs or self.task.epochs
         schedule = geometric_schedule(1e-4, 10 ** (5.5 / steps), steps)
         history = LCLoop(model, l_step(self.task, 1), schedule=schedule, augmented=augmented).run()
-        note = f"||w - D|| = {history[-1].distance:.1e} ||w||, counted {counted_ratio(model):.1f}x"
+        note = f"distance {history[-1].distance:.1e}, counted {counted_ratio(model):.1f}x"
         self.finish(name, _codebook_name(method), model, began, note)
 
     def ipq(self, block: int) -> None:
@@ -263,6 +258,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1)
     asked = parser.parse_args()
+    sys.argv = ["DIR" if each == str(asked.data) else each for each in sys.argv]  # the result shows the command, not where the data are
     bench = Bench(Task.load(asked.data, asked.epochs))
     for seed in range(asked.seeds):
         bench.run(seed)

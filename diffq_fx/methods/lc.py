@@ -18,6 +18,7 @@ from diffq_fx.footprint import Footprint
 from diffq_fx.functional import Grid
 from diffq_fx.groups import GroupSize, to_rows
 from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.mapping import unique
 from diffq_fx.weights import WeightSpec
 
 _MOST_ENTRIES = 65536
@@ -199,8 +200,7 @@ class LCWeight(WeightQuantizer):
 
 def shared_groups(quantizers: Sequence[WeightQuantizer]) -> list[list[LCWeight]]:
     """The LC weights of a model, those that share a codebook together."""
-    groups: dict[object, list[LCWeight]] = {}
-    for quantizer in quantizers:
-        if isinstance(quantizer, LCWeight):
-            groups.setdefault(quantizer.config if quantizer.config.shared else id(quantizer), []).append(quantizer)
-    return list(groups.values())
+    own = [quantizer for quantizer in quantizers if isinstance(quantizer, LCWeight)]
+    alone = [[quantizer] for quantizer in own if not quantizer.config.shared]
+    configs = unique(quantizer.config for quantizer in own if quantizer.config.shared)
+    return alone + [[quantizer for quantizer in own if quantizer.config == config] for config in configs]

@@ -1,11 +1,13 @@
 """Methods that differ per weight: a mapping of name patterns to methods, the first match decides."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeVar
 
 from diffq_fx.methods.base import Method
+
+_Config = TypeVar("_Config")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -16,6 +18,20 @@ def matches(name: str, pattern: str) -> bool:
         (True, True, False)
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+
+
+def unique(configs: Iterable[_Config]) -> list[_Config]:
+    """Equal configs once, in order; a config that holds a list cannot be hashed.
+
+    Example:
+        >>> unique([[1], [2], [1]])
+        [[1], [2]]
+    """
+    found: list[_Config] = []
+    for config in configs:
+        if config not in found:
+            found.append(config)
+    return found
 
 
 @dataclass(frozen=True)
@@ -56,9 +72,9 @@ class MethodChoice:
         return next((entry for entry in self.entries if any(matches(name, entry[0]) for name in names)), None)
 
     @property
-    def methods(self) -> Iterator[Method]:
+    def methods(self) -> list[Method]:
         """The methods, each once."""
-        return iter(dict.fromkeys(method for _, method in self.entries))
+        return unique(method for _, method in self.entries)
 
     @property
     def rest_dtype(self) -> Literal["float32", "float16"]:

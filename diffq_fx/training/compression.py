@@ -10,7 +10,7 @@ from diffq_fx import functional, noise
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
-from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.methods.mapping import MethodChoice, unique
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.pressure import SizePressure
@@ -47,7 +47,7 @@ class Compression(nn.Module):
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
-        configs = list(dict.fromkeys(quantizer.config for quantizer in self.learned))
+        configs = unique(quantizer.config for quantizer in self.learned)
         if len(configs) > 1:
             raise ValueError(
                 "prepare: all weights with trainable bits share one size and so one DiffQConfig; the mapping has "

@@ -2,7 +2,7 @@
 
 ``min L(w) subject to w = Delta(Theta)`` is solved by an augmented Lagrangian, ``L(w) - lambda^T (w - Delta) + mu/2 ||w - Delta||^2``, for
 rising mu: the L step minimizes it over the weights, the C step over the compressed weights, and ``lambda <- lambda - mu (w - Delta)``. With
-lambda held at zero it is the quadratic-penalty method.
+lambda held at zero it is the quadratic-penalty method. The paper's baselines are in :mod:`diffq_fx.training.lc_baselines`.
 """
 
 import time
@@ -81,7 +81,7 @@ def lc_penalty(model: nn.Module) -> Tensor:
         >>> bool(lc_penalty(prepared) > 0)
         True
     """
-    weights = _lc_weights(model, "lc_penalty")
+    weights = lc_weights(model, "lc_penalty")
     return torch.stack([quantizer.lagrangian(weight) for quantizer, weight in weights]).sum()
 
 
@@ -103,7 +103,7 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
     """
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")
-    weights = dict(_lc_weights(model, "lc_step"))
+    weights = dict(lc_weights(model, "lc_step"))
     for group in shared_groups(list(weights)):
         values = torch.cat([quantizer.target(weights[quantizer]).flatten() for quantizer in group])
         warm = group[0].entries if int(group[0].steps) else None
@@ -115,7 +115,12 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
     return _distance(weights.items())
 
 
-def _lc_weights(model: nn.Module, caller: str) -> list[tuple[LCWeight, nn.Parameter]]:
+def lc_weights(model: nn.Module, caller: str) -> list[tuple[LCWeight, nn.Parameter]]:
+    """The LC weights of a prepared model, each with its parameter.
+
+    Raises:
+        PreparationError: there are none.
+    """
     compression = require_compression(model, caller)
     root = next(module for module in model.modules() if vars(module).get("compression") is compression)
     found = [(q, root.get_parameter(q.spec.name)) for q in compression.quantizers if isinstance(q, LCWeight)]
@@ -174,7 +179,7 @@ class LCLoop:
         tolerance: float = 1e-3,
         progress: Callable[[LCProgress], None] | None = None,
     ) -> None:
-        _lc_weights(model, "LCLoop")
+        lc_weights(model, "LCLoop")
         self.schedule = list(geometric_schedule() if schedule is None else schedule)
         rising = all(a <= b for a, b in zip(self.schedule, self.schedule[1:], strict=False))
         if not self.schedule or not all(mu > 0 for mu in self.schedule) or not rising:
@@ -223,86 +228,3 @@ class LCLoop:
         """Go on from a :meth:`state_dict` of a loop over the same model and schedule."""
         self.model.load_state_dict(state["model"])
         self.history = [LCProgress(**turn) for turn in state["history"]]
-
-
-def direct_compression(model: nn.Module) -> float:
-    """Compress the weights as they are: one C step without any penalty, the paper's baseline DC.
-
-    Args:
-        model: prepared with :class:`~diffq_fx.methods.LC`.
-
-    Returns:
-        ``||w - Delta|| / ||w||`` over all LC weights.
-    """
-    return lc_step(model, next_mu=0.0, augmented=False)
-
-
-@torch.no_grad()
-def _take_compressed_weights(model: nn.Module) -> None:
-    for quantizer, weight in _lc_weights(model, "iterated_direct_compression"):
-        weight.copy_(quantizer.compressed())
-
-
-def iterated_direct_compression(
-    model: nn.Module, train: TrainingFunction, *, iterations: int, progress: Callable[[LCProgress], None] | None = None
-) -> list[LCProgress]:
-    """Compress, train on from the compressed weights, compress again: the paper's baseline iDC. It writes the weights.
-
-    Args:
-        model: prepared with :class:`~diffq_fx.methods.LC`.
-        train: as for :class:`LCLoop`; its penalty is zero.
-        iterations: 1 or more.
-        progress: called after each turn.
-
-    Returns:
-        The turns.
-
-    Raises:
-        DivergenceError: a training step left values that are not finite; the model is as it was before that step.
-        ValueError: ``iterations`` is less than 1.
-    """
-    if iterations < 1:
-        raise ValueError(f"iterated_direct_compression: iterations must be at least 1, got {iterations}.")
-    direct_compression(model)
-    history = []
-    for index in range(iterations):
-        began = time.monotonic()
-        _take_compressed_weights(model)
-        good = LastGoodState(model)
-        train(model, LStep(index, 0.0, lambda: lc_penalty(model)))
-        good.check(f"iterated_direct_compression: step {index}", "Lower the learning rate.")
-        history.append(LCProgress(index, 0.0, direct_compression(model), time.monotonic() - began))
-        if progress is not None:
-            progress(history[-1])
-    return history
-
-
-def counted_ratio(model: nn.Module, float_bits: int = 32) -> float:
-    """Compression ratio as the paper counts it: ``(P1 + P0) b / (P1 ceil(log2 K) + (P0 + K) b)`` (arXiv:1707.04319).
-
-    P1 weights are quantized, P0 parameters are not; K counts the learned entries of every codebook once.
-
-    Args:
-        model: prepared with :class:`~diffq_fx.methods.LC` alone.
-        float_bits: b.
-
-    Returns:
-        How many times smaller the model is.
-
-    Example:
-        >>> from diffq_fx import prepare
-        >>> from diffq_fx.methods import LC
-        >>> layers = [torch.nn.Linear(784, 300), torch.nn.Tanh(), torch.nn.Linear(300, 100), torch.nn.Tanh(), torch.nn.Linear(100, 10)]
-        >>> model = prepare(torch.nn.Sequential(*layers), torch.zeros(1, 784), LC(entries=2))
-        >>> round(counted_ratio(model), 1)  # LeNet300: 30.5 in the paper
-        30.5
-    """
-    compression = require_compression(model, "counted_ratio")
-    weights = [quantizer for quantizer, _ in _lc_weights(model, "counted_ratio")]
-    if len(weights) < len(compression.quantizers):
-        raise PreparationError(f"counted_ratio: the paper counts LC weights alone; the model was prepared with {compression.method.name}.")
-    quantized = sum(quantizer.spec.numel for quantizer in weights)
-    codes = sum(sum(q.footprint().histogram.keys()) * q.spec.numel for q in weights)
-    learned = sum(group[0].config.learned_floats for group in shared_groups(weights))
-    rest = compression.rest_numel
-    return (quantized + rest) * float_bits / (codes + (rest + learned) * float_bits)

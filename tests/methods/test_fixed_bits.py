@@ -368,6 +368,13 @@ def test_mappings_that_cannot_work(mapping, error, match):
     assert set(dir(net)) == before
 
 
+def test_settings_that_are_lists():
+    mapping = {"embedding": LC(codebook=[-1.0, 1.0], exclude=["norm"], shared=True), "*": DiffQConfig(widths=[2, 4, 8], exclude=["norm"])}
+    model = prepare(Named(), TOKENS, mapping)
+    assert [type(q).__name__ for q in model.compression.quantizers] == ["LCWeight", "DiffQWeight", "DiffQWeight"]
+    assert bits_report(model).method == "LC + DiffQConfig"
+
+
 def test_no_method_at_all():
     with pytest.raises(TypeError, match="expected a method"):
         prepare(Named(), TOKENS, None)

@@ -9,15 +9,8 @@ from torch.nn import functional as F
 
 from diffq_fx import DivergenceError, PreparationError, bits_report, convert, model_size, prepare
 from diffq_fx.methods import LC, STE
-from diffq_fx.training.lc import (
-    LCLoop,
-    counted_ratio,
-    direct_compression,
-    geometric_schedule,
-    iterated_direct_compression,
-    lc_penalty,
-    lc_step,
-)
+from diffq_fx.training.lc import LCLoop, geometric_schedule, lc_penalty, lc_step
+from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
 
 KINDS = {
     "adaptive 2": LC(entries=2),

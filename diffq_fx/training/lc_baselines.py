@@ -1,0 +1,96 @@
+"""What LC quantization is compared with, and how the paper counts compression (arXiv:1707.04319)."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from diffq_fx.errors import PreparationError
+from diffq_fx.methods.lc import shared_groups
+from diffq_fx.training.compression import require_compression
+from diffq_fx.training.lc import LCProgress, LStep, TrainingFunction, lc_penalty, lc_step, lc_weights
+from diffq_fx.training.safety import LastGoodState
+
+
+def direct_compression(model: nn.Module) -> float:
+    """Compress the weights as they are: one C step without any penalty, the paper's baseline DC.
+
+    Args:
+        model: prepared with :class:`~diffq_fx.methods.LC`.
+
+    Returns:
+        ``||w - Delta|| / ||w||`` over all LC weights.
+    """
+    return lc_step(model, next_mu=0.0, augmented=False)
+
+
+@torch.no_grad()
+def _take_compressed_weights(model: nn.Module) -> None:
+    for quantizer, weight in lc_weights(model, "iterated_direct_compression"):
+        weight.copy_(quantizer.compressed())
+
+
+def iterated_direct_compression(
+    model: nn.Module, train: TrainingFunction, *, iterations: int, progress: Callable[[LCProgress], None] | None = None
+) -> list[LCProgress]:
+    """Compress, train on from the compressed weights, compress again: the paper's baseline iDC. It writes the weights.
+
+    Args:
+        model: prepared with :class:`~diffq_fx.methods.LC`.
+        train: as for :class:`LCLoop`; its penalty is zero.
+        iterations: 1 or more.
+        progress: called after each turn.
+
+    Returns:
+        The turns.
+
+    Raises:
+        DivergenceError: a training step left values that are not finite; the model is as it was before that step.
+        ValueError: ``iterations`` is less than 1.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterated_direct_compression: iterations must be at least 1, got {iterations}.")
+    direct_compression(model)
+    history = []
+    for index in range(iterations):
+        began = time.monotonic()
+        _take_compressed_weights(model)
+        good = LastGoodState(model)
+        train(model, LStep(index, 0.0, lambda: lc_penalty(model)))
+        good.check(f"iterated_direct_compression: step {index}", "Lower the learning rate.")
+        history.append(LCProgress(index, 0.0, direct_compression(model), time.monotonic() - began))
+        if progress is not None:
+            progress(history[-1])
+    return history
+
+
+def counted_ratio(model: nn.Module, float_bits: int = 32) -> float:
+    """Compression ratio as the paper counts it: ``(P1 + P0) b / (P1 ceil(log2 K) + (P0 + K) b)`` (arXiv:1707.04319).
+
+    P1 weights are quantized, P0 parameters are not; K counts the learned entries of every codebook once.
+
+    Args:
+        model: prepared with :class:`~diffq_fx.methods.LC` alone.
+        float_bits: b.
+
+    Returns:
+        How many times smaller the model is.
+
+    Example:
+        >>> from diffq_fx import prepare
+        >>> from diffq_fx.methods import LC
+        >>> layers = [torch.nn.Linear(784, 300), torch.nn.Tanh(), torch.nn.Linear(300, 100), torch.nn.Tanh(), torch.nn.Linear(100, 10)]
+        >>> model = prepare(torch.nn.Sequential(*layers), torch.zeros(1, 784), LC(entries=2))
+        >>> round(counted_ratio(model), 1)  # LeNet300: 30.5 in the paper
+        30.5
+    """
+    compression = require_compression(model, "counted_ratio")
+    weights = [quantizer for quantizer, _ in lc_weights(model, "counted_ratio")]
+    if len(weights) < len(compression.quantizers):
+        raise PreparationError(f"counted_ratio: the paper counts LC weights alone; the model was prepared with {compression.method.name}.")
+    quantized = sum(quantizer.spec.numel for quantizer in weights)
+    codes = sum(sum(q.footprint().histogram.keys()) * q.spec.numel for q in weights)
+    learned = sum(group[0].config.learned_floats for group in shared_groups(weights))
+    rest = compression.rest_numel
+    return (quantized + rest) * float_bits / (codes + (rest + learned) * float_bits)
