@@ -15,7 +15,7 @@ class Emitter:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+        self.graph = graph
         self._nodes: list[ir.Node] = []
         self._taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
         self._taken |= {value.name for value in graph.inputs}
@@ -27,7 +27,7 @@ class Emitter:
         unique = self.unique(name)
         tensor.name = unique
         value = ir.val(unique, const_value=tensor)
-        self._graph.register_initializer(value)
+        self.graph.register_initializer(value)
         return value
 
     def op(
@@ -59,8 +59,15 @@ class Emitter:
     def flush(self) -> None:
         """Put the collected nodes before the first node of the graph."""
         if self._nodes:
-            self._graph.insert_before(self._graph[0], self._nodes)
+            self.graph.insert_before(self.graph[0], self._nodes)
         self._nodes = []
+
+
+def describe_like(new: ir.Value, old: ir.Value) -> None:
+    """Give a value the shape and type of the one whose place it takes."""
+    new.shape = old.shape
+    if old.dtype is not None:
+        new.dtype = old.dtype
 
 
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
