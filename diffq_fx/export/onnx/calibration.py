@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,19 @@ from diffq_fx.export.onnx.layout.plan import Range
 from diffq_fx.export.onnx.runtime import open_session, run_session, to_numpy
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the calibration has shown."""
+
+    ranges: dict[str, Range]
+    """Name of each value -> its range over all items."""
+    first: Example
+    """The first item."""
+
+
 def calibrate(
     path: Path, watched: Mapping[str, tuple[str, str]], calibration: Iterable[Any], example: Example, graph: ir.Graph
-) -> dict[str, Range]:
+) -> Calibration:
     """Run a file on every item.
 
     Args:
@@ -26,9 +37,6 @@ def calibrate(
         example: the user's example.
         graph: tells which sizes an input may have.
 
-    Returns:
-        Name of each value -> its range over all items.
-
     Raises:
         ExportError: There is no item, or one does not fit, is not finite, or makes a value that is not finite.
     """
@@ -36,11 +44,12 @@ def calibrate(
     names = [entry.name for entry in session.get_inputs()]
     shapes = {str(value.name): value.shape for value in graph.inputs}
     ranges = dict.fromkeys(watched, (math.inf, -math.inf))
-    count = 0
+    first, count = example, 0
     for count, item in enumerate(calibration, 1):
         tensors = _tensors(item, count, example)
         for name, tensor, wanted in zip(names, tensors, example.tensors, strict=True):
             _check(tensor, wanted, shapes[name], f"calibration item {count}, input {name!r}")
+        first = example.replace(tensors) if count == 1 else first
         outputs = run_session(session, {name: to_numpy(tensor) for name, tensor in zip(names, tensors, strict=True)}, path)
         for value, (low_name, high_name) in watched.items():
             low, high = float(outputs[low_name]), float(outputs[high_name])
@@ -49,7 +58,7 @@ def calibrate(
             ranges[value] = (min(ranges[value][0], low), max(ranges[value][1], high))
     if not count:
         raise ExportError("the calibration is empty: give some typical inputs, each in the form of example_inputs.")
-    return ranges
+    return Calibration(ranges, first)
 
 
 def _tensors(item: Any, number: int, example: Example) -> list[torch.Tensor]:

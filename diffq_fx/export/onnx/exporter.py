@@ -40,7 +40,8 @@ class ExportResult:
     """The same as a part of the output's largest value. Both are measured with activations in float everywhere: they show that the
     file computes with the model's own weights."""
     fast_relative_error: float | None
-    """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster."""
+    """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster; on the first item
+    of the calibration, on random inputs without one."""
     operators: dict[str, int] | None
     """Operators that onnxruntime runs in one inference; None with ``verify=False``."""
     remarks: tuple[str, ...]

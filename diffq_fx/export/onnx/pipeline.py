@@ -10,7 +10,7 @@ from torch import nn
 
 import diffq_fx
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.calibration import calibrate
+from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.halves import HalvedModel, halved_names, store_halves, wants_halves
@@ -44,6 +44,8 @@ class _Job:
     request: LayoutRequest
     opset: int | None
     verify: bool
+    typical: Example | None = None
+    """Inputs as the model sees them in use, if the user has given any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,8 @@ def export_file(
                 verify=verify,
             )
             if calibration is not None:
-                job = replace(job, request=replace(job.request, ranges=_ranges(job, calibration)))
+                found = _calibrated(job, calibration)
+                job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
             draft = _draft_without_dequantization(job)
             file_bytes = publish(draft.file, path)
     except ExportError as error:
@@ -101,7 +104,7 @@ def export_file(
     return _result(job, draft, file_bytes)
 
 
-def _ranges(job: _Job, calibration: Iterable[Any]) -> dict[str, tuple[float, float]]:
+def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:
     """The range of every activation that is to be rounded."""
     model, applied, _ = _laid_out(job, {}, twin=True)
     watched = watch(model, applied.rounded)
@@ -143,7 +146,7 @@ def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:
         model, _, _ = _laid_out(job, refused, twin=True)
         files = replace(files, exact=save_draft(model, job.folder, "exact.onnx"))
     reference = HalvedModel(job.converted, job.halved) if job.halved else job.converted
-    return check_parity(files, reference, job.example, job.traced)
+    return check_parity(files, reference, job.example, job.traced, job.typical)
 
 
 def _dequantized_weights(job: _Job, draft: _Draft) -> list[str]:
@@ -162,8 +165,8 @@ def _remarks(job: _Job, draft: _Draft) -> list[str]:
         remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
     if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
         remarks.append(
-            f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value "
-            "on random inputs: measure the file on real data"
+            f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
+            "measure the file's accuracy before you use it"
         )
     return remarks
 
