@@ -76,7 +76,8 @@ def build(name: str) -> None:
     case, folder = CASES[name], FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = case.make().eval()
+    model = case.make()
+    _settle(model, case)
     float_file = folder / "float.onnx"
     batches = [case.example(2 if len(case.batches) > 1 else 1) for _ in range(4)]
     _export_float(model, case, float_file)
@@ -111,6 +112,14 @@ def build(name: str) -> None:
             quantizer = MatMulNBitsQuantizer(onnx.load(float_file), bits=bits, block_size=32, is_symmetric=False, accuracy_level=4)
             quantizer.process()
             quantizer.model.save_model_to_file(str(folder / f"ort_nbits{bits}.onnx"), False)
+
+
+def _settle(model: nn.Module, case: Case) -> None:
+    """Give BatchNorms the statistics of the inputs, so that values neither vanish nor explode."""
+    with torch.no_grad():
+        for _ in range(20 if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else 0):
+            model.train()(*case.example(4))
+    model.eval()
 
 
 def _build_ours(model: nn.Module, case: Case, folder: Path, batches: list[tuple[Tensor, ...]]) -> None:
@@ -213,6 +222,7 @@ def _race_cell(case: Case, sessions: dict[str, Any], batch: int, threads: int) -
     for turn in range(rounds):
         for stem in order if turn % 2 == 0 else reversed(order):
             session, feed = sessions[stem], feeds[stem]
+            session.run(None, feed)  # its memory is warm again, as in a process of its own
             begin = time.perf_counter()
             for _ in range(repeats):
                 session.run(None, feed)
@@ -296,7 +306,8 @@ def report() -> None:
     intro = (
         "Times: median ms of one run, and how many times faster than float it is, median [quartiles] of the pairs. All files of a model "
         "run in turns in one process. Memory: of a fresh process that loads the file and runs it once at batch 1, above what it had "
-        "before: the peak, and what stays. Error: against the float file on one random input, largest difference / largest value, and root mean square."
+        "before: the peak, and what stays. Error: against the float file on one random input, largest difference / largest value, "
+        "and root mean square."
     )
     path = write_result(
         "onnx_latency", "ONNX files in onnxruntime's CPU provider", "\n\n".join([intro, *parts]), ["torch", "onnx", "onnxruntime"]
