@@ -13,7 +13,7 @@ from diffq_fx.demo.tasks import Task, digits
 from diffq_fx.demo.training import accuracy, train
 from diffq_fx.export import export_onnx
 
-EPOCHS, RATE = 8, 1e-3
+EPOCHS, RATE = 3, 1e-3
 
 
 def make_model() -> nn.Module:

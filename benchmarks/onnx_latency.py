@@ -302,7 +302,10 @@ def report() -> None:
             memory = f"{facts['peak_mib'] - facts['before_mib']:.0f} / {facts['resident_mib'] - facts['before_mib']:.0f}"
             rows.append((TITLES[stem], *(_cell(cell, stem) for cell in cells), f"{facts['file_mib']:.2f}", memory, error))
         header = ("file", *heads, "file MiB", "memory MiB peak / after", "error % max / rms")
-        parts.append(f"## {CASES[name].title}\n\n{markdown_table(header, rows)}")
+        note = f"\n\n{results['note']}" if "note" in results else ""
+        parts.append(f"## {CASES[name].title}\n\n{markdown_table(header, rows)}{note}")
+    if missing := [case.title for name, case in CASES.items() if name not in raced]:
+        parts.append(f"Not raced yet: {'; '.join(missing)}.")
     intro = (
         "Times: median ms of one run, and how many times faster than float it is, median [quartiles] of the pairs. All files of a model "
         "run in turns in one process. Memory: of a fresh process that loads the file and runs it once at batch 1, above what it had "
