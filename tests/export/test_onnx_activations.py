@@ -139,7 +139,9 @@ def test_int8_network(path):
     assert set(rules.values()) == {"int8"}
     ops, outputs = run_optimized(path, images[0])
     assert ops.count("QLinearConv") == 5
-    assert {"QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearConcat", "QLinearLeakyRelu", "QLinearAveragePool", "NhwcMaxPool"} <= set(ops)
+    assert {"QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearConcat", "QLinearLeakyRelu", "QLinearAveragePool", "NhwcMaxPool"} <= set(
+        ops
+    )
     assert not {"Conv", "Relu", "Clip", "BatchNormalization", "Sigmoid"} & set(ops)
     for found, expected in zip(outputs, model(images[0]), strict=True):
         assert int8_error(found, expected) < 0.05
