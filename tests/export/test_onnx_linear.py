@@ -117,7 +117,7 @@ def test_tied_table_is_stored_once(path, tmp_path):
     ids = torch.randint(2000, (4, 3))
     assert_same(run_exact(path, ids), model(ids))
     assert levels_in(path) == {"weight.levels": ("UINT4", (512, 2000))}
-    assert result.weights[0].rule == "linear+fold"
+    assert result.weights[0].rule == "linear+rows"
     assert "read by Gather" in result.weights[0].reason
     assert sorted(op for op in optimized_ops(path, tmp_path) if op != "Reshape") == ["Gather", "MatMulNBits"]
 

@@ -2,5 +2,6 @@
 
 from diffq_fx.export.onnx.exporter import ExportResult, export_onnx
 from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, read_metadata
+from diffq_fx.export.onnx.sessions import session_options
 
-__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "export_onnx", "read_metadata"]
+__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "export_onnx", "read_metadata", "session_options"]

@@ -1,7 +1,7 @@
 """export_onnx: a converted model in, one ONNX file out, checked against PyTorch before it is put in its place."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight, StoredWeight
 
 _LAYOUTS = ("onnxruntime", "qdq")
+_ACTIVATIONS = ("float", "dynamic", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class ExportResult:
     path: Path
     opset: int
     layout: str
+    activations: str
     weights: tuple[WeightRecord, ...]
     """Per weight: bits, containers, the rule that was applied, and why not a faster one."""
     payload_bytes: int
@@ -36,7 +38,11 @@ class ExportResult:
     max_abs_error: float | None
     """Largest difference to PyTorch over the verification's inputs; None with ``verify=False``."""
     max_relative_error: float | None
-    """The same as a part of the output's largest value."""
+    """The same as a part of the output's largest value. Both are measured with activations in float everywhere: they show that the
+    file computes with the model's own weights."""
+    fast_relative_error: float | None
+    """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster; on the first item
+    of the calibration, on random inputs without one."""
     operators: dict[str, int] | None
     """Operators that onnxruntime runs in one inference; None with ``verify=False``."""
     remarks: tuple[str, ...]
@@ -49,6 +55,8 @@ def export_onnx(
     path: str | Path,
     *,
     layout: Literal["onnxruntime", "qdq"] = "onnxruntime",
+    activations: Literal["float", "dynamic", "int8"] = "float",
+    calibration: Iterable[Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
     verify: bool = True,
@@ -61,15 +69,26 @@ def export_onnx(
     DequantizeLinear for every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
     PyTorch on fresh random inputs; a failure leaves an old file under ``path`` as it was. The model is not changed.
 
-    By default onnxruntime rounds activations to int8 inside fused products (1 to 3 % of the output's largest value on a six-layer
-    encoder with random weights). The session entry ``session.qdq_matmulnbits_accuracy_level = 1`` keeps them in float, as the
-    check here does, but is slow at 8 bits.
+    ``activations`` says where they may be rounded to 8 bits *in the graph*:
+
+    - "float": nowhere. Inside fused products onnxruntime itself rounds them, block by block (1 to 3 % of the output's largest value on a
+      six-layer encoder with random weights); ``session_options(path, exact=True)`` keeps them in float.
+    - "dynamic": in front of linear layers, with a range that is found at every run, where that is predicted to be the fastest
+      (0.13 to 0.3 of the float time from about 384 x 384 and 8 rows on). Needs no data.
+    - "int8": that, and convolutions become integer ones, with the Adds and poolings between them. The ranges of their inputs and
+      outputs come from ``calibration``. Widths up to 8 bits with a scale per channel; ConvTranspose has no int8 kernel and stays float.
+
+    The weights keep their learned widths in the file in all three. On x86 processors without VNNI (before 2019) the int8 kernels of
+    the last two saturate for weights of 8 bits; the session entry ``session.x64quantprecision = 1`` prevents it and costs the speed.
 
     Args:
         converted: from ``convert_diffq``; exported in eval mode, its own mode is restored.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         path: the file to write.
         layout: see above.
+        activations: see above; "float" with layout "qdq".
+        calibration: for "int8": typical inputs, each in the form of ``example_inputs`` and without labels. Every range is the least and
+            the largest number that was seen; some dozens of batches are usual.
         dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
         opset: None for the smallest that holds the containers (20; 21 for 4 bits; 25 for 2 bits), else at least that.
         verify: run the file in onnxruntime and compare.
@@ -79,9 +98,10 @@ def export_onnx(
 
     Raises:
         ExportError: the model is not converted, holds a weight without ONNX form (the float grid), cannot be traced, does not fit
-            ``opset``; the file cannot be written or does not compute what the model computes.
-        TypeError: ``example_inputs`` is none of the above.
-        ValueError: unknown ``layout``.
+            ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be written or does not compute
+            what the model computes.
+        TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
+        ValueError: unknown ``layout`` or ``activations``, or they do not go together, or a ``calibration`` is missing or of no use.
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
@@ -104,16 +124,41 @@ def export_onnx(
         >>> result.opset, result.payload_bytes, result.weights[0].containers
         (21, 64, {4: 128})
     """
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
+    _check_choices(layout, activations, calibration)
     _check_converted(converted)
+    from diffq_fx.export.onnx.layout.plan import LayoutRequest
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 
+    request = LayoutRequest(layout=layout, activations=activations)
     with _in_eval(converted):
-        result = export_file(converted, example_inputs, Path(path), layout, dynamic_shapes, opset, verify)
+        result = export_file(
+            converted,
+            example_inputs,
+            Path(path),
+            request,
+            calibration=calibration,
+            dynamic_shapes=dynamic_shapes,
+            opset=opset,
+            verify=verify,
+        )
     for remark in result.remarks:
         warnings.warn(f"export_onnx: {remark}", DiffQWarning, stacklevel=2)
     return result
+
+
+def _check_choices(layout: str, activations: str, calibration: Iterable[Any] | None) -> None:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
+    if activations not in _ACTIVATIONS:
+        raise ValueError(f"activations must be one of {_ACTIVATIONS}, got {activations!r}.")
+    if layout == "qdq" and activations != "float":
+        raise ValueError(f'layout "qdq" leaves activations in float, got activations={activations!r}: use layout "onnxruntime".')
+    if activations == "int8" and calibration is None:
+        raise ValueError('activations="int8" needs calibration: typical inputs, from which the ranges of the activations are taken.')
+    if activations != "int8" and calibration is not None:
+        raise ValueError(f'calibration is of no use with activations={activations!r}: only "int8" takes ranges from it.')
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of inputs, got {type(calibration).__name__}.")
 
 
 def _check_converted(converted: nn.Module) -> None:

@@ -9,6 +9,8 @@ key                  value
 diffq_fx.schema      "1", the version of this table; a reader refuses a larger one
 diffq_fx.producer    "diffq_fx"
 diffq_fx.layout      "onnxruntime" or "qdq"
+diffq_fx.activations "float", "dynamic" or "int8"
+diffq_fx.session.*   onnxruntime's session entries that the file wants: its own key with ``diffq_fx.`` before it
 diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` except the name
 ==================== ==================================================================================================
 
@@ -48,7 +50,8 @@ class WeightRecord:
     containers: dict[int, int]
     """Container bits in the file -> number of weights held in them. Several when a weight is split by width."""
     rule: str
-    """How the weight reaches its readers: "linear" (fused), "fold" (made float when the file is loaded), "linear+fold", "qdq"."""
+    """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (int8 product), "int8" (int8 convolution), "rows"
+    (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
     reason: str | None = None
     """Why some reader does not get the fused form; None where all do, and in layout "qdq"."""
     remarks: tuple[str, ...] = ()
@@ -82,6 +85,10 @@ class ExportMetadata:
     """Everything that the export writes into ``metadata_props``."""
 
     layout: str
+    activations: str = "float"
+    """Where the graph rounds activations: "float" nowhere, "dynamic" in front of linear layers, "int8" around convolutions too."""
+    session: Mapping[str, str] = field(default_factory=dict)
+    """The session entries that the file asks for."""
     weights: tuple[WeightRecord, ...] = field(default=())
 
     @property
@@ -106,7 +113,7 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
 
     Example:
         >>> sorted(to_props(ExportMetadata(layout="qdq")))
-        ['diffq_fx.layout', 'diffq_fx.producer', 'diffq_fx.schema', 'diffq_fx.weights']
+        ['diffq_fx.activations', 'diffq_fx.layout', 'diffq_fx.producer', 'diffq_fx.schema', 'diffq_fx.weights']
     """
     weights = {}
     for record in metadata.weights:
@@ -116,6 +123,8 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
         f"{PREFIX}schema": str(SCHEMA_VERSION),
         f"{PREFIX}producer": "diffq_fx",
         f"{PREFIX}layout": metadata.layout,
+        f"{PREFIX}activations": metadata.activations,
+        **{f"{PREFIX}{key}": value for key, value in metadata.session.items()},
         f"{PREFIX}weights": json.dumps(weights, separators=(",", ":")),
     }
 
@@ -147,7 +156,9 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
             raise ExportError(f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx.")
         entries = json.loads(props[f"{PREFIX}weights"])
         weights = tuple(_record(name, entry) for name, entry in entries.items())
-        return ExportMetadata(layout=props[f"{PREFIX}layout"], weights=weights)
+        session = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(f"{PREFIX}session.")}
+        activations = props.get(f"{PREFIX}activations", "float")
+        return ExportMetadata(layout=props[f"{PREFIX}layout"], activations=activations, session=session, weights=weights)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
 

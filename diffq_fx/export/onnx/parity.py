@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,13 @@ from torch import nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.runtime import to_numpy
+from diffq_fx.export.onnx.sessions import EXACT_LEVEL
 from diffq_fx.export.onnx.tracing import TracedModel
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a part of the output's largest value; a model in float16 gets a few of its own steps."""
 _STEPS = 4
-EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
-"""The session entry that keeps activations in float inside fused products; onnxruntime's default rounds them to int8."""
-
 _SEED = 0
 
 
@@ -30,40 +30,59 @@ class Parity:
 
     max_abs_error: float
     max_relative_error: float
-    """The largest over the outputs of: largest difference / largest value."""
+    """The largest over the outputs of: largest difference / largest value; with activations that are not rounded."""
+    fast_relative_error: float
+    """The same for the file as it runs by default."""
     operators: dict[str, int]
     """Operators that onnxruntime ran, and how often, in one inference."""
     dequantized: tuple[str, ...]
     """Names of the DequantizeLinear nodes among them: weights that are dequantized at every run."""
 
 
-def check_parity(path: Path, reference: nn.Module, example: Example, traced: TracedModel) -> Parity:
+@dataclass(frozen=True)
+class DraftFiles:
+    """The files of one draft."""
+
+    published: Path
+    entries: Mapping[str, str]
+    """The session entries that it asks for."""
+    exact: Path
+    """The same numbers with activations that are not rounded in the graph; the published file itself if it rounds none there."""
+
+
+def check_parity(files: DraftFiles, reference: nn.Module, example: Example, traced: TracedModel, typical: Example | None = None) -> Parity:
     """Compare a file with the model that it was made of, on fresh random inputs at the example's size and at another batch.
 
     Args:
-        path: the file.
+        files: what is compared.
         reference: the model, in eval mode, with the numbers that the file has.
         example: the user's example.
         traced: tells which sizes are dynamic.
+        typical: inputs for the error of rounded activations; None for the random ones.
 
     Raises:
-        ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance.
+        ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
-    session = _open(path)
+    exact = _open(files.exact, {**files.entries, **dict([EXACT_LEVEL])})
+    fast = _open(files.published, files.entries, profiled=True)
     generator = torch.Generator().manual_seed(_SEED)
-    worst = (0.0, 0.0)
+    worst, fast_worst = (0.0, 0.0), 0.0
     for sizes in [traced.sizes, traced.other_sizes] if traced.sizes else [traced.sizes]:
         shapes = [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in traced.input_shapes]
         fresh = _that_runs(reference, example, generator, shapes)
-        feeds = {entry.name: _numpy(tensor).copy() for entry, tensor in zip(session.get_inputs(), fresh.tensors, strict=True)}
-        expected = [_numpy(leaf) for leaf in fresh.run(reference) if isinstance(leaf, torch.Tensor)]  # may change its arguments
-        found = _run(session, feeds)
-        names = [entry.name for entry in session.get_outputs()]
-        worst = max(worst, compare_outputs(names, found, expected), key=lambda pair: pair[1])
-    profile = Path(session.end_profiling())
-    kernels = _kernels(profile)
+        feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(exact.get_inputs(), fresh.tensors, strict=True)}
+        expected = [to_numpy(leaf) for leaf in fresh.run(reference) if isinstance(leaf, torch.Tensor)]  # may change its arguments
+        names = [entry.name for entry in exact.get_outputs()]
+        worst = max(worst, compare_outputs(names, _run(exact, feeds), expected), key=lambda pair: pair[1])
+        if typical is None:
+            fast_worst = max(fast_worst, _relative(_run(fast, feeds), expected))
+    if typical is not None:
+        feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(fast.get_inputs(), typical.tensors, strict=True)}
+        expected = [to_numpy(leaf) for leaf in typical.run(reference) if isinstance(leaf, torch.Tensor)]
+        fast_worst = _relative(_run(fast, feeds), expected)
+    kernels = _kernels(Path(fast.end_profiling()))
     dequantized = tuple(name for name, operator in kernels if operator == "DequantizeLinear")
-    return Parity(*worst, dict(Counter(operator for _, operator in kernels)), dequantized)
+    return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized)
 
 
 def _that_runs(reference: nn.Module, example: Example, generator: torch.Generator, shapes: list[tuple[int, ...]]) -> Example:
@@ -103,6 +122,10 @@ def compare_outputs(names: list[str], found: list[Any], expected: list[np.ndarra
     return worst_abs, worst_relative
 
 
+def _relative(found: list[Any], expected: list[np.ndarray]) -> float:
+    return max((_difference(np.asarray(ours), theirs)[1] for ours, theirs in zip(found, expected, strict=True)), default=0.0)
+
+
 def _difference(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     if found.size == 0:
         return 0.0, 0.0
@@ -115,19 +138,16 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     return difference, 0.0 if difference == 0 else difference / largest if largest > 0 else float("inf")
 
 
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _open(path: Path) -> Any:
+def _open(path: Path, entries: Mapping[str, str], *, profiled: bool = False) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*EXACT_LEVEL)
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
     options.log_severity_level = 4
-    options.enable_profiling = True
-    options.profile_file_prefix = str(path.with_name("profile"))
+    if profiled:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(path.with_name("profile"))
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except (RuntimeError, ValueError, *_runtime_errors()) as error:

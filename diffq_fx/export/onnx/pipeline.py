@@ -1,25 +1,33 @@
 """The steps of an export, in their order. Imports onnx, onnxscript and onnxruntime; :mod:`.exporter` does not."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from torch import nn
 
 import diffq_fx
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.halves import HalvedModel, halved_names, store_halves, wants_halves
-from diffq_fx.export.onnx.layout.apply import apply_layout
-from diffq_fx.export.onnx.layout.plan import Layout
+from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
+from diffq_fx.export.onnx.layout.int8 import watch
+from diffq_fx.export.onnx.layout.plan import LayoutRequest
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.opset import set_opset
-from diffq_fx.export.onnx.parity import Parity, check_parity
+from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
 from diffq_fx.export.onnx.saving import draft_folder, publish, save_draft
+from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.tracing import TracedModel, trace, weights_by_initializer
 from diffq_fx.storage import IntegerWeight, StoredWeight
+
+_ROUGH = 0.1
+"""A relative error of the rounded activations that is worth a remark."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,9 +41,11 @@ class _Job:
     halved: set[str]
     folder: Path
     path: Path
-    layout: Layout
+    request: LayoutRequest
     opset: int | None
     verify: bool
+    typical: Example | None = None
+    """Inputs as the model sees them in use, if the user has given any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +62,14 @@ def export_file(
     converted: nn.Module,
     example_inputs: Any,
     path: Path,
-    layout: Layout,
+    request: LayoutRequest,
+    *,
+    calibration: Iterable[Any] | None,
     dynamic_shapes: Any,
     opset: int | None,
     verify: bool,
 ) -> ExportResult:
-    """Trace, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
+    """Trace, calibrate, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
 
     Raises:
         ExportError: Any of the steps fails; the target is as it was.
@@ -69,23 +81,35 @@ def export_file(
             for weight in weights.values():
                 if isinstance(weight, IntegerWeight):
                     read_table(weight)  # a weight without ONNX form is found before the long work begins
+            traced = trace(converted, example, dynamic_shapes)
+            halved = halved_names(converted) if wants_halves(converted) else set()
             job = _Job(
                 converted=converted,
                 weights=weights,
                 example=example,
-                traced=trace(converted, example, dynamic_shapes),
-                halved=halved_names(converted) if wants_halves(converted) else set(),
+                traced=traced,
+                halved=halved,
                 folder=folder,
                 path=path,
-                layout=layout,
+                request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
                 opset=opset,
                 verify=verify,
             )
+            if calibration is not None:
+                found = _calibrated(job, calibration)
+                job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
             draft = _draft_without_dequantization(job)
             file_bytes = publish(draft.file, path)
     except ExportError as error:
         raise ExportError(f"export_onnx: {error}") from error
     return _result(job, draft, file_bytes)
+
+
+def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:
+    """The range of every activation that is to be rounded."""
+    model, applied, _ = _laid_out(job, {}, twin=True)
+    watched = watch(model, applied.rounded)
+    return calibrate(save_draft(model, job.folder, "calibration.onnx"), watched, calibration, job.example, job.traced.model.graph)
 
 
 def _draft_without_dequantization(job: _Job) -> _Draft:
@@ -98,23 +122,36 @@ def _draft_without_dequantization(job: _Job) -> _Draft:
     return _draft(job, dict.fromkeys(refused, reason))
 
 
-def _draft(job: _Job, refused: dict[str, str]) -> _Draft:
-    model = job.traced.model.clone()
-    records = apply_layout(model, job.weights, job.layout, job.traced.sizes, refused)
-    store_halves(model, job.halved)
-    opset = set_opset(model, job.opset)
-    metadata = ExportMetadata(layout=job.layout, weights=records)
+def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
+    model, applied, opset = _laid_out(job, refused)
+    request = job.request
+    entries = wanted_entries(request.layout)
+    metadata = ExportMetadata(layout=request.layout, activations=request.activations, session=entries, weights=applied.records)
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))
     file = save_draft(model, job.folder, job.path.name)
-    reference = HalvedModel(job.converted, job.halved) if job.halved else job.converted
-    parity = check_parity(file, reference, job.example, job.traced) if job.verify else None
+    parity = _parity(job, refused, DraftFiles(file, entries, file)) if job.verify else None
     return _Draft(file, opset, metadata, parity)
 
 
+def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> tuple[ir.Model, Applied, int]:
+    model = job.traced.model.clone()
+    applied = apply_layout(model, job.weights, replace(job.request, refused=refused, twin=twin))
+    store_halves(model, job.halved)
+    return model, applied, set_opset(model, job.opset)
+
+
+def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:
+    if job.request.rounds:
+        model, _, _ = _laid_out(job, refused, twin=True)
+        files = replace(files, exact=save_draft(model, job.folder, "exact.onnx"))
+    reference = HalvedModel(job.converted, job.halved) if job.halved else job.converted
+    return check_parity(files, reference, job.example, job.traced, job.typical)
+
+
 def _dequantized_weights(job: _Job, draft: _Draft) -> list[str]:
-    if job.layout == "qdq" or draft.parity is None:
+    if job.request.layout == "qdq" or draft.parity is None:
         return []
     nodes = draft.parity.dequantized
     return [w.name for w in draft.metadata.weights if any(node.startswith(f"{w.name}.") for node in nodes)]
@@ -125,8 +162,13 @@ def _remarks(job: _Job, draft: _Draft) -> list[str]:
     unread = {weight.spec.name for weight in job.weights.values()} - {record.name for record in draft.metadata.weights}
     if unread:
         remarks.append(f"the graph does not read {', '.join(sorted(unread))}: not in the file")
-    if job.layout == "onnxruntime" and draft.parity is not None and draft.parity.dequantized:
-        remarks.append(f"onnxruntime dequantizes at every run: {', '.join(draft.parity.dequantized)}")
+    if dequantized := _dequantized_weights(job, draft):
+        remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
+    if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
+        remarks.append(
+            f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
+            "measure the file's accuracy before you use it"
+        )
     return remarks
 
 
@@ -136,12 +178,14 @@ def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
         path=job.path,
         opset=draft.opset,
         layout=metadata.layout,
+        activations=metadata.activations,
         weights=metadata.weights,
         payload_bytes=-(-metadata.payload_bits // 8),
         container_payload_bytes=-(-metadata.container_payload_bits // 8),
         file_bytes=file_bytes,
         max_abs_error=None if parity is None else parity.max_abs_error,
         max_relative_error=None if parity is None else parity.max_relative_error,
+        fast_relative_error=None if parity is None else parity.fast_relative_error,
         operators=None if parity is None else parity.operators,
         remarks=tuple(_remarks(job, draft)),
     )

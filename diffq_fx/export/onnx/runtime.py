@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.metadata import PREFIX
@@ -100,6 +101,12 @@ def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], p
         if not isinstance(value, np.ndarray):
             raise DiffQError(f"output '{name}' of '{path}' is a {type(value).__name__}: only tensors can be compared.")
     return outputs
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as onnxruntime takes it; bfloat16, which numpy does not have, in float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def signature_of(entries: Sequence[Any]) -> list[TensorSignature]:

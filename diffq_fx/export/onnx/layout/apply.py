@@ -2,22 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.layout.batch_norm import fold_batch_norm, per_channel
 from diffq_fx.export.onnx.layout.codebook import emit_looked_up
-from diffq_fx.export.onnx.layout.consumers import find_uses
+from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
+from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter
 from diffq_fx.export.onnx.layout.fold import emit_folded
+from diffq_fx.export.onnx.layout.int8 import (
+    RoundedValue,
+    conv_refusal,
+    emit_int8_filters,
+    find_rounded,
+    round_values,
+    without_empty_scales,
+)
 from diffq_fx.export.onnx.layout.linear import emit_fused
-from diffq_fx.export.onnx.layout.plan import Layout, WeightPlan, plan_for_onnxruntime, plan_for_qdq
+from diffq_fx.export.onnx.layout.plan import LayoutRequest, WeightPlan, plan_for_onnxruntime, plan_for_qdq
 from diffq_fx.export.onnx.layout.qdq import emit_dequantized, emit_qdq_product
+from diffq_fx.export.onnx.layout.rows import emit_rows
 from diffq_fx.export.onnx.layout.stored import StoredTable
-from diffq_fx.export.onnx.layout.table import read_table
+from diffq_fx.export.onnx.layout.table import WeightTable, read_table
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.storage import IntegerWeight, StoredWeight
 
@@ -33,24 +43,24 @@ class _Placed:
     node: ir.Node
 
 
-def apply_layout(
-    model: ir.Model,
-    weights: Mapping[str, StoredWeight],
-    layout: Layout,
-    sizes: dict[str, int],
-    refused: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[WeightRecord, ...]:
-    """Replace the placeholders in place.
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """What became of a graph."""
+
+    records: tuple[WeightRecord, ...]
+    """What became of each weight, in the order of their first use."""
+    rounded: tuple[RoundedValue, ...]
+    """The values that are uint8, or would be without ``twin``."""
+
+
+def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: LayoutRequest) -> Applied:
+    """Replace the placeholders in place, and round activations where the request asks for it.
 
     Args:
         model: captured, one placeholder node for each call of a stored weight.
         weights: name of the initializer that a placeholder reads -> the weight.
-        layout: "onnxruntime" for the rules ``linear`` and ``fold``, "qdq" for DequantizeLinear everywhere.
-        sizes: symbolic sizes of the graph at the example inputs.
-        refused: name of a weight -> why nothing shall be fused with it.
-
-    Returns:
-        What became of each weight, in the order of their first use.
+        request: layout "onnxruntime" for the rules ``linear``, ``dynamic``, ``rows``, ``int8`` and ``fold``, "qdq" for DequantizeLinear
+            everywhere.
 
     Raises:
         ExportError: A weight has no ONNX form.
@@ -58,13 +68,13 @@ def apply_layout(
     placed_weights = _merge_placeholders(model, weights)
     emitter = Emitter(model.graph)
     records = []
+    convolutions: set[ir.Node] = set()
     for placed in placed_weights:
-        integers = placed.weight
-        if isinstance(integers, CodebookWeight):
-            integers = integers.as_integers()
+        integers = placed.weight.as_integers() if isinstance(placed.weight, CodebookWeight) else placed.weight
         if isinstance(integers, IntegerWeight):
-            record = _lay_out_integers(emitter, integers, placed.node, layout, sizes, refused)
+            record, plan = _lay_out_integers(emitter, integers, placed.node, request)
             records.append(replace(record, bits=placed.weight.footprint().histogram))
+            convolutions |= set(plan.convolutions)
         elif isinstance(placed.weight, CodebookWeight):
             looked_up, record = emit_looked_up(emitter, placed.weight)
             _take_over(placed.node.outputs[0], looked_up)
@@ -72,22 +82,38 @@ def apply_layout(
         else:
             raise ExportError(f"weight {placed.weight.spec.name!r} is a {type(placed.weight).__name__}, which has no ONNX form yet.")
     emitter.flush()
+    rounded = find_rounded(model.graph, convolutions)
+    if request.ranges is not None and not request.twin:
+        round_values(emitter, rounded, request.ranges)
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
-    return tuple(records)
+    return Applied(tuple(records), tuple(rounded))
+
+
+def _plan_for_onnxruntime(emitter: Emitter, table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
+    """The plan, the convolutions included: BatchNorms behind them are put into the table first."""
+    if request.activations != "int8" or not uses.convolutions or table.spec.name in request.refused:
+        return plan_for_onnxruntime(table, uses, request)
+    if table.blocks == 1:
+        table = per_channel(table)
+        if len(uses.convolutions) == 1 and not uses.linear and not uses.gathers and not uses.others:
+            table = fold_batch_norm(emitter, table, uses.convolutions[0], request.halved)
+        table = without_empty_scales(table)
+    reasons = [conv_refusal(table, node, request.ranges) for node in uses.convolutions]
+    taken = tuple(node for node, reason in zip(uses.convolutions, reasons, strict=True) if reason is None)
+    plan = plan_for_onnxruntime(table, uses, request)
+    return replace(plan, convolutions=taken, reasons=tuple(reason for reason in reasons if reason is not None))
 
 
 def _lay_out_integers(
-    emitter: Emitter, weight: IntegerWeight, placeholder: ir.Node, layout: Layout, sizes: dict[str, int], refused: Mapping[str, str]
-) -> WeightRecord:
+    emitter: Emitter, weight: IntegerWeight, placeholder: ir.Node, request: LayoutRequest
+) -> tuple[WeightRecord, WeightPlan]:
     table = read_table(weight)
     uses = find_uses(placeholder.outputs[0], table.spec.axis, emitter.graph)
-    if layout == "qdq":
-        plan, emit = plan_for_qdq(table, uses), _emit_qdq
-    else:
-        plan, emit = plan_for_onnxruntime(table, uses, sizes, refused.get(table.spec.name)), _emit_onnxruntime
-    stored = StoredTable(emitter, table, plan.storage)
-    return _record(plan, stored, emit(plan, stored, placeholder))
+    plan = plan_for_qdq(table, uses) if request.layout == "qdq" else _plan_for_onnxruntime(emitter, table, uses, request)
+    stored = StoredTable(emitter, plan.table, plan.storage)
+    rule = _emit_qdq(plan, stored, placeholder) if request.layout == "qdq" else _emit(plan, stored, placeholder, request)
+    return _record(plan, stored, rule), plan
 
 
 def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) -> list[_Placed]:
@@ -112,12 +138,24 @@ def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) ->
     return list(placed.values())
 
 
-def _emit_onnxruntime(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node) -> str:
+def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: LayoutRequest) -> str:
     rules = []
     for use, fusion in zip(plan.uses.linear, plan.fusions, strict=True):
-        if fusion.mode != "float":
-            emit_fused(stored, use, fusion, copy=len(rules))
+        if fusion.mode == "dynamic":
+            emit_dynamic(stored, use, in_float=request.twin)
+            rules.append("dynamic")
+        elif fusion.mode != "float":
+            emit_fused(stored, use, fusion, copy=rules.count("linear"))
             rules.append("linear")
+    if plan.picks_rows:
+        for gather in plan.uses.gathers:
+            emit_rows(stored, gather)
+        rules.append("rows")
+    if plan.convolutions and not request.twin:
+        filters = emit_int8_filters(stored)
+        for node in plan.convolutions:
+            node.replace_input_with(1, filters)
+        rules.append("int8")
     if _is_read(placeholder.outputs[0]):
         _take_over(placeholder.outputs[0], emit_folded(stored))
         rules.append("fold")
@@ -154,8 +192,10 @@ def _is_read(value: ir.Value) -> bool:
 def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
     table, spec = plan.table, plan.table.spec
     reasons = [fusion.reason for fusion in plan.fusions if fusion.reason is not None]
-    if plan.uses.others and rule != "qdq":
-        reasons.append(f"read by {', '.join(plan.uses.others)}, which onnxruntime does not fuse with integers")
+    reasons += plan.reasons
+    in_float = _float_readers(plan)
+    if in_float and rule != "qdq":
+        reasons.append(f"read by {', '.join(in_float)}, which onnxruntime does not fuse with integers")
     containers = {width: len(rows) * spec.columns for width, rows in stored.storage.parts.items()}
     return WeightRecord(
         name=spec.name,
@@ -170,6 +210,12 @@ def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
         remarks=_remarks(plan, stored),
         initializers=tuple(str(part.name) for part in stored.parts.values()),
     )
+
+
+def _float_readers(plan: WeightPlan) -> list[str]:
+    gathers = [] if plan.picks_rows else [node.op_type for node in plan.uses.gathers]
+    convolutions = [node.op_type for node in plan.uses.convolutions if node not in plan.convolutions and not plan.reasons]
+    return list(dict.fromkeys((*gathers, *convolutions, *plan.uses.others)))
 
 
 def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:

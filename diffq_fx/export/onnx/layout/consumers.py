@@ -1,5 +1,6 @@
 """Finds what reads a weight: the linear layers that onnxruntime can fuse with it, through Transpose, Slice and Split."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ class LinearUse:
         """The axis of the weight, as PyTorch has it, that becomes N."""
         return 0 if self.transposed else 1
 
-    def num_rows(self, sizes: dict[str, int]) -> int:
+    def num_rows(self, sizes: Mapping[str, int]) -> int:
         """Rows of the activation at the example's size; 1 if the graph does not tell.
 
         Args:
@@ -52,6 +53,10 @@ class Uses:
     """Everything that reads a weight."""
 
     linear: tuple[LinearUse, ...]
+    gathers: tuple[ir.Node, ...]
+    """The Gather nodes that pick rows of it, as embeddings do."""
+    convolutions: tuple[ir.Node, ...]
+    """The Conv nodes whose filters it is."""
     others: tuple[str, ...]
     """What else reads it, as op types; "output" for a graph that gives it out."""
 
@@ -65,6 +70,8 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
         graph: the main graph; what reads the weight in the body of an If or Loop is not fused.
     """
     linear: list[LinearUse] = []
+    gathers: list[ir.Node] = []
+    convolutions: list[ir.Node] = []
     others: list[str] = []
     pending = [(weight, _Path())]
     while pending:
@@ -75,13 +82,18 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
             readable = value.shape is not None and len(value.shape) == _MATRIX and node.graph is graph and not node.domain
             steps = _steps(node, value, path, axis) if readable and index == 0 else {}
             use = _linear_use(graph, node, path) if readable and index == 1 else None
+            is_whole = path == _Path() and node.graph is graph and not node.domain
             if use is not None:
                 linear.append(use)
+            elif is_whole and node.op_type == "Gather" and index == 0 and _integer(node, "axis") == axis == 0:
+                gathers.append(node)
+            elif is_whole and node.op_type == "Conv" and index == 1 and axis == 0:
+                convolutions.append(node)
             elif steps:
                 pending.extend(steps.items())
             else:
                 others.extend(_final_readers(node))
-    return Uses(tuple(linear), tuple(dict.fromkeys(others)))
+    return Uses(tuple(linear), tuple(gathers), tuple(convolutions), tuple(dict.fromkeys(others)))
 
 
 def _linear_use(graph: ir.Graph, node: ir.Node, path: _Path) -> LinearUse | None:

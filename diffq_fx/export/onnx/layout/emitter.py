@@ -63,6 +63,13 @@ class Emitter:
         self._nodes = []
 
 
+def describe_like(new: ir.Value, old: ir.Value) -> None:
+    """Give a value the shape and type of the one whose place it takes."""
+    new.shape = old.shape
+    if old.dtype is not None:
+        new.dtype = old.dtype
+
+
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
     """A node of the default domain with one output, both called ``output``."""
     node = ir.node(op_type, inputs, attributes)

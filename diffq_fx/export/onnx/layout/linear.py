@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import Times, float_times, fused_times
+from diffq_fx.export.onnx.layout.cost import Times, dynamic_times, float_times, fused_times
 from diffq_fx.export.onnx.layout.emitter import make_node
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
@@ -39,7 +39,7 @@ _MAX_PADDING = 0.125
 class Fusion:
     """How a product runs."""
 
-    mode: Literal["native", "bytes", "float"]
+    mode: Literal["native", "bytes", "dynamic", "float"]
     times: Times
     bits: int = 0
     """The width that the kernel computes with."""
@@ -48,7 +48,7 @@ class Fusion:
     """Why the product stays a float one; None where it is fused."""
 
 
-def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: int, *, shared: bool) -> Fusion:
+def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: int, *, shared: bool, dynamic: bool = False) -> Fusion:
     """Choose the fastest way to run a product from a given storage.
 
     Args:
@@ -57,6 +57,7 @@ def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: in
         use: the product.
         rows: M at the example's size.
         shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
+        dynamic: whether activations may be rounded to int8 in the graph.
 
     Returns:
         The way; "float" with the reason where nothing fused is predicted to be faster.
@@ -67,6 +68,20 @@ def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: in
     reason = refusal(table, use) or _wrong_form(table, storage, use)
     if reason is not None:
         return Fusion("float", in_float, reason=reason)
+    ways = _fused_ways(table, storage, use, rows, shared=shared)
+    if dynamic and table.blocks == 1:
+        ways.append(Fusion("dynamic", dynamic_times(rows, inputs, outputs), _BYTE))
+    ways.sort(key=lambda way: way.times.typical)
+    faster = [way for way in ways if way.times.why_not_instead_of(in_float) is None]
+    if faster:
+        return faster[0]
+    return Fusion("float", in_float, reason=f"{inputs} inputs and {outputs} outputs: {ways[0].times.why_not_instead_of(in_float)}")
+
+
+def _fused_ways(table: WeightTable, storage: Storage, use: LinearUse, rows: int, *, shared: bool) -> list[Fusion]:
+    """The ways to run a product as MatMulNBits."""
+    inputs = table.spec.columns
+    outputs = len(use.rows) if use.rows is not None else table.spec.rows
     widths: dict[Literal["native", "bytes"], int] = {"bytes": _BYTE}
     is_whole = use.rows is None and not shared
     if storage.width in (2, 4) and is_whole and (storage.width != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
@@ -76,11 +91,7 @@ def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: in
         block = _kernel_block(table, bits)
         if (bits, block) != _SLOW:
             ways.append(Fusion(mode, fused_times(bits, rows, inputs, outputs, block), bits, block))
-    ways.sort(key=lambda way: way.times.typical)
-    faster = [way for way in ways if way.times.why_not_instead_of(in_float) is None]
-    if faster:
-        return faster[0]
-    return Fusion("float", in_float, reason=f"{inputs} inputs and {outputs} outputs: {ways[0].times.why_not_instead_of(in_float)}")
+    return ways
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:

@@ -1,20 +1,49 @@
 """Decides how the file holds a weight and how each of its readers gets it. Nothing here changes a graph."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
 from diffq_fx.export.onnx.layout.cost import NO_TIME
 from diffq_fx.export.onnx.layout.linear import TWO_BIT_ALIGNMENT, Fusion, choose_fusion, refusal
+from diffq_fx.export.onnx.layout.rows import picks_rows
 from diffq_fx.export.onnx.layout.table import Form, Storage, WeightTable, one_container, split_by_width
 
 Layout = Literal["onnxruntime", "qdq"]
+Activations = Literal["float", "dynamic", "int8"]
+Range = tuple[float, float]
 
 _TIME_FOR_BYTES = 1.15
 """A smaller file may cost so much of the fastest time."""
 _MAX_COPIES = 4
 """Products that may hold the same weight as integers: more, and the float weight that they would share is smaller."""
 _TWO_BITS = 2
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayoutRequest:
+    """What a graph is laid out for."""
+
+    layout: Layout = "onnxruntime"
+    activations: Activations = "float"
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Symbolic size of the graph -> what it is at the example inputs."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Name of a weight -> why no integer kernel shall read it."""
+    halved: frozenset[str] = frozenset()
+    """Initializers that the file will hold as float16."""
+    ranges: Mapping[str, Range] | None = None
+    """Name of a value -> its calibrated range; None before the calibration."""
+    twin: bool = False
+    """Make the same graph with activations that are not rounded, to compare it with PyTorch and to calibrate."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations may be rounded in the graph."""
+        return self.activations != "float"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +55,21 @@ class WeightPlan:
     storage: Storage
     fusions: tuple[Fusion, ...]
     """One per linear use."""
+    convolutions: tuple[ir.Node, ...] = ()
+    """The convolutions that become integer ones."""
+    reasons: tuple[str, ...] = ()
+    """Why other convolutions stay float ones."""
+
+    @property
+    def makes_float(self) -> bool:
+        """Whether any reader but Gather needs the float weight."""
+        in_float = any(fusion.mode == "float" for fusion in self.fusions)
+        return in_float or bool(self.uses.others) or len(self.convolutions) < len(self.uses.convolutions)
+
+    @property
+    def picks_rows(self) -> bool:
+        """Whether embeddings pick integer rows: not if the float table is there anyway."""
+        return bool(self.uses.gathers) and not self.makes_float and picks_rows(self.table)
 
     @property
     def microseconds(self) -> float:
@@ -38,15 +82,15 @@ class WeightPlan:
         return self.storage.file_bytes(self.table.spec.columns)
 
 
-def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], refused: str | None = None) -> WeightPlan:
+def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
     """Choose the storage and the fusions: the smallest file among those whose predicted time is close to the best.
 
     Args:
         table: the weight.
         uses: what reads it.
-        sizes: symbolic sizes of the graph at the example inputs.
-        refused: why nothing shall be fused with this weight, None where it may.
+        request: what the graph is laid out for.
     """
+    refused = request.refused.get(table.spec.name)
     whole = sum(use.rows is None for use in uses.linear)
     if refused is None and whole > _MAX_COPIES:
         refused = f"{whole} products read it, and each would hold a copy of its own: the float weight is smaller"
@@ -57,8 +101,8 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, sizes: dict[str, int], 
     for storage in (split_by_width(table, form), one_container(table, form)):
         chosen: list[Fusion] = []
         for use in uses.linear:
-            shared = any(fusion.mode != "float" for fusion in chosen)
-            chosen.append(choose_fusion(table, storage, use, use.num_rows(sizes), shared=shared))
+            shared = any(fusion.mode in ("native", "bytes") for fusion in chosen)
+            chosen.append(choose_fusion(table, storage, use, use.num_rows(request.sizes), shared=shared, dynamic=request.rounds))
         plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
     fastest = min(plan.microseconds for plan in plans)
     best = min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)

@@ -28,6 +28,11 @@ class StoredTable:
         self.axis = table.stored_axis(storage.form)
         self._casts: dict[ir.DataType, ir.Value] = {}
 
+    @property
+    def dtype(self) -> ir.DataType:
+        """The type that the model computes with."""
+        return from_torch_dtype(self.table.spec.dtype)
+
     @cached_property
     def parts(self) -> dict[int, ir.Value]:
         """Container -> the initializer of its levels."""
@@ -64,6 +69,29 @@ class StoredTable:
             self._casts[dtype] = cast[0]
         return self._casts[dtype]
 
+    @cached_property
+    def int8_levels(self) -> ir.Value:
+        """All levels as int8, which onnxruntime's kernels multiply with uint8 activations six times as fast as uint8."""
+        return self._as_int8(self.levels_as(ir.DataType.INT8 if self._fits_int8 else ir.DataType.UINT8), "levels")
+
+    @cached_property
+    def int8_zero_point(self) -> ir.Value | None:
+        """The zero points of :attr:`int8_levels`, of the scales' shape; None on the symmetric grid."""
+        return None if self.zero_point is None else self._as_int8(self.zero_point, "zero_point")
+
+    @property
+    def _fits_int8(self) -> bool:
+        return self.table.signed or self.storage.widest < ir.DataType.INT8.bitwidth
+
+    def _as_int8(self, value: ir.Value, label: str) -> ir.Value:
+        """Levels or zero points cast to int8; 8-bit unsigned ones moved down by 128, both alike, which changes no weight."""
+        name = f"{self.name}.{label}"
+        if not self._fits_int8:
+            wide = self.cast(value, ir.DataType.INT16, f"{name}.int16")
+            half = self.emit.initializer(f"{name}.half", np.array(128, dtype=np.int16))
+            value = self.emit.op("Sub", [wide, half], f"{name}.moved")
+        return self.cast(value, ir.DataType.INT8, f"{name}.int8")
+
     def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         """``value`` in another type, itself if it has that type."""
         return value if value.dtype == dtype else self.emit.op("Cast", [value], name, dtype=dtype, to=int(dtype))
@@ -79,8 +107,7 @@ class StoredTable:
             if axis:
                 back = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
                 value = self.emit.op("Transpose", [value], f"{self.name}.restored", perm=back)
-        dtype = from_torch_dtype(self.table.spec.dtype)
-        return self.cast(value, dtype, f"{self.name}.{dtype.name.lower()}")
+        return self.cast(value, self.dtype, f"{self.name}.{self.dtype.name.lower()}")
 
     def along_inputs(self, values: ir.Value, label: str, *, block: int, length: int) -> ir.Value:
         """Repeat scales or zero points of a matrix along its inputs: a finer grid of the same values.

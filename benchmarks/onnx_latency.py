@@ -1,0 +1,370 @@
+"""Our ONNX files against float and onnxruntime's own quantizers: latency in turns, file, memory, error.
+
+    python benchmarks/onnx_latency.py build encoder      # write the files of one model (minutes)
+    python benchmarks/onnx_latency.py race encoder       # time them
+    python benchmarks/onnx_latency.py report             # table and plot of everything that was raced
+
+The weights are random, which neither speed nor size see; the error is that of rounding random weights and activations, larger than a
+trained model's. All files of one model come from the same float weights.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _models import Decoder, MobileNetV2, ResNet18, Separator, minilm_size
+from torch import Tensor, nn
+
+FOLDER = Path(".onnx_latency")
+SECONDS_PER_CELL = 6.0
+ROUNDS = (5, 40)
+
+
+@dataclass(frozen=True)
+class Case:
+    title: str
+    make: Callable[[], nn.Module]
+    example: Callable[[int], tuple[Tensor, ...]]
+    batches: tuple[int, ...]
+    has_convolutions: bool
+
+
+def _ids(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randint(30522, (batch, 32)),)
+
+
+def _images(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 3, 224, 224),)
+
+
+def _step(batch: int) -> tuple[Tensor, ...]:
+    cache = (6, batch, 12, 64, 64)
+    return torch.randint(50257, (batch, 1)), torch.tensor([64]), torch.randn(cache), torch.randn(cache)
+
+
+def _sound(batch: int) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 1, 16384),)
+
+
+CASES = {
+    "encoder": Case("encoder of MiniLM's size, sequence 32", minilm_size, _ids, (1, 16), False),
+    "decoder": Case("decoder of GPT-2's kind, one token, 64 cached", Decoder, _step, (1,), False),
+    "resnet18": Case("ResNet-18, 224x224", lambda: ResNet18(1000, large_images=True), _images, (1, 8), True),
+    "mobilenet_v2": Case("MobileNet-v2, 224x224", MobileNetV2, _images, (1, 8), True),
+    "separator": Case("conv + LSTM separator, 16384 samples", Separator, _sound, (1, 4), True),
+}
+
+
+def build(name: str) -> None:
+    """Write every file of a model."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    case, folder = CASES[name], FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = case.make()
+    _settle(model, case)
+    float_file = folder / "float.onnx"
+    batches = [case.example(2 if len(case.batches) > 1 else 1) for _ in range(4)]
+    _export_float(model, case, float_file)
+    names = _input_names(float_file)
+    _build_ours(model, case, folder, batches)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.items = iter([dict(zip(names, (t.numpy() for t in batch), strict=True)) for batch in batches])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.items, None)
+
+    prepared = folder / "preprocessed.onnx"
+    quant_pre_process(float_file, prepared, skip_symbolic_shape=True)
+    without_shapes = onnx.load(prepared)  # its optimizer leaves shapes of values that it has turned
+    del without_shapes.graph.value_info[:]
+    onnx.save(without_shapes, prepared)
+    quantize_dynamic(prepared, folder / "ort_dynamic.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    quantize_static(
+        prepared,
+        folder / "ort_static.onnx",
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+    )
+    prepared.unlink()
+    if not case.has_convolutions:
+        for bits in (4, 8):
+            quantizer = MatMulNBitsQuantizer(onnx.load(float_file), bits=bits, block_size=32, is_symmetric=False, accuracy_level=4)
+            quantizer.process()
+            quantizer.model.save_model_to_file(str(folder / f"ort_nbits{bits}.onnx"), False)
+
+
+def _settle(model: nn.Module, case: Case) -> None:
+    """Give BatchNorms the statistics of the inputs, so that values neither vanish nor explode."""
+    with torch.no_grad():
+        for _ in range(20 if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) else 0):
+            model.train()(*case.example(4))
+    model.eval()
+
+
+def _build_ours(model: nn.Module, case: Case, folder: Path, batches: list[tuple[Tensor, ...]]) -> None:
+    from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
+    from diffq_fx.export import export_onnx
+
+    notes: dict[str, Any] = {}
+    kinds = ("float", "int8") if case.has_convolutions else ("float", "dynamic")
+    for bits in (4, 8):
+        config = DiffQConfig(target_bits=None, init_bits=bits)
+        example = case.example(1)
+        converted = convert_diffq(prepare_diffq(model, example, config))
+        for activations in kinds:
+            result = export_onnx(
+                converted,
+                example,
+                folder / f"ours{bits}_{activations}.onnx",
+                activations=activations,
+                calibration=batches if activations == "int8" else None,
+            )
+            rules: dict[str, int] = {}
+            for record in result.weights:
+                rules[record.rule] = rules.get(record.rule, 0) + 1
+            notes[f"ours{bits}_{activations}"] = {
+                "rules": rules,
+                "exact_error": result.max_relative_error,
+                "payload_bytes": result.payload_bytes,
+                "container_bytes": result.container_payload_bytes,
+            }
+            print(result.path, rules, f"{result.max_relative_error:.1e} {result.fast_relative_error:.1e}", flush=True)
+    (folder / "notes.json").write_text(json.dumps(notes, indent=1))
+
+
+def _export_float(model: nn.Module, case: Case, path: Path) -> None:
+    from diffq_fx.export.onnx.tracing import quiet
+
+    is_dynamic = len(case.batches) > 1
+    example = case.example(2 if is_dynamic else 1)
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in example) if is_dynamic else None
+    with quiet():
+        torch.onnx.export(model, example, path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
+
+
+def _input_names(path: Path) -> list[str]:
+    import onnx
+
+    return [value.name for value in onnx.load(path, load_external_data=False).graph.input]
+
+
+def _options(path: Path, threads: int, *, exact: bool) -> Any:
+    import onnxruntime
+
+    from diffq_fx.export import session_options
+
+    if path.name.startswith("ours"):
+        options = session_options(path, exact=exact, threads=threads)
+    else:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads of one model would slow down the next
+    return options
+
+
+def race(name: str, threads_list: tuple[int, ...]) -> None:
+    """Time all files of a model in turns."""
+    import onnxruntime
+
+    case, folder = CASES[name], FOLDER / name
+    files = {path.stem: (path, False) for path in sorted(folder.glob("*.onnx")) if path.stem != "preprocessed"}
+    for stem, (path, _) in list(files.items()):
+        if stem.startswith("ours") and stem.endswith("_float") and not case.has_convolutions:
+            files[f"{stem}_exact"] = (path, True)
+    cells = []
+    for threads in threads_list:
+        sessions = {
+            stem: onnxruntime.InferenceSession(str(path), _options(path, threads, exact=exact), providers=["CPUExecutionProvider"])
+            for stem, (path, exact) in files.items()
+        }
+        for batch in case.batches:
+            cells.append(_race_cell(case, sessions, batch, threads))
+            print(json.dumps(cells[-1]["median"]), flush=True)
+    measured = {stem: _facts(path, exact, case) for stem, (path, exact) in files.items()}
+    (folder / "race.json").write_text(json.dumps({"cells": cells, "files": measured}, indent=1))
+
+
+def _race_cell(case: Case, sessions: dict[str, Any], batch: int, threads: int) -> dict[str, Any]:
+    torch.manual_seed(1)
+    inputs = [tensor.numpy() for tensor in case.example(batch)]
+    feeds = {stem: dict(zip([e.name for e in s.get_inputs()], inputs, strict=True)) for stem, s in sessions.items()}
+    outputs = {stem: session.run(None, feeds[stem])[0] for stem, session in sessions.items()}
+    start = time.perf_counter()
+    for stem, session in sessions.items():
+        session.run(None, feeds[stem])
+    once = time.perf_counter() - start
+    rounds = int(min(max(SECONDS_PER_CELL / once, ROUNDS[0]), ROUNDS[1]))
+    repeats = max(1, int(0.02 * len(sessions) / once))
+    times: dict[str, list[float]] = {stem: [] for stem in sessions}
+    order = list(sessions)
+    for turn in range(rounds):
+        for stem in order if turn % 2 == 0 else reversed(order):
+            session, feed = sessions[stem], feeds[stem]
+            session.run(None, feed)  # its memory is warm again, as in a process of its own
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                session.run(None, feed)
+            times[stem].append(1e3 * (time.perf_counter() - begin) / repeats)
+    reference = outputs["float"]
+    return {
+        "batch": batch,
+        "threads": threads,
+        "rounds": rounds,
+        "median": {stem: statistics.median(values) for stem, values in times.items()},
+        "ratio": {stem: _quartiles([a / b for a, b in zip(times["float"], values, strict=True)]) for stem, values in times.items()},
+        "error": {stem: float(np.abs(output - reference).max() / np.abs(reference).max()) for stem, output in outputs.items()},
+        "rms": {stem: float(np.sqrt(((output - reference) ** 2).mean() / (reference**2).mean())) for stem, output in outputs.items()},
+    }
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return [float(value) for value in np.percentile(values, (25, 50, 75))]
+
+
+_PEAK = """
+import sys, json, onnxruntime
+sys.path.insert(0, "benchmarks")
+from pathlib import Path
+from onnx_latency import CASES, _options
+name, path, exact = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "True"
+inputs = [tensor.numpy() for tensor in CASES[name].example(1)]
+options = _options(path, 1, exact=exact)
+def mib(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) / 1024
+before = mib("VmRSS")
+session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+session.run(None, dict(zip([e.name for e in session.get_inputs()], inputs)))
+print(json.dumps({"peak_mib": mib("VmHWM"), "before_mib": before, "resident_mib": mib("VmRSS")}))
+"""
+
+
+def _facts(path: Path, exact: bool, case: Case) -> dict[str, Any]:
+    """File size, and the memory of a fresh process that loads the file and runs it once at batch 1."""
+    name = path.parent.name
+    command = [sys.executable, "-c", _PEAK, name, str(path), str(exact)]
+    memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {"file_mib": path.stat().st_size / 2**20, "title": case.title, **memory}
+
+
+TITLES = {
+    "float": "float",
+    "ours4_float": "ours 4 bits",
+    "ours4_float_exact": "ours 4 bits, exact",
+    "ours4_dynamic": "ours 4 bits, dynamic int8 activations",
+    "ours4_int8": "ours 4 bits, int8 activations",
+    "ours8_float": "ours 8 bits",
+    "ours8_float_exact": "ours 8 bits, exact",
+    "ours8_dynamic": "ours 8 bits, dynamic int8 activations",
+    "ours8_int8": "ours 8 bits, int8 activations",
+    "ort_dynamic": "onnxruntime quantize_dynamic",
+    "ort_static": "onnxruntime quantize_static (QDQ)",
+    "ort_nbits4": "onnxruntime MatMulNBits 4 bits",
+    "ort_nbits8": "onnxruntime MatMulNBits 8 bits",
+}
+
+
+def report() -> None:
+    """Write the table, the plot and the numbers of everything that was raced."""
+    from _result import RESULTS, markdown_table, write_result
+
+    raced = {name: json.loads((FOLDER / name / "race.json").read_text()) for name in CASES if (FOLDER / name / "race.json").exists()}
+    parts = []
+    for name, results in raced.items():
+        cells, files = results["cells"], results["files"]
+        heads = [f"batch {cell['batch']}, {cell['threads']} thr." for cell in cells]
+        rows = []
+        for stem in (stem for stem in TITLES if stem in files):
+            error = f"{100 * cells[0]['error'][stem]:.2g} / {100 * cells[0]['rms'][stem]:.2g}"
+            facts = files[stem]
+            memory = f"{facts['peak_mib'] - facts['before_mib']:.0f} / {facts['resident_mib'] - facts['before_mib']:.0f}"
+            rows.append((TITLES[stem], *(_cell(cell, stem) for cell in cells), f"{facts['file_mib']:.2f}", memory, error))
+        header = ("file", *heads, "file MiB", "memory MiB peak / after", "error % max / rms")
+        note = f"\n\n{results['note']}" if "note" in results else ""
+        parts.append(f"## {CASES[name].title}\n\n{markdown_table(header, rows)}{note}")
+    if missing := [case.title for name, case in CASES.items() if name not in raced]:
+        parts.append(f"Not raced yet: {'; '.join(missing)}.")
+    intro = (
+        "Times: median ms of one run, and how many times faster than float it is, median [quartiles] of the pairs. All files of a model "
+        "run in turns in one process. Memory: of a fresh process that loads the file and runs it once at batch 1, above what it had "
+        "before: the peak, and what stays. Error: against the float file on one random input, largest difference / largest value, "
+        "and root mean square."
+    )
+    path = write_result(
+        "onnx_latency", "ONNX files in onnxruntime's CPU provider", "\n\n".join([intro, *parts]), ["torch", "onnx", "onnxruntime"]
+    )
+    (RESULTS / f"{path.stem}.json").write_text(json.dumps(raced, indent=1))
+    _plot(raced, path.with_suffix(".png"))
+    print(path.read_text())
+
+
+def _cell(cell: dict[str, Any], stem: str) -> str:
+    low, middle, high = cell["ratio"][stem]
+    time_ms = f"{cell['median'][stem]:.3g}"
+    return time_ms if stem == "float" else f"{time_ms} ({middle:.2f} [{low:.2f}, {high:.2f}])"
+
+
+def _plot(raced: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(raced), figsize=(4.2 * len(raced), 4.2), squeeze=False)
+    for axis, (name, results) in zip(axes[0], raced.items(), strict=True):
+        cell = results["cells"][0]
+        for stem, (low, middle, high) in cell["ratio"].items():
+            color = "black" if stem == "float" else "tab:blue" if stem.startswith("ours") else "tab:orange"
+            size = results["files"][stem]["file_mib"]
+            axis.errorbar(size, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=color, markersize=5)
+            axis.annotate(stem, (size, middle), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.axhline(1, color="gray", linewidth=0.5)
+        axis.set(title=f"{name}, batch {cell['batch']}, {cell['threads']} thread", xlabel="file, MiB", xscale="log")
+    axes[0][0].set_ylabel("times faster than float")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Read the command line."""
+    warnings.simplefilter("ignore")  # bits that were not trained
+    logging.disable(logging.INFO)  # onnxruntime's quantizers tell of every node
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("build", "race", "report"))
+    parser.add_argument("model", nargs="?", choices=tuple(CASES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    if arguments.step == "report":
+        report()
+        return
+    for name in [arguments.model] if arguments.model else CASES:
+        if arguments.step == "build":
+            build(name)
+        else:
+            race(name, tuple(arguments.threads))
+
+
+if __name__ == "__main__":
+    main()

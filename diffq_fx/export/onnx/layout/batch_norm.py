@@ -1,0 +1,71 @@
+"""BatchNorm behind a convolution, put into the scales and the bias: the integers stay as they are.
+
+``gamma * (w x + b - mean) / sqrt(variance + epsilon) + beta``: each output channel's scale is multiplied by its factor. onnxruntime does
+this itself for float convolutions, not for integer ones.
+
+Shape legend: O output channels.
+"""
+
+from collections.abc import Set
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from diffq_fx.export.onnx.layout.emitter import Emitter, describe_like
+from diffq_fx.export.onnx.layout.table import WeightTable
+
+_PARAMETERS = 4
+
+
+def per_channel(table: WeightTable) -> WeightTable:
+    """A table with one scale per output channel, made of one with that or one scale in all."""
+    rows = table.spec.rows
+    zero_point = None if table.zero_point is None else np.broadcast_to(table.zero_point, (rows, 1))
+    return replace(table, scale=np.broadcast_to(table.scale, (rows, 1)), zero_point=zero_point)
+
+
+def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved: Set[str]) -> WeightTable:
+    """Put the BatchNormalization that alone reads a convolution into its weight and bias.
+
+    Args:
+        emitter: of the graph, which is changed.
+        table: the convolution's weight, one scale per output channel.
+        node: the only node that reads the weight.
+        halved: initializers that the file will hold as float16.
+
+    Returns:
+        The weight with its new scales; as it was if there is no such BatchNormalization.
+    """
+    readers = node.outputs[0].consumers()
+    norm = readers[0] if len(readers) == 1 and not node.outputs[0].is_graph_output() else None
+    if norm is None or norm.op_type != "BatchNormalization" or norm.domain or norm.graph is not node.graph:
+        return table
+    parameters = [_constant(value, halved) for value in norm.inputs[1 : 1 + _PARAMETERS]]
+    old_bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = np.zeros(table.spec.rows) if old_bias is None else _constant(old_bias, halved)
+    known = [value for value in (*parameters, bias) if value is not None]
+    if len(known) != _PARAMETERS + 1:
+        return table
+    gamma, beta, mean, variance, bias = known
+    factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    new_bias = emitter.initializer(f"{table.spec.name}.bias", ((bias - mean) * factor + beta).astype(np.float32))
+    node.resize_inputs(3)
+    node.replace_input_with(2, new_bias)
+    old, new = norm.outputs[0], node.outputs[0]
+    norm.replace_input_with(0, None)
+    describe_like(new, old)
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.normalized", old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if norm.graph is not None:
+        norm.graph.remove(norm, safe=True)
+    return replace(table, scale=(table.scale * factor[:, None]).astype(np.float32))
+
+
+def _constant(value: ir.Value | None, halved: Set[str]) -> np.ndarray | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    if tensor is None or value is None:
+        return None
+    array = tensor.numpy()
+    return (array.astype(np.float16) if value.name in halved else array).astype(np.float64)

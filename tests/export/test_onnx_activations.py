@@ -1,0 +1,310 @@
+"""activations="dynamic" and "int8": what onnxruntime makes of the file, and how far its outputs are from PyTorch's."""
+
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from stored_models import Bare, Conv, Linear, Parallel, Swapped, Tied, assert_same, levels_in, store
+from torch import nn
+from torch.nn import functional as F
+
+from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
+from diffq_fx.errors import ExportError
+from diffq_fx.export import export_onnx, read_metadata, session_options
+
+pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved", "ignore:export_onnx. rounding activations changes")
+
+ROWS = torch.randn(32, 384)
+IMAGE = torch.randn(2, 16, 14, 14)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.onnx"
+
+
+def run_optimized(path, *inputs):
+    """The operators that are left of a file, and its outputs."""
+    options = session_options(path)
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feeds = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), inputs, strict=True)}
+    ops = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    return ops, [torch.from_numpy(output) for output in session.run(None, feeds)]
+
+
+def int8_error(found, expected):
+    return float((found - expected.detach()).abs().max() / expected.detach().abs().max())
+
+
+WEIGHTS = [(bits, grid) for bits in (2, 3, 4, 5, 7, 8) for grid in ("affine", "symmetric")]
+
+
+def test_dynamic_at_every_width_and_grid(path):
+    layers = [Linear(384, 512, bits, grid=grid, name=f"w{i}") for i, (bits, grid) in enumerate(WEIGHTS)]
+    layers.append(Linear(384, 512, torch.tensor([2, 3, 5, 8])[torch.randint(4, (512, 1))], name="mixed"))
+    layers.append(Linear(384, 512, 8, group="tensor", ranges="tensor", name="tensor"))
+    layers.append(Bare(384, 512, 4, name="bare"))
+    for layer in layers[:2]:
+        layer.bias = None
+    model = Parallel(*layers).eval()
+    result = export_onnx(model, ROWS, path, activations="dynamic")
+    assert {record.rule for record in result.weights} == {"dynamic"}
+    assert result.max_relative_error < 1e-5
+    fresh = torch.randn(40, 384)
+    ops, outputs = run_optimized(path, fresh)
+    assert ops.count("MatMulIntegerToFloat") == len(layers)
+    assert set(ops) == {"DynamicQuantizeLinear", "MatMulIntegerToFloat"}
+    for found, expected in zip(outputs, model(fresh), strict=True):
+        assert int8_error(found, expected) < 0.015  # a weight that is one step of 8 bits off everywhere gives 0.05 and more
+    stored = levels_in(path)
+    for record, (bits, grid) in zip(result.weights, WEIGHTS):  # noqa: B905
+        container = {2: 2, 3: 4, 4: 4, 5: 8, 7: 8, 8: 8}[bits]
+        assert stored[f"{record.name}.levels"][0] == f"{'INT' if grid == 'symmetric' else 'UINT'}{container}"
+
+
+@pytest.mark.parametrize("shape", [(32, 384), (2, 16, 384)])
+def test_one_dynamic_product_is_one_kernel(shape, path):
+    model = Linear(384, 512, 8).eval()
+    export_onnx(model, torch.zeros(shape), path, activations="dynamic")
+    fresh = torch.randn(3, *shape[1:])
+    ops, (found,) = run_optimized(path, fresh)
+    assert ops == ["DynamicQuantizeMatMul"]
+    assert int8_error(found, model(fresh)) < 0.015
+
+
+def test_attention_reads_its_projections_apart(path):
+    """MultiheadAttention slices one weight into those of query, key and value."""
+    attention = Swapped(nn.MultiheadAttention(384, 6, batch_first=True), 5, need_weights=False).eval()
+    result = export_onnx(attention, tuple(torch.randn(2, 32, 384) for _ in range(3)), path, activations="dynamic")
+    assert result.operators["DynamicQuantizeMatMul"] == 4
+    assert {record.rule for record in result.weights} == {"dynamic"}
+    assert 0 < result.fast_relative_error < 0.05
+
+
+def test_dynamic_leaves_small_and_blocked_layers_alone(path):
+    model = Parallel(Linear(384, 8, 4, name="small"), Linear(384, 512, 4, group=32, ranges=32, name="blocks")).eval()
+    small, blocks = export_onnx(model, ROWS, path, activations="dynamic").weights
+    assert small.rule == "fold"
+    assert "predicted" in small.reason
+    assert blocks.rule in ("linear", "fold")
+
+
+class Net(nn.Module):
+    """Everything that has an int8 kernel, and some things that have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
+        self.depthwise = nn.Sequential(nn.Conv2d(32, 32, 3, 1, 1, groups=32, bias=False), nn.BatchNorm2d(32), nn.ReLU6())
+        self.expand, self.gate, self.leak = (nn.Conv2d(32, 32, 1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(32)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(64, 10)
+        self.up = nn.ConvTranspose2d(64, 16, 2, 2)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight)  # negative factors too
+                nn.init.normal_(module.bias)
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+        with torch.no_grad():
+            self.norm.weight[3] = 0
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = F.relu(x + self.depthwise(x))
+        x = F.silu(self.norm(self.expand(x))) * torch.sigmoid(self.gate(x))
+        x = torch.cat([x, F.leaky_relu(self.leak(x))], 1)
+        return self.head(self.pool(x).flatten(1)), self.up(F.avg_pool2d(x, 2))
+
+
+def converted(model, example, **config):
+    prepared = prepare_diffq(model.eval(), example, DiffQConfig(target_bits=None, **{"init_bits": 5, "min_size": 0.0, **config}))
+    return convert_diffq(prepared)
+
+
+def test_int8_network(path):
+    images = [torch.randn(4, 16, 14, 14) for _ in range(4)]
+    model = converted(Net(), IMAGE)
+    result = export_onnx(model, IMAGE, path, activations="int8", calibration=images)
+    assert result.max_relative_error < 1e-5, "the BatchNorms are in the weights, nothing else has changed"
+    rules = {record.name: record.rule for record in result.weights}
+    assert rules.pop("up.weight") == "fold"
+    assert rules.pop("head.weight") == "fold"
+    assert set(rules.values()) == {"int8"}
+    ops, outputs = run_optimized(path, images[0])
+    assert ops.count("QLinearConv") == 5
+    assert {"QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearConcat", "QLinearLeakyRelu", "QLinearAveragePool", "NhwcMaxPool"} <= set(
+        ops
+    )
+    assert not {"Conv", "Relu", "Clip", "BatchNormalization", "Sigmoid"} & set(ops)
+    for found, expected in zip(outputs, model(images[0]), strict=True):
+        assert int8_error(found, expected) < 0.05
+    assert read_metadata(path).activations == "int8"
+
+
+@pytest.mark.parametrize(("bits", "grid"), WEIGHTS)
+def test_one_int8_convolution(bits, grid, path):
+    model = Conv(lambda x, w: F.relu(F.conv2d(x, w, padding=1)), (24, 16, 3, 3), bits, grid=grid).eval()
+    export_onnx(model, IMAGE, path, activations="int8", calibration=[IMAGE])
+    ops, (found,) = run_optimized(path, IMAGE)
+    assert ops.count("QLinearConv") == 1
+    assert "Conv" not in ops
+    assert int8_error(found, model(IMAGE)) < 0.015
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_int8_convolutions_of_other_ranks(dimensions, path):
+    function = {1: F.conv1d, 3: F.conv3d}[dimensions]
+    model = Conv(function, (8, 4, *[3] * dimensions), 4).eval()
+    x = torch.randn(2, 4, *[9] * dimensions)
+    result = export_onnx(model, x, path, activations="int8", calibration=[x])
+    assert result.weights[0].rule == "int8"
+    _, (found,) = run_optimized(path, x)
+    assert int8_error(found, model(x)) < 0.015
+
+
+def test_what_stays_float_says_why(path):
+    wide = Conv(F.conv2d, (8, 16, 3, 3), 12, name="wide")
+    blocks = Conv(F.conv2d, (8, 16, 3, 3), 4, group=8, ranges=8, name="blocks")
+    up = Conv(F.conv_transpose2d, (16, 8, 3, 3), 4, axis=1, name="up")
+    result = export_onnx(Parallel(wide, blocks, up).eval(), IMAGE, path, activations="int8", calibration=[IMAGE])
+    assert [record.rule for record in result.weights] == ["fold"] * 3
+    reasons = [record.reason for record in result.weights]
+    assert "widest channel has 12" in reasons[0]
+    assert "blocks of 8" in reasons[1]
+    assert "ConvTranspose" in reasons[2]
+
+
+def test_a_bias_beyond_int32_stays_float(path):
+    model = nn.Sequential(nn.Conv2d(16, 8, 1), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)).eval()
+    with torch.no_grad():
+        model[2].weight[1] *= 1e-12
+    result = export_onnx(converted(model, IMAGE), IMAGE, path, activations="int8", calibration=[IMAGE])
+    assert [record.rule for record in result.weights] == ["int8", "fold"]
+    assert "bias of channel 1" in result.weights[1].reason
+
+
+def test_ranges_come_from_the_calibration(path):
+    """Twice the range is twice the step: the ranges are those of the data, not of the example."""
+    model = Conv(F.conv2d, (8, 16, 3, 3), 8).eval()
+    scales = []
+    for factor in (1, 2):
+        export_onnx(model, torch.randn(2, 16, 14, 14), path, activations="int8", calibration=(factor * IMAGE for _ in range(2)))
+        tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+        scales.append(float(tensors["x.scale"]))
+    assert scales[0] == pytest.approx(float(IMAGE.max() - IMAGE.min()) / 255)
+    assert scales[1] == pytest.approx(2 * scales[0])
+
+
+def test_float16_rest_and_batch_norm(path):
+    model = converted(Net(), IMAGE, rest_dtype="float16")
+    result = export_onnx(model, IMAGE, path, activations="int8", calibration=[IMAGE])
+    assert result.max_relative_error < 1e-4
+
+
+NAN = IMAGE.clone()
+NAN[0, 0, 0, 0] = float("nan")
+BAD = {
+    "empty": ([], "calibration is empty"),
+    "nan": ([IMAGE, NAN], "calibration item 2, input 'x' has 1 values that are not finite"),
+    "shape": ([torch.zeros(2, 3, 14, 14)], r"item 1, input 'x' has shape \(2, 3, 14, 14\), the model takes \(batch, 16, 14, 14\)"),
+    "rank": ([torch.zeros(16, 14, 14)], r"has shape \(16, 14, 14\)"),
+    "dtype": ([IMAGE.double()], "is torch.float64, the example torch.float32"),
+    "labels": ([(IMAGE, torch.zeros(2))], "has 2 tensors, example_inputs 1: leave labels out"),
+    "text": (["images"], "item 1 is a str"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calibration_writes_nothing(case, path):
+    items, message = BAD[case]
+    path.write_bytes(b"old")
+    model = Conv(F.conv2d, (8, 16, 3, 3), 4).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ExportError, match=message):
+        export_onnx(model, IMAGE, path, activations="int8", calibration=items)
+    assert path.read_bytes() == b"old"
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["model.onnx"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_choices_that_do_not_go_together(path):
+    model = Conv(F.conv2d, (8, 16, 3, 3), 4).eval()
+    for options, error, message in (
+        ({"activations": "int4"}, ValueError, "must be one of"),
+        ({"activations": "int8"}, ValueError, "needs calibration"),
+        ({"calibration": [IMAGE]}, ValueError, "of no use"),
+        ({"activations": "dynamic", "layout": "qdq"}, ValueError, "leaves activations in float"),
+        ({"activations": "int8", "calibration": 3}, TypeError, "got int"),
+    ):
+        with pytest.raises(error, match=message):
+            export_onnx(model, IMAGE, path, **options)
+    assert not path.exists()
+
+
+class Table(nn.Module):
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.table = store(*args, **kwargs)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.table())
+
+
+TABLES = [
+    *({"bits": bits, "grid": grid} for bits in (2, 4, 8, 12) for grid in ("affine", "symmetric")),
+    {"bits": 4, "group": "tensor", "ranges": "tensor"},
+    {"bits": 4, "group": 48, "ranges": 48},
+    {"bits": torch.tensor([2, 4, 8])[torch.randint(3, (4000, 1))]},
+]
+
+
+def test_embeddings_pick_integer_rows(path, tmp_path):
+    model = Parallel(*(Table(torch.randn(4000, 100), name=f"t{i}", **options) for i, options in enumerate(TABLES))).eval()
+    result = export_onnx(model, torch.zeros(1, 7, dtype=torch.long), path)
+    assert {record.rule for record in result.weights} == {"rows"}
+    assert {record.reason for record in result.weights} == {None}
+    ids = torch.randint(4000, (3, 7))
+    ops, outputs = run_optimized(path, ids)
+    assert_same(outputs, model(ids), tolerance=1e-6)
+    assert not {"DequantizeLinear", "Transpose"} & set(ops)
+    optimized = onnx.load(path.with_suffix(".optimized")).graph
+    large = [tensor for tensor in optimized.initializer if np.prod(tensor.dims) >= 4000 * 100]
+    assert len(large) == len(TABLES), "no float table beside the integers"
+    assert not [tensor.name for tensor in large if tensor.data_type == onnx.TensorProto.FLOAT]
+
+
+def test_small_tables_are_folded(path):
+    result = export_onnx(Table(torch.randn(100, 64), 4).eval(), torch.zeros(1, 7, dtype=torch.long), path)
+    assert result.weights[0].rule == "fold"
+
+
+def test_tied_table_and_dynamic_head_store_one_table(path):
+    model = Tied(2000, 384, 4).eval()
+    result = export_onnx(model, torch.zeros(1, 32, dtype=torch.long), path, activations="dynamic")
+    assert result.weights[0].rule == "dynamic+rows"
+    assert len(levels_in(path)) == 1
+    ids = torch.randint(2000, (2, 32))
+    _, (found,) = run_optimized(path, ids)
+    assert int8_error(found, model(ids)) < 0.015
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bits", [4, 12])
+def test_recurrent_weights_cost_nothing_per_run(kind, bits, path):
+    model = Swapped(kind(32, 48, batch_first=True), bits).eval()
+    result = export_onnx(model, torch.randn(2, 5, 32), path)
+    assert {record.rule for record in result.weights} == {"fold"}
+    x = torch.randn(2, 5, 32)
+    _, (found,) = run_optimized(path, x)
+    assert_same(found, model(x))
+    graph = onnx.load(path.with_suffix(".optimized")).graph
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    (recurrent,) = (node for node in graph.node if node.op_type == kind.__name__)
+    assert {recurrent.input[1], recurrent.input[2]} <= floats, "the weights are float constants"
