@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from diffq_fx import noise
+from diffq_fx import kernels
 from diffq_fx.capture.calls import copy_replacing
 from diffq_fx.capture.model_scope import CapturedModel
 from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
@@ -110,7 +110,7 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
         compression.allocate()
         weights = {quantizer.spec.name: root.get_parameter(quantizer.spec.name) for quantizer in compression.quantizers}
         stored = {q.spec.name: _stored(q, weights[q.spec.name], caller) for q in compression.quantizers}
-        noise.release()
+        kernels.release()
     converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
     if isinstance(converted, CapturedModel):
         _convert_model_scope(converted, stored)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupLayout, GroupSize, combine
+from diffq_fx.functional.groups import GroupLayout, GroupSize, combine
 
 
 @dataclass(frozen=True, kw_only=True)

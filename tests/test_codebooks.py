@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from diffq_fx import codebooks
-from diffq_fx.clustering import cluster_vectors, levels, nearest, nearest_vectors, optimal_levels
-from diffq_fx.codebook_weight import CodebookWeight, code_bits, look_up_rows, to_blocks
+from diffq_fx.functional.clustering import cluster_vectors, levels, nearest, nearest_vectors, optimal_levels
+from diffq_fx.storage.codebook import CodebookWeight, code_bits, look_up_rows, to_blocks
 from diffq_fx.weights import WeightSpec
 
 
@@ -127,7 +127,7 @@ def test_nearest_is_nearest():
 
 def test_nearest_vectors_in_pieces(monkeypatch):
     points, centres = torch.randn(100, 3), torch.randn(9, 3)
-    monkeypatch.setattr("diffq_fx.clustering._CHUNK", 50)
+    monkeypatch.setattr("diffq_fx.functional.clustering._CHUNK", 50)
     codes, distances = nearest_vectors(points, centres)
     expected = torch.cdist(points, centres).square().min(1)
     assert torch.equal(codes, expected.indices)

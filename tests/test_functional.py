@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffq_fx import functional
-from diffq_fx.groups import GroupLayout, combine, from_rows, to_rows
+from diffq_fx.functional.groups import GroupLayout, combine, from_rows, to_rows
 
 EPS = torch.finfo(torch.float32).eps
 

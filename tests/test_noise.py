@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 from diffq_fx import functional
-from diffq_fx.groups import GroupLayout
-from diffq_fx.noise import add_noise, memory, native, release, step_of_logits
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels import add_noise, memory, native, release, step_of_logits
 
 N = 200_000
 

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffq_fx import functional
-from diffq_fx.groups import to_rows
-from diffq_fx.storage import CONTAINER_BITS, IntegerWeight, container_for, pack_levels, unpack_levels
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.packing import CONTAINER_BITS, container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
 
 

@@ -18,14 +18,14 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from diffq_fx.capture.model_scope import CapturedModel
 from diffq_fx.capture.scopes import ScopedModule, scope_graph
-from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import ConversionError, PreparationError
-from diffq_fx.footprint import Footprint
-from diffq_fx.groups import from_rows
+from diffq_fx.functional.groups import from_rows
 from diffq_fx.methods.base import Method
 from diffq_fx.passes._graph import module_of
 from diffq_fx.prepare import Scope, prepare
 from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.storage.codebook import CodebookWeight
+from diffq_fx.storage.footprint import Footprint
 
 _MARK = "_diffq_fx_method"
 _READERS = frozenset({"linear", "conv2d", "embedding"})

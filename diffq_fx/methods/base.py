@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.footprint import Footprint
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize
+from diffq_fx.functional.groups import GroupSize
 from diffq_fx.storage import StoredWeight
+from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
 
 

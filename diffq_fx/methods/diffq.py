@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize, to_rows
+from diffq_fx.functional.groups import GroupSize, to_rows
+from diffq_fx.kernels import add_noise, step_of_logits
 from diffq_fx.methods.base import Method, check_group
 from diffq_fx.methods.grid import GridQuantizer
-from diffq_fx.noise import add_noise, step_of_logits
 from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:

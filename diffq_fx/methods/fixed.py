@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffq_fx.groups import GroupSize
+from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import Method, check_group
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec

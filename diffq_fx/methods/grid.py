@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
-from diffq_fx.footprint import Footprint, grid_footprint
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import from_rows, to_rows
+from diffq_fx.functional.groups import from_rows, to_rows
+from diffq_fx.kernels import native
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.noise import native
 from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.footprint import Footprint, grid_footprint
 
 
 class GridQuantizer(WeightQuantizer):

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.clustering import nearest
-from diffq_fx.codebook_weight import CodebookWeight, codebook_footprint
-from diffq_fx.codebooks import KINDS, CodebookKind, fit
 from diffq_fx.errors import PreparationError
-from diffq_fx.footprint import Footprint
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize, to_rows
+from diffq_fx.functional.clustering import nearest
+from diffq_fx.functional.codebooks import KINDS, CodebookKind, fit
+from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.mapping import unique
+from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint
+from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
 
 _MOST_ENTRIES = 65536

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.functional import Grid, QuantParams
-from diffq_fx.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 

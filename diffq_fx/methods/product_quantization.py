@@ -12,14 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.clustering import cluster_vectors, nearest_vectors
-from diffq_fx.codebook_weight import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.errors import PreparationError
-from diffq_fx.footprint import Footprint
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize
+from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
+from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import Method, WeightQuantizer, straight_through
 from diffq_fx.methods.quant_noise import check_rate, noised_blocks
+from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
+from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
 
 _MOST_ENTRIES = 65536

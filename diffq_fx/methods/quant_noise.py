@@ -12,10 +12,10 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.functional.ranges import histogram_range
 from diffq_fx.methods.base import straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
-from diffq_fx.ranges import histogram_range
 from diffq_fx.weights import WeightSpec
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize
+from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec

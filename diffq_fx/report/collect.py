@@ -9,13 +9,13 @@ from torch import nn
 
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
-from diffq_fx.footprint import Footprint
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.prepare import CHILD
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
+from diffq_fx.storage.footprint import Footprint
 from diffq_fx.training.compression import Compression
 from diffq_fx.training.size import mib
 from diffq_fx.weights import SkippedWeight, WeightSpec

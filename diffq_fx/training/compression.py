@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import functional, noise
+from diffq_fx import functional, kernels
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
@@ -196,7 +196,7 @@ class Compression(nn.Module):
         if self.learned and self.learned[0].logits.device.type != "meta" and (not mode or self.frozen):
             self.allocate()
         if not mode:
-            noise.release()
+            kernels.release()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.noise import bits_of_logits
+from diffq_fx.kernels import bits_of_logits
 from diffq_fx.training.groups_in_row import FlatGroups
 
 MIB_BITS = 8 * 2**20

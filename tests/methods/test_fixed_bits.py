@@ -18,10 +18,10 @@ from diffq_fx import (
     prepare_diffq,
     setup_optimizer,
 )
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.ranges import histogram_range
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 from diffq_fx.methods.lsq import initial_step, learned_step
-from diffq_fx.ranges import histogram_range
 
 METHODS = {
     "STE": STE(bits=3),

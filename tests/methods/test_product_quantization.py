@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffq_fx import DiffQConfig, DivergenceError, PreparationError, bits_report, convert, model_size, prepare
-from diffq_fx.codebook_weight import to_blocks
 from diffq_fx.methods import STE, ProductQuantization
+from diffq_fx.storage.codebook import to_blocks
 from diffq_fx.training.ipq import IPQ, Distillation, distillation_loss
 
 SETTINGS = {

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from diffq_fx import functional
-from diffq_fx.groups import to_rows
+from diffq_fx.functional.groups import to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 

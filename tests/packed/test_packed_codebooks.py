@@ -6,12 +6,12 @@ from packed_models import assert_equal, converted, expected, float_twin
 from torch import nn
 
 from diffq_fx import bits_report, convert, prepare
-from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.inspection import inspect_packed
 from diffq_fx.export.packed.kinds.codebooks import PackedCodebook
 from diffq_fx.methods import LC, STE, ProductQuantization
+from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.weights import WeightSpec
 
 

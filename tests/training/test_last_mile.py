@@ -8,9 +8,9 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, reestimate_batch_norm
 from diffq_fx.errors import PreparationError
+from diffq_fx.kernels import native
 from diffq_fx.methods import STE
 from diffq_fx.methods.grid import GridQuantizer
-from diffq_fx.noise import native
 
 X, Y = torch.linspace(-1, 1, 64 * 24).view(64, 24).sin(), torch.linspace(0, 3, 64 * 8).view(64, 8).cos()
 

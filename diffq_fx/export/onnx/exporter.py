@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.storage.codebook import CodebookWeight
 
 _LAYOUTS = ("onnxruntime", "qdq")
 _ACTIVATIONS = ("float", "dynamic", "int8")

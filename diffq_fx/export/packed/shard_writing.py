@@ -10,7 +10,7 @@ from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogra
 from diffq_fx.export.packed.coding.streams import Stream, encode_block
 from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
 from diffq_fx.export.packed.shards import CODES_PER_BYTE, Part, ShardHead, Span, parts_of, tiles_of_part
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 
 

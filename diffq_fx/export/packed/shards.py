@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diffq_fx.export.packed.coding.classes import ClassTable, CodeClass
 from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
 
 CODES_PER_BYTE = 128
 """A shard has at least a byte for so many codes."""

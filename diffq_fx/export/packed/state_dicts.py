@@ -16,7 +16,7 @@ from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
 from diffq_fx.export.packed.saving import write_packed
 from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupSize, to_rows
+from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 

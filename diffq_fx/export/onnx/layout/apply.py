@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.batch_norm import fold_batch_norm, per_channel
 from diffq_fx.export.onnx.layout.codebook import emit_looked_up
@@ -30,6 +29,7 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, read_table
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.storage.codebook import CodebookWeight
 
 PLACEHOLDER_DOMAIN = "diffq_fx"
 """Domain of the nodes that stand for ``diffq_fx::dequantize`` until a rule replaces them."""

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from diffq_fx.codebook_weight import CodebookWeight
 from diffq_fx.export.onnx.layout.emitter import Emitter
 from diffq_fx.export.onnx.layout.tensors import integer_tensor
 from diffq_fx.export.onnx.metadata import WeightRecord
+from diffq_fx.storage.codebook import CodebookWeight
 
 
 def emit_looked_up(emitter: Emitter, weight: CodebookWeight) -> tuple[ir.Value, WeightRecord]:

@@ -1,6 +1,6 @@
 """One quantized weight as numbers: what the layout rules read, and how the file may hold it.
 
-Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.groups`.
+Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.functional.groups`.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from diffq_fx.errors import ExportError
-from diffq_fx.storage import CONTAINER_BITS, IntegerWeight, container_for
+from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.packing import CONTAINER_BITS, container_for
 from diffq_fx.weights import WeightSpec
 
 Form = Literal["weight", "transposed", "rows"]

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from diffq_fx.storage import pack_levels
+from diffq_fx.storage.packing import pack_levels
 
 _TYPES = {
     (2, True): ir.DataType.INT2,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.export.packed.coding.bitplanes import Values
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import WeightSpec
 

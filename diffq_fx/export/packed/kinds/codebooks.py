@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffq_fx.codebook_weight import CodebookWeight, code_bits, codebook_values
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.fileformat.dtypes import bytes_of, tensor_of
 from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.storage.codebook import CodebookWeight, code_bits, codebook_values
 from diffq_fx.weights import WeightSpec
 
 _ENTRY_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
@@ -27,7 +27,7 @@ _SCALE_BYTES = 4
 
 
 class PackedCodebook(PackedWeight):
-    """A :class:`~diffq_fx.codebook_weight.CodebookWeight`.
+    """A :class:`~diffq_fx.storage.codebook.CodebookWeight`.
 
     Facts:
         entries: K, entries of the codebook.

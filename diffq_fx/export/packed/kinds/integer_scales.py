@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.functional import QuantParams
-from diffq_fx.storage import IntegerWeight, unpack_levels
+from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.packing import unpack_levels
 from diffq_fx.weights import WeightSpec
 
 _WIDTHS = 17

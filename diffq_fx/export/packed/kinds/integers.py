@@ -21,7 +21,7 @@ from diffq_fx.export.packed.kinds import integer_scales as grids
 from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
 from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.weights import WeightSpec
 

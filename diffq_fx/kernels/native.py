@@ -2,7 +2,7 @@
 
 ``kernels.c`` is compiled once per machine, in about a second, when noise is first drawn; the library is kept in the user's cache
 folder and called by ctypes, so it depends on no version of torch. Without a compiler, or with ``DIFFQ_FX_NOISE=torch`` in the
-environment, :mod:`diffq_fx.noise.eager` does the same, several times slower.
+environment, :mod:`diffq_fx.kernels.eager` does the same, several times slower.
 """
 
 import ctypes
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from diffq_fx.groups import GroupLayout
-from diffq_fx.noise import memory
-from diffq_fx.noise.draws import draw_seed, gaussian_table
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels import memory
+from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = (

@@ -1,67 +1,20 @@
-"""What a converted model holds in place of a float weight: integers, and the operator that makes weights of them.
+"""Integers on a grid, and the operator that makes weights of them.
 
 The operator ``diffq_fx::dequantize`` is one node in every graph (eager, torch.export, ONNX), so that an exporter finds the
-integers, their scales and their layout in one place. Levels are packed least significant bits first, as ONNX packs them.
+integers, their scales and their layout in one place.
 """
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffq_fx import functional
-from diffq_fx.footprint import CONTAINER_BITS as CONTAINER_BITS
-from diffq_fx.footprint import Footprint, grid_footprint
-from diffq_fx.footprint import container_for as container_for
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import from_rows, scale_layout_of
-from diffq_fx.noise import memory
+from diffq_fx.functional.groups import from_rows, scale_layout_of
+from diffq_fx.kernels import memory
+from diffq_fx.storage.base import StoredWeight
+from diffq_fx.storage.footprint import Footprint, grid_footprint
+from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
-
-
-def pack_levels(levels: Tensor, container_bits: int) -> Tensor:
-    """Pack unsigned levels into bytes, least significant bits first.
-
-    Args:
-        levels: int, any shape, values in ``[0, 2^container_bits - 1]``.
-        container_bits: 2, 4, 8 or 16.
-
-    Returns:
-        uint8, shape (ceil(numel * container_bits / 8),).
-
-    Example:
-        >>> pack_levels(torch.tensor([1, 2, 3]), 4)
-        tensor([33,  3], dtype=torch.uint8)
-    """
-    flat = levels.reshape(-1)
-    if container_bits == 16:
-        return torch.stack([flat & 0xFF, flat >> 8], 1).to(torch.uint8).reshape(-1)
-    if container_bits == 8:
-        return flat.to(torch.uint8)
-    per_byte = 8 // container_bits
-    flat = nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % per_byte)).reshape(-1, per_byte)
-    packed = flat[:, 0].clone()
-    for place in range(1, per_byte):
-        packed |= flat[:, place] << (place * container_bits)
-    return packed
-
-
-def unpack_levels(packed: Tensor, container_bits: int, numel: int) -> Tensor:
-    """Undo :func:`pack_levels`: int32 of shape (numel,).
-
-    Example:
-        >>> unpack_levels(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
-        tensor([1, 2, 3], dtype=torch.int32)
-    """
-    if container_bits == 16:
-        pairs = packed.to(torch.int32).reshape(-1, 2)
-        return pairs[:, 0] | (pairs[:, 1] << 8)
-    if container_bits == 8:
-        return packed.to(torch.int32)
-    mask = (1 << container_bits) - 1
-    places = [(packed >> (place * container_bits)) & mask for place in range(8 // container_bits)]
-    return torch.stack(places, 1).reshape(-1)[:numel].to(torch.int32)
 
 
 @torch.library.custom_op("diffq_fx::dequantize", mutates_args=())
@@ -92,30 +45,6 @@ def dequantize_op(
 @dequantize_op.register_fake
 def _(levels, scale, zero_point, offset, container_bits, shape, axis, block, dtype) -> Tensor:  # noqa: ANN001
     return levels.new_empty(shape, dtype=dtype)
-
-
-class StoredWeight(nn.Module, ABC):
-    """The storage of one quantized weight; calling it gives the float weight. One subclass per kind of storage."""
-
-    spec: WeightSpec
-    packed_buffer: ClassVar[str] = "levels"
-    """The buffer that the storage's operator reads first; exporters find the weight by its name."""
-
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """The float weight, of the spec's shape and dtype."""
-
-    @abstractmethod
-    def payload_bits(self) -> int:
-        """Bits of the levels alone, each at the width it has learned."""
-
-    @abstractmethod
-    def container_payload_bits(self) -> int:
-        """Bits of the levels alone in the container that holds them."""
-
-    @abstractmethod
-    def footprint(self) -> Footprint:
-        """The parts of its sizes."""
 
 
 class IntegerWeight(StoredWeight):

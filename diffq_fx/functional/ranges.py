@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
-from diffq_fx.functional import Grid
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.grid import Grid
+from diffq_fx.functional.groups import GroupLayout
 
 _BINS = 512
 _SHRINKAGES = tuple(1 - 0.02 * i for i in range(46))

@@ -11,10 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffq_fx.footprint import Footprint, container_for
 from diffq_fx.functional import QuantParams
-from diffq_fx.groups import from_rows, to_rows
-from diffq_fx.storage import IntegerWeight, StoredWeight, pack_levels, unpack_levels
+from diffq_fx.functional.groups import from_rows, to_rows
+from diffq_fx.storage.base import StoredWeight
+from diffq_fx.storage.footprint import Footprint
+from diffq_fx.storage.integers import IntegerWeight
+from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffq_fx.clustering import levels, nearest
+from diffq_fx.functional.clustering import levels, nearest
 
 CodebookKind = Literal["adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two"]
 KINDS: tuple[CodebookKind, ...] = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")

@@ -6,24 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffq_fx.storage.packing import container_for
 from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.size import BitPackedSize
 from diffq_fx.weights import WeightSpec
 
-CONTAINER_BITS = (2, 4, 8, 16)
-"""The widths that ONNX (and a byte-addressed memory) can hold."""
-
 _SCALE_BITS = 32
-
-
-def container_for(bits: int) -> int:
-    """Smallest container width that holds ``bits``.
-
-    Example:
-        >>> [container_for(b) for b in (1, 3, 5, 9)]
-        [2, 4, 8, 16]
-    """
-    return next(width for width in CONTAINER_BITS if width >= bits)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The maths of quantization, and nothing else: bits from logits, ranges, steps, levels and back.
 
-Everything here works on rows and groups (see :mod:`diffq_fx.groups`); no modules, no graphs, no state.
+Everything here works on rows and groups (see :mod:`diffq_fx.functional.groups`); no modules, no graphs, no state.
 
 Shape legend: O rows (output channels), I columns, R x C grid of groups; (R, C) values broadcast together.
 """
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffq_fx.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout
 
 Grid = Literal["affine", "symmetric", "float"]
 """affine: integer zero_point; symmetric: zero_point in the middle; float: the paper's float offset (no ONNX form)."""

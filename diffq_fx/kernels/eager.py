@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffq_fx.groups import GroupLayout, from_rows, to_rows
-from diffq_fx.noise.draws import draw_seed, gaussian_table
+from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
+from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
 TILE = 1 << 17

@@ -1,8 +1,8 @@
 """Pseudo quantization noise as one registered operator: a node in every graph, opaque to tracers and compilers.
 
 ``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987). What is kept for the backward is at most one byte per weight:
-nothing but the seed where the C kernel runs (:mod:`diffq_fx.noise.native`), the bytes drawn elsewhere
-(:mod:`diffq_fx.noise.eager`).
+nothing but the seed where the C kernel runs (:mod:`diffq_fx.kernels.native`), the bytes drawn elsewhere
+(:mod:`diffq_fx.kernels.eager`).
 
 Differs from the paper: the range is a constant of the step, so the gradient of the weight is the identity.
 """
@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from diffq_fx.groups import GroupLayout, scale_layout_of
-from diffq_fx.noise import eager, native
+from diffq_fx.functional.groups import GroupLayout, scale_layout_of
+from diffq_fx.kernels import eager, native
 
 
 def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayout:
@@ -72,7 +72,7 @@ def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: 
 
     Args:
         weight: float, any shape.
-        step: shape (R, C) of a :class:`~diffq_fx.groups.GroupLayout` of the weight; its gradient is ``sum(grad * n)`` per group.
+        step: shape (R, C) of a :class:`~diffq_fx.functional.groups.GroupLayout` of the weight; its gradient is ``sum(grad * n)`` per group.
         axis: the weight's output channel axis.
         block: the layout's block length.
         gaussian: draw N(0, 1/2) in place of U[-1/2, 1/2].

@@ -1,0 +1,25 @@
+"""The maths of quantization, and nothing else: grids, groups, ranges, codebooks. No modules, no graphs, no state."""
+
+from diffq_fx.functional.grid import (
+    Grid,
+    QuantParams,
+    bits_from_logits,
+    dequantize,
+    logits_from_bits,
+    quant_params,
+    quantize,
+    step_size,
+    weight_range,
+)
+
+__all__ = [
+    "Grid",
+    "QuantParams",
+    "bits_from_logits",
+    "dequantize",
+    "logits_from_bits",
+    "quant_params",
+    "quantize",
+    "step_size",
+    "weight_range",
+]

@@ -1,0 +1,61 @@
+"""Levels and codes in the fewest bytes of a container width, least significant bits first, as ONNX packs them."""
+
+import torch
+from torch import Tensor, nn
+
+CONTAINER_BITS = (2, 4, 8, 16)
+"""The widths that ONNX (and a byte-addressed memory) can hold."""
+
+
+def container_for(bits: int) -> int:
+    """Smallest container width that holds ``bits``.
+
+    Example:
+        >>> [container_for(b) for b in (1, 3, 5, 9)]
+        [2, 4, 8, 16]
+    """
+    return next(width for width in CONTAINER_BITS if width >= bits)
+
+
+def pack_levels(levels: Tensor, container_bits: int) -> Tensor:
+    """Pack unsigned levels into bytes, least significant bits first.
+
+    Args:
+        levels: int, any shape, values in ``[0, 2^container_bits - 1]``.
+        container_bits: 2, 4, 8 or 16.
+
+    Returns:
+        uint8, shape (ceil(numel * container_bits / 8),).
+
+    Example:
+        >>> pack_levels(torch.tensor([1, 2, 3]), 4)
+        tensor([33,  3], dtype=torch.uint8)
+    """
+    flat = levels.reshape(-1)
+    if container_bits == 16:
+        return torch.stack([flat & 0xFF, flat >> 8], 1).to(torch.uint8).reshape(-1)
+    if container_bits == 8:
+        return flat.to(torch.uint8)
+    per_byte = 8 // container_bits
+    flat = nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % per_byte)).reshape(-1, per_byte)
+    packed = flat[:, 0].clone()
+    for place in range(1, per_byte):
+        packed |= flat[:, place] << (place * container_bits)
+    return packed
+
+
+def unpack_levels(packed: Tensor, container_bits: int, numel: int) -> Tensor:
+    """Undo :func:`pack_levels`: int32 of shape (numel,).
+
+    Example:
+        >>> unpack_levels(torch.tensor([33, 3], dtype=torch.uint8), 4, 3)
+        tensor([1, 2, 3], dtype=torch.int32)
+    """
+    if container_bits == 16:
+        pairs = packed.to(torch.int32).reshape(-1, 2)
+        return pairs[:, 0] | (pairs[:, 1] << 8)
+    if container_bits == 8:
+        return packed.to(torch.int32)
+    mask = (1 << container_bits) - 1
+    places = [(packed >> (place * container_bits)) & mask for place in range(8 // container_bits)]
+    return torch.stack(places, 1).reshape(-1)[:numel].to(torch.int32)
