@@ -26,9 +26,10 @@ from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = (
-    "-std=gnu11 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros "
-    "-fopenmp -shared -fPIC"
-).split()
+    "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp -shared -fPIC".split()
+)
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS.append("-mprefer-vector-width=512")
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""
 _WORTH_THREADS = 1 << 14
@@ -161,7 +162,7 @@ def library() -> ctypes.CDLL | None:
     if wanted not in ("native", "torch"):
         raise ValueError(f'DIFFQ_FX_NOISE must be "native" or "torch", got {wanted!r}.')
     compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
-    if wanted == "torch" or compiler is None:
+    if wanted == "torch" or compiler is None or os.name != "posix":
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled(compiler)))
@@ -184,23 +185,22 @@ def _compiled(compiler: str) -> Path:
     """The library for this source, compiler and processor: that of an earlier run, or a new one."""
     source = _SOURCE.read_bytes()
     key = hashlib.sha256(b"\0".join([source, " ".join([compiler, *_FLAGS]).encode(), _processor().encode()])).hexdigest()[:16]
-    for folder in (_cache_folder(), Path(tempfile.mkdtemp(prefix="diffq_fx-"))):
-        library = folder / f"noise-{key}.so"
-        if library.is_file():
-            return library
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
-        except OSError:  # a home that cannot be written to
-            continue
-        os.close(handle)
-        try:
-            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", name], check=True, capture_output=True, timeout=120)
-            os.replace(name, library)  # whole or not at all, also when several processes build it
-        finally:
-            Path(name).unlink(missing_ok=True)
+    library = _cache_folder() / f"kernels-{key}.so"
+    if library.is_file():
         return library
-    raise OSError("no folder to write the library to.")
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    except OSError:  # a home that cannot be written to
+        library = Path(tempfile.mkdtemp(prefix="diffq_fx-")) / library.name
+        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", name], check=True, capture_output=True, timeout=120)
+        os.replace(name, library)  # whole or not at all, also when several processes build it
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return library
 
 
 def _cache_folder() -> Path:

@@ -169,6 +169,27 @@ def test_int8_convolutions_of_other_ranks(dimensions, path):
     assert int8_error(found, model(x)) < 0.015
 
 
+@pytest.mark.parametrize(
+    ("bits", "grid", "is_int8"), [(4, "affine", True), (7, "affine", True), (8, "affine", False), (8, "symmetric", True)]
+)
+def test_depthwise_convolutions_have_zero_points_of_zero(bits, grid, is_int8, path):
+    """onnxruntime's fast depthwise kernel has one zero point for all channels; another takes twenty times as long."""
+    net = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU(), nn.Conv2d(32, 16, 1))
+    result = export_onnx(converted(net, IMAGE, init_bits=bits, grid=grid), IMAGE, path, activations="int8", calibration=[IMAGE])
+    assert result.max_relative_error < 1e-5
+    assert [record.rule for record in result.weights] == ["int8", "int8" if is_int8 else "fold", "int8"]
+    if not is_int8:
+        assert "32 groups whose 8-bit levels lie unevenly about zero" in result.weights[1].reason
+    ops, (found,) = run_optimized(path, IMAGE)
+    assert ops.count("QLinearConv") == 3 or not is_int8
+    optimized = onnx.load(path.with_suffix(".optimized")).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in optimized.initializer}
+    grouped = [n for n in optimized.node if n.op_type == "QLinearConv" and any(a.name == "group" and a.i > 1 for a in n.attribute)]
+    assert all(not values[node.input[5]].any() for node in grouped if node.input[5])
+    assert int8_error(found, net(IMAGE)) < 0.6  # rounded weights
+    assert levels_in(path)["2.weight.levels"][0].endswith("4" if bits == 4 else "8")
+
+
 def test_what_stays_float_says_why(path):
     wide = Conv(F.conv2d, (8, 16, 3, 3), 12, name="wide")
     blocks = Conv(F.conv2d, (8, 16, 3, 3), 4, group=8, ranges=8, name="blocks")

@@ -50,6 +50,11 @@ def conv_refusal(table: WeightTable, node: ir.Node, ranges: Mapping[str, Range] 
         return f"int8 convolutions take up to 8 bits, the widest channel has {max(table.bits)}"
     if table.blocks > 1:
         return f"blocks of {table.block} inputs: an int8 convolution has one scale per channel"
+    if (groups := node.attributes.get_int("group", 1)) > 1 and not table.fits_int8_centred:
+        return (
+            f"a convolution of {groups} groups whose 8-bit levels lie unevenly about zero: onnxruntime is slow for it; "
+            'grid="symmetric" or max_bits=7 makes it an int8 one'
+        )
     if str(table.spec.dtype) != "torch.float32":
         return f"the model computes in {table.spec.dtype}, onnxruntime's int8 convolution gives float32"
     bias = node.inputs[2] if len(node.inputs) > 2 else None

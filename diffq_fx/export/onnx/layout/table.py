@@ -57,6 +57,16 @@ class WeightTable:
         """Scales along one row, C."""
         return self.scale.shape[1]
 
+    @cached_property
+    def fits_int8_centred(self) -> bool:
+        """Whether the levels less their zero points, which are one per row, fit int8."""
+        if self.zero_point is None:
+            return self.container_bits <= np.iinfo(np.int8).bits
+        if self.blocks > 1:
+            return False
+        centred = self.levels - self.zero_point
+        return bool(centred.min() >= np.iinfo(np.int8).min and centred.max() <= np.iinfo(np.int8).max)
+
     @property
     def is_per_tensor(self) -> bool:
         """Whether there is one scale."""
