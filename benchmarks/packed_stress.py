@@ -74,7 +74,13 @@ def forge(data: bytes, draw: random.Random) -> bytes:
         for index, shard in enumerate(contents["shards"]):
             start, stop = places[f"diffq_fx/shard/{index}"]
             shard["crc32"] = zlib.crc32(body[start:stop])
-        contents["tensors_crc32"] = zlib.crc32(body[: places["diffq_fx/shard/0"][0]])
+        crc = 0
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if name.startswith("diffq_fx/common/"):
+                contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(body[start:stop])
+            elif not name.startswith("diffq_fx/"):
+                crc = zlib.crc32(body[start:stop], crc)
+        contents["tensors_crc32"] = crc
     else:
         target = contents if draw.random() < 0.7 else {name: value for name, value in header.items() if name != "__metadata__"}
         *path, last = draw.choice(list(_paths(target)))

@@ -2,10 +2,11 @@
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.codebooks import PackedCodebook
 from diffq_fx.export.packed.kinds.integers import PackedIntegers
 from diffq_fx.storage import StoredWeight
 
-KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers,)
+KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers, PackedCodebook)
 
 
 def kind_of_stored(stored: StoredWeight) -> type[PackedWeight]:
@@ -29,4 +30,4 @@ def kind_of_name(name: object) -> type[PackedWeight]:
     for kind in KINDS:
         if kind.kind == name:
             return kind
-    raise PackedFileError(f"its kind {name!r} is not known here; {', '.join(kind.kind for kind in KINDS)} is")
+    raise PackedFileError(f"its kind {name!r} is not known here; {' and '.join(kind.kind for kind in KINDS)} are")

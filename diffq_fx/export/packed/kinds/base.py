@@ -1,7 +1,7 @@
 """What a packed file must know of one kind of stored weight; everything else in this package works on codes and knows no kind.
 
 A kind turns rows of a stored weight into *codes* (unsigned, each at its group's width), a few *small integers* of known widths and some
-raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``registry.py``.
+raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``__init__.py``.
 """
 
 from abc import ABC, abstractmethod
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
@@ -40,6 +42,10 @@ class PackedWeight(ABC):
     """The kind's name in the file."""
     stored_type: ClassVar[type[StoredWeight]]
     """What it packs."""
+    entries: int | None = None
+    """Number of different codes, where a kind has so many: none is above, and all are of the width that the highest needs."""
+    common: tuple[torch.dtype, tuple[int, ...]] | None = None
+    """Type and shape of the tensor that all parts need, such as a codebook, where a kind has one; it is stored by itself."""
 
     def __init__(self, spec: WeightSpec) -> None:
         self.spec = spec
@@ -48,6 +54,11 @@ class PackedWeight(ABC):
     @abstractmethod
     def layout(self) -> GroupLayout:
         """Rows and columns of the codes, and which of them share a width."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """A few words for a table."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -70,6 +81,23 @@ class PackedWeight(ABC):
         Raises:
             PackedFileError: a fact is missing or not possible.
         """
+
+    def common_of(self, stored: Any) -> Tensor | None:
+        """The tensor that all parts need."""
+        return None
+
+    def set_common(self, tensor: Tensor) -> None:
+        """Take that tensor; comes before any :meth:`weight_rows` and :meth:`restore`."""
+        raise NotImplementedError(f"{self.kind} has no common tensor")
+
+    def check_widths(self, widths: NDArray[np.uint8]) -> None:
+        """Refuse widths that its codes cannot have.
+
+        Raises:
+            PackedFileError: one of them is not the one that ``entries`` asks for.
+        """
+        if self.entries is not None and (widths != max((self.entries - 1).bit_length(), 1)).any():
+            raise PackedFileError(f"codes of {int(widths.max())} bits do not index {self.entries} entries")
 
     @abstractmethod
     def encode(self, stored: Any, rows: slice) -> PartCodes:

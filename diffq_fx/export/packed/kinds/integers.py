@@ -54,6 +54,11 @@ class PackedIntegers(PackedWeight):
         """The layout of the bits."""
         return self._layout
 
+    @property
+    def description(self) -> str:
+        """Its groups and grid."""
+        return f"{self.spec.group_size}, {self.spec.grid}"
+
     def facts(self) -> dict[str, Any]:
         """Where scales and zero points come from."""
         return {"scale_dtype": FLOAT_TYPES.name(self.scale_dtype), "scale": self.scale, "zero_point": self.zero_point}
