@@ -116,7 +116,8 @@ def _count_shard(reader: PackedReader, shard: Shard, tallies: list[_Tally]) -> N
     """Add a shard to what has been counted of its weights."""
     of_weight: dict[tuple[int, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(_TABLE, np.int64))
     side: dict[int, float] = defaultdict(float)
-    for part, codes in reader.decode(shard).parts():
+    for part, decoded in reader.decode(shard).parts():
+        codes = decoded.assembled()
         widths, layout = codes.widths, part.packed.layout
         each = widths if widths.shape[1] == 1 else np.repeat(widths, layout.block, axis=1)[:, : layout.columns]
         each = np.broadcast_to(each, codes.codes.shape)

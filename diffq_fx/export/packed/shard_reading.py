@@ -9,7 +9,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.coding.streams import decode_block
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, SortedTile
 from diffq_fx.export.packed.shards import SECTIONS, Part, ShardHead, Span, Tile, least_bytes, parts_of, tiles_of_part
 
 
@@ -83,25 +83,21 @@ class DecodedShard:
         stops = np.cumsum(sizes).tolist()
         return [bytes(section[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
 
-    def parts(self) -> Iterator[tuple[Part, PartCodes]]:
+    def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
-        values = [stream.values() for stream in self._streams]
-        at = np.zeros(len(values), np.int64)
+        at = np.zeros(len(self._streams), np.int64)
         for index, part in enumerate(self._parts):
             tiles = []
             for tile in self._tiles(index):
-                counts = tile.counts(len(values))
-                present = np.flatnonzero(counts).tolist()
-                sorted_codes = np.concatenate([values[i][at[i] : at[i] + counts[i]] for i in present]).reshape(-1, tile.length)
-                at += counts
-                order = tile.order()
-                if order is not None:
-                    place = np.empty_like(order)
-                    place[order] = np.arange(len(order))
-                    sorted_codes = sorted_codes.take(place, 0)
-                tiles.append(sorted_codes.reshape(part.shape[0], -1))
-            codes = tiles[0] if len(tiles) == 1 else np.concatenate(tiles, 1)
-            yield part, PartCodes(codes, self._widths[index], self._integers[index], self._floats[index])
+                counts = tile.counts(len(at))
+                stops = at + counts
+                runs = [self._run(i, slice(at[i], stops[i]), tile.length) for i in np.flatnonzero(counts).tolist()]
+                tiles.append(SortedTile(tile.columns, tile.length, runs, tile.place()))
+                at = stops
+            yield part, DecodedPart(part.shape[0], tiles, self._widths[index], self._integers[index], self._floats[index])
+
+    def _run(self, code_class: int, some: slice, length: int) -> tuple[int, Values]:
+        return self._table.classes[code_class].width, self._streams[code_class].values(some).reshape(-1, length)
 
 
 def _some_codes_are_too_high(packed: PackedWeight) -> bool:

@@ -100,6 +100,15 @@ class Tile:
         """Codes of each of so many classes."""
         return np.bincount(self.classes, minlength=number) * self.length
 
+    def place(self) -> NDArray[np.int64] | None:
+        """Where each group lies in that order, shape (n,); None where they are in it."""
+        order = self.order()
+        if order is None:
+            return None
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return place
+
     def order(self) -> NDArray[np.int64] | None:
         """The groups in the order of their classes, shape (n,); None where they are in it."""
         return None if (self.classes[1:] >= self.classes[:-1]).all() else np.argsort(self.classes, kind="stable")

@@ -114,7 +114,7 @@ def _cut(coder: int, counts: NDArray[np.int64], width: int, low: int) -> _Cut:
 
 
 class DecodedStream:
-    """A stream of a block that has been decoded: its values can be had, and until then take little room."""
+    """A stream of a block that has been decoded: its values can be had piece by piece, and until then take little room."""
 
     def __init__(self, width: int, count: int, low: int, plane: int, high_bytes: NDArray[np.uint8] | None, low_bytes: memoryview) -> None:
         self._width = width
@@ -124,16 +124,16 @@ class DecodedStream:
         self._high_bytes = high_bytes
         self._low_bytes = low_bytes
 
-    def values(self) -> Values:
-        """The values, made anew at each call: uint8 up to 8 bits, else uint16."""
+    def values(self, some: slice = slice(None)) -> Values:
+        """The values or some of them, made anew at each call: uint8 up to 8 bits, else uint16."""
         kind = np.uint8 if self._width <= 8 else np.uint16
         if self._high_bytes is None:
-            return unpack(self._low_bytes, self._width, self._count)
-        high = unpack_plane(self._high_bytes, self._plane, self._count).astype(kind, copy=False)
+            return unpack(self._low_bytes, self._width, self._count, some)
+        high = unpack_plane(self._high_bytes, self._plane, self._count, some).astype(kind, copy=False)
         if not self._low:
             return high
         values = high << kind(self._low)
-        values |= unpack(self._low_bytes, self._low, self._count).astype(kind, copy=False)
+        values |= unpack(self._low_bytes, self._low, self._count, some).astype(kind, copy=False)
         return values
 
 
@@ -169,7 +169,7 @@ def _decode(reader: "_Reader", width: int, count: int) -> DecodedStream:
     high = _CODERS[coder].decode(coded, high_bytes)
     if (high & _bits_above(width - low, plane)).any():
         raise PackedFileError(f"a value does not fit {width} bits")
-    return DecodedStream(width, count, low, plane, high, low_bytes)
+    return DecodedStream(width, count, low, plane, high, memoryview(bytes(low_bytes)))  # a copy: the coded bytes can go
 
 
 def _bits_above(used: int, plane: int) -> np.uint8:

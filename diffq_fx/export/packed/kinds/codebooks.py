@@ -18,7 +18,7 @@ from torch import Tensor
 from diffq_fx.codebook_weight import CodebookWeight, code_bits, codebook_values
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.fileformat.dtypes import TypeNames
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
 from diffq_fx.groups import GroupLayout
 from diffq_fx.storage import unpack_levels
 from diffq_fx.weights import WeightSpec
@@ -127,17 +127,17 @@ class PackedCodebook(PackedWeight):
         """There are no floats beside the entries."""
         return 0
 
-    def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
+    def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """``codebook[codes]``."""
         scale = None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32)
-        columns = self.spec.columns
+        codes, columns = part.codes, self.spec.columns
         values = codebook_values(self.codebook, scale)[:, :columns].contiguous().numpy()  # a block may be longer than a row
         if out is None or values.dtype != np.float32:
-            return torch.from_numpy(values[part.codes].reshape(len(part.codes), -1)[:, :columns])
-        if part.codes.shape[1] * values.shape[1] == columns:
-            np.take(values, part.codes, 0, out.reshape(*part.codes.shape, -1), "clip")  # "raise" would make a copy
+            return torch.from_numpy(values[codes].reshape(len(codes), -1)[:, :columns])
+        if codes.shape[1] * values.shape[1] == columns:
+            np.take(values, codes, 0, out.reshape(*codes.shape, -1), "clip")  # "raise" would make a copy
         else:
-            np.copyto(out, values[part.codes].reshape(len(part.codes), -1)[:, :columns])
+            np.copyto(out, values[codes].reshape(len(codes), -1)[:, :columns])
         return None
 
     def restore(self, parts: Iterable[PartCodes]) -> CodebookWeight:
