@@ -35,10 +35,9 @@ class DecodedShard:
             part.packed.check_widths(widths)
         self._bins = self._decode_bins(sections[1])
         self._integers = self._decode_integers(sections[2])
-        counts = np.zeros(len(head.classes), np.int64)
-        for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
-            counts += tile.counts(len(counts))
-        expected = [(each.width, count) for each, count in zip(head.classes, counts.tolist(), strict=True)]
+        self._counts = [[tile.counts(len(head.classes)) for tile in self._tiles(index)] for index in range(len(self._parts))]
+        totals = np.sum([counts for of_part in self._counts for counts in of_part], axis=0).tolist()
+        expected = [(each.width, count) for each, count in zip(head.classes, totals, strict=True)]
         self._streams = decode_block(sections[4], expected)
         self._floats = self._cut_floats(sections[3])
         if any(_some_codes_are_too_high(part.packed) for part in self._parts):
@@ -85,19 +84,14 @@ class DecodedShard:
 
     def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
-        at = np.zeros(len(self._streams), np.int64)
+        streams = [stream.reading() for stream in self._streams]
         for index, part in enumerate(self._parts):
             tiles = []
-            for tile in self._tiles(index):
-                counts = tile.counts(len(at))
-                stops = at + counts
-                runs = [self._run(i, slice(at[i], stops[i]), tile.length) for i in np.flatnonzero(counts).tolist()]
+            for tile, counts in zip(self._tiles(index), self._counts[index], strict=True):
+                present = [(i, count) for i, count in enumerate(counts.tolist()) if count]
+                runs = [(self._table.classes[i].width, streams[i].take(count).reshape(-1, tile.length)) for i, count in present]
                 tiles.append(SortedTile(tile.columns, tile.length, runs, tile.place()))
-                at = stops
             yield part, DecodedPart(part.shape[0], tiles, self._widths[index], self._integers[index], self._floats[index])
-
-    def _run(self, code_class: int, some: slice, length: int) -> tuple[int, Values]:
-        return self._table.classes[code_class].width, self._streams[code_class].values(some).reshape(-1, length)
 
 
 def _some_codes_are_too_high(packed: PackedWeight) -> bool:

@@ -19,8 +19,8 @@ from diffq_fx.groups import GroupLayout
 
 WEIGHTS_PER_BYTE = 128
 """A shard has at least a byte for so many weights."""
-_PART_WEIGHTS = 1 << 18
-"""Weights that are worked on at once: they stay in the processor's cache, and temporaries stay small."""
+_PART_WEIGHTS = 1 << 19
+"""Weights that are worked on at once: few enough for small temporaries, enough that threads do not fight for the interpreter."""
 SECTIONS = 5
 
 

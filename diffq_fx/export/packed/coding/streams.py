@@ -42,6 +42,8 @@ _WORTH_THE_TIME = 0.988
 """The slower coder must bring a stream below this share of its Huffman codes."""
 _FEW = 64
 """Values below which coding does not pay."""
+_AT_ONCE = 1 << 17
+"""Values that are unpacked at once."""
 _CODERS = {DEFLATE: deflate, ANS: ans}
 
 
@@ -124,6 +126,10 @@ class DecodedStream:
         self._high_bytes = high_bytes
         self._low_bytes = low_bytes
 
+    def reading(self) -> "_Reading":
+        """A reader of the values, from the first one on."""
+        return _Reading(self)
+
     def values(self, some: slice = slice(None)) -> Values:
         """The values or some of them, made anew at each call: uint8 up to 8 bits, else uint16."""
         kind = np.uint8 if self._width <= 8 else np.uint16
@@ -135,6 +141,25 @@ class DecodedStream:
         values = high << kind(self._low)
         values |= unpack(self._low_bytes, self._low, self._count, some).astype(kind, copy=False)
         return values
+
+
+class _Reading:
+    """Takes the values of a stream in order. They are unpacked many at once: small calls of numpy keep other threads from theirs."""
+
+    def __init__(self, stream: DecodedStream) -> None:
+        self._stream = stream
+        self._values = stream.values(slice(0))
+        self._at, self._next = 0, 0
+
+    def take(self, count: int) -> Values:
+        """The next values."""
+        if self._at + count > len(self._values):
+            first = self._next - len(self._values) + self._at
+            self._next = first + max(count, _AT_ONCE)
+            self._values, self._at = self._stream.values(slice(first, self._next)), 0
+            self._next = first + len(self._values)
+        self._at += count
+        return self._values[self._at - count : self._at]
 
 
 def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:
