@@ -138,7 +138,7 @@ def set_width(forgery):
 
 
 FORGERIES = {
-    "a code out of range": (set_first_code, {"entries": 11}, "a code of 'w' is 15, it has 11 entries"),
+    "a code out of range": (set_first_code, {"entries": 15}, "a code of 'w' is 15, it has 15 entries"),
     "another width": (set_width, {}, "codes of 2 bits do not index 16 entries"),
     "no entries": (lambda f: weight(f).update(entries=0), {}, "weight 'w': its codebook has 0 entries"),
     "too many entries": (lambda f: weight(f).update(entries=2**17), {}, "weight 'w': its codebook has 131072 entries"),
