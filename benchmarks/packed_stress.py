@@ -21,18 +21,21 @@ import torch
 from _result import markdown_table, write_result
 from torch import nn
 
-from diffq_fx import DiffQConfig, PackedFileError, convert_diffq, prepare_diffq
+from diffq_fx import DiffQConfig, PackedFileError, convert, convert_diffq, prepare, prepare_diffq
 from diffq_fx.export import load_packed, save_packed
+from diffq_fx.methods import ProductQuantization
 
 ODD = [0, 1, -1, 7, 255, 2**31, 2**40, 2**62, None, "", "channel", "extents", "plain", "float16", True, 1.5, [], {}, [1], [[0, 0, 1]]]
 SLOWEST_S = 5.0
 
 
 def make_model(seed: int) -> tuple[nn.Module, nn.Module]:
-    """A float model, and a converted one with widths of 2 to 8 bits."""
+    """A float model, and a converted one: integers of 2 to 8 bits, for seed 2 a codebook."""
     torch.manual_seed(seed)
     make = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 40))  # noqa: E731
     model = make()
+    if seed == 2:
+        return make(), convert(prepare(model, torch.randn(2, 3, 8, 8), ProductQuantization(entries=20, entry_dtype="int8")))
     with warnings.catch_warnings(action="ignore"):
         prepared = prepare_diffq(model, torch.randn(2, 3, 8, 8), DiffQConfig(group_size=8 if seed % 2 else "channel"))
         for quantizer in prepared.compression.quantizers:
@@ -74,7 +77,13 @@ def forge(data: bytes, draw: random.Random) -> bytes:
         for index, shard in enumerate(contents["shards"]):
             start, stop = places[f"diffq_fx/shard/{index}"]
             shard["crc32"] = zlib.crc32(body[start:stop])
-        contents["tensors_crc32"] = zlib.crc32(body[: places["diffq_fx/shard/0"][0]])
+        crc = 0
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if name.startswith("diffq_fx/common/"):
+                contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(body[start:stop])
+            elif not name.startswith("diffq_fx/"):
+                crc = zlib.crc32(body[start:stop], crc)
+        contents["tensors_crc32"] = crc
     else:
         target = contents if draw.random() < 0.7 else {name: value for name, value in header.items() if name != "__metadata__"}
         *path, last = draw.choice(list(_paths(target)))

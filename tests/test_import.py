@@ -5,7 +5,7 @@ import sys
 
 import diffq_fx
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "torchao", "matplotlib", "rich", "typer", "safetensors", "sklearn")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "torchao", "matplotlib", "rich", "typer", "safetensors", "constriction", "sklearn")
 
 
 def test_import_is_light():

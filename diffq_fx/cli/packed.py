@@ -70,14 +70,14 @@ def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
 def _weight_table(inspection: "PackedInspection") -> Table:
     table = new_table(f"{inspection.path}: quantized weights")
     table.add_column("name", overflow="fold")
-    for heading in ("shape", "groups"):
+    for heading in ("shape", "stored as"):
         table.add_column(heading, no_wrap=True)
     for heading in ("learned bits", "bit-packed MiB", "entropy MiB", "coded MiB", "overhead %", "scales MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for weight in inspection.weights:
         shape = "x".join(map(str, weight.shape))
         names = "\n= ".join((weight.name, *weight.aliases))
-        add_row(table, names, shape, f"{weight.group_size}, {weight.grid}", _bits(weight), *_sizes(weight))
+        add_row(table, names, shape, weight.description, _bits(weight), *_sizes(weight))
     return table
 
 
@@ -125,7 +125,7 @@ def _totals_table(inspection: "PackedInspection") -> Table:
         end_section=True,
     )
     add_row(table, "codes", values, mib(round(sum(weight.coded_bytes for weight in weights))))
-    add_row(table, "widths, zero points, scales", "", mib(round(sum(weight.side_bytes for weight in weights))))
+    add_row(table, "widths, zero points, scales, codebooks", "", mib(round(sum(weight.side_bytes for weight in weights))))
     add_row(table, "plain tensors", "", mib(sum(tensor.stored_bytes for tensor in inspection.tensors)))
     add_row(table, "names, models, checksums", "", mib(inspection.header_bytes), end_section=True)
     add_row(table, "file on disk", "", mib(inspection.file_bytes), style="bold")

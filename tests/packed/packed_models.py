@@ -4,8 +4,10 @@ import torch
 from torch import nn
 
 from diffq_fx import functional
+from diffq_fx.export import load_packed, save_packed
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.weights import WeightSpec
 
 
@@ -24,6 +26,23 @@ def store(
     rows = to_rows(weight, axis)
     params = functional.quant_params(*functional.weight_range(rows, spec.range_layout, grid), widths, grid)
     return IntegerWeight(spec, functional.quantize(rows.to(params.scale.dtype), params, widths, spec.scale_layout), params, widths)
+
+
+def store_codes(name, shape, *, axis=0, entries=16, block=1, entry_dtype=torch.float32, dtype=torch.float32, aliases=(), seed=0):
+    """A random weight of codes; int8 entries have a scale. Every entry is drawn with another probability."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = WeightSpec(
+        name=name, aliases=aliases, shape=shape, axis=axis, dtype=dtype, group_size="tensor", range_size="tensor", grid="symmetric"
+    )
+    codebook = torch.randn(entries, block, generator=generator)
+    codebook, scale = (
+        ((codebook * 40).clamp(-127, 127).to(torch.int8), torch.tensor(0.0123))
+        if entry_dtype == torch.int8
+        else (codebook.to(entry_dtype), None)
+    )
+    count = spec.rows * -(-spec.columns // block)
+    codes = torch.multinomial(torch.linspace(1, 3, entries), count, replacement=True, generator=generator)
+    return CodebookWeight(spec, codes.reshape(spec.rows, -1), codebook, scale)
 
 
 def owner(model, name):
@@ -65,6 +84,31 @@ def expected(model):
     """What loading must give: every weight and buffer by name."""
     weights = {name: m() for m in model.modules() if isinstance(m, StoredWeight) for name in m.spec.names}
     return weights | dict(model.named_buffers(recurse=False))
+
+
+def round_trip(model, path, compression="entropy"):
+    """Save, load by all three roads and compare; the converted model that is loaded into holds integers before."""
+    save_packed(model, path, compression)
+    wanted = expected(model)
+    assert_equal(load_packed(path), wanted)
+    assert_equal(load_packed(float_twin(model), path).state_dict(), wanted)
+    other = converted(
+        *(
+            store(m.spec.name, m.spec.shape, axis=m.spec.axis, aliases=m.spec.aliases, dtype=m.spec.dtype, seed=99)
+            for m in stored_in(model)
+        ),
+        **{name: torch.zeros_like(value) for name, value in model.named_buffers(recurse=False)},
+    )
+    assert_equal(load_packed(other, path).state_dict(), model.state_dict())
+    for name, module in other.named_modules():
+        if isinstance(module, StoredWeight):
+            assert type(module) is type(model.get_submodule(name))
+            assert module.spec == model.get_submodule(name).spec
+
+
+def stored_in(model):
+    """Every stored weight once."""
+    return {id(m): m for m in model.modules() if isinstance(m, StoredWeight)}.values()
 
 
 def assert_equal(found, wanted):

@@ -12,14 +12,14 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from packed_models import assert_equal, converted, expected, float_twin, store
+from packed_models import assert_equal, converted, expected, float_twin, store, store_codes
 from torch import nn
 
 from diffq_fx.errors import DiffQError, PackedFileError
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.inspection import inspect_packed
 
-MUTATIONS = 2000  # of each kind that is drawn at random
+MUTATIONS = 400  # of each kind; benchmarks/packed_stress.py makes ten thousand
 SLOWEST_LOAD = 5.0  # seconds; the machine may be busy
 
 
@@ -29,6 +29,7 @@ def small_model(seed=0):
         store("a", (12, 20), bits=(1, 16), seed=seed),
         store("b.weight", (6, 5), axis=1, bits=(2, 6), group=4, ranges="channel", grid="float", aliases=("c.weight",), seed=seed),
         store("d", (9, 40), bits=(2, 4), group=8, ranges="channel", seed=seed),
+        store_codes("e", (6, 21), entries=5, block=2, seed=seed),
         bias=torch.randn(7),
         steps=torch.tensor(3),
         mask=torch.tensor([True, False]),
@@ -59,15 +60,21 @@ def refuse(path, data, match="is damaged|is not a packed file|cut short|checksum
     assert time.monotonic() - start < SLOWEST_LOAD
 
 
-def test_cut_short_at_every_byte(tmp_path, files):
+def places_in(data, draw):
+    """Bytes of a file: the first and last ones and some of all others."""
+    edge = 32
+    return [*range(edge), *sorted(draw.sample(range(edge, len(data) - edge), MUTATIONS)), *range(len(data) - edge, len(data))]
+
+
+def test_cut_short_anywhere(tmp_path, files):
     data = files["small"][0]
-    for stop in range(len(data)):
+    for stop in places_in(data, random.Random(0)):
         refuse(tmp_path / "m", data[:stop])
 
 
-def test_every_byte_flipped(tmp_path, files):
+def test_any_byte_flipped(tmp_path, files):
     data, draw = files["small"][0], random.Random(0)
-    for place in range(len(data)):
+    for place in places_in(data, draw):
         damaged = bytearray(data)
         damaged[place] ^= draw.randrange(1, 256)
         refuse(tmp_path / "m", damaged)
@@ -112,11 +119,17 @@ class Forgery:
 
     def fix_checksums(self):
         """Those of the body, of whatever the header still describes."""
+        crc = 0
         places = {name: entry["data_offsets"] for name, entry in self.header.items() if name != "__metadata__"}
         for index, shard in enumerate(self.contents["shards"]):
             start, stop = places[f"diffq_fx/shard/{index}"]
             shard["crc32"] = zlib.crc32(self.body[start:stop])
-        self.contents["tensors_crc32"] = zlib.crc32(self.body[: places["diffq_fx/shard/0"][0]])
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if name.startswith("diffq_fx/common/"):
+                self.contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(self.body[start:stop])
+            elif not name.startswith("diffq_fx/"):
+                crc = zlib.crc32(self.body[start:stop], crc)
+        self.contents["tensors_crc32"] = crc
 
 
 def paths_of(value, path=()):
@@ -227,11 +240,14 @@ FORGERIES = {
     "no shape": (lambda f: weight(f).update(shape=[]), "weight 'a': its shape"),
     "a zero side": (lambda f: weight(f).update(shape=[0, 3]), "weight 'a': its shape"),
     "an axis too many": (lambda f: weight(f).update(axis=2), "weight 'a': its axis 2"),
-    "another kind": (lambda f: weight(f).update(kind="codebook"), "weight 'a': its kind 'codebook' is not known here; integer is"),
+    "another kind": (
+        lambda f: weight(f).update(kind="wavelet"),
+        "weight 'a': its kind 'wavelet' is not known here; integer and codebook are",
+    ),
     "another type": (lambda f: weight(f).update(dtype="int8"), "weight 'a': expected one of the types float32, .* got 'int8'"),
     "a name twice": (lambda f: weight(f).update(name="bias"), "two tensors have one name"),
     "rows twice": (lambda f: shard(f)["spans"].append(shard(f)["spans"][0]), "too small|rows are not in order"),
-    "rows missing": (lambda f: shard(f)["spans"].pop(), "expected 9 rows, got 0"),
+    "rows missing": (lambda f: shard(f)["spans"].pop(), "expected 6 rows, got 0"),
     "a class too wide": (lambda f: shard(f)["classes"].append([17, 0, 31]), "shard 0 is not described|classes that are not possible"),
     "a class twice": (lambda f: shard(f)["classes"].append(shard(f)["classes"][0]), "two models of . bits claim one bin"),
     "a class missing": (lambda f: shard(f)["classes"].pop(), "a group of weights has no model"),
@@ -239,12 +255,12 @@ FORGERIES = {
     "a wrong checksum": (lambda f: shard(f).update(crc32=5), r"checksum of shard 0 \(with 'a'\) does not fit"),
     "another checksum": (lambda f: f.contents.update(tensors_crc32=5), "checksum of its plain tensors does not fit"),
     "an unknown tensor": (lambda f: f.contents["tensors"].update(x={}), "describes tensor 'x', which is not there"),
-    "a shard too few": (lambda f: f.contents.update(shards=[]), "describes 0 shards, the file has others"),
+    "a shard too few": (lambda f: f.contents.update(shards=[]), "describes 0 shards and 1 common tensors, the file has others"),
     "a gap": (lambda f: f.header["steps"].update(data_offsets=[1, 9]), "begins at byte"),
     "a tensor too long": (lambda f: f.header["bias"].update(shape=[70]), r"tensor 'bias' of F32 \[70\] has 28 bytes, not 280"),
     "many dimensions": (lambda f: f.header["bias"].update(shape=[1] * 65), "tensor 'bias' has shape"),
     "no contents": (lambda f: f.contents.clear(), "the header has no list of weights"),
-    "a bool of 2": (lambda f: (f.body.__setitem__(slice(36, 38), b"\2\0"), f.fix_checksums()), "a bool is stored as 2"),
+    "a bool of 2": (lambda f: (f.body.__setitem__(f.header["mask"]["data_offsets"][0], 2), f.fix_checksums()), "a bool is stored as 2"),
 }
 
 

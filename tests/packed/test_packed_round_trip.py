@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import assert_equal, converted, expected, float_twin, store
+from packed_models import assert_equal, converted, expected, float_twin, round_trip, store, stored_in
 
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.inspection import inspect_packed
@@ -15,29 +15,6 @@ GROUPS = ("tensor", "channel", 1, 3, 4, 8)
 SHAPES = (((6, 10), 0), ((5, 11, 3), 1), ((1, 7), 0), ((9, 1), 0), ((3, 200), 0), ((4, 6, 3, 3), 2))
 GRIDS = ("affine", "symmetric", "float")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def round_trip(model, path, compression):
-    """Load by all three roads and compare."""
-    save_packed(model, path, compression)
-    wanted = expected(model)
-    assert_equal(load_packed(path), wanted)
-    assert_equal(load_packed(float_twin(model), path).state_dict(), wanted)
-    other = converted(
-        *(
-            store(m.spec.name, m.spec.shape, axis=m.spec.axis, aliases=m.spec.aliases, dtype=m.spec.dtype, seed=99)
-            for m in stored_in(model)
-        ),
-        **{name: torch.zeros_like(value) for name, value in model.named_buffers(recurse=False)},
-    )
-    assert_equal(load_packed(other, path).state_dict(), model.state_dict())
-    for name, module in other.named_modules():
-        if isinstance(module, IntegerWeight):
-            assert module.spec == model.get_submodule(name).spec
-
-
-def stored_in(model):
-    return {id(m): m for m in model.modules() if isinstance(m, IntegerWeight)}.values()
 
 
 @settings(deadline=None, max_examples=150)
@@ -67,7 +44,7 @@ def test_every_width_large_enough_for_the_coder(tmp_path, bits, compression):
 @pytest.mark.parametrize("compression", ["entropy", "bits"])
 @pytest.mark.parametrize("group", ["tensor", "channel", 1, 8, 7])
 def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, monkeypatch):
-    monkeypatch.setattr("diffq_fx.export.packed.shards._PART_CODES", 3000)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._PART_WEIGHTS", 3000)
     monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
     weights = [
         store("a", (300, 129), bits=(1, 16), group=group, ranges="channel"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import contents_of, grouped_by_storage
 from diffq_fx.export.packed.fileformat.header import Contents
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
 from diffq_fx.export.packed.reading import PackedReader, in_threads
 from diffq_fx.export.packed.shard_reading import DecodedShard
 from diffq_fx.export.packed.shards import Part
@@ -65,7 +65,7 @@ def fill_converted(model: nn.Module, reader: PackedReader) -> None:
     parts: dict[str, list[PartCodes]] = {weight.spec.name: [] for weight in contents.weights}
     for shard in _decode_all(reader):
         for part, codes in shard.parts():
-            parts[part.packed.spec.name].append(codes)
+            parts[part.packed.spec.name].append(codes.assembled())
     restored = {weight.spec.name: weight.restore(parts.pop(weight.spec.name)) for weight in contents.weights}
     for tensor, value in plain:
         for target in targets[tensor.name]:
@@ -73,7 +73,7 @@ def fill_converted(model: nn.Module, reader: PackedReader) -> None:
     _replace_modules(model, {id(stored): restored[stored.spec.name] for stored in existing.stored})
 
 
-def fill_rows(target: Tensor, part: Part, codes: PartCodes) -> None:
+def fill_rows(target: Tensor, part: Part, codes: DecodedPart) -> None:
     """Write the weights of a part into the rows of a tensor that they belong to."""
     axis = part.packed.spec.axis
     direct = target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous() and axis == 0

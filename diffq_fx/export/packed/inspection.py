@@ -28,6 +28,8 @@ class PackedWeightReport:
     dtype: str
     group_size: int | str
     grid: str
+    description: str
+    """Its groups and grid, or its codebook."""
     values: int
     """Number of weights."""
     bits: dict[int, int]
@@ -39,7 +41,7 @@ class PackedWeightReport:
     coded_bytes: float
     """Its codes as they are in the file."""
     side_bytes: float
-    """Its widths, zero points and scales as they are in the file."""
+    """Its widths, zero points, scales and codebook as they are in the file."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def inspect_packed(path: str | Path) -> PackedInspection:
             tallies = [_Tally() for _ in reader.contents.weights]
             for shard in reader.contents.shards:
                 _count_shard(reader, shard, tallies)
+            for common in reader.contents.commons:
+                tallies[common.weight].side += common.stop - common.start
             reader.plain_tensors()
             return _inspection(str(path), reader, tallies)
     except PackedFileError as error:
@@ -112,7 +116,8 @@ def _count_shard(reader: PackedReader, shard: Shard, tallies: list[_Tally]) -> N
     """Add a shard to what has been counted of its weights."""
     of_weight: dict[tuple[int, int], NDArray[np.int64]] = defaultdict(lambda: np.zeros(_TABLE, np.int64))
     side: dict[int, float] = defaultdict(float)
-    for part, codes in reader.decode(shard).parts():
+    for part, decoded in reader.decode(shard).parts():
+        codes = decoded.assembled()
         widths, layout = codes.widths, part.packed.layout
         each = widths if widths.shape[1] == 1 else np.repeat(widths, layout.block, axis=1)[:, : layout.columns]
         each = np.broadcast_to(each, codes.codes.shape)
@@ -151,6 +156,7 @@ def _inspection(path: str, reader: PackedReader, tallies: list[_Tally]) -> Packe
                 dtype=FLOAT_TYPES.name(spec.dtype),
                 group_size=spec.group_size,
                 grid=spec.grid,
+                description=packed.description,
                 values=spec.numel,
                 bits=bits,
                 bit_packed_bytes=-(-sum(width * count for width, count in bits.items()) // 8),

@@ -23,14 +23,15 @@ class PackedReader:
     """A packed file open for reading; a context manager. Its errors do not name the file: whoever opens it does."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file and check its header.
+        """Open a file, check its header and read its codebooks.
 
         Raises:
-            PackedFileError: it is not a packed file of this version, or its header is damaged.
+            PackedFileError: it is not a packed file of this version, or its header or a codebook is damaged.
         """
         self._container = Container(path)
         try:
             self.contents = contents_from_json(self._container.contents, self._container.entries)
+            self._read_commons()
         except BaseException:
             self._container.__exit__()
             raise
@@ -40,6 +41,13 @@ class PackedReader:
 
     def __exit__(self, *_: object) -> None:
         self._container.__exit__()
+
+    def _read_commons(self) -> None:
+        for common in self.contents.commons:
+            data, weight = self._container.read(common.start, common.stop), self.contents.weights[common.weight]
+            if zlib.crc32(data) != common.crc32:
+                raise PackedFileError(f"is damaged: the checksum of the codebook of '{weight.spec.name}' does not fit")
+            weight.set_common(tensor_of(data, common.dtype, common.shape))
 
     @property
     def file_bytes(self) -> int:

@@ -12,7 +12,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import ModelContents, contents_of
 from diffq_fx.export.packed.fileformat.container import RESERVED, write_container
 from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES, bytes_of
-from diffq_fx.export.packed.fileformat.header import Contents, PlainTensor, Shard, contents_to_json, shard_name
+from diffq_fx.export.packed.fileformat.header import CommonTensor, Contents, PlainTensor, Shard, common_name, contents_to_json, shard_name
 from diffq_fx.export.packed.kinds import kind_of_stored
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_writing import encode_shard
@@ -75,6 +75,7 @@ def write_packed(model: ModelContents, path: Path, *, entropy: bool) -> None:
     """
     packed = [_packed(stored) for stored in model.stored]
     tensors = sorted((_plain(names, tensor) for names, tensor in model.tensors), key=lambda pair: -pair[0].stored_dtype.itemsize)
+    commons = [_common(index, each, stored) for index, (each, stored) in enumerate(zip(packed, model.stored, strict=True)) if each.common]
     shards, blobs = [], []
     for spans in plan_shards(packed):
         data, head = encode_shard(spans, packed, model.stored, entropy=entropy)
@@ -83,9 +84,11 @@ def write_packed(model: ModelContents, path: Path, *, entropy: bool) -> None:
     crc = 0
     for _, data in tensors:
         crc = zlib.crc32(data, crc)
-    contents = Contents(tuple(packed), tuple(tensor for tensor, _ in tensors), crc, tuple(shards))
+    contents = Contents(tuple(packed), tuple(tensor for tensor, _ in tensors), crc, tuple(common for common, _ in commons), tuple(shards))
     _refuse_equal_names(contents)
     entries = [(t.name, TENSOR_TYPES.name(t.stored_dtype), t.shape, data) for t, data in tensors]
+    entries += [(common_name(c.weight), TENSOR_TYPES.name(c.dtype), c.shape, data) for c, data in commons]
+    entries.sort(key=lambda entry: -TENSOR_TYPES.parse(entry[1]).itemsize)  # every tensor lies at a multiple of its item's size
     entries += [(shard_name(index), "U8", (len(data),), data) for index, data in enumerate(blobs)]
     write_container(path, entries, contents_to_json(contents))
 
@@ -111,6 +114,14 @@ def _plain(names: tuple[str, ...], tensor: Tensor) -> tuple[PlainTensor, bytes]:
     return PlainTensor(names[0], names[1:], tensor.dtype, stored.dtype, tuple(tensor.shape), 0, 0), bytes_of(stored)
 
 
+def _common(index: int, packed: PackedWeight, stored: StoredWeight) -> tuple[CommonTensor, bytes]:
+    tensor = packed.common_of(stored)
+    if tensor is None or packed.common is None:
+        raise PackedFileError(f"weight '{packed.spec.name}': its common tensor is missing")
+    data = bytes_of(tensor)
+    return CommonTensor(index, *packed.common, zlib.crc32(data)), data
+
+
 def _refuse_equal_names(contents: Contents) -> None:
     every = [weight.spec.names for weight in contents.weights] + [tensor.names for tensor in contents.tensors]
     names = [name for each in every for name in each]
@@ -130,18 +141,18 @@ def plan_shards(weights: Sequence[PackedWeight]) -> list[list[Span]]:
     Returns:
         The spans of each shard.
     """
-    total = sum(weight.layout.rows * weight.layout.columns for weight in weights)
+    total = sum(weight.spec.numel for weight in weights)
     number = -(-total // min(max(total // _SHARDS, _LEAST_CODES), _MOST_CODES))
     room = -(-total // max(number, 1))
     shards: list[list[Span]] = []
     left = 0
     for index, weight in enumerate(weights):
-        row, columns = 0, weight.layout.columns
-        while row < weight.layout.rows:
+        row, columns = 0, weight.spec.columns
+        while row < weight.spec.rows:
             if left < columns / 2:
                 shards.append([])
                 left += room
-            rows = min(max(round(left / columns), 1), weight.layout.rows - row)
+            rows = min(max(round(left / columns), 1), weight.spec.rows - row)
             shards[-1].append(Span(index, row, rows))
             row += rows
             left -= rows * columns

@@ -9,14 +9,13 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.coding.streams import decode_block
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
-from diffq_fx.export.packed.shards import CODES_PER_BYTE, SECTIONS, Part, ShardHead, Span, Tile, parts_of, tiles_of_part
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, SortedTile
+from diffq_fx.export.packed.shards import SECTIONS, Part, ShardHead, Span, Tile, least_bytes, parts_of, tiles_of_part
 
 
 def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
-    """Bytes of a shard with such sections: their sum, filled up to a byte for 128 codes."""
-    codes = sum(span.rows * weights[span.weight].layout.columns for span in spans)
-    return max(sum(sections), -(-codes // CODES_PER_BYTE))
+    """Bytes of a shard with such sections: their sum, filled up to a byte for 128 weights."""
+    return max(sum(sections), least_bytes(spans, weights))
 
 
 class DecodedShard:
@@ -32,14 +31,17 @@ class DecodedShard:
         self._table = ClassTable(head.classes)
         sections = _cut(data, head.sections)
         self._widths = self._decode_widths(sections[0])
+        for part, widths in zip(self._parts, self._widths, strict=True):
+            part.packed.check_widths(widths)
         self._bins = self._decode_bins(sections[1])
         self._integers = self._decode_integers(sections[2])
-        counts = np.zeros(len(head.classes), np.int64)
-        for tile in (tile for index in range(len(self._parts)) for tile in self._tiles(index)):
-            counts += tile.counts(len(counts))
-        expected = [(each.width, count) for each, count in zip(head.classes, counts.tolist(), strict=True)]
+        self._counts = [[tile.counts(len(head.classes)) for tile in self._tiles(index)] for index in range(len(self._parts))]
+        totals = np.sum([counts for of_part in self._counts for counts in of_part], axis=0).tolist()
+        expected = [(each.width, count) for each, count in zip(head.classes, totals, strict=True)]
         self._streams = decode_block(sections[4], expected)
         self._floats = self._cut_floats(sections[3])
+        if any(_some_codes_are_too_high(part.packed) for part in self._parts):
+            self._check_codes()
 
     def _tiles(self, index: int) -> list[Tile]:
         return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
@@ -49,6 +51,12 @@ class DecodedShard:
         sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
         (stream,) = decode_block(section, [(4, sum(sizes))])
         return [piece.reshape(shape) for piece, shape in zip(_split(stream.values() + np.uint8(1), sizes), shapes, strict=True)]
+
+    def _check_codes(self) -> None:
+        for part, content in self.parts():
+            highest, entries = int(content.codes.max()), part.packed.entries
+            if entries is not None and highest >= entries:
+                raise PackedFileError(f"a code of '{part.packed.spec.name}' is {highest}, it has {entries} entries")
 
     def _decode_bins(self, section: memoryview) -> list[NDArray[np.uint8]]:
         counts = [bins_in(*part.shape) for part in self._parts]
@@ -74,25 +82,21 @@ class DecodedShard:
         stops = np.cumsum(sizes).tolist()
         return [bytes(section[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
 
-    def parts(self) -> Iterator[tuple[Part, PartCodes]]:
+    def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
-        values = [stream.values() for stream in self._streams]
-        at = np.zeros(len(values), np.int64)
+        streams = [stream.reading() for stream in self._streams]
         for index, part in enumerate(self._parts):
             tiles = []
-            for tile in self._tiles(index):
-                counts = tile.counts(len(values))
-                present = np.flatnonzero(counts).tolist()
-                sorted_codes = np.concatenate([values[i][at[i] : at[i] + counts[i]] for i in present]).reshape(-1, tile.length)
-                at += counts
-                order = tile.order()
-                if order is not None:
-                    place = np.empty_like(order)
-                    place[order] = np.arange(len(order))
-                    sorted_codes = sorted_codes.take(place, 0)
-                tiles.append(sorted_codes.reshape(part.shape[0], -1))
-            codes = tiles[0] if len(tiles) == 1 else np.concatenate(tiles, 1)
-            yield part, PartCodes(codes, self._widths[index], self._integers[index], self._floats[index])
+            for tile, counts in zip(self._tiles(index), self._counts[index], strict=True):
+                present = [(i, count) for i, count in enumerate(counts.tolist()) if count]
+                runs = [(self._table.classes[i].width, streams[i].take(count).reshape(-1, tile.length)) for i, count in present]
+                tiles.append(SortedTile(tile.columns, tile.length, runs, tile.place()))
+            yield part, DecodedPart(part.shape[0], tiles, self._widths[index], self._integers[index], self._floats[index])
+
+
+def _some_codes_are_too_high(packed: PackedWeight) -> bool:
+    """Whether a kind has fewer entries than its codes could index."""
+    return packed.entries is not None and (packed.entries < 2 or packed.entries.bit_count() > 1)
 
 
 def _cut(data: memoryview, sections: Sequence[int]) -> list[memoryview]:

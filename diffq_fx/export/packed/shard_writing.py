@@ -9,7 +9,7 @@ from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of
 from diffq_fx.export.packed.coding.streams import Stream, encode_block
 from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
-from diffq_fx.export.packed.shards import CODES_PER_BYTE, Part, ShardHead, Span, parts_of, tiles_of_part
+from diffq_fx.export.packed.shards import Part, ShardHead, Span, least_bytes, parts_of, tiles_of_part
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 
@@ -44,7 +44,7 @@ def encode_shard(
         encode_block(_code_streams(parts, contents, bins, table), entropy=entropy),
     ]
     data = b"".join(sections)
-    filler = -(-sum(content.codes.size for content in contents) // CODES_PER_BYTE) - len(data)
+    filler = least_bytes(spans, weights) - len(data)
     return data + bytes(max(filler, 0)), ShardHead(table.classes, tuple(len(section) for section in sections))
 
 

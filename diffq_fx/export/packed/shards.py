@@ -1,7 +1,7 @@
 """A shard: rows of one or several weights that are coded together, and can be read without the rest of the file.
 
 Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. Zeros
-fill the shard up to one byte for 128 codes, so that a reader can refuse a shape that is too large for the file before it allocates.
+fill the shard up to one byte for 128 weights, so that a reader can refuse a shape that is too large for the file before it allocates.
 
 Within a shard the order is: spans, parts of a span, tiles of a part (its blocks, then the shorter blocks at the ends of its rows), and in a
 tile its groups by class, in the order of rows within a class. Legend: O rows, I columns, C groups of a row, K classes.
@@ -17,10 +17,10 @@ from diffq_fx.export.packed.coding.classes import ClassTable, CodeClass
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.functional.groups import GroupLayout
 
-CODES_PER_BYTE = 128
-"""A shard has at least a byte for so many codes."""
-_PART_CODES = 1 << 18
-"""Codes that are worked on at once: they stay in the processor's cache, and temporaries stay small."""
+WEIGHTS_PER_BYTE = 128
+"""A shard has at least a byte for so many weights."""
+_PART_WEIGHTS = 1 << 19
+"""Weights that are worked on at once: few enough for small temporaries, enough that threads do not fight for the interpreter."""
 SECTIONS = 5
 
 
@@ -35,14 +35,14 @@ class Span:
 
     def parts(self, columns: int) -> Iterator[slice]:
         """The rows that are worked on at once."""
-        step = max(_PART_CODES // columns, 1)
+        step = max(_PART_WEIGHTS // columns, 1)
         stop = self.first_row + self.rows
         return (slice(first, min(first + step, stop)) for first in range(self.first_row, stop, step))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a span and what it is a part of."""
+    """Some rows of a span, and the weight that they belong to."""
 
     weight: int
     packed: PackedWeight
@@ -56,7 +56,12 @@ class Part:
 
 def parts_of(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> list[Part]:
     """The parts of a shard in order."""
-    return [Part(span.weight, weights[span.weight], rows) for span in spans for rows in span.parts(weights[span.weight].layout.columns)]
+    return [Part(span.weight, weights[span.weight], rows) for span in spans for rows in span.parts(weights[span.weight].spec.columns)]
+
+
+def least_bytes(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
+    """Bytes that a shard of these rows has at least."""
+    return -(-sum(span.rows * weights[span.weight].spec.columns for span in spans) // WEIGHTS_PER_BYTE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,15 @@ class Tile:
     def counts(self, number: int) -> NDArray[np.int64]:
         """Codes of each of so many classes."""
         return np.bincount(self.classes, minlength=number) * self.length
+
+    def place(self) -> NDArray[np.int64] | None:
+        """Where each group lies in that order, shape (n,); None where they are in it."""
+        order = self.order()
+        if order is None:
+            return None
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        return place
 
     def order(self) -> NDArray[np.int64] | None:
         """The groups in the order of their classes, shape (n,); None where they are in it."""

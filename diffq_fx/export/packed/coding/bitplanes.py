@@ -70,37 +70,45 @@ def pack_plane(values: NDArray[np.uint8], bits: int) -> bytes:
     return packed.tobytes()
 
 
-def unpack(data: bytes | memoryview, width: int, count: int) -> Values:
-    """Undo :func:`pack`.
+def unpack(data: bytes | memoryview, width: int, count: int, some: slice = slice(None)) -> Values:
+    """Undo :func:`pack`, for all values or a few of them.
 
     Args:
         data: exactly ``packed_size(count, width)`` bytes.
         width: 1 to 16.
         count: number of values.
+        some: which of them, without a step.
 
     Returns:
-        Shape (count,), uint8 up to 8 bits, else uint16.
+        Shape (n,), uint8 up to 8 bits, else uint16.
 
     Example:
         >>> unpack(bytes.fromhex("dd22"), 2, 8)
         array([1, 2, 3, 0, 1, 2, 3, 0], dtype=uint8)
+        >>> unpack(bytes.fromhex("dd22"), 2, 8, slice(1, 4))
+        array([2, 3, 0], dtype=uint8)
     """
-    raw = np.frombuffer(data, np.uint8)
-    values: Values = np.zeros(count, np.uint8 if width <= 8 else np.uint16)
+    raw, kind = np.frombuffer(data, np.uint8), np.uint8 if width <= 8 else np.uint16
+    values: Values | None = None
     start = 0
     for first, bits in planes_of(width):
         stop = start + -(-count * bits // 8)
-        plane = unpack_plane(raw[start:stop], bits, count)
-        values = plane if first == 0 and width <= 8 else values | (plane.astype(values.dtype) << values.dtype.type(first))
+        plane = unpack_plane(raw[start:stop], bits, count, some).astype(kind, copy=False)
+        values = plane if values is None else values | (plane << kind(first))
         start = stop
-    return values
+    return np.zeros(0, kind) if values is None else values
 
 
-def unpack_plane(packed: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.uint8]:
-    """Undo :func:`pack_plane`."""
+def unpack_plane(packed: NDArray[np.uint8], bits: int, count: int, some: slice = slice(None)) -> NDArray[np.uint8]:
+    """Undo :func:`pack_plane`, for all of ``count`` values or a few of them."""
     if bits == 8:
-        return packed
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    places = packed >> shifts
-    places &= np.uint8((1 << bits) - 1)
-    return places.reshape(-1)[:count]
+        return packed[some]
+    start, stop, _ = some.indices(count)
+    values, stride, mask = np.empty(max(stop - start, 0), np.uint8), len(packed), np.uint8((1 << bits) - 1)
+    for place in range(8 // bits):
+        first, last = max(start, place * stride), min(stop, (place + 1) * stride)
+        if first < last:
+            found = values[first - start : last - start]
+            np.right_shift(packed[first - place * stride : last - place * stride], np.uint8(place * bits), found)
+            found &= mask
+    return values

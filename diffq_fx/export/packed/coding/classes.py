@@ -140,7 +140,7 @@ class ClassTable:
         Raises:
             PackedFileError: there is no model for one of them.
         """
-        found = self._table[widths, bins.reshape(-1, 1)]
+        found = self._table[:, bins[0]].take(widths) if len(bins) == 1 else self._table[widths, bins.reshape(-1, 1)]
         if (found == _NO_CLASS).any():
             raise PackedFileError("a group of weights has no model")
         return found

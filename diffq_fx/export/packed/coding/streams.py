@@ -4,13 +4,13 @@ The low bits of a stream, which hardly ever tell anything, stay as they are. Its
 2, 4 or 8 bits, so that a byte holds 8 to 1 values), and these bytes go through a coder. Which bits are low, and which coder, is chosen
 by the length of the outcome.
 
-=====  =======  ======================================================================================================
+=====  =======  =============================================================================================================
 coder  name     what it does
-=====  =======  ======================================================================================================
+=====  =======  =============================================================================================================
 0      stored   nothing is coded: every bit is low
 1      deflate  Huffman codes: fast, and mostly within 1 % of the entropy
-2      rans     at the entropy, several times slower; taken where it saves more than 1.2 %
-=====  =======  ======================================================================================================
+2      ans      at the entropy, several times slower, one thread at a time; taken where it saves more than 1.2 %
+=====  =======  =============================================================================================================
 
 A block of streams, whose widths and counts the reader knows, is for each stream that is not empty (little endian)::
 
@@ -22,7 +22,6 @@ A block of streams, whose widths and counts the reader knows, is for each stream
     the low bits, bit-packed
 """
 
-import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding import deflate, rans
+from diffq_fx.export.packed.coding import ans, deflate
 from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, unpack, unpack_plane
 
-STORED, DEFLATE, RANS = 0, 1, 2
+STORED, DEFLATE, ANS = 0, 1, 2
 
 _HEAD = struct.Struct("<BBBI")
 _WORTH_IT = 0.99
@@ -43,8 +42,9 @@ _WORTH_THE_TIME = 0.988
 """The slower coder must bring a stream below this share of its Huffman codes."""
 _FEW = 64
 """Values below which coding does not pay."""
-_RANS_PLANE = (0, 2, 4, 4, 8, 8, 8)
-"""Plane for so many high bits: no more than 6 bits of information in a byte, as its 12-bit frequencies are coarse."""
+_AT_ONCE = 1 << 17
+"""Values that are unpacked at once."""
+_CODERS = {DEFLATE: deflate, ANS: ans}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def encode_block(streams: Sequence[Stream], *, entropy: bool) -> bytes:
     Example:
         >>> values = np.array([0, 1, 0, 0] * 1000, np.uint8)
         >>> len(encode_block([Stream(3, values)], entropy=False)), len(encode_block([Stream(3, values)], entropy=True))
-        (1507, 458)
+        (1507, 252)
     """
     return b"".join(_encode(stream, entropy) for stream in streams if stream.count)
 
@@ -91,45 +91,32 @@ def _encode(stream: Stream, entropy: bool) -> bytes:
     coded = b""
     if cut.coder != STORED:
         plane = np.frombuffer(pack_plane((stream.values >> cut.low).astype(np.uint8), cut.plane), np.uint8)
-        coded = (deflate if cut.coder == DEFLATE else rans).encode(plane)
+        coded = _CODERS[cut.coder].encode(plane)
     return _HEAD.pack(cut.coder, cut.low, cut.plane, len(coded)) + coded + pack(stream.values, cut.low)
 
 
 def _best_cut(stream: Stream, stored: _Cut) -> _Cut:
     """The shortest way to code a stream, a faster one where it is nearly as short."""
-    counts = np.bincount(stream.values, minlength=1 << stream.width)
-    best = min((_deflate_cut(counts, stream.width, low) for low in range(max(stream.width - 8, 0), stream.width)), key=lambda cut: cut.bits)
+    counts, lowest = np.bincount(stream.values, minlength=1 << stream.width), max(stream.width - 8, 0)
+    best = min((_cut(DEFLATE, counts, stream.width, low) for low in range(lowest, stream.width)), key=lambda cut: cut.bits)
     best = best if best.bits < _WORTH_IT * stored.bits else stored
-    exact = _rans_cut(counts, stream.width)
+    exact = _cut(ANS, counts, stream.width, lowest)
     return exact if exact.bits < _WORTH_THE_TIME * best.bits else best
 
 
-def _deflate_cut(counts: NDArray[np.int64], width: int, low: int) -> _Cut:
+def _cut(coder: int, counts: NDArray[np.int64], width: int, low: int) -> _Cut:
     number = int(counts.sum())
     plane = next(bits for bits in (1, 2, 4, 8) if bits >= width - low)
     high = counts.reshape(-1, 1 << low).sum(1) / number
     symbols = high
     for _ in range(8 // plane - 1):  # values far from each other share a byte: take them for independent
         symbols = np.multiply.outer(symbols, high).reshape(-1)
-    symbols = symbols[symbols > 0]
-    size = -(-number * plane // 8)
-    return _Cut(DEFLATE, low, plane, size * deflate.mean_length(symbols) + deflate.HEAD_BITS + low * number)
-
-
-def _rans_cut(counts: NDArray[np.int64], width: int) -> _Cut:
-    number, low = int(counts.sum()), max(width - 6, 0)
-    plane = _RANS_PLANE[width - low]
-    size = -(-number * plane // 8)
-    if size < rans.LEAST:
-        return _Cut(RANS, low, plane, math.inf)
-    high = counts.reshape(-1, 1 << low).sum(1)
-    used = high[high > 0]
-    entropy = float(used @ np.log2(number / used))
-    return _Cut(RANS, low, plane, 1.001 * entropy + 32 * size / rans.STEPS + 12 * 256 + low * number)
+    bits = _CODERS[coder].expected_bits(symbols[symbols > 0], -(-number * plane // 8))
+    return _Cut(coder, low, plane, bits + low * number)
 
 
 class DecodedStream:
-    """A stream of a block that has been decoded: its values can be had, and until then take little room."""
+    """A stream of a block that has been decoded: its values can be had piece by piece, and until then take little room."""
 
     def __init__(self, width: int, count: int, low: int, plane: int, high_bytes: NDArray[np.uint8] | None, low_bytes: memoryview) -> None:
         self._width = width
@@ -139,17 +126,40 @@ class DecodedStream:
         self._high_bytes = high_bytes
         self._low_bytes = low_bytes
 
-    def values(self) -> Values:
-        """The values, made anew at each call: uint8 up to 8 bits, else uint16."""
+    def reading(self) -> "_Reading":
+        """A reader of the values, from the first one on."""
+        return _Reading(self)
+
+    def values(self, some: slice = slice(None)) -> Values:
+        """The values or some of them, made anew at each call: uint8 up to 8 bits, else uint16."""
         kind = np.uint8 if self._width <= 8 else np.uint16
         if self._high_bytes is None:
-            return unpack(self._low_bytes, self._width, self._count)
-        high = unpack_plane(self._high_bytes, self._plane, self._count).astype(kind, copy=False)
+            return unpack(self._low_bytes, self._width, self._count, some)
+        high = unpack_plane(self._high_bytes, self._plane, self._count, some).astype(kind, copy=False)
         if not self._low:
             return high
         values = high << kind(self._low)
-        values |= unpack(self._low_bytes, self._low, self._count).astype(kind, copy=False)
+        values |= unpack(self._low_bytes, self._low, self._count, some).astype(kind, copy=False)
         return values
+
+
+class _Reading:
+    """Takes the values of a stream in order. They are unpacked many at once: small calls of numpy keep other threads from theirs."""
+
+    def __init__(self, stream: DecodedStream) -> None:
+        self._stream = stream
+        self._values = stream.values(slice(0))
+        self._at, self._next = 0, 0
+
+    def take(self, count: int) -> Values:
+        """The next values."""
+        if self._at + count > len(self._values):
+            first = self._next - len(self._values) + self._at
+            self._next = first + max(count, _AT_ONCE)
+            self._values, self._at = self._stream.values(slice(first, self._next)), 0
+            self._next = first + len(self._values)
+        self._at += count
+        return self._values[self._at - count : self._at]
 
 
 def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:
@@ -175,16 +185,16 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> list[
 def _decode(reader: "_Reader", width: int, count: int) -> DecodedStream:
     coder, low, plane, size = _HEAD.unpack(reader.take(_HEAD.size))
     possible = (low == width and plane == size == 0) if coder == STORED else (plane in (1, 2, 4, 8) and 0 < width - low <= plane)
-    if coder > RANS or not possible:
+    if coder > ANS or not possible:
         raise PackedFileError(f"a stream of {width} bits has a damaged head: coder {coder}, {low} low bits, plane of {plane}")
     coded, low_bytes = reader.take(size), reader.take(packed_size(count, low))
     if coder == STORED:
         return DecodedStream(width, count, low, plane, None, low_bytes)
     high_bytes = -(-count * plane // 8)
-    high = (deflate if coder == DEFLATE else rans).decode(coded, high_bytes)
+    high = _CODERS[coder].decode(coded, high_bytes)
     if (high & _bits_above(width - low, plane)).any():
         raise PackedFileError(f"a value does not fit {width} bits")
-    return DecodedStream(width, count, low, plane, high, low_bytes)
+    return DecodedStream(width, count, low, plane, high, memoryview(bytes(low_bytes)))  # a copy: the coded bytes can go
 
 
 def _bits_above(used: int, plane: int) -> np.uint8:

@@ -46,6 +46,19 @@ class PlainTensor:
 
 
 @dataclass(frozen=True)
+class CommonTensor:
+    """What all rows of a weight need, such as its codebook."""
+
+    weight: int
+    """Number of the weight in the file."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    crc32: int
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
 class Shard:
     """Rows of weights that are coded together, and where they lie."""
 
@@ -63,7 +76,8 @@ class Contents:
     weights: tuple[PackedWeight, ...]
     tensors: tuple[PlainTensor, ...]
     tensors_crc32: int
-    """Of the bytes of all plain tensors, which lie at the beginning."""
+    """Of the bytes of all plain tensors, in file order."""
+    commons: tuple[CommonTensor, ...]
     shards: tuple[Shard, ...]
 
     def names(self) -> dict[str, str]:
@@ -77,11 +91,19 @@ def shard_name(index: int) -> str:
     return f"{RESERVED}shard/{index}"
 
 
+def common_name(weight: int) -> str:
+    """Name of the common tensor of a weight in the container."""
+    return f"{RESERVED}common/{weight}"
+
+
 def contents_to_json(contents: Contents) -> dict[str, Any]:
     """What :func:`contents_from_json` reads; offsets are the container's to know."""
     extras = {tensor.name: _tensor_to_json(tensor) for tensor in contents.tensors}
+    weights = [_weight_to_json(weight) for weight in contents.weights]
+    for common in contents.commons:
+        weights[common.weight]["common_crc32"] = common.crc32
     return {
-        "weights": [_weight_to_json(weight) for weight in contents.weights],
+        "weights": weights,
         "tensors": {name: extra for name, extra in extras.items() if extra},
         "tensors_crc32": contents.tensors_crc32,
         "shards": [
@@ -116,7 +138,8 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
     Raises:
         PackedFileError: something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
     """
-    weights = tuple(_weight_from_json(each) for each in _list(value, "weights"))
+    weight_values = _list(value, "weights")
+    weights = tuple(_weight_from_json(each) for each in weight_values)
     described = value.get("tensors")
     if not isinstance(described, dict):
         raise PackedFileError("the header does not say what its tensors are")
@@ -125,13 +148,15 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
         raise PackedFileError(f"the header describes tensor '{unknown[0]}', which is not there")
     tensors = tuple(_tensor_from_json(name, described.get(name, {}), entry) for name, entry in plain.items())
     found = _list(value, "shards")
-    if set(entries) - set(plain) != {shard_name(i) for i in range(len(found))}:
-        raise PackedFileError(f"the header describes {len(found)} shards, the file has others")
+    of_weights = {common_name(i) for i, weight in enumerate(weights) if weight.common}
+    if set(entries) - set(plain) != of_weights | {shard_name(i) for i in range(len(found))}:
+        raise PackedFileError(f"the header describes {len(found)} shards and {len(of_weights)} common tensors, the file has others")
+    commons = tuple(_common_from_json(weight_values[i], entries[common_name(i)], i, w) for i, w in enumerate(weights) if w.common)
     shards = tuple(_shard_from_json(each, entries[shard_name(i)], i, weights) for i, each in enumerate(found))
     _check_spans(weights, shards)
-    if [t.start for t in tensors] and max(t.stop for t in tensors) > min((s.start for s in shards), default=1 << 62):
+    if max((t.stop for t in (*tensors, *commons)), default=0) > min((s.start for s in shards), default=1 << 62):
         raise PackedFileError("a tensor lies between the shards")
-    contents = Contents(weights, tensors, _crc(value.get("tensors_crc32")), shards)
+    contents = Contents(weights, tensors, _crc(value.get("tensors_crc32")), commons, shards)
     count = sum(len(w.spec.names) for w in weights) + sum(len(t.names) for t in tensors)
     if len(contents.names()) != count:
         raise PackedFileError("two tensors have one name")
@@ -202,6 +227,13 @@ def _tensor_from_json(name: str, value: Any, entry: Entry) -> PlainTensor:
     if dtype != stored and (stored, dtype) != (torch.float16, torch.float32):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
     return PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
+
+
+def _common_from_json(value: Mapping[str, Any], entry: Entry, index: int, weight: PackedWeight) -> CommonTensor:
+    found = (TENSOR_TYPES.parse(entry.dtype), entry.shape)
+    if found != weight.common:
+        raise PackedFileError(f"weight '{weight.spec.name}': expected a common tensor of {weight.common}, got {found}")
+    return CommonTensor(index, *found, _crc(value.get("common_crc32")), entry.start, entry.stop)
 
 
 def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights: Sequence[PackedWeight]) -> Shard:

@@ -30,4 +30,4 @@ def kind_of_name(name: object) -> type[PackedWeight]:
     for kind in KINDS:
         if kind.kind == name:
             return kind
-    raise PackedFileError(f"its kind {name!r} is not known here; {', '.join(kind.kind for kind in KINDS)} is")
+    raise PackedFileError(f"its kind {name!r} is not known here; {' and '.join(kind.kind for kind in KINDS)} are")

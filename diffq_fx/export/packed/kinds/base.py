@@ -1,18 +1,20 @@
 """What a packed file must know of one kind of stored weight; everything else in this package works on codes and knows no kind.
 
 A kind turns rows of a stored weight into *codes* (unsigned, each at its group's width), a few *small integers* of known widths and some
-raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``registry.py``.
+raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``__init__.py``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
@@ -33,6 +35,44 @@ class PartCodes:
     """What is stored as it is, such as scales."""
 
 
+class SortedTile(NamedTuple):
+    """Groups of one length of a part, in the order of the classes that their codes are coded in."""
+
+    columns: slice
+    """Columns that the groups fill."""
+    length: int
+    """Codes in a group, L."""
+    runs: list[tuple[int, Values]]
+    """Groups of one width that follow each other: the width, and codes of shape (n, L)."""
+    place: NDArray[np.int64] | None
+    """Where each group has gone, row by row, shape (G,); None where nothing moved."""
+
+    def rows(self, sorted_groups: NDArray[Any]) -> NDArray[Any]:
+        """Something of each sorted group, shape (G, L), in the order of the weight; flat."""
+        return (sorted_groups if self.place is None else sorted_groups.take(self.place, 0)).reshape(-1)
+
+
+class DecodedPart:
+    """What has been decoded of a part: as :class:`PartCodes`, and its codes before they are put in order."""
+
+    def __init__(self, rows: int, tiles: list[SortedTile], widths: NDArray[np.uint8], integers: Values, floats: bytes) -> None:
+        self.rows = rows
+        self.tiles = tiles
+        self.widths = widths
+        self.integers = integers
+        self.floats = floats
+
+    @property
+    def codes(self) -> Values:
+        """The codes, shape (O, I), made anew at each call."""
+        tiles = [tile.rows(np.concatenate([codes for _, codes in tile.runs])).reshape(self.rows, -1) for tile in self.tiles]
+        return tiles[0] if len(tiles) == 1 else np.concatenate(tiles, 1)
+
+    def assembled(self) -> PartCodes:
+        """The part with its codes in order."""
+        return PartCodes(self.codes, self.widths, self.integers, self.floats)
+
+
 class PackedWeight(ABC):
     """One weight of one kind, as far as it must be known before its codes can be read."""
 
@@ -40,6 +80,10 @@ class PackedWeight(ABC):
     """The kind's name in the file."""
     stored_type: ClassVar[type[StoredWeight]]
     """What it packs."""
+    entries: int | None = None
+    """Number of different codes, where a kind has so many: none is above, and all are of the width that the highest needs."""
+    common: tuple[torch.dtype, tuple[int, ...]] | None = None
+    """Type and shape of the tensor that all parts need, such as a codebook, where a kind has one; it is stored by itself."""
 
     def __init__(self, spec: WeightSpec) -> None:
         self.spec = spec
@@ -48,6 +92,11 @@ class PackedWeight(ABC):
     @abstractmethod
     def layout(self) -> GroupLayout:
         """Rows and columns of the codes, and which of them share a width."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """A few words for a table."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -71,6 +120,23 @@ class PackedWeight(ABC):
             PackedFileError: a fact is missing or not possible.
         """
 
+    def common_of(self, stored: Any) -> Tensor | None:
+        """The tensor that all parts need."""
+        return None
+
+    def set_common(self, tensor: Tensor) -> None:
+        """Take that tensor; comes before any :meth:`weight_rows` and :meth:`restore`."""
+        raise NotImplementedError(f"{self.kind} has no common tensor")
+
+    def check_widths(self, widths: NDArray[np.uint8]) -> None:
+        """Refuse widths that its codes cannot have.
+
+        Raises:
+            PackedFileError: one of them is not the one that ``entries`` asks for.
+        """
+        if self.entries is not None and (widths != max((self.entries - 1).bit_length(), 1)).any():
+            raise PackedFileError(f"codes of {int(widths.max())} bits do not index {self.entries} entries")
+
     @abstractmethod
     def encode(self, stored: Any, rows: slice) -> PartCodes:
         """The codes of some rows."""
@@ -84,7 +150,7 @@ class PackedWeight(ABC):
         """Bytes of the floats of a part of so many rows."""
 
     @abstractmethod
-    def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
+    def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """The float weight of a part, bit for bit what the stored weight computes.
 
         Args:

@@ -1,9 +1,12 @@
-"""The kind "codebook": codes of weights, or of blocks of weights, and the codebook that they index.
+"""The kind "codebook": one code for each weight or block of weights (product quantization), and the entries that they index.
 
-The codebook stands among the floats of every part, so that each part can be read alone; but for weights of more than some hundred
-thousand codes there is one part.
+A code is the index of its entry, and all codes of a weight have one width. The entries are the weight's *common tensor*: every part needs
+them, so they lie in the file once.
+
+Shape legend: O rows, I columns, D weights in a block, C = ceil(I / D) blocks in a row, K entries.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -13,114 +16,132 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding.bitplanes import Values
-from diffq_fx.export.packed.fileformat.dtypes import bytes_of, tensor_of
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.fileformat.dtypes import TypeNames
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, codebook_values
+from diffq_fx.storage.packing import unpack_levels
 from diffq_fx.weights import WeightSpec
 
-_ENTRY_TYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
+_ENTRY_TYPES = TypeNames(
+    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8},
+)
 _MOST_ENTRIES = 1 << 16
-_LONGEST_BLOCK = 1 << 16
-_SCALE_BYTES = 4
+_MOST_IN_BLOCK = 1 << 40
 
 
 class PackedCodebook(PackedWeight):
     """A :class:`~diffq_fx.storage.codebook.CodebookWeight`.
 
     Facts:
-        entries: K, entries of the codebook.
-        block_size: D, weights that a code stands for.
-        entry_dtype: "float32", "float16" or "int8"; an int8 codebook has a float32 scale behind it.
+        entries: K, 1 to 65536.
+        block_size: D.
+        entry_dtype: type of the entries, by its name in safetensors.
+        scale: what the entries are multiplied by, a float32; absent where they are not.
     """
 
     kind: ClassVar[str] = "codebook"
     stored_type = CodebookWeight
 
-    def __init__(self, spec: WeightSpec, entries: int, block_size: int, entry_dtype: str) -> None:
+    def __init__(self, spec: WeightSpec, entries: int, block_size: int, entry_dtype: torch.dtype, scale: float | None) -> None:
         super().__init__(spec)
-        self.entries, self.block_size, self.entry_dtype = entries, block_size, entry_dtype
-        self._layout = GroupLayout.of(spec.rows, -(-spec.columns // block_size), "tensor")
+        self.block_size = block_size
+        self.scale = scale
+        self.entry_dtype = entry_dtype
+        self.entries = entries
+        self.common = (entry_dtype, (entries, block_size))
+        self._width = max(code_bits(entries), 1)
+        self._codebook: Tensor | None = None
 
     @property
     def layout(self) -> GroupLayout:
-        """Rows and codes of a row, all of one width."""
-        return self._layout
+        """One width for all codes."""
+        return GroupLayout.of(self.spec.rows, -(-self.spec.columns // self.block_size), "tensor")
+
+    @property
+    def description(self) -> str:
+        """Its entries and their type."""
+        return f"codebook {self.entries}x{self.block_size} {_ENTRY_TYPES.name(self.entry_dtype)}"
 
     def facts(self) -> dict[str, Any]:
-        """The codebook's shape and type."""
-        return {"entries": self.entries, "block_size": self.block_size, "entry_dtype": self.entry_dtype}
+        """The shape of the codebook, and its scale."""
+        facts = {"entries": self.entries, "block_size": self.block_size, "entry_dtype": _ENTRY_TYPES.name(self.entry_dtype)}
+        return facts | ({} if self.scale is None else {"scale": self.scale})
 
     @classmethod
     def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedCodebook":
-        """Check the facts."""
-        found = [facts.get(key) for key in ("entries", "block_size", "entry_dtype")]
-        entries, block_size, entry_dtype = found
-        counts = ((entries, _MOST_ENTRIES), (block_size, _LONGEST_BLOCK))
-        whole = all(type(count) is int and 1 <= count <= most for count, most in counts)
-        if not whole or not isinstance(entry_dtype, str) or entry_dtype not in _ENTRY_TYPES:
-            raise PackedFileError(f"a codebook of (entries, block_size, entry_dtype) = {tuple(found)} is not possible")
-        return cls(spec, entries, block_size, entry_dtype)  # type: ignore[arg-type]
+        """Check the facts; that the codebook has this shape is checked with the tensors."""
+        entries, block_size, scale = (facts.get(name) for name in ("entries", "block_size", "scale"))
+        if type(entries) is not int or not 1 <= entries <= _MOST_ENTRIES:
+            raise PackedFileError(f"its codebook has {str(entries)[:100]} entries, 1 to {_MOST_ENTRIES} are possible")
+        if type(block_size) is not int or not 1 <= block_size < _MOST_IN_BLOCK:
+            raise PackedFileError(f"its block size {str(block_size)[:100]} is not possible")
+        if scale is not None and (type(scale) is not float or not math.isfinite(scale) or torch.tensor(scale).item() != scale):
+            raise PackedFileError(f"its scale {str(scale)[:100]} is not a float32")
+        return cls(spec, entries, block_size, _ENTRY_TYPES.parse(facts.get("entry_dtype")), scale)
 
     @classmethod
     def of_stored(cls, stored: CodebookWeight) -> "PackedCodebook":
-        """Read off the codebook."""
-        names = {dtype: name for name, dtype in _ENTRY_TYPES.items()}
-        if stored.codebook.dtype not in names:
-            raise PackedFileError(f"a codebook of {stored.codebook.dtype}; the file holds {', '.join(_ENTRY_TYPES)}")
-        if (stored.scale is None) == (stored.codebook.dtype == torch.int8):
-            raise PackedFileError("an int8 codebook, and no other, has a scale")
-        entries, block_size = stored.codebook.shape
-        return cls(stored.spec, entries, block_size, names[stored.codebook.dtype])
+        """Check that codes and codebook fit each other."""
+        codebook, scale = stored.codebook, stored.scale
+        if codebook.dim() != 2 or not 1 <= len(codebook) <= _MOST_ENTRIES or not codebook.shape[1]:
+            raise PackedFileError(f"its codebook has the shape {tuple(codebook.shape)}, expected (1 to {_MOST_ENTRIES}, 1 or more)")
+        if scale is not None and (scale.dtype != torch.float32 or scale.dim() or not math.isfinite(float(scale))):
+            raise PackedFileError(f"the scale of its codebook must be one finite float32, got {scale}")
+        highest = int(stored.codes_OC().max())
+        if highest >= len(codebook):
+            raise PackedFileError(f"a code is {highest}, its codebook has {len(codebook)} entries")
+        _ENTRY_TYPES.name(codebook.dtype)
+        return cls(stored.spec, len(codebook), codebook.shape[1], codebook.dtype, None if scale is None else float(scale))
+
+    def common_of(self, stored: CodebookWeight) -> Tensor:
+        """The entries."""
+        return stored.codebook
+
+    def set_common(self, tensor: Tensor) -> None:
+        """Take the entries."""
+        self._codebook = tensor
 
     @property
-    def _width(self) -> int:
-        return max(code_bits(self.entries), 1)
+    def codebook(self) -> Tensor:
+        """The entries, shape (K, D)."""
+        if self._codebook is None:
+            raise RuntimeError(f"the codebook of '{self.spec.name}' was not read")
+        return self._codebook
 
     def encode(self, stored: CodebookWeight, rows: slice) -> PartCodes:
-        """The codes of some rows, and the codebook."""
-        codes = stored.codes_OC()[rows].cpu().numpy().astype(np.uint8 if self._width <= 8 else np.uint16)
-        floats = bytes_of(stored.codebook.cpu()) + (b"" if stored.scale is None else bytes_of(stored.scale.cpu()))
-        widths = np.full((1, 1), self._width, np.uint8)
-        return PartCodes(codes, widths, np.zeros(0, np.uint16), floats + bytes(self.float_bytes(len(codes)) - len(floats)))
+        """The codes of some rows."""
+        columns, bits = self.layout.columns, stored.container_bits
+        per_byte = max(8 // bits, 1)
+        first, stop = rows.start * columns // per_byte * per_byte, rows.stop * columns
+        packed = stored.codes[first * bits // 8 : -(-stop * bits // 8)].cpu()
+        flat = unpack_levels(packed, bits, stop - first)[rows.start * columns - first :]
+        codes = flat.reshape(-1, columns).numpy().astype(np.uint8 if self._width <= 8 else np.uint16)
+        return PartCodes(codes, np.full((1, 1), self._width, np.uint8), np.zeros(0, np.uint16), b"")
 
     def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-        """A codebook has no small integers."""
+        """There are no small integers."""
         return np.zeros(0, np.uint8)
 
     def float_bytes(self, rows: int) -> int:
-        """The codebook and its scale, filled up to an even number of bytes."""
-        size = self._codebook_bytes + (_SCALE_BYTES if self.entry_dtype == "int8" else 0)
-        return size + size % 2
+        """There are no floats beside the entries."""
+        return 0
 
-    @property
-    def _codebook_bytes(self) -> int:
-        return self.entries * self.block_size * _ENTRY_TYPES[self.entry_dtype].itemsize
-
-    def _codebook(self, part: PartCodes) -> tuple[Tensor, Tensor | None]:
-        size = self._codebook_bytes
-        codebook = tensor_of(part.floats[:size], _ENTRY_TYPES[self.entry_dtype], (self.entries, self.block_size))
-        scale = tensor_of(part.floats[size : size + _SCALE_BYTES], torch.float32, ()) if self.entry_dtype == "int8" else None
-        return codebook, scale
-
-    def _checked_codes(self, part: PartCodes) -> Values:
-        if int(part.codes.max(initial=0)) >= self.entries or int(part.widths[0, 0]) != self._width:
-            raise PackedFileError(f"weight {self.spec.name!r}: a code names an entry that its codebook of {self.entries} does not have")
-        return part.codes
-
-    def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
-        """``codebook[codes]``; what the last block of a row has beyond the row is cut off."""
-        codes = torch.from_numpy(self._checked_codes(part).astype(np.int32))
-        rows = codebook_values(*self._codebook(part))[codes.long()].reshape(len(codes), -1)[:, : self.spec.columns]
-        if out is None:
-            return rows
-        np.copyto(out, rows.numpy())
+    def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
+        """``codebook[codes]``."""
+        scale = None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32)
+        codes, columns = part.codes, self.spec.columns
+        values = codebook_values(self.codebook, scale)[:, :columns].contiguous().numpy()  # a block may be longer than a row
+        if out is None or values.dtype != np.float32:
+            return torch.from_numpy(values[codes].reshape(len(codes), -1)[:, :columns])
+        if codes.shape[1] * values.shape[1] == columns:
+            np.take(values, codes, 0, out.reshape(*codes.shape, -1), "clip")  # "raise" would make a copy
+        else:
+            np.copyto(out, values[codes].reshape(len(codes), -1)[:, :columns])
         return None
 
     def restore(self, parts: Iterable[PartCodes]) -> CodebookWeight:
-        """The codes of all parts, and the codebook of the first."""
-        held = list(parts)
-        codes = np.concatenate([self._checked_codes(part).astype(np.int32) for part in held])
-        codebook, scale = self._codebook(held[0])
-        return CodebookWeight(self.spec, torch.from_numpy(codes), codebook.clone(), None if scale is None else scale.clone())
+        """The codes of all parts, and the codebook."""
+        codes = torch.cat([torch.from_numpy(part.codes.astype(np.int32)) for part in parts])
+        scale = None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32)
+        return CodebookWeight(self.spec, codes, self.codebook.clone(), scale)

@@ -18,7 +18,8 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, bytes_of, tensor_of
 from diffq_fx.export.packed.kinds import integer_scales as grids
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.integer_arithmetic import dequantize_coded, dequantize_offset, dequantize_plain, unfold
 from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout
@@ -53,6 +54,11 @@ class PackedIntegers(PackedWeight):
     def layout(self) -> GroupLayout:
         """The layout of the bits."""
         return self._layout
+
+    @property
+    def description(self) -> str:
+        """Its groups and grid."""
+        return f"{self.spec.group_size}, {self.spec.grid}"
 
     def facts(self) -> dict[str, Any]:
         """Where scales and zero points come from."""
@@ -146,34 +152,62 @@ class PackedIntegers(PackedWeight):
         groups_R, groups_C = self._scale_shape(rows)
         return groups_R * groups_C * (size + 4 * (self.zero_point == "plain"))
 
-    def weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None = None) -> Tensor | None:
+    def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """``(level - zero_point) * scale``, or ``level * scale + offset`` on the float grid."""
         with np.errstate(all="ignore"):  # infinite scales are the file's to have
-            return self._weight_rows(part, out)
-
-    def _weight_rows(self, part: PartCodes, out: NDArray[np.float32] | None) -> Tensor | None:
-        params = self._params(part)
-        levels, centres = self._levels(part, params)
-        if self.scale_dtype != torch.float32:
-            layout = self._scale_layout
-            layout = GroupLayout(len(levels), self._layout.columns, layout.kind, layout.block)
-            return functional.dequantize(torch.from_numpy(levels.astype(np.int32)), params, layout)
-        rows = np.empty(levels.shape, np.float32) if out is None else out
-        if self.zero_point == "none":
-            np.copyto(rows, levels)
-        elif self.zero_point == "plain":
-            np.copyto(rows, levels - self._expand(params.zero_point.numpy()), casting="unsafe")  # type: ignore[union-attr]
-        else:
-            np.copyto(rows, _difference(levels, centres, int(part.widths.max())), casting="same_kind")
-        rows *= self._expand(params.scale.numpy())
-        if self.zero_point == "none":
-            rows += self._expand(grids.array_of(params.offset))
+            if self.scale_dtype != torch.float32:
+                return self._exact_rows(part.assembled())
+            rows = np.empty((part.rows, self._layout.columns), np.float32) if out is None else out
+            follows_from_width = self.scale == "extents" and self._range_layout.kind == "tensor"
+            (self._fill_by_width if follows_from_width else self._fill)(part, rows)
         return torch.from_numpy(rows) if out is None else None
 
-    def _params(self, part: PartCodes) -> QuantParams:
-        """Scales, zero points and offsets of a part, shape (R, C) of its scales."""
+    def _exact_rows(self, part: PartCodes) -> Tensor:
+        """The weights of a part where scales are not float32."""
+        params, layout = self._params(part), self._scale_layout
+        layout = GroupLayout(len(part.codes), self._layout.columns, layout.kind, layout.block)
+        return functional.dequantize(torch.from_numpy(self._levels(part, params).astype(np.int32)), params, layout)
+
+    def _fill(self, decoded: DecodedPart, rows: NDArray[np.float32]) -> None:
+        """Dequantize a part row by row."""
+        part = decoded.assembled()
+        params = self._params(part)
+        each, kind = np.broadcast_to(part.widths, tuple(params.scale.shape)), part.codes.dtype
+        centres, top = self._expand(grids.centres(params, each).astype(kind)), self._expand(grids.masks(each, kind))
+        scale = self._expand(grids.array_of(params.scale))
+        if params.zero_point is None:
+            dequantize_offset(unfold(part.codes, centres, top), scale, self._expand(grids.array_of(params.offset)), rows)
+        elif self.zero_point == "plain":
+            dequantize_plain(unfold(part.codes, centres, top), self._expand(grids.array_of(params.zero_point)), scale, rows)
+        else:
+            dequantize_coded(unfold(part.codes, centres, top), centres, scale, int(part.widths.max()), rows)
+
+    def _fill_by_width(self, part: DecodedPart, rows: NDArray[np.float32]) -> None:
+        """Dequantize a part, whose scales and zero points follow from the width alone, while its groups are sorted by width."""
+        widths = np.flatnonzero(np.bincount(part.widths.reshape(-1))).astype(np.uint8)
+        params = self._params(PartCodes(np.zeros((1, 0), np.uint8), widths[None], part.integers, part.floats), (1, len(widths)))
+        centres, top = grids.centres(params, widths[None])[0], grids.masks(widths, np.int64)
+        scale, offset = params.scale.numpy()[0], None if params.offset is None else params.offset.numpy()[0]
+        for tile in part.tiles:
+            values, at = np.empty((sum(len(codes) for _, codes in tile.runs), tile.length), np.float32), 0
+            for width, codes in tile.runs:
+                i, kind, flat = int(np.searchsorted(widths, width)), codes.dtype.type, values[at : at + len(codes)].reshape(-1)
+                centre = kind(centres[i])
+                levels = unfold(codes.reshape(-1), centre, kind(top[i]))
+                if offset is not None:
+                    dequantize_offset(levels, scale[i], offset[i], flat)
+                else:
+                    dequantize_coded(levels, centre, scale[i], width, flat)
+                at += len(codes)
+            if tile.place is not None and values.size == rows.size and rows.flags.c_contiguous:
+                np.take(values, tile.place, 0, rows.reshape(-1, tile.length), "clip")  # "raise" would make a copy
+            else:
+                rows[:, tile.columns] = tile.rows(values).reshape(part.rows, -1)
+
+    def _params(self, part: PartCodes, shape: tuple[int, int] | None = None) -> QuantParams:
+        """Scales, zero points and offsets of a part, shape (R, C) of its scales unless given."""
         rows = len(part.codes)
-        shape = self._scale_shape(rows)
+        shape = self._scale_shape(rows) if shape is None else shape
         each = np.broadcast_to(part.widths, shape)
         count = shape[0] * shape[1] if self.scale == "groups" else 1 if self._range_layout.kind == "tensor" else rows
         size = count * self.scale_dtype.itemsize
@@ -192,23 +226,17 @@ class PackedIntegers(PackedWeight):
             scale = torch.from_numpy(scales_of(scale.numpy(), each))
         return QuantParams(scale, zero_point, offset)
 
-    def _levels(self, part: PartCodes, params: QuantParams) -> tuple[Values, Values]:
-        """Levels, shape (O, I), and what they are counted from, which broadcasts with them, in the type of the codes."""
-        each = np.broadcast_to(part.widths, tuple(params.scale.shape))
-        kind = part.codes.dtype.type
-        centres = self._expand(grids.centres(params, each).astype(kind))
-        levels = part.codes >> kind(1)
-        levels ^= -(part.codes & kind(1))  # unfold: 0, 1, 2, 3 are 0, -1, 1, -2
-        levels += centres
-        levels &= self._expand(grids.masks(each, kind))
-        return levels, centres
+    def _levels(self, part: PartCodes, params: QuantParams) -> Values:
+        """Levels, shape (O, I), in the type of the codes."""
+        each, kind = np.broadcast_to(part.widths, tuple(params.scale.shape)), part.codes.dtype
+        return unfold(part.codes, self._expand(grids.centres(params, each).astype(kind)), self._expand(grids.masks(each, kind)))
 
     def restore(self, parts: Iterable[PartCodes]) -> IntegerWeight:
         """The integers of all parts."""
         levels, widths, every = [], [], []
         for part in parts:
             params = self._params(part)
-            levels.append(torch.from_numpy(self._levels(part, params)[0].astype(np.int32)))
+            levels.append(torch.from_numpy(self._levels(part, params).astype(np.int32)))
             widths.append(torch.from_numpy(part.widths))
             every.append(params)
         joined = [self._joined([p[i] for p in every], self._scale_layout) for i in range(3)]
@@ -226,10 +254,3 @@ class PackedIntegers(PackedWeight):
         if values.shape[1] == 1:
             return values
         return np.repeat(values, self._scale_layout.block, axis=1)[:, : self._layout.columns]
-
-
-def _difference(levels: Values, centres: Values, width: int) -> NDArray[Any]:
-    """``levels - centres`` in the smallest signed type that holds the difference of two levels of ``width`` bits."""
-    if width < 8 * levels.itemsize:
-        return (levels - centres).view(np.int8 if levels.itemsize == 1 else np.int16)  # unsigned numbers wrap to the same bits
-    return np.subtract(levels, centres, dtype=np.int16 if levels.itemsize == 1 else np.int32)
