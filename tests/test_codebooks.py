@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from diffq_fx import codebooks
+from diffq_fx.functional import codebooks
 from diffq_fx.functional.clustering import cluster_vectors, levels, nearest, nearest_vectors, optimal_levels
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, look_up_rows, to_blocks
 from diffq_fx.weights import WeightSpec
