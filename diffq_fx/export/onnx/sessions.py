@@ -43,11 +43,12 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
 
     Example:
         >>> import os, tempfile, torch
-        >>> from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
+        >>> from diffq_fx import convert, prepare
+        >>> from diffq_fx.methods import STE
         >>> from diffq_fx.export import export_onnx
         >>> model, x = torch.nn.Linear(64, 64), torch.randn(1, 64)
         >>> path = os.path.join(tempfile.mkdtemp(), "model.onnx")
-        >>> result = export_onnx(convert_diffq(prepare_diffq(model, x, DiffQConfig(target_bits=None))), x, path)
+        >>> result = export_onnx(convert(prepare(model, x, STE(bits=4))), x, path)
         >>> session_options(path, exact=True).get_session_config_entry("session.qdq_matmulnbits_accuracy_level")
         '1'
     """
