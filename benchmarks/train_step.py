@@ -107,23 +107,24 @@ def brevitas_qat(model: nn.Module) -> nn.Module:
     return model
 
 
-def systems(make: Callable[[], nn.Module], inputs: Tensor, loss_of: Callable[[Tensor], Tensor]) -> dict[str, Step]:
-    """The same model under every system; what a system cannot prepare is left out of its row."""
+def systems(make: Callable[[], nn.Module], inputs: Tensor, loss_of: Callable[[Tensor], Tensor], wanted: str) -> dict[str, Step]:
+    """The same model under every system whose name has ``wanted`` in it, and plain."""
     float_model = make()
 
     def ours(**settings: object) -> Step:
         return training_step(prepare_diffq(copy.deepcopy(float_model), inputs[:1], DiffQConfig(**settings)), inputs, loss_of)
 
-    return {
-        "plain": training_step(copy.deepcopy(float_model), inputs, loss_of),
-        "ours, per channel (default)": ours(),
-        "ours, g=8": ours(group_size=8, target_bits=5),
-        "ours, g=1": ours(group_size=1, target_bits=6),
-        "diffq 0.2.4, g=8": diffq_step(copy.deepcopy(float_model), inputs, loss_of, 8),
-        "diffq 0.2.4, g=1": diffq_step(copy.deepcopy(float_model), inputs, loss_of, 1),
-        "torchao QAT int4 (Linear alone)": training_step(torchao_qat(copy.deepcopy(float_model)), inputs, loss_of),
-        "Brevitas 4 bits (Linear, Conv2d)": training_step(brevitas_qat(copy.deepcopy(float_model)), inputs, loss_of),
+    makers: dict[str, Callable[[], Step]] = {
+        "plain": lambda: training_step(copy.deepcopy(float_model), inputs, loss_of),
+        "ours, per channel (default)": ours,
+        "ours, g=8": lambda: ours(group_size=8, target_bits=5),
+        "ours, g=1": lambda: ours(group_size=1, target_bits=6),
+        "diffq 0.2.4, g=8": lambda: diffq_step(copy.deepcopy(float_model), inputs, loss_of, 8),
+        "diffq 0.2.4, g=1": lambda: diffq_step(copy.deepcopy(float_model), inputs, loss_of, 1),
+        "torchao QAT int4 (Linear alone)": lambda: training_step(torchao_qat(copy.deepcopy(float_model)), inputs, loss_of),
+        "Brevitas 4 bits (Linear, Conv2d)": lambda: training_step(brevitas_qat(copy.deepcopy(float_model)), inputs, loss_of),
     }
+    return {name: make() for name, make in makers.items() if wanted in name or name == "plain"}
 
 
 def tasks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], Tensor, Callable[[Tensor], Tensor], int]]:
@@ -149,12 +150,14 @@ def tasks(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], Tensor, Calla
     }
 
 
-def part_step(quick: bool) -> str:
+def part_step(quick: bool, wanted: str = "", task: str = "") -> str:
     """Whole steps."""
     columns: dict[str, dict[str, str]] = {}
     for name, (make, inputs, loss_of, rounds) in tasks(quick).items():
+        if task not in name:
+            continue
         torch.manual_seed(0)
-        steps = systems(make, inputs, loss_of)
+        steps = systems(make, inputs, loss_of, wanted)
         seconds = interleaved(steps, rounds)
         columns[name] = {system: ratio(times, seconds["plain"]) for system, times in seconds.items()}
         columns[name]["plain"] = f"1 ({statistics.median(seconds['plain']):.2f} s)"
@@ -290,16 +293,21 @@ def _grow(millions: int) -> list[str]:
     ]
 
 
-PARTS = {"transform": part_transform, "step": part_step, "growth": part_growth}
+PARTS = {"transform": part_transform, "growth": part_growth}
 
 
 def main() -> None:
     """Run one part and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--part", choices=["step", *PARTS], required=True)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument("--systems", default="", help="only those with this in their name; for --part step")
+    parser.add_argument("--task", default="", help="only those with this in their name; for --part step")
     arguments = parser.parse_args()
-    body = PARTS[arguments.part](arguments.quick)
+    if arguments.part == "step":
+        body = part_step(arguments.quick, arguments.systems, arguments.task)
+    else:
+        body = PARTS[arguments.part](arguments.quick)
     title = f"Training with noise: {arguments.part}"
     path = write_result(f"train_{arguments.part}", title, body, ["torch", "diffq", "torchao", "brevitas"])
     print(path.read_text())
