@@ -153,6 +153,11 @@ class DiffQConfig(Method):
         """The optimizer step after which the bits freeze; None without ``training_steps``."""
         return None if self.training_steps is None else round(self.training_steps * (1 - self.rounding_share))
 
+    @property
+    def ramp_length(self) -> int:
+        """``ramp_steps``, or less in a short training: half of the noise has the target's size."""
+        return self.ramp_steps if self.freeze_step is None else min(self.ramp_steps, self.freeze_step // 2)
+
     def _check_widths(self) -> None:
         allowed = self.allowed_widths
         if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):

@@ -80,7 +80,7 @@ class SizePressure:
             return None
         groups = compression.groups()
         start = config.init_bits * groups.num_values + groups.fixed_bits
-        share = ((compression.steps + 1) / max(config.ramp_steps, 1)).clamp(max=1)
+        share = ((compression.steps + 1) / max(config.ramp_length, 1)).clamp(max=1)
         return start + (budget - start) * share
 
     @torch.no_grad()

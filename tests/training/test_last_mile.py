@@ -163,3 +163,11 @@ def test_batch_norm_gathers_the_statistics_of_the_rounded_weights():
         reestimate_batch_norm(model, [])
     assert torch.equal(model.get_buffer("1.running_mean"), mean)
     assert model.get_submodule("1").momentum == 0.1
+
+
+def test_a_short_training_has_the_targets_size_before_the_bits_freeze():
+    model = make(training_steps=30, ramp_steps=100)
+    train(model, 19)
+    assert not model.compression.frozen
+    budget = model.compression.budget_bits() + model.compression.rest_bits
+    assert model_size(model).item() * 8 * 2**20 == pytest.approx(budget, rel=0.02)
