@@ -15,7 +15,7 @@ fresh = native.library.__wrapped__
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("DIFFQ_FX_NOISE", raising=False)
+    monkeypatch.delenv("DIFFQ_FX_KERNELS", raising=False)
     return tmp_path / "diffq_fx"
 
 
@@ -70,8 +70,8 @@ def test_a_cache_that_cannot_be_written_to(cache, tmp_path, monkeypatch):
 
 
 def test_the_environment_decides(monkeypatch):
-    monkeypatch.setenv("DIFFQ_FX_NOISE", "torch")
+    monkeypatch.setenv("DIFFQ_FX_KERNELS", "torch")
     assert fresh() is None
-    monkeypatch.setenv("DIFFQ_FX_NOISE", "cuda")
-    with pytest.raises(ValueError, match='DIFFQ_FX_NOISE must be "native" or "torch", got \'cuda\''):
+    monkeypatch.setenv("DIFFQ_FX_KERNELS", "cuda")
+    with pytest.raises(ValueError, match='DIFFQ_FX_KERNELS must be "native" or "torch", got \'cuda\''):
         fresh()

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TILE = 1 << 17
+"""Elements that are worked on at a time on a CPU: many enough for the cost of a call not to show, few enough to stay in the cache."""
 GroupKind = Literal["tensor", "channel", "block"]
 GroupSize = int | Literal["tensor", "channel"]
 """What users write: weights that share something, as a block length along the input axis, "channel" or "tensor"."""
@@ -94,7 +96,7 @@ class GroupLayout:
 
     def row_slices(self) -> Iterator[slice]:
         """The rows in pieces that stay in the processor's cache; every piece but the last has a multiple of 8 rows."""
-        height = max(8, (1 << 17) // max(self.columns, 1) // 8 * 8)
+        height = max(8, TILE // max(self.columns, 1) // 8 * 8)
         return (slice(top, min(top + height, self.rows)) for top in range(0, self.rows, height))
 
     def of_rows(self, rows: slice) -> "GroupLayout":

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffq_fx.functional.groups import TILE
 from diffq_fx.kernels import native
-from diffq_fx.kernels.eager import TILE
 
 
 class _StepOfLogits(torch.autograd.Function):

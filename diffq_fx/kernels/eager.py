@@ -11,12 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
+from diffq_fx.functional.groups import TILE, GroupLayout, from_rows, to_rows
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
-TILE = 1 << 17
-"""Elements in a tile: large enough for the cost of a call not to show, small enough to stay in the cache."""
 
 
 def draw_bytes(numel: int, device: torch.device) -> Tensor:
@@ -86,7 +84,7 @@ def _as_groups(tensor: Tensor, layout: GroupLayout, axis: int) -> Tensor | None:
 
 
 def _tiles(tensor_GS: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (G, S) into tiles of about :data:`TILE` elements: whole groups, or pieces of one group."""
+    """Cut (G, S) into tiles of about :data:`~diffq_fx.functional.groups.TILE` elements: whole groups, or pieces of one group."""
     groups, size = tensor_GS.shape
     if tensor_GS.device.type != "cpu":
         yield slice(None), slice(None)

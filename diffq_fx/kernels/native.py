@@ -1,8 +1,8 @@
-"""The noise as a small C kernel, for float32 weights on a CPU where a C compiler is at hand.
+"""The kernels in C (noise, steps of the bits, rounding), for float32 on a CPU where a C compiler is at hand.
 
-``kernels.c`` is compiled once per machine, in about a second, when noise is first drawn; the library is kept in the user's cache
-folder and called by ctypes, so it depends on no version of torch. Without a compiler, or with ``DIFFQ_FX_NOISE=torch`` in the
-environment, :mod:`diffq_fx.kernels.eager` does the same, several times slower.
+``kernels.c`` is compiled once per machine, in about a second, when it is first needed; the library is kept in the user's cache
+folder and called by ctypes, so it depends on no version of torch. Without a compiler, or with ``DIFFQ_FX_KERNELS=torch`` in the
+environment, torch's own operations do the same, slower.
 """
 
 import ctypes
@@ -158,16 +158,16 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler or the environment says no."""
-    wanted = os.environ.get("DIFFQ_FX_NOISE", "native")
+    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
     if wanted not in ("native", "torch"):
-        raise ValueError(f'DIFFQ_FX_NOISE must be "native" or "torch", got {wanted!r}.')
+        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
     compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
     if wanted == "torch" or compiler is None or os.name != "posix":
         return None
     try:
         loaded = ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        _log.info("noise runs in torch's own operations, since %s could not build the kernel: %s", compiler, error)
+        _log.info("training runs in torch's own operations, since %s could not build the kernel: %s", compiler, error)
         return None
     pointer, size, word, real, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_int
     loaded.diffq_fx_add_noise.argtypes = [*[pointer] * 3, *[size] * 5, word, pointer, count]

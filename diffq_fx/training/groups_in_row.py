@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
 
 _WIDTH_HEADER_BITS = 8
 """Smallest and largest width of a weight, 4 bits each; the widths are coded relative to them."""
 _LARGE = 1 << 14
 """Groups from which on a weight is worked on alone, without a copy into one row with others."""
-_TILE = 1 << 17
-"""Groups worked on at a time: they stay in the processor's cache."""
 
 
 def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
@@ -68,7 +67,7 @@ class Segment:
 
     def tiles(self) -> Iterator[slice]:
         """The row in pieces that stay in the cache; on a GPU in one piece."""
-        size = _TILE if self.values.device.type == "cpu" else max(len(self.values), 1)
+        size = TILE if self.values.device.type == "cpu" else max(len(self.values), 1)
         return (slice(left, left + size) for left in range(0, len(self.values), size))
 
 

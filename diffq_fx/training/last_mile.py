@@ -14,7 +14,7 @@ from diffq_fx.training.compression import require_compression
 def freeze_bits(model: nn.Module) -> None:
     """End the noise: round the bits of a prepared model for good, and train on with truly rounded weights (straight-through estimator).
 
-    Noise finds the bits, rounding finishes the weights: at 2 to 3 bits the last third of a training is best spent like this.
+    Noise finds the bits, rounding finishes the weights.
     ``DiffQConfig(training_steps=...)`` calls it by itself.
 
     Args:
