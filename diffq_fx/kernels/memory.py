@@ -24,7 +24,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.empty(shape, dtype=dtype, device=device)
     blocks = _free.setdefault(numel, [])
     block = blocks.pop() if blocks else torch.empty(numel)
-    lent = block.numpy()[:]  # an array of its own, which dies with the tensor made of it and with all of that one's views
+    lent = block.numpy()  # an array of its own, which dies with the tensor made of it and with all of that one's views
     weakref.finalize(lent, blocks.append, block).atexit = False
     return torch.from_numpy(lent).view(shape)
 
