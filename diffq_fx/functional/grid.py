@@ -89,6 +89,16 @@ def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tens
     low, high = layout.aminmax(rows_OI.detach())
     if low.dtype in (torch.float16, torch.bfloat16):
         low, high = low.float(), high.float()
+    return widened(low, high, grid)
+
+
+def widened(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The extreme weights as a range that the grid can have: with zero in it, or zero in its middle.
+
+    Example:
+        >>> widened(torch.tensor(1.0), torch.tensor(3.0), "symmetric")
+        (tensor(-3.), tensor(3.))
+    """
     if grid == "affine":
         return low.clamp(max=0), high.clamp(min=0)
     if grid == "symmetric":

@@ -194,3 +194,70 @@ void diffq_fx_round(const float *weight, const float *scale, const float *zero_p
             }
         }
 }
+
+// Smallest and largest weight, sum and sum of squares of each block of each row, in one pass.
+void diffq_fx_moments(const float *weight, float *low, float *high, float *sum, float *square, int64_t rows, int64_t columns, int64_t block,
+                      int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t count = columns - b * block < block ? columns - b * block : block;
+            const float *restrict w = weight + row * columns + b * block;
+            float least = w[0], most = w[0], total = 0, squares = 0;
+            for (int64_t i = 0; i < count; i++) {
+                least = w[i] < least ? w[i] : least;
+                most = w[i] > most ? w[i] : most;
+                total += w[i];
+                squares += w[i] * w[i];
+            }
+            low[row * blocks + b] = least;
+            high[row * blocks + b] = most;
+            sum[row * blocks + b] = total;
+            square[row * blocks + b] = squares;
+        }
+}
+
+// Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
+// (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks.
+void diffq_fx_rounding_errors(const float *weight, const float *scale, const float *zero_point, const float *top, float *errors,
+                              int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride, int64_t row_stride,
+                              int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t count = columns - b * block < block ? columns - b * block : block;
+            const float *restrict w = weight + row * columns + b * block;
+            int64_t at = row * row_stride + b;
+            for (int64_t g = 0; g < grids; g++) {
+                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], t = top[at], inverse = 1 / s, error = 0;
+                for (int64_t i = 0; i < count; i++) {
+                    float q = __builtin_rintf(w[i] * inverse) + z;
+                    q = q < 0 ? 0 : q > t ? t : q;
+                    float off = (q - z) * s - w[i];
+                    error += off * off;
+                }
+                errors[(g * rows + row) * blocks + b] = error;
+            }
+        }
+}
+
+// Sum over each block of each row of grad * (the derivative of the rounded weight in the logarithm of the range): the rounding error within the
+// range, the rounded weight beyond it.
+void diffq_fx_range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
+                          int64_t columns, int64_t block, int64_t row_stride, float reach, int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t first = row * columns + b * block, count = columns - b * block < block ? columns - b * block : block;
+            const float *restrict g = grad + first, *restrict w = weight + first, *restrict r = rounded + first;
+            float half = scale[row * row_stride + b] * reach, sum = 0;
+            for (int64_t i = 0; i < count; i++) {
+                float error = r[i] - w[i];
+                sum += g[i] * (__builtin_fabsf(error) > half ? r[i] : error);
+            }
+            sums[row * blocks + b] = sum;
+        }
+}

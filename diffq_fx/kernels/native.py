@@ -80,6 +80,57 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
     return out
 
 
+def takes_rows(*rows_OI: Tensor) -> bool:
+    """Whether the kernel can read these rows past torch."""
+    fits = all(r.device.type == "cpu" and r.dtype == torch.float32 and r.is_contiguous() and r.numel() > 0 for r in rows_OI)
+    return fits and not recorded() and library() is not None
+
+
+def moments(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Smallest and largest weight, sum and sum of squares of each group."""
+    least, most, total, square = outs = [torch.empty(layout.rows, -(-layout.columns // layout.block)) for _ in range(4)]
+    pointers = (each.data_ptr() for each in (rows_OI, *outs))
+    _library().diffq_fx_moments(*pointers, layout.rows, layout.columns, layout.block, _threads(rows_OI.numel()))
+    if layout.kind == "tensor":
+        return least.amin().view(1, 1), most.amax().view(1, 1), total.sum().view(1, 1), square.sum().view(1, 1)
+    return least, most, total, square
+
+
+def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
+    """Squared rounding error of each group on each of K grids, shape (K, R, C)."""
+    scale_KRC, zero_point_KRC = scale_KRC.float().contiguous(), zero_point_KRC.float().contiguous()
+    grids, _, blocks = scale_KRC.shape
+    top = top.expand(scale_KRC.shape[1:]).float().contiguous()
+    errors = torch.empty(grids, layout.rows, blocks)
+    _library().diffq_fx_rounding_errors(
+        *(each.data_ptr() for each in (rows_OI, scale_KRC, zero_point_KRC, top, errors)),
+        grids,
+        layout.rows,
+        layout.columns,
+        layout.block,
+        scale_KRC.stride(0),
+        0 if layout.kind == "tensor" else blocks,
+        _threads(rows_OI.numel()),
+    )
+    return errors.sum(1, keepdim=True) if layout.kind == "tensor" else errors
+
+
+def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, layout: GroupLayout, reach: float) -> Tensor:
+    """Sum over each group of the gradient times the derivative of the rounded weight in the logarithm of the range, like ``scale``."""
+    scale = scale.float().contiguous()
+    sums = torch.empty(layout.rows, scale.shape[1])
+    _library().diffq_fx_range_slope(
+        *(each.data_ptr() for each in (grad_OI, weight_OI, rounded_OI, scale, sums)),
+        layout.rows,
+        layout.columns,
+        layout.block,
+        0 if layout.kind == "tensor" else scale.shape[1],
+        reach,
+        _threads(grad_OI.numel()),
+    )
+    return sums.sum().view(1, 1) if layout.kind == "tensor" else sums
+
+
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
@@ -176,7 +227,10 @@ def library() -> ctypes.CDLL | None:
     loaded.diffq_fx_steps_backward.argtypes = [*[pointer] * 4, size, *[real] * 3, count]
     loaded.diffq_fx_bits.argtypes = [*[pointer] * 3, size, *[real] * 3, count]
     loaded.diffq_fx_round.argtypes = [*[pointer] * 5, *[size] * 4, count]
-    for name in ("add_noise", "reduce_noise", "steps", "steps_backward", "bits", "round"):
+    loaded.diffq_fx_moments.argtypes = [*[pointer] * 5, *[size] * 3, count]
+    loaded.diffq_fx_rounding_errors.argtypes = [*[pointer] * 5, *[size] * 6, count]
+    loaded.diffq_fx_range_slope.argtypes = [*[pointer] * 5, *[size] * 4, real, count]
+    for name in ("add_noise", "reduce_noise", "steps", "steps_backward", "bits", "round", "moments", "rounding_errors", "range_slope"):
         getattr(loaded, f"diffq_fx_{name}").restype = None
     return loaded
 
