@@ -28,7 +28,7 @@ def run(asked: argparse.Namespace) -> None:
     for name in dict.fromkeys(key[0] for key in keys):
         package = missing_package(SYSTEMS[name])
         if package is not None:
-            console.print(f"{name}: skipped, {package} is not installed here", highlight=False)
+            console.print(f"{name}: skipped, {package} is not installed here", highlight=False, soft_wrap=True)
             keys = [key for key in keys if key[0] != name]
     if not keys:
         console.print("every point that can be measured here is there")
@@ -69,12 +69,13 @@ def _measure(asked: argparse.Namespace, task: Task, keys: list[tuple], progress:
                 point = _point(key, job, SYSTEMS[name])
             except NotApplicableError as reason:
                 refused.add(name)
-                progress.console.print(f"{name}: not applicable to {task.name}: {reason}", highlight=False)
+                progress.console.print(f"{name}: not applicable to {task.name}: {reason}", highlight=False, soft_wrap=True)
             else:
                 append_point(asked.results, task.name, point)
                 progress.console.print(
                     f"{name}, {key[1]:g} bits, seed {key[2]}: {point['mib']:.4f} MiB, {point['score']:.3f}, {point['seconds']} s",
                     highlight=False,
+                    soft_wrap=True,
                 )
             progress.remove_task(line)
         progress.advance(overall)
