@@ -86,7 +86,16 @@ def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tens
         >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
         (tensor([[0.]]), tensor([[3.]]))
     """
-    low, high = layout.aminmax(rows_OI.detach())
+    return grid_range(*layout.aminmax(rows_OI.detach()), grid)
+
+
+def grid_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Range that the grid has to cover for weights from ``low`` to ``high``; see :func:`weight_range`.
+
+    Example:
+        >>> grid_range(torch.tensor([1.0]), torch.tensor([3.0]), "symmetric")
+        (tensor([-3.]), tensor([3.]))
+    """
     if low.dtype in (torch.float16, torch.bfloat16):
         low, high = low.float(), high.float()
     if grid == "affine":

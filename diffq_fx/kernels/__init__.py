@@ -1,7 +1,18 @@
-"""What training with noise does at every step, at the price of memory bandwidth: noise, steps of the bits, rounding."""
+"""What training with noise does at every step, at the price of memory bandwidth: noise, ranges, steps and size of the bits, rounding."""
 
-from diffq_fx.kernels.bits import bits_of_logits, step_of_logits
+from diffq_fx.kernels.bits import bits_of_logits, moments, size_and_growth, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import add_noise
+from diffq_fx.kernels.statistics import extremes, statistics
 
-__all__ = ["add_noise", "bits_of_logits", "release", "step_of_logits"]
+__all__ = [
+    "add_noise",
+    "bits_of_logits",
+    "extremes",
+    "moments",
+    "release",
+    "size_and_growth",
+    "slope_of_size",
+    "statistics",
+    "step_of_logits",
+]

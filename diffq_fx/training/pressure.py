@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from diffq_fx.kernels import moments
 from diffq_fx.training.size import MIB_BITS
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class SizePressure:
             return
         multiplier, factor = self._multiplier_and_factor(optimizer, grads, scale)
         self.lambda_per_bit = -multiplier
+        onto = -multiplier * scale * factor
         for grad, slope in self._tiles(grads):
-            grad.sub_(slope.mul_(multiplier * scale)).mul_(factor)
+            grad.mul_(factor).addcmul_(slope, onto)
 
     def _tiles(self, grads: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of the gradient, to be changed in place, and the derivative of the size in the same logits."""
@@ -120,15 +122,13 @@ class SizePressure:
 
     def _multiplier_and_factor(self, optimizer: Optimizer, grads: Mapping[int, Tensor], scale: Tensor | float) -> tuple[Tensor, Tensor]:
         """The Lagrange multiplier over all optimizers that hold bits, and what brings the projected gradient to its size."""
-        zero = next(iter(grads.values())).new_zeros((), dtype=torch.float64)
-        own = _GradientSums(zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), 0)
+        sums = next(iter(grads.values())).new_zeros(5, dtype=torch.float64)
+        count = 0
         for g, n in self._tiles(grads):
-            own.g += g.sum(dtype=torch.float64) / scale
-            own.n += n.sum(dtype=torch.float64)
-            own.gg += (torch.linalg.vector_norm(g, dtype=torch.float64) / scale).square()
-            own.gn += torch.dot(g, n).double() / scale
-            own.nn += torch.dot(n, n)
-            own.count += g.numel()
+            sums += moments(g, n)
+            count += g.numel()
+        g, n, gg, gn, nn = sums.unbind()
+        own = _GradientSums(g / scale, n, gg / (scale * scale), gn / scale, nn, count)
         self._sums[optimizer] = own
         others = [sums for other, sums in self._sums.items() if other is not optimizer]
         total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))
