@@ -7,9 +7,9 @@ import stat
 import pytest
 import torch
 
-from diffq_fx.kernels import add_noise, native
+from diffq_fx.kernels import add_noise, build
 
-fresh = native.library.__wrapped__
+fresh = build.library.__wrapped__
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def _compiler():
-    if native.library() is None:
+    if build.library() is None:
         pytest.skip("no C compiler is at hand")
 
 
@@ -29,7 +29,7 @@ def _compiler():
 def test_it_is_built_once_and_found_again(cache, monkeypatch):
     assert fresh() is not None
     (built,) = cache.iterdir()
-    monkeypatch.setattr(native.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
     assert fresh() is not None
     assert [built] == list(cache.iterdir())
 
@@ -37,15 +37,15 @@ def test_it_is_built_once_and_found_again(cache, monkeypatch):
 @pytest.mark.usefixtures("_compiler")
 def test_a_changed_processor_or_flag_builds_another(cache, monkeypatch):
     fresh()
-    monkeypatch.setattr(native, "_processor", lambda: "another")
+    monkeypatch.setattr(build, "_processor", lambda: "another")
     fresh()
     assert len(list(cache.iterdir())) == 2
 
 
 def test_without_a_compiler_torch_does_it(cache, monkeypatch):
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     assert fresh() is None
-    monkeypatch.setattr(native, "library", fresh)
+    monkeypatch.setattr(build, "library", fresh)
     assert add_noise(torch.zeros(4, 8), torch.ones(4, 1), axis=0, block=8).abs().max() < 0.5
     assert not cache.exists()
 
@@ -57,14 +57,14 @@ def test_a_compiler_that_fails_is_done_without_and_leaves_nothing(cache, tmp_pat
     monkeypatch.setenv("CC", str(compiler))
     with caplog.at_level(logging.INFO, "diffq_fx"):
         assert fresh() is None
-    assert "could not build the kernel" in caplog.text
+    assert "could not build the kernels" in caplog.text
     assert list(cache.iterdir()) == []
 
 
 @pytest.mark.usefixtures("_compiler")
 def test_a_cache_that_cannot_be_written_to(cache, tmp_path, monkeypatch):
     cache.write_text("a file where the folder should be")
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path / "tmp"))
     os.mkdir(tmp_path / "tmp")
     assert fresh() is not None
 

@@ -86,19 +86,18 @@ def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tens
         >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
         (tensor([[0.]]), tensor([[3.]]))
     """
-    low, high = layout.aminmax(rows_OI.detach())
-    if low.dtype in (torch.float16, torch.bfloat16):
-        low, high = low.float(), high.float()
-    return widened(low, high, grid)
+    return grid_range(*layout.aminmax(rows_OI.detach()), grid)
 
 
-def widened(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The extreme weights as a range that the grid can have: with zero in it, or zero in its middle.
+def grid_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Range that the grid has to cover for weights from ``low`` to ``high``; see :func:`weight_range`.
 
     Example:
-        >>> widened(torch.tensor(1.0), torch.tensor(3.0), "symmetric")
-        (tensor(-3.), tensor(3.))
+        >>> grid_range(torch.tensor([1.0]), torch.tensor([3.0]), "symmetric")
+        (tensor([-3.]), tensor([3.]))
     """
+    if low.dtype in (torch.float16, torch.bfloat16):
+        low, high = low.float(), high.float()
     if grid == "affine":
         return low.clamp(max=0), high.clamp(min=0)
     if grid == "symmetric":

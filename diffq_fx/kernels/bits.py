@@ -1,4 +1,4 @@
-"""From the trainable logits of the bits to the steps of the grid, in few passes over memory."""
+"""From the trainable logits of the bits to the steps of the grid and to the size of the model, in few passes over memory."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import TILE
-from diffq_fx.kernels import native
+from diffq_fx.kernels import memory, native
 
 
 class _StepOfLogits(torch.autograd.Function):
@@ -23,7 +23,9 @@ class _StepOfLogits(torch.autograd.Function):
             ctx.save_for_backward(logits, step)
             return step
         shape = torch.broadcast_shapes(logits.shape, span.shape)
-        step = torch.empty(shape, dtype=torch.promote_types(logits.dtype, span.dtype), device=logits.device)
+        dtype = torch.promote_types(logits.dtype, span.dtype)
+        empty = torch.empty if native.recorded() else memory.empty
+        step = empty(shape, dtype=dtype, device=logits.device)
         for rows in _tiles(shape, logits.device):
             _, levels = _share_and_levels(_rows_of(logits, rows), *ctx.bits)
             step[rows] = _rows_of(span, rows) / levels.sub_(1)
@@ -111,3 +113,61 @@ def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: fl
     share = torch.sigmoid_(logits * gain)
     bits = (share * (max_bits - min_bits)).add_(min_bits)
     return bits, share.addcmul_(share, share, value=-1).mul_(gain * (max_bits - min_bits))
+
+
+def size_and_growth(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
+    """Size ``sum_s n_s b_s`` of groups with these logits, and how fast it grows when all logits grow together; without autograd.
+
+    Args:
+        values: stored values in each group, shape (N,).
+        logits: shape (N,).
+        min_bits: smallest width, in bits.
+        max_bits: largest width, in bits.
+        gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
+
+    Returns:
+        Two float64, 0-d.
+
+    Example:
+        >>> size_and_growth(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)
+        (tensor(10., dtype=torch.float64), tensor(3., dtype=torch.float64))
+    """
+    if native.takes_size(values, logits):
+        return native.size(values, logits, min_bits, max_bits, gain)
+    size, growth = (torch.zeros((), dtype=torch.float64, device=logits.device) for _ in range(2))
+    for tile in _row_tiles(logits):
+        bits, slope = bits_of_logits(logits[tile], min_bits=min_bits, max_bits=max_bits, gain=gain)
+        size += torch.dot(values[tile], bits)
+        growth += torch.dot(values[tile], slope)
+    return size, growth
+
+
+def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    """Derivative of ``sum_s n_s b_s`` in each logit, shape (N,); without autograd. See :func:`size_and_growth`.
+
+    Example:
+        >>> slope_of_size(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)
+        tensor([1.5000, 1.5000])
+    """
+    if native.takes_size(values, logits):
+        return native.slope_of_size(values, logits, min_bits, max_bits, gain)
+    return bits_of_logits(logits, min_bits=min_bits, max_bits=max_bits, gain=gain)[1].mul_(values)
+
+
+def moments(grad: Tensor, slope: Tensor) -> Tensor:
+    """The sums of g, n, g^2, g n and n^2 over two rows g and n, float64, shape (5,).
+
+    Example:
+        >>> moments(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()
+        [3.0, 7.0, 5.0, 11.0, 25.0]
+    """
+    if native.takes_moments(grad, slope):
+        return native.moments(grad, slope)
+    g, n = grad.double(), slope.double()
+    return torch.stack([g.sum(), n.sum(), torch.dot(g, g), torch.dot(g, n), torch.dot(n, n)])
+
+
+def _row_tiles(row: Tensor) -> list[slice]:
+    """A row in pieces that stay in the cache; on a GPU in one."""
+    size = TILE if row.device.type == "cpu" else max(len(row), 1)
+    return [slice(left, left + size) for left in range(0, len(row), size)]

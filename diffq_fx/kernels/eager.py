@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import TILE, GroupLayout, from_rows, to_rows
+from diffq_fx.kernels import memory
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
@@ -23,7 +24,7 @@ def draw_bytes(numel: int, device: torch.device) -> Tensor:
     128 values centred on zero: as noise, ``byte / 256``, mean 0 and variance 1/12 to within 6e-6.
     """
     generator = torch.Generator(device).manual_seed(draw_seed())
-    words = torch.empty(-(-numel // 8), dtype=torch.int64, device=device)
+    words = memory.empty((-(-numel // 8),), torch.int64, device)
     words.random_(-(2**63), None, generator=generator)
     return words.bitwise_or_(_ODD).view(torch.int8)[:numel]
 
@@ -35,17 +36,17 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, axis: int, gaussian: 
     weight_GS = _as_groups(weight, layout, axis)
     if weight_GS is None:
         rows_OI = to_rows(weight, axis).to(compute)
-        in_steps = _in_steps(noise, gaussian, compute).view(rows_OI.shape)
-        noisy = torch.addcmul(rows_OI, in_steps, layout.expand(step).to(compute))
+        units, in_steps = _in_units(noise, gaussian, compute)
+        noisy = torch.addcmul(rows_OI, units.view(rows_OI.shape), layout.expand(step).to(compute), value=in_steps)
         return from_rows(noisy.to(weight.dtype), tuple(weight.shape), axis).contiguous(), noise
-    out = torch.empty_like(weight)
-    out_GS, noise_GS, step_G1 = out.view_as(weight_GS), noise.view_as(weight_GS), step.reshape(-1, 1).to(compute)
+    out = memory.empty(weight.shape, weight.dtype, weight.device)
+    out_GS, noise_GS, step_G1 = out.view(weight_GS.shape), noise.view(weight_GS.shape), step.reshape(-1, 1).to(compute)
     for tile in _tiles(weight_GS):
-        in_steps = _in_steps(noise_GS[tile], gaussian, compute)
+        units, in_steps = _in_units(noise_GS[tile], gaussian, compute)
         if weight.dtype == compute:
-            torch.addcmul(weight_GS[tile], in_steps, step_G1[tile[0]], out=out_GS[tile])
+            torch.addcmul(weight_GS[tile], units, step_G1[tile[0]], value=in_steps, out=out_GS[tile])
         else:
-            out_GS[tile] = in_steps.mul_(step_G1[tile[0]]).add_(weight_GS[tile])
+            out_GS[tile] = torch.addcmul(weight_GS[tile].to(compute), units, step_G1[tile[0]], value=in_steps)
     return out, noise
 
 
@@ -55,25 +56,27 @@ def reduce(grad: Tensor, noise: Tensor, step: Tensor, layout: GroupLayout, axis:
     grad_GS = _as_groups(grad, layout, axis)
     if grad_GS is None:
         rows_OI = to_rows(grad, axis).to(compute)
-        return layout.sum(_in_steps(noise, gaussian, compute).view(rows_OI.shape).mul_(rows_OI)).to(step.dtype)
-    noise_GS = noise.view_as(grad_GS)
+        units, in_steps = _in_units(noise, gaussian, compute)
+        return layout.sum(units.view(rows_OI.shape).mul_(rows_OI)).mul_(in_steps).to(step.dtype)
+    noise_GS = noise.view(grad_GS.shape)
     sums_G1 = torch.zeros(len(grad_GS), 1, dtype=compute, device=grad.device)
     for tile in _tiles(grad_GS):
-        product = _in_steps(noise_GS[tile], gaussian, compute).mul_(grad_GS[tile])
+        units, in_steps = _in_units(noise_GS[tile], gaussian, compute)
+        product = units.mul_(grad_GS[tile])
         if grad_GS.shape[1] == 1:
-            sums_G1[tile[0]] = product
+            torch.mul(product, in_steps, out=sums_G1[tile[0]])
         else:
             ones_S1 = product.new_ones(product.shape[1], 1)
-            sums_G1[tile[0]].addmm_(product, ones_S1)  # faster than a sum over a short last axis
+            sums_G1[tile[0]].addmm_(product, ones_S1, alpha=in_steps)  # faster than a sum over a short last axis
     return sums_G1.view(step.shape).to(step.dtype)
 
 
-def _in_steps(noise: Tensor, gaussian: bool, dtype: torch.dtype) -> Tensor:
-    """Noise bytes as noise in steps."""
+def _in_units(noise: Tensor, gaussian: bool, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Noise bytes as a fresh tensor of noise in some unit, and that unit in steps: a pass over memory less than noise in steps."""
     if gaussian:
         index = noise.to(torch.int32).add_(127).bitwise_right_shift_(1)
-        return gaussian_table(noise.device)[index].to(dtype)
-    return noise.to(dtype).mul_(1 / 256)
+        return gaussian_table(noise.device)[index].to(dtype), 1.0
+    return noise.to(dtype), 1 / 256
 
 
 def _as_groups(tensor: Tensor, layout: GroupLayout, axis: int) -> Tensor | None:

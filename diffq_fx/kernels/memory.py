@@ -1,4 +1,4 @@
-"""Memory for float weights that are made anew at every step: it is used again.
+"""Memory for large tensors that are made anew at every step: it is used again.
 
 A large block that torch frees goes back to the system, and taking it again, page by page, costs more than filling it with noise
 does. The noisy weights of all layers live at the same time between forward and backward, so keeping their memory makes no peak higher.
@@ -11,22 +11,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WORTH_KEEPING = 1 << 20
+_WORTH_KEEPING = 1 << 18
 """Bytes below which the allocator itself keeps what is freed."""
 
 _free: dict[int, list[Tensor]] = {}
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; a large float32 one on the CPU takes the memory that a dead one of the same size has left."""
-    numel = math.prod(shape)
-    if dtype != torch.float32 or device.type != "cpu" or 4 * numel < _WORTH_KEEPING:
+    """An uninitialised tensor; a large one on the CPU takes the memory that a dead one of the same size has left."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _WORTH_KEEPING:
         return torch.empty(shape, dtype=dtype, device=device)
-    blocks = _free.setdefault(numel, [])
-    block = blocks.pop() if blocks else torch.empty(numel)
+    blocks = _free.setdefault(size, [])
+    try:
+        block = blocks.pop()
+    except IndexError:
+        block = torch.empty(size, dtype=torch.uint8)
     lent = block.numpy()  # an array of its own, which dies with the tensor made of it and with all of that one's views
     weakref.finalize(lent, blocks.append, block).atexit = False
-    return torch.from_numpy(lent).view(shape)
+    return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 def release() -> None:

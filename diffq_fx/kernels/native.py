@@ -1,45 +1,25 @@
-"""The kernels in C (noise, steps of the bits, rounding), for float32 on a CPU where a C compiler is at hand.
-
-``kernels.c`` is compiled once per machine, in about a second, when it is first needed; the library is kept in the user's cache
-folder and called by ctypes, so it depends on no version of torch. Without a compiler, or with ``DIFFQ_FX_KERNELS=torch`` in the
-environment, torch's own operations do the same, slower.
-"""
-
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
+"""Calls of the kernels in C (noise, ranges, rounding; steps and size of the bits), for float32 on a CPU."""
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import memory
+from diffq_fx.kernels import build, memory
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
-_SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = (
-    "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp -shared -fPIC".split()
-)
-if platform.machine() in ("x86_64", "AMD64"):
-    _FLAGS.append("-mprefer-vector-width=512")
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""
 _WORTH_THREADS = 1 << 14
-_log = logging.getLogger(__name__)
+_PART = 1 << 14
+"""Groups whose sums are one result of a kernel; the same number stands in ``bits.c``."""
 
 
 def takes(weight: Tensor, axis: int) -> bool:
     """Whether the kernel can work on this weight here."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and axis == 0 and weight.is_contiguous() and weight.numel() > 0
-    return fits and library() is not None
+    return fits and build.library() is not None
 
 
 def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -47,7 +27,7 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tu
     seed = draw_seed()
     out, step = memory.empty(weight.shape, weight.dtype, weight.device), step.float().contiguous()
     strides = (0 if layout.kind == "tensor" else step.shape[1], 1)
-    _library().diffq_fx_add_noise(
+    build.loaded_library().diffq_fx_add_noise(
         weight.data_ptr(),
         step.data_ptr(),
         out.data_ptr(),
@@ -63,8 +43,8 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tu
 def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> Tensor:
     """Sum over each group of ``grad * noise``, the noise made again from its seed; like ``step``."""
     grad = grad.float().contiguous()
-    sums = torch.empty(layout.rows, -(-layout.columns // layout.block))
-    _library().diffq_fx_reduce_noise(
+    sums = memory.empty((layout.rows, -(-layout.columns // layout.block)), torch.float32, grad.device)
+    build.loaded_library().diffq_fx_reduce_noise(
         grad.data_ptr(), sums.data_ptr(), layout.rows, layout.columns, layout.block, *_draw(int(seed), gaussian, grad.numel())
     )
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
@@ -76,24 +56,21 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
     scale, zero_point, top = (each.expand(scale.shape).float().contiguous() for each in (scale, zero_point, top))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]
     pointers = (each.data_ptr() for each in (weight, scale, zero_point, top, out))
-    _library().diffq_fx_round(*pointers, layout.rows, layout.columns, layout.block, stride, _threads(weight.numel()))
+    build.loaded_library().diffq_fx_round(*pointers, layout.rows, layout.columns, layout.block, stride, _threads(weight.numel()))
     return out
 
 
 def takes_rows(*rows_OI: Tensor) -> bool:
-    """Whether the kernel can read these rows past torch."""
-    fits = all(r.device.type == "cpu" and r.dtype == torch.float32 and r.is_contiguous() and r.numel() > 0 for r in rows_OI)
-    return fits and not recorded() and library() is not None
+    """Whether the kernels that are called past torch's dispatcher can work on all these rows here, and whether it pays."""
+    return not recorded() and all(_is_plain(rows) and rows.numel() >= _WORTH_THREADS and takes(rows, 0) for rows in rows_OI)
 
 
-def moments(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Smallest and largest weight, sum and sum of squares of each group."""
-    least, most, total, square = outs = [torch.empty(layout.rows, -(-layout.columns // layout.block)) for _ in range(4)]
-    pointers = (each.data_ptr() for each in (rows_OI, *outs))
-    _library().diffq_fx_moments(*pointers, layout.rows, layout.columns, layout.block, _threads(rows_OI.numel()))
-    if layout.kind == "tensor":
-        return least.amin().view(1, 1), most.amax().view(1, 1), total.sum().view(1, 1), square.sum().view(1, 1)
-    return least, most, total, square
+def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
+    """Smallest and largest weight, sum and sum of squares of each group of a layout of channels or blocks, shape (4, R, C)."""
+    results = rows_OI.new_empty(4, layout.rows, -(-layout.columns // layout.block))
+    pointers = (each.data_ptr() for each in (rows_OI, results))
+    build.loaded_library().diffq_fx_statistics(*pointers, *rows_OI.shape, layout.block, _threads(rows_OI.numel()))
+    return results
 
 
 def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
@@ -102,7 +79,7 @@ def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, 
     grids, _, blocks = scale_KRC.shape
     top = top.expand(scale_KRC.shape[1:]).float().contiguous()
     errors = torch.empty(grids, layout.rows, blocks)
-    _library().diffq_fx_rounding_errors(
+    build.loaded_library().diffq_fx_rounding_errors(
         *(each.data_ptr() for each in (rows_OI, scale_KRC, zero_point_KRC, top, errors)),
         grids,
         layout.rows,
@@ -116,17 +93,13 @@ def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, 
 
 
 def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, layout: GroupLayout, reach: float) -> Tensor:
-    """Sum over each group of the gradient times the derivative of the rounded weight in the logarithm of the range, like ``scale``."""
-    scale = scale.float().contiguous()
-    sums = torch.empty(layout.rows, scale.shape[1])
-    _library().diffq_fx_range_slope(
-        *(each.data_ptr() for each in (grad_OI, weight_OI, rounded_OI, scale, sums)),
-        layout.rows,
-        layout.columns,
-        layout.block,
-        0 if layout.kind == "tensor" else scale.shape[1],
-        reach,
-        _threads(grad_OI.numel()),
+    """Per group the sum of ``grad * (rounded - w)``, of ``grad * rounded`` where that is more than ``reach * scale``; like ``scale``."""
+    scale = scale.contiguous()
+    sums = grad_OI.new_empty(layout.rows, -(-layout.columns // layout.block))
+    stride = 0 if layout.kind == "tensor" else scale.shape[1]
+    pointers = (each.data_ptr() for each in (grad_OI, weight_OI, rounded_OI, scale, sums))
+    build.loaded_library().diffq_fx_range_slope(
+        *pointers, layout.rows, layout.columns, layout.block, stride, reach, _threads(grad_OI.numel())
     )
     return sums.sum().view(1, 1) if layout.kind == "tensor" else sums
 
@@ -134,12 +107,17 @@ def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: T
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
-    return not recorded() and fits and library() is not None
+    return not recorded() and fits and _is_plain(logits) and build.library() is not None
 
 
 def recorded() -> bool:
     """Whether operations are recorded by a compiler or tracer, which would miss a kernel that is called past torch."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's memory holds what it stands for: not so for subclasses such as DTensor and inside torch.func."""
+    return type(tensor) in (Tensor, Parameter) and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def takes_steps(logits: Tensor, span: Tensor) -> bool:
@@ -150,9 +128,9 @@ def takes_steps(logits: Tensor, span: Tensor) -> bool:
 
 def steps(logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
     """``span / (2^b - 1)`` with the bits of the logits, shape of ``logits``."""
-    step = torch.empty_like(logits)
+    step = memory.empty(logits.shape, logits.dtype, logits.device)
     strides = [0 if size == 1 else stride for size, stride in zip(span.shape, span.stride(), strict=True)]
-    _library().diffq_fx_steps(
+    build.loaded_library().diffq_fx_steps(
         logits.data_ptr(),
         span.data_ptr(),
         step.data_ptr(),
@@ -168,8 +146,8 @@ def steps(logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: 
 
 def steps_backward(grad: Tensor, logits: Tensor, step: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
     """Gradient of the logits from that of the steps."""
-    grad, grad_logits = grad.contiguous(), torch.empty_like(logits)
-    _library().diffq_fx_steps_backward(
+    grad, grad_logits = grad.contiguous(), memory.empty(logits.shape, logits.dtype, logits.device)
+    build.loaded_library().diffq_fx_steps_backward(
         *(each.data_ptr() for each in (grad, logits, step, grad_logits)),
         logits.numel(),
         min_bits,
@@ -183,10 +161,62 @@ def steps_backward(grad: Tensor, logits: Tensor, step: Tensor, min_bits: float, 
 def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
     """Bits of the logits and their derivative."""
     bits, slope = torch.empty_like(logits), torch.empty_like(logits)
-    _library().diffq_fx_bits(
+    build.loaded_library().diffq_fx_bits(
         logits.data_ptr(), bits.data_ptr(), slope.data_ptr(), logits.numel(), min_bits, max_bits - min_bits, gain, _threads(logits.numel())
     )
     return bits, slope
+
+
+def takes_size(values: Tensor, logits: Tensor) -> bool:
+    """Whether the kernel can work out the size of these groups: as many values in each, or a contiguous row of their numbers."""
+    return values.dtype == torch.float32 and values.stride()[0] in (0, 1) and takes_logits(logits)
+
+
+def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
+    """The sum of ``values * b`` and that of its derivative in each logit, float64, 0-d."""
+    parts = torch.empty(-(-logits.numel() // _PART), 2, dtype=torch.float64)
+    build.loaded_library().diffq_fx_size(
+        logits.data_ptr(),
+        values.data_ptr(),
+        values.stride()[0],
+        parts.data_ptr(),
+        logits.numel(),
+        min_bits,
+        max_bits - min_bits,
+        gain,
+        _threads(logits.numel()),
+    )
+    total, growth = parts.sum(0).unbind()
+    return total, growth
+
+
+def slope_of_size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    """Derivative of the size in each logit."""
+    slope = memory.empty(logits.shape, logits.dtype, logits.device)
+    build.loaded_library().diffq_fx_slope_of_size(
+        logits.data_ptr(),
+        values.data_ptr(),
+        values.stride()[0],
+        slope.data_ptr(),
+        logits.numel(),
+        max_bits - min_bits,
+        gain,
+        _threads(logits.numel()),
+    )
+    return slope
+
+
+def takes_moments(grad: Tensor, slope: Tensor) -> bool:
+    """Whether the kernel can sum these two rows."""
+    return grad.shape == slope.shape and all(takes_logits(each) for each in (grad, slope))
+
+
+def moments(grad: Tensor, slope: Tensor) -> Tensor:
+    """The sums of g, n, g^2, g n and n^2 over gradient g and slope n, float64, shape (5,)."""
+    parts = torch.empty(-(-grad.numel() // _PART), 5, dtype=torch.float64)
+    pointers = (each.data_ptr() for each in (grad, slope, parts))
+    build.loaded_library().diffq_fx_moments(*pointers, grad.numel(), _threads(grad.numel()))
+    return parts.sum(0)
 
 
 def _threads(elements: int) -> int:
@@ -197,74 +227,3 @@ def _threads(elements: int) -> int:
 def _draw(seed: int, gaussian: bool, elements: int) -> tuple[int, int | None, int]:
     table = gaussian_table(torch.device("cpu")).data_ptr() if gaussian else None
     return seed, table, _threads(elements)
-
-
-def _library() -> ctypes.CDLL:
-    found = library()
-    if found is None:
-        raise RuntimeError("the noise was drawn by the C kernel, which can no longer be loaded.")
-    return found
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler or the environment says no."""
-    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
-    if wanted not in ("native", "torch"):
-        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
-    compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
-    if wanted == "torch" or compiler is None or os.name != "posix":
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.info("training runs in torch's own operations, since %s could not build the kernel: %s", compiler, error)
-        return None
-    pointer, size, word, real, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_int
-    loaded.diffq_fx_add_noise.argtypes = [*[pointer] * 3, *[size] * 5, word, pointer, count]
-    loaded.diffq_fx_reduce_noise.argtypes = [*[pointer] * 2, *[size] * 3, word, pointer, count]
-    loaded.diffq_fx_steps.argtypes = [*[pointer] * 3, *[size] * 4, *[real] * 3, count]
-    loaded.diffq_fx_steps_backward.argtypes = [*[pointer] * 4, size, *[real] * 3, count]
-    loaded.diffq_fx_bits.argtypes = [*[pointer] * 3, size, *[real] * 3, count]
-    loaded.diffq_fx_round.argtypes = [*[pointer] * 5, *[size] * 4, count]
-    loaded.diffq_fx_moments.argtypes = [*[pointer] * 5, *[size] * 3, count]
-    loaded.diffq_fx_rounding_errors.argtypes = [*[pointer] * 5, *[size] * 6, count]
-    loaded.diffq_fx_range_slope.argtypes = [*[pointer] * 5, *[size] * 4, real, count]
-    for name in ("add_noise", "reduce_noise", "steps", "steps_backward", "bits", "round", "moments", "rounding_errors", "range_slope"):
-        getattr(loaded, f"diffq_fx_{name}").restype = None
-    return loaded
-
-
-def _compiled(compiler: str) -> Path:
-    """The library for this source, compiler and processor: that of an earlier run, or a new one."""
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, " ".join([compiler, *_FLAGS]).encode(), _processor().encode()])).hexdigest()[:16]
-    library = _cache_folder() / f"kernels-{key}.so"
-    if library.is_file():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    except OSError:  # a home that cannot be written to
-        library = Path(tempfile.mkdtemp(prefix="diffq_fx-")) / library.name
-        handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
-    try:
-        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", name], check=True, capture_output=True, timeout=120)
-        os.replace(name, library)  # whole or not at all, also when several processes build it
-    finally:
-        Path(name).unlink(missing_ok=True)
-    return library
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffq_fx"
-
-
-def _processor() -> str:
-    """What the instructions of ``-march=native`` depend on: a home folder may be shared by different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()} {platform.node()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}))

@@ -9,9 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.grid import Grid, QuantParams, dequantize, quant_params, quantize, widened, weight_range
+from diffq_fx.functional.grid import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.functional.groups import GroupKind, GroupLayout
 from diffq_fx.kernels import native
+from diffq_fx.kernels.statistics import extremes, statistics
 
 _SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431, 8.988, 9.518, 10.026, 10.51, 10.98, 11.43, 11.87)
 """For 1 to 16 bits the span, in standard deviations, of the uniform quantizer with the least squared error for normal weights."""
@@ -38,8 +39,8 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
         >>> bool(-1.7 < low < -1.3) and bool(1.3 < high < 1.7)
         True
     """
-    low, high, total, square = _moments(rows_OI.detach(), layout)
-    low, high = widened(low, high, grid)
+    low, high, total, square = statistics(rows_OI, layout)
+    low, high = grid_range(low, high, grid)
     counts = layout.counts().to(low.device)
     mean = total / counts if grid != "symmetric" else torch.zeros_like(low)
     variance = square / counts - mean.square()
@@ -50,14 +51,6 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     reach = variance.clamp(min=0).sqrt() * span / 2
     low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
     return (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
-
-
-def _moments(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Smallest and largest weight, sum and sum of squares of each group."""
-    if native.takes_rows(rows_OI):
-        return native.moments(rows_OI, layout)
-    rows_OI = rows_OI.float() if rows_OI.dtype in (torch.float16, torch.bfloat16) else rows_OI
-    return *layout.aminmax(rows_OI), layout.sum(rows_OI), layout.sum(rows_OI.square())
 
 
 def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -95,7 +88,7 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
         for kind, block in ((range_kind, range_block), (group_kind, group_block))
     )
     grid = cast("Grid", grid)
-    low, high = weight_range(rows_OI, layout, grid)
+    low, high = grid_range(*extremes(rows_OI, layout), grid)
     rows_OI = rows_OI.to(low.dtype)
     best = _best([(low * share, high * share) for share in _SHARES], rows_OI, bits, groups, grid)
     if grid != "symmetric":

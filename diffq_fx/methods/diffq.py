@@ -255,18 +255,17 @@ class DiffQWeight(GridQuantizer):
         if self.config.clipping == "none":
             return super().range_of(rows_OI, bits)
         if self.frozen:
-            assert self.range_low is not None and self.range_high is not None
             moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
-            return self.range_low * moved, self.range_high * moved
+            return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
         return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.spec.grid)
 
     @torch.no_grad()
     def keep_range(self) -> None:
         """Fix the range from which clipping is learned; for when the bits become final."""
-        if self.range_low is not None and self.range_high is not None:
+        if self.config.clipping != "none":
             low, high = self.range_of(to_rows(self.source[0], self.spec.axis), self.width)
-            self.range_low.copy_(low)
-            self.range_high.copy_(high)
+            self.get_buffer("range_low").copy_(low)
+            self.get_buffer("range_high").copy_(high)
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
@@ -284,7 +283,7 @@ class DiffQWeight(GridQuantizer):
         """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
         spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
         if self.config.clipping == "none":
-            low, high = functional.weight_range(rows_OI, spec.range_layout, spec.grid)
+            low, high = super().range_of(rows_OI, self.width)
         else:
             low, high = normal_range(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
         return high - low

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import from_rows, to_rows
-from diffq_fx.kernels import native
+from diffq_fx.kernels import extremes, native
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.storage.footprint import Footprint, grid_footprint
@@ -23,7 +23,7 @@ class GridQuantizer(WeightQuantizer):
 
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers with groups of these widths, two tensors of the spec's ``range_layout``."""
-        return functional.weight_range(rows_OI, self.spec.range_layout, self.spec.grid)
+        return functional.grid_range(*extremes(rows_OI, self.spec.range_layout), self.spec.grid)
 
     def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
         """Scale and zero point of the grid, shape of the spec's ``scale_layout``."""

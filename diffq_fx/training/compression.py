@@ -60,8 +60,7 @@ class Compression(nn.Module):
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
         self.pressure = SizePressure(self)
-        if self.budget_bits() is not None:
-            self.pressure.start()
+        self.pressure.start()
 
     @property
     def progress(self) -> tuple[int, bool]:

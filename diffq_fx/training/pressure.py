@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from diffq_fx import functional
+from diffq_fx.kernels import moments
 from diffq_fx.training.sensitivity import Sensitivity
 from diffq_fx.training.size import MIB_BITS
 
@@ -77,10 +78,11 @@ class SizePressure:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Give all groups the same bits, those that meet the target."""
-        compression, config = self.compression, self.compression.config
-        groups, budget = compression.groups(), compression.budget_bits()
-        assert budget is not None
+        """Give all groups the same bits, those that meet the target where there is one."""
+        compression, budget = self.compression, self.compression.budget_bits()
+        if budget is None:
+            return
+        config, groups = compression.config, compression.groups()
         bits = torch.tensor((budget - groups.fixed_bits) / groups.num_values).clamp(config.min_bits, config.max_bits)
         logit = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
         for logits in compression.logits:
@@ -112,8 +114,9 @@ class SizePressure:
             return
         multiplier, factor = self._multiplier_and_factor(optimizer, grads, scale)
         self.lambda_per_bit = -multiplier
+        onto = -multiplier * scale * factor
         for grad, slope in self._tiles(grads):
-            grad.sub_(slope.mul_(multiplier * scale)).mul_(factor)
+            grad.mul_(factor).addcmul_(slope, onto)
 
     def _tiles(self, grads: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pieces of the gradient, to be changed in place, and the derivative of the size in the same logits."""
@@ -127,15 +130,13 @@ class SizePressure:
 
     def _multiplier_and_factor(self, optimizer: Optimizer, grads: Mapping[int, Tensor], scale: Tensor | float) -> tuple[Tensor, Tensor]:
         """The Lagrange multiplier over all optimizers that hold bits, and what brings the projected gradient to its size."""
-        zero = next(iter(grads.values())).new_zeros((), dtype=torch.float64)
-        own = _GradientSums(zero.clone(), zero.clone(), zero.clone(), zero.clone(), zero.clone(), 0)
+        sums = next(iter(grads.values())).new_zeros(5, dtype=torch.float64)
+        count = 0
         for g, n in self._tiles(grads):
-            own.g += g.sum(dtype=torch.float64) / scale
-            own.n += n.sum(dtype=torch.float64)
-            own.gg += (torch.linalg.vector_norm(g, dtype=torch.float64) / scale).square()
-            own.gn += torch.dot(g, n).double() / scale
-            own.nn += torch.dot(n, n)
-            own.count += g.numel()
+            sums += moments(g, n)
+            count += g.numel()
+        g, n, gg, gn, nn = sums.unbind()
+        own = _GradientSums(g / scale, n, gg / (scale * scale), gn / scale, nn, count)
         self._sums[optimizer] = own
         others = [sums for other, sums in self._sums.items() if other is not optimizer]
         total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))

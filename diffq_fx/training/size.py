@@ -7,12 +7,12 @@ width, plus the ranges and the coding of the widths.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffq_fx.kernels import bits_of_logits
+from diffq_fx.kernels import bits_of_logits, size_and_growth, slope_of_size
 from diffq_fx.training.groups_in_row import FlatGroups
 
 MIB_BITS = 8 * 2**20
@@ -21,6 +21,9 @@ MIB_BITS = 8 * 2**20
 
 class SizeMeasure(ABC):
     """An answer to "how many bits do the quantized weights take?"."""
+
+    linear: ClassVar[bool] = False
+    """Whether the size is ``sum_s n_s b_s``, which is worked out without a look at each group's bits."""
 
     @abstractmethod
     def size_and_slope(self, values_N: Tensor, bits_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +39,8 @@ class BitPackedSize(SizeMeasure):
 
     Differs from the paper: the widths of a weight are coded relative to its smallest one, and a zero point costs its group's width.
     """
+
+    linear = True
 
     def size_and_slope(self, values_N: Tensor, bits_N: Tensor) -> tuple[Tensor, Tensor]:
         """``sum_s n_s b_s`` and ``n_s``."""
@@ -73,6 +78,11 @@ class SizeOfLogits:
         growth = torch.zeros_like(size)
         for segment in self.groups.segments():
             row = segment.gather(logits)
+            if self.measure.linear:
+                part, slope = size_and_growth(segment.values, row, **self._limits)
+                size += part
+                growth += slope
+                continue
             for tile in segment.tiles():
                 part, slope = self._size_and_slope(segment.values[tile], row[tile])
                 size += part
@@ -81,10 +91,16 @@ class SizeOfLogits:
 
     def slope(self, values_N: Tensor, logits_N: Tensor) -> Tensor:
         """Derivative of the size in each of these logits."""
+        if self.measure.linear:
+            return slope_of_size(values_N, logits_N, **self._limits)
         return self._size_and_slope(values_N, logits_N)[1]
 
+    @property
+    def _limits(self) -> dict[str, float]:
+        return {"min_bits": self.min_bits, "max_bits": self.max_bits, "gain": self.gain}
+
     def _bits_and_slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return bits_of_logits(logits, min_bits=self.min_bits, max_bits=self.max_bits, gain=self.gain)
+        return bits_of_logits(logits, **self._limits)
 
     def _size_and_slope(self, values_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
         bits, slope = self._bits_and_slope(logits_N)

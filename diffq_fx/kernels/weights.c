@@ -1,5 +1,5 @@
-// Pseudo quantization noise in one pass over memory: draw, scale, add; and the grouped reduction of the backward. At the end of the file the
-// steps of the grid from the logits of the bits, for weights with so many groups that this shows.
+// What is done to every weight at every step, in one pass over memory each: pseudo quantization noise (draw, scale, add), the grouped
+// reduction of its backward, the range of each group, rounding.
 //
 // The noise of weight i is a byte of the 64-bit word i / 8, and a word is a hash of the seed and its own place. So a draw does not depend
 // on the number of threads, and the backward makes the same bytes again instead of keeping them.
@@ -7,6 +7,7 @@
 // A weight is O rows of I columns, contiguous; `step` has one value for each `block` columns of a row. Its element for row r and block c
 // is step[r * row_stride + c * block_stride]: strides of zero share a value.
 
+#include <math.h>
 #include <stdint.h>
 
 #define CHUNK 2048 // weights whose noise is made at a time: it stays in the nearest cache
@@ -120,62 +121,6 @@ void diffq_fx_reduce_noise(const float *grad, float *sums, int64_t rows, int64_t
     }
 }
 
-// 2^x for |x| < 120, to 2 units in the last place: plain arithmetic, so that a compiler can do many at once.
-ALWAYS_INLINE float exp2_of(float x) {
-    float whole = __builtin_floorf(x), f = x - whole;
-    float p = 2.161380824e-4f; // least squares in the relative error on [0, 1), 2e-9
-    p = p * f + 1.246737638e-3f;
-    p = p * f + 9.675532627e-3f;
-    p = p * f + 5.548522016e-2f;
-    p = p * f + 2.402293251e-1f;
-    p = p * f + 6.931470423e-1f;
-    p = p * f + 1.0f;
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
-    return p * power.value;
-}
-
-#define LOG2_E 1.44269504f
-
-ALWAYS_INLINE float sigmoid_of(float x) {
-    x = x > 80 ? 80 : x < -80 ? -80 : x;
-    return 1 / (1 + exp2_of(-x * LOG2_E));
-}
-
-// step = span / (2^b - 1), b = min_bits + sigmoid(gain l) bits_range. Strides of zero share a value.
-void diffq_fx_steps(const float *logits, const float *span, float *step, int64_t rows, int64_t columns, int64_t span_row_stride,
-                    int64_t span_column_stride, float min_bits, float bits_range, float gain, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const float *l = logits + row * columns, *s = span + row * span_row_stride;
-        float *restrict out = step + row * columns;
-        if (span_column_stride == 0)
-            for (int64_t c = 0; c < columns; c++) out[c] = s[0] / (exp2_of(min_bits + bits_range * sigmoid_of(gain * l[c])) - 1);
-        else
-            for (int64_t c = 0; c < columns; c++) out[c] = s[c] / (exp2_of(min_bits + bits_range * sigmoid_of(gain * l[c])) - 1);
-    }
-}
-
-// d loss / d l from d loss / d step: step * -ln 2 * levels / (levels - 1) * db/dl.
-void diffq_fx_steps_backward(const float *grad, const float *logits, const float *step, float *grad_logits, int64_t count, float min_bits,
-                             float bits_range, float gain, int threads) {
-    float slope = gain * bits_range * 0.69314718f;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) {
-        float share = sigmoid_of(gain * logits[i]), levels = exp2_of(min_bits + bits_range * share);
-        grad_logits[i] = grad[i] * step[i] * levels / (levels - 1) * share * (share - 1) * slope;
-    }
-}
-
-// b = min_bits + sigmoid(gain l) bits_range and db/dl.
-void diffq_fx_bits(const float *logits, float *bits, float *slope, int64_t count, float min_bits, float bits_range, float gain, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) {
-        float share = sigmoid_of(gain * logits[i]);
-        bits[i] = min_bits + bits_range * share;
-        slope[i] = gain * bits_range * share * (1 - share);
-    }
-}
-
 // The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, the same operations as torch's, so the same
 // bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
 void diffq_fx_round(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
@@ -195,26 +140,51 @@ void diffq_fx_round(const float *weight, const float *scale, const float *zero_p
         }
 }
 
-// Smallest and largest weight, sum and sum of squares of each block of each row, in one pass.
-void diffq_fx_moments(const float *weight, float *low, float *high, float *sum, float *square, int64_t rows, int64_t columns, int64_t block,
-                      int threads) {
-    int64_t blocks = (columns + block - 1) / block;
+#define LANES 32
+
+// Smallest and largest of a run, its sum and that of its squares; all NaN where one of its elements is.
+ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
+    float l = x[0], h = x[0], s = 0, q = 0;
+    int64_t i = 0;
+    if (count >= LANES) { // as many of each as a few vector registers hold, so that no operation waits for the one before
+        float lows[LANES], highs[LANES], sums[LANES] = {0}, squares[LANES] = {0};
+        for (int j = 0; j < LANES; j++) lows[j] = highs[j] = x[j];
+        for (; i + LANES <= count; i += LANES)
+            for (int j = 0; j < LANES; j++) {
+                float v = x[i + j];
+                lows[j] = v < lows[j] ? v : lows[j];
+                highs[j] = v > highs[j] ? v : highs[j];
+                sums[j] += v;
+                squares[j] += v * v;
+            }
+        for (int j = 0; j < LANES; j++) {
+            l = lows[j] < l ? lows[j] : l;
+            h = highs[j] > h ? highs[j] : h;
+            s += sums[j];
+            q += squares[j];
+        }
+    }
+    for (; i < count; i++) {
+        l = x[i] < l ? x[i] : l;
+        h = x[i] > h ? x[i] : h;
+        s += x[i];
+        q += x[i] * x[i];
+    }
+    *low = q != q ? NAN : l;
+    *high = q != q ? NAN : h;
+    *sum = s;
+    *square = q;
+}
+
+// Four values for each block of each row: the four results follow each other, each of rows * blocks elements.
+void diffq_fx_statistics(const float *weight, float *results, int64_t rows, int64_t columns, int64_t block, int threads) {
+    int64_t blocks = (columns + block - 1) / block, all = rows * blocks;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t count = columns - b * block < block ? columns - b * block : block;
-            const float *restrict w = weight + row * columns + b * block;
-            float least = w[0], most = w[0], total = 0, squares = 0;
-            for (int64_t i = 0; i < count; i++) {
-                least = w[i] < least ? w[i] : least;
-                most = w[i] > most ? w[i] : most;
-                total += w[i];
-                squares += w[i] * w[i];
-            }
-            low[row * blocks + b] = least;
-            high[row * blocks + b] = most;
-            sum[row * blocks + b] = total;
-            square[row * blocks + b] = squares;
+            int64_t left = b * block, count = columns - left < block ? columns - left : block;
+            float *into = results + row * blocks + b;
+            statistics_of(weight + row * columns + left, count, into, into + all, into + 2 * all, into + 3 * all);
         }
 }
 
@@ -243,20 +213,19 @@ void diffq_fx_rounding_errors(const float *weight, const float *scale, const flo
         }
 }
 
-// Sum over each block of each row of grad * (the derivative of the rounded weight in the logarithm of the range): the rounding error within the
-// range, the rounded weight beyond it.
+// Derivative of a loss in the logarithm of each group's range: the sum of grad * (rounded - weight), for weights further than `reach` steps
+// from their rounded value, which are clipped, of grad * rounded.
 void diffq_fx_range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
                           int64_t columns, int64_t block, int64_t row_stride, float reach, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t first = row * columns + b * block, count = columns - b * block < block ? columns - b * block : block;
-            const float *restrict g = grad + first, *restrict w = weight + first, *restrict r = rounded + first;
-            float half = scale[row * row_stride + b] * reach, sum = 0;
-            for (int64_t i = 0; i < count; i++) {
-                float error = r[i] - w[i];
-                sum += g[i] * (__builtin_fabsf(error) > half ? r[i] : error);
+            int64_t left = row * columns + b * block, end = b * block + block < columns ? left + block : (row + 1) * columns;
+            float limit = reach * scale[row * row_stride + (row_stride ? b : 0)], sum = 0;
+            for (int64_t i = left; i < end; i++) {
+                float error = rounded[i] - weight[i];
+                sum += grad[i] * (__builtin_fabsf(error) > limit ? rounded[i] : error);
             }
             sums[row * blocks + b] = sum;
         }
