@@ -81,6 +81,17 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     torch.testing.assert_close(clip.grad, by_hand.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_row_of_zeros_has_no_gradient_that_is_not_a_number():
+    net = nn.Linear(40, 3)
+    nn.init.zeros_(net.weight[1])
+    model = prepare_diffq(net, torch.zeros(1, 40), DiffQConfig(target_bits=None, init_bits=3))
+    freeze_bits(model)
+    model(torch.randn(5, 40)).square().sum().backward()
+    (quantizer,) = model.compression.learned
+    assert bool(quantizer.clip.grad.isfinite().all())
+    assert float(quantizer.clip.grad[1]) == 0
+
+
 def test_a_learned_range_wanders_to_less_error():
     """The loss is the squared error of the weights themselves: their own best range is close, a start twice as long is not."""
     torch.manual_seed(0)

@@ -75,18 +75,16 @@ def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups
         >>> bool(high < 6)
         True
     """
-    kinds = (layout.kind, layout.block, groups.kind, groups.block)
-    return torch.ops.diffq_fx.least_error_range(rows_OI.detach(), bits, *kinds, grid)
+    return _least_error_range_op(rows_OI.detach(), bits, layout.kind, layout.block, groups.kind, groups.block, grid)
 
 
 @torch.library.custom_op("diffq_fx::least_error_range", mutates_args=())
 def _least_error_range_op(  # opaque to compilers: its many candidates would each become code
     rows_OI: Tensor, bits: Tensor, range_kind: str, range_block: int, group_kind: str, group_block: int, grid: str
 ) -> tuple[Tensor, Tensor]:
-    layout, groups = (
-        GroupLayout(*rows_OI.shape, cast("GroupKind", kind), block)
-        for kind, block in ((range_kind, range_block), (group_kind, group_block))
-    )
+    rows, columns = rows_OI.shape
+    layout = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
+    groups = GroupLayout(rows, columns, cast("GroupKind", group_kind), group_block)
     grid = cast("Grid", grid)
     low, high = grid_range(*extremes(rows_OI, layout), grid)
     rows_OI = rows_OI.to(low.dtype)
@@ -99,7 +97,8 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
 
 @_least_error_range_op.register_fake
 def _(rows_OI, bits, range_kind, range_block, group_kind, group_block, grid):  # noqa: ANN001, ANN202
-    shape = GroupLayout(*rows_OI.shape, range_kind, range_block).shape
+    rows, columns = rows_OI.shape
+    shape = GroupLayout(rows, columns, range_kind, range_block).shape
     dtype = torch.float64 if rows_OI.dtype == torch.float64 else torch.float32
     return rows_OI.new_empty(shape, dtype=dtype), rows_OI.new_empty(shape, dtype=dtype)
 
@@ -124,8 +123,8 @@ def _rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, group
         top = 2 ** bits.to(torch.int32) - 1
         return native.rounding_errors(rows_OI, params_K.scale, params_K.zero_point, top, groups)
     errors = []
-    for k in range(len(params_K.scale)):
-        params = QuantParams(*(None if values is None else values[k] for values in params_K))
+    for k, scale in enumerate(params_K.scale):
+        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
         rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
         errors.append(groups.sum((rounded_OI - rows_OI).square()))
     return torch.stack(errors)

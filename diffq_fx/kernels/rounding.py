@@ -48,13 +48,15 @@ class _RoundInRange(torch.autograd.Function):
         weight, rounded, logits, clip, scale, span = ctx.saved_tensors
         grad_clip = None
         if clip is not None and ctx.needs_input_grad[3]:
-            slope = _slope_of_range(*(to_rows(t, ctx.axis) for t in (grad, weight, rounded)), scale, ctx.groups)
+            grad_OI, weight_OI, rounded_OI = (to_rows(each, ctx.axis) for each in (grad, weight, rounded))
+            slope = _slope_of_range(grad_OI, weight_OI, rounded_OI, scale, ctx.groups)
             step = scale
             for axis, size in enumerate(clip.shape):
                 if size == 1 < step.shape[axis]:
                     slope, step = slope.sum(axis, keepdim=True), step.amax(axis, keepdim=True)
-            counts = ctx.ranges.counts().to(step.device)
-            grad_clip = (slope / (step.square() * _CLIP_GAIN) * (counts * span / step).rsqrt()).to(clip.dtype)
+            steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
+            lsq_scale = (ctx.ranges.counts().to(step.device) * steps_in_range).rsqrt()
+            grad_clip = (slope * lsq_scale / (step.square() * _CLIP_GAIN)).to(clip.dtype)
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
         return grad, None, torch.zeros_like(logits), grad_clip, None, None, None, None, None
 
