@@ -102,7 +102,7 @@ def _float_trained(job: Job) -> Point:
 
 
 def _aimed(job: Job, **settings: object) -> DiffQConfig:
-    return DiffQConfig(target_mib=job.budget_mib, min_bits=1, **settings)  # pyright: ignore[reportArgumentType]
+    return DiffQConfig(target_mib=job.budget_mib, **settings)  # pyright: ignore[reportArgumentType]
 
 
 OURS: dict[str, System] = {
@@ -118,13 +118,25 @@ OURS: dict[str, System] = {
     "lsq": System(run=_trained(lambda job: LSQ(bits=job.whole_bits)), summary="learned step size"),
     "quant-noise": System(run=_trained(lambda job: QuantNoise(bits=job.whole_bits, rate=0.5)), summary="Quant-Noise, half of the weights"),
     "lc": System(run=_lc, summary="learning-compression, adaptive codebook"),
-    "ours-half": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, rounding_share=0.5)),
-        summary="ours, half of the steps with true rounding",
+    "ours-noise": System(run=_trained(lambda job: _aimed(job, noise_steps=None)), summary="ours, noise to the end", is_default=False),
+    "ours-noise-bn": System(
+        run=_trained(lambda job: _aimed(job, noise_steps=None), batch_norm=True),
+        summary="ours, noise to the end, batch norm estimated again",
         is_default=False,
     ),
-    "ours-noise": System(run=_trained(_aimed), summary="ours, noise to the end", is_default=False),
-    "ours-noise-bn": System(
-        run=_trained(_aimed, batch_norm=True), summary="ours, noise to the end, batch norm estimated again", is_default=False
+    "ours-minmax": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="none")),
+        summary="ours, ranges that span all weights",
+        is_default=False,
+    ),
+    "ours-fitted": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="fitted")),
+        summary="ours, ranges with the least error that do not learn",
+        is_default=False,
+    ),
+    "ours-slow-bits": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, sensitivity_steps=0)),
+        summary="ours, bits moved by their own gradient alone",
+        is_default=False,
     ),
 }
