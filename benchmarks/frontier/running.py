@@ -98,13 +98,14 @@ def _job(asked: argparse.Namespace, task: Task, key: tuple, tell) -> Job:
 
 def _point(key: tuple, job: Job, system: System) -> Point:
     budget = None if system.bits is not None else job.budget_mib
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     found = system.run(job)
     return {
         **dict(zip(KEY, key, strict=True)),
         "budget_mib": budget,
         **found,
         "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu_began, 1),
         "threads": torch.get_num_threads(),
         "versions": versions(system),
         "quick": job.task.quick,
