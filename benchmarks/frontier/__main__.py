@@ -50,8 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     runs.add_argument("--penalty", type=float, help="loss per MiB other than the task's own, for diffq and ours-paper")
     runs.add_argument("--bits-rate", type=float, default=0.05, help="learning rate of bits that have an optimizer group of their own")
     runs.add_argument("--threads", type=int, help="torch's and onnxruntime's")
-    runs.add_argument("--onnx", action="store_true", help="export our systems' models and score the files, too")
-    runs.add_argument("--quick", action="store_true", help="next to no data and two steps: to see that everything runs")
+    runs.add_argument(
+        "--onnx", action="store_true", help="export our systems' models and score the files, too; for points that are not there yet"
+    )
+    runs.add_argument(
+        "--quick",
+        action="store_true",
+        help="next to no data and two steps, into a folder of its own (--results): to see that everything runs",
+    )
     runs.set_defaults(call=run)
     reports = commands.add_parser("report", help="write table and plot of all points")
     reports.add_argument("task", nargs="?", choices=TASKS, help="all if left out")
@@ -59,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     for each in (runs, reports):
         each.add_argument("--results", type=Path, default=RESULTS, help="folder of the points and reports")
     asked = parser.parse_args(arguments)
+    if getattr(asked, "quick", False) and asked.results == RESULTS:
+        parser.error("--quick needs --results with another folder: its points are no results")
     asked.call(asked)
 
 

@@ -21,7 +21,7 @@ def _diffq(job: Job, loss_of_size: Callable[[Tensor], Tensor], setting: str) -> 
     """diffq with its defaults but for groups of 8, nearly no weight left in float, and the rate of its bits."""
     import diffq
 
-    model = job.copy_of_float()
+    model = job.copy_of_float().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue] diffq takes no other
     quantizers: list[diffq.DiffQuantizer] = []
 
     def set_up(optimizer: torch.optim.Optimizer) -> None:  # diffq wants an optimizer from before its own parameters

@@ -13,8 +13,9 @@ from benchmarks.frontier.peers import PEERS
 from benchmarks.frontier.post_training import POST_TRAINING
 
 SYSTEMS: dict[str, System] = {**OURS, **PEERS, **POST_TRAINING}
-KEY = ("system", "bits", "seed", "steps", "rate", "penalty")
-"""What tells points apart. The penalty is null where the task's own was used; a system that does not train has no seed, steps and rate."""
+KEY = ("system", "bits", "seed", "steps", "rate", "penalty", "bits_rate")
+"""What tells points apart. The penalty is null where the task's own was used; a system that does not train has no seed,
+steps and rates."""
 
 
 def path_of(results: Path, task: str) -> Path:

@@ -49,7 +49,7 @@ def grouped(points: Iterable[Point]) -> Groups:
     """The points that differ in their seed alone, largest size first."""
     groups: Groups = {}
     for point in points:
-        key = tuple(point[name] for name in ("system", "bits", "steps", "rate", "penalty"))
+        key = tuple(point[name] for name in ("system", "bits", "steps", "rate", "penalty", "bits_rate"))
         groups.setdefault(key, []).append(point)
     return dict(sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0], *map(str, item[0][2:]))))
 
@@ -60,7 +60,7 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def _row(key: tuple, found: list[Point]) -> list[str]:
-    system, bits, steps, rate, _ = key
+    system, bits, steps, rate, *_ = key
     return [
         system,
         f"{bits:g}",

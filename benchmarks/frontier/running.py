@@ -50,7 +50,8 @@ def _keys(asked: argparse.Namespace, kind: type[Task]) -> Iterator[tuple]:
             for name in asked.systems:
                 system = SYSTEMS[name]
                 width = bits if system.bits is None else float(system.bits)
-                yield (name, width, seed, steps, rate, asked.penalty) if system.trains else (name, width, 0, 0, 0.0, None)
+                trained = (name, width, seed, steps, rate, asked.penalty, asked.bits_rate)
+                yield trained if system.trains else (name, width, 0, 0, 0.0, None, 0.0)
 
 
 def _is_there(asked: argparse.Namespace, key: tuple) -> bool:
@@ -82,7 +83,7 @@ def _measure(asked: argparse.Namespace, task: Task, keys: list[tuple], progress:
 
 
 def _job(asked: argparse.Namespace, task: Task, key: tuple, tell) -> Job:
-    _, bits, seed, steps, rate, penalty = key
+    _, bits, seed, steps, rate, penalty, bits_rate = key
     return Job(
         task=task,
         bits=bits,
@@ -90,7 +91,7 @@ def _job(asked: argparse.Namespace, task: Task, key: tuple, tell) -> Job:
         steps=steps,
         rate=rate,
         penalty=penalty,
-        bits_rate=asked.bits_rate,
+        bits_rate=bits_rate,
         through_onnx=asked.onnx,
         tell=tell,
     )
@@ -98,13 +99,14 @@ def _job(asked: argparse.Namespace, task: Task, key: tuple, tell) -> Job:
 
 def _point(key: tuple, job: Job, system: System) -> Point:
     budget = None if system.bits is not None else job.budget_mib
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     found = system.run(job)
     return {
         **dict(zip(KEY, key, strict=True)),
         "budget_mib": budget,
         **found,
         "seconds": round(time.monotonic() - began, 1),
+        "cpu_seconds": round(time.process_time() - cpu_began, 1),
         "threads": torch.get_num_threads(),
         "versions": versions(system),
         "quick": job.task.quick,

@@ -157,7 +157,7 @@ def test_the_report_shows_mean_spread_and_versions(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", Tiny)
 
     def point(system, seed, score, mib, **more):
-        key = {"system": system, "bits": 3.0, "seed": seed, "steps": 4, "rate": 0.1, "penalty": None}
+        key = {"system": system, "bits": 3.0, "seed": seed, "steps": 4, "rate": 0.1, "penalty": None, "bits_rate": 0.05}
         rest = {"budget_mib": 0.5, "setting": "as is", "seconds": 2.0, "threads": 1, "quick": False}
         return {**key, "mib": mib, "score": score, **rest, "versions": {"torch": "2.13.0", "diffq": "0.2.4"}, **more}
 

@@ -30,7 +30,7 @@ class Task(ABC):
     rate: ClassVar[float]
     """Learning rate of every system."""
     penalties: ClassVar[dict[int, float]]
-    """Loss per MiB that brings systems without a target near 2, 3 and 4 bits; found by trying."""
+    """Loss per MiB for systems without a target, by the budget in bits: a first guess; the table shows what size it led to."""
     float_steps: ClassVar[int] = 0
     float_rate: ClassVar[float] = 1e-3
 

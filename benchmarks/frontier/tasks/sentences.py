@@ -22,8 +22,9 @@ class SentenceEncoder(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        from transformers import AutoModel
+        from transformers import AutoModel, logging
 
+        logging.set_verbosity_error()  # it tells of a buffer of the checkpoint that its own model no longer has
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the teacher has none
         self.encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, **no_dropout)
 
