@@ -17,6 +17,7 @@ from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.kernels import add_noise, learned_factor, least_error_range, normal_range, round_in_range, step_of_logits
 from diffq_fx.methods.base import Method, check_group
 from diffq_fx.methods.grid import GridQuantizer
+from diffq_fx.storage.packing import CONTAINER_BITS
 from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _DEFAULT_TARGET_BITS = float("4")  # compared by identity: a 4 that the user wro
 _GRIDS = ("affine", "symmetric", "float")
 _NOISES = ("uniform", "gaussian")
 _CLIPPINGS = ("learned", "fitted", "none")
+_SIZES = ("bits", "container", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,9 @@ class DiffQConfig(Method):
     """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
     penalty: float | None = None
     """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
+    size: Literal["bits", "container", "entropy"] = "bits"
+    """The size that the target holds: "bits" has every level at its group's width (the paper); "container" is what ONNX stores, with widths of 2,
+    4, 8 and 16 alone; "entropy" is what the entropy-coded packed file takes, and clips no range: rare levels cost next to nothing."""
     group_size: GroupSize = "channel"
     """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
     range_per: Literal["tensor", "channel", "group"] = "channel"
@@ -133,7 +138,7 @@ class DiffQConfig(Method):
         self._check_groups()
         self._check_widths()
         self._check_phases()
-        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("clipping", _CLIPPINGS)):
+        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("clipping", _CLIPPINGS), ("size", _SIZES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if not self.bits_gain > 0:
@@ -146,6 +151,11 @@ class DiffQConfig(Method):
             raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
         if self.range_per == "group" and self.group_size == 1:
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
+        if self.size == "container" and not isinstance(self.group_size, str):
+            raise ValueError(
+                f'DiffQConfig: size="container" needs group_size="channel" or "tensor", got {self.group_size}: '
+                "ONNX holds all blocks of a channel in one container."
+            )
 
     def _check_phases(self) -> None:
         for name, least, none_too in (("training_steps", 1, True), ("noise_steps", 0, True), ("sensitivity_steps", 0, False)):
@@ -191,7 +201,13 @@ class DiffQConfig(Method):
         """The widths that rounding may choose, rising."""
         if self.widths is not None:
             return tuple(self.widths)
-        return tuple(range(math.ceil(self.min_bits), math.floor(self.max_bits) + 1))
+        every = range(math.ceil(self.min_bits), math.floor(self.max_bits) + 1)
+        return tuple(width for width in every if self.size != "container" or width in CONTAINER_BITS)
+
+    @property
+    def clips(self) -> bool:
+        """Whether ranges may leave weights outside."""
+        return self.clipping != "none" and self.size != "entropy"
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
@@ -232,9 +248,9 @@ class DiffQWeight(GridQuantizer):
         self.logits = nn.Parameter(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain))
         self.register_buffer("width", bits.round().to(torch.int32), persistent=False)
         unmoved = torch.zeros(spec.range_layout.shape, device=weight.device)
-        self.clip = nn.Parameter(unmoved) if config.clipping == "learned" else None
+        self.clip = nn.Parameter(unmoved) if config.clips and config.clipping == "learned" else None
         for end in ("range_low", "range_high"):
-            self.register_buffer(end, None if config.clipping == "none" else unmoved.clone())
+            self.register_buffer(end, unmoved.clone() if config.clips else None)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -252,7 +268,7 @@ class DiffQWeight(GridQuantizer):
 
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
-        if self.config.clipping == "none":
+        if not self.config.clips:
             return super().range_of(rows_OI, bits)
         if self.frozen:
             moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
@@ -262,7 +278,7 @@ class DiffQWeight(GridQuantizer):
     @torch.no_grad()
     def keep_range(self) -> None:
         """Fix the range from which clipping is learned; for when the bits become final."""
-        if self.config.clipping != "none":
+        if self.config.clips:
             low, high = self.range_of(to_rows(self.source[0], self.spec.axis), self.width)
             self.get_buffer("range_low").copy_(low)
             self.get_buffer("range_high").copy_(high)
@@ -282,7 +298,7 @@ class DiffQWeight(GridQuantizer):
     def span_in_training(self, weight: Tensor) -> Tensor:
         """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
         spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
-        if self.config.clipping == "none":
+        if not self.config.clips:
             low, high = super().range_of(rows_OI, self.width)
         else:
             low, high = normal_range(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)

@@ -12,10 +12,14 @@ from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice, unique
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
+from diffq_fx.training.entropy import bits_saved
 from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits, mib
 from diffq_fx.weights import SkippedWeight
+
+_CODING_ROUNDS = 8
+_CLOSE_ENOUGH = 2e-3
 
 
 class Compression(nn.Module):
@@ -44,6 +48,7 @@ class Compression(nn.Module):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.penalized = False  # whether model_size was ever part of a loss
+        self.bits_saved = 0  # by entropy coding, where that is the size to hold
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
@@ -128,7 +133,8 @@ class Compression(nn.Module):
         """The groups of all learned weights in one row, made once per device."""
         device = self.learned[0].logits.device
         if self._groups is None or self._groups.device != device:
-            self._groups = FlatGroups([quantizer.spec for quantizer in self.learned], device)
+            specs = [quantizer.spec for quantizer in self.learned]
+            self._groups = FlatGroups(specs, device, in_containers=self.config.size == "container")
         return self._groups
 
     def bits_T(self) -> Tensor:
@@ -147,7 +153,7 @@ class Compression(nn.Module):
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return torch.tensor(float(other))
-        return self.size_of_logits()(self.logits) + other
+        return self.size_of_logits()(self.logits) + (other - self.bits_saved)
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use."""
@@ -156,16 +162,31 @@ class Compression(nn.Module):
             return other
         self.allocate()
         width_T = torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
-        return self.measure.exact_bits(self.groups(), width_T) + other
+        return self.measure.exact_bits(self.groups(), width_T) - self._saved_at(width_T) + other
+
+    def _saved_at(self, width_T: Tensor) -> int:
+        """What entropy coding takes off these widths with the weights as they are; 0 where that is not the size to hold."""
+        return bits_saved(self.learned, self.groups().split(width_T)) if self.config.size == "entropy" else 0
+
+    @torch.no_grad()
+    def measure_coding(self) -> None:
+        """Find what entropy coding saves at the bits of this moment, where that is the size to hold."""
+        if not self.learned or self.config.size != "entropy":
+            return
+        bits_T, values_T = self.bits_T(), self.groups().values_T
+        below_T = bits_T.floor().clamp(min=1)
+        share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
+        below, above = (self._saved_at(width_T.to(torch.int32)) for width_T in (below_T, below_T + 1))
+        self.bits_saved = round(below + float(share) * (above - below))
 
     def budget_bits(self) -> int | None:
-        """Target for the weights with trainable bits, in bits; None without a target."""
+        """Target for the weights with trainable bits before entropy coding, in bits; None without a target."""
         if not self.learned:
             return None
         if self.config.target_mib is not None:
-            return int(self.config.target_mib * MIB_BITS) - self.rest_bits - self.fixed_bits()
+            return int(self.config.target_mib * MIB_BITS) - self.rest_bits - self.fixed_bits() + self.bits_saved
         if self.config.target_bits is not None:
-            return int(self.config.target_bits * self.groups().num_weights)
+            return int(self.config.target_bits * self.groups().num_weights) + self.bits_saved
         return None
 
     def reachable_bits(self) -> tuple[int, int]:
@@ -185,13 +206,27 @@ class Compression(nn.Module):
         key = self._logits_key()
         if not self.learned or key == self._allocated_from:
             return
-        groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits()
-        widths = self.config.allowed_widths
-        width_T = nearest_widths(bits_T, widths) if budget is None else allocate_widths(groups, bits_T, widths, budget, self.measure)
+        groups, width_T = self.groups(), self._rounded_bits()
         for quantizer, width in zip(self.learned, groups.split(width_T), strict=True):
             if not torch.equal(quantizer.width.reshape(-1), width):
                 quantizer.width.copy_(width.reshape(quantizer.width.shape))
         self._allocated_from = key
+
+    def _rounded_bits(self) -> Tensor:
+        """The whole widths of all groups, within the target where there is one, shape (T,)."""
+        groups, bits_T, widths = self.groups(), self.bits_T(), self.config.allowed_widths
+        budget = self.budget_bits()
+        if budget is None:
+            return nearest_widths(bits_T, widths)
+        width_T = allocate_widths(groups, bits_T, widths, budget, self.measure)
+        if self.config.size == "entropy":
+            target = budget - self.bits_saved
+            for _ in range(_CODING_ROUNDS):  # what coding saves depends on the widths, and the other way round
+                saved = self._saved_at(width_T)
+                if 0 <= target + saved - self.measure.exact_bits(groups, width_T) <= _CLOSE_ENOUGH * target:
+                    break
+                width_T = allocate_widths(groups, bits_T, widths, target + saved, self.measure)
+        return width_T
 
     def refresh(self, quantizer: DiffQWeight) -> None:
         """Allocate again if the logits of this quantizer are not those of the last allocation."""

@@ -44,6 +44,19 @@ def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     return values + ranges.num_groups // spec.bits_layout.num_groups, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
 
 
+def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
+    """What an ONNX file stores of one weight, as :func:`bit_costs`: a float32 scale for each group, a zero point as wide as its levels.
+
+    Example:
+        >>> values, fixed = container_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
+        >>> values.tolist(), fixed
+        ([[9], [9]], 64)
+    """
+    values, scales = spec.bits_layout.counts(), spec.scale_layout.num_groups
+    zero_points = scales // spec.bits_layout.num_groups if spec.grid == "affine" else 0
+    return values + zero_points, 32 * scales
+
+
 @dataclass(frozen=True)
 class Segment:
     """Weights that are worked on together: one with many groups, or all those with few."""
@@ -72,10 +85,11 @@ class Segment:
 
 
 class FlatGroups:
-    """The groups of all weights of a model."""
+    """The groups of all weights of a model; with ``in_containers`` as an ONNX file stores them, whose containers say how wide they are."""
 
-    def __init__(self, specs: Sequence[WeightSpec], device: torch.device) -> None:
-        costs = [bit_costs(spec) for spec in specs]
+    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, *, in_containers: bool = False) -> None:
+        self.in_containers = in_containers
+        costs = [(container_costs if in_containers else bit_costs)(spec) for spec in specs]
         self.counts = [values.numel() for values, _ in costs]
         self._values = [_one_number_if_equal(values.reshape(-1).to(device, torch.float32)) for values, _ in costs]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
@@ -130,6 +144,8 @@ class FlatGroups:
 
     def coding_bits_between(self, low_W: Tensor, high_W: Tensor) -> Tensor:
         """The same from the smallest and largest width of each weight."""
+        if self.in_containers:
+            return torch.zeros((), device=self.device)
         return (self.groups_W * torch.ceil(torch.log2(1 + high_W.float() - low_W.float()))).sum()
 
     def split(self, flat_T: Tensor) -> list[Tensor]:

@@ -36,6 +36,10 @@ _GRADIENT_RMS = 1e-3
 _LOGIT_LIMIT = 6.0
 """``|gain * logit|`` stays below this: further out the sigmoid's slope is too small for a group ever to come back."""
 
+_CODING_ROUNDS = 3
+_CODING_EVERY = 50
+"""Steps after which it is found again what entropy coding saves, where that is the size to hold."""
+
 _LARGEST_SHIFT = 0.5
 """Largest common shift of ``gain * logit`` in one step."""
 
@@ -79,10 +83,15 @@ class SizePressure:
     @torch.no_grad()
     def start(self) -> None:
         """Give all groups the same bits, those that meet the target where there is one."""
-        compression, budget = self.compression, self.compression.budget_bits()
-        if budget is None:
+        compression = self.compression
+        if not compression.learned or compression.budget_bits() is None:
             return
-        config, groups = compression.config, compression.groups()
+        for _ in range(_CODING_ROUNDS if compression.config.size == "entropy" else 1):
+            self._start_at(compression.budget_bits() or 0)
+            compression.measure_coding()
+
+    def _start_at(self, budget: int) -> None:
+        compression, config, groups = self.compression, self.compression.config, self.compression.groups()
         bits = torch.tensor((budget - groups.fixed_bits) / groups.num_values).clamp(config.min_bits, config.max_bits)
         logit = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
         for logits in compression.logits:
@@ -150,9 +159,10 @@ class SizePressure:
         compression = self.compression
         frozen, budget = compression.frozen, compression.budget_bits()
         if budget is not None and not frozen:
-            if held[0] == 0:
-                self.sensitivity.move_bits(budget)
-            self._shift(budget)
+            moved = held[0] == 0 and self.sensitivity.move_bits(budget)
+            if moved or compression.progress[0] % _CODING_EVERY == 0:
+                compression.measure_coding()
+            self._shift(compression.budget_bits() or budget)
         if held[0] == 0:
             compression.count_step()
 

@@ -48,16 +48,16 @@ class Sensitivity:
                 self.squares[i] += mean.nan_to_num_(0, 0, 0)
 
     @torch.no_grad()
-    def move_bits(self, budget: int) -> None:
-        """After the last step that counts, give every group the bits it asks for, all together within the budget."""
+    def move_bits(self, budget: int) -> bool:
+        """After the last step that counts, give every group the bits it asks for, all together within the budget; whether it did."""
         compression, config = self.compression, self.compression.config
         if config.sensitivity_step is None or self.steps == 0 or compression.progress[0] + 1 != config.sensitivity_step:
-            return
+            return False
         groups = compression.groups()
         asked_T = torch.cat([self._asked(i).reshape(-1) for i in range(len(self.squares))])
         self.squares = []
         if not bool(torch.isfinite(asked_T).any()):
-            return  # no gradient reached any weight
+            return False  # no gradient reached any weight
         asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
         coding = float(groups.coding_bits((asked_T - asked_T.mean() + config.min_bits).clamp(config.min_bits, config.max_bits).round()))
         values_T, bits_T = groups.values_T.double().cpu(), asked_T.double().cpu()
@@ -66,6 +66,7 @@ class Sensitivity:
         for quantizer, bits in zip(compression.learned, groups.split(bits_T), strict=True):
             logits = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
             quantizer.logits.copy_(logits.view_as(quantizer.logits))
+        return True
 
     def _asked(self, index: int) -> Tensor:
         """``log2(R sqrt(F))`` of each group of a weight; minus infinity where nothing depends on it."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffq_fx import DiffQConfig, DivergenceError, PreparationError, bits_report, convert, model_size, prepare
+from diffq_fx import DiffQConfig, DivergenceError, PreparationError, bits_report, convert, distillation_loss, model_size, prepare
 from diffq_fx.methods import STE, ProductQuantization
 from diffq_fx.storage.codebook import to_blocks
 from diffq_fx.training.ipq import IPQ, Distillation

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffq_fx import DiffQConfig, model_size, prepare_diffq
+from diffq_fx import DiffQConfig, convert_diffq, model_size, prepare_diffq
+from diffq_fx.export.packed import save_packed
 from diffq_fx.training.allocation import allocate_widths
 from diffq_fx.training.groups_in_row import FlatGroups, bit_costs
 from diffq_fx.training.size import BitPackedSize, SizeOfLogits
@@ -155,3 +156,62 @@ def test_allocation_on_container_widths(target):
     assert 0.99 * budget <= measure.exact_bits(groups, widths) <= budget
     order = torch.argsort(bits)
     assert bool((widths[order][1:] >= widths[order][:-1]).all())
+
+
+def mixed_model(**settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10))
+    for layer in net[::2]:
+        nn.init.normal_(layer.weight, std=0.05)
+    model = prepare_diffq(net, torch.zeros(2, 256), DiffQConfig(**settings))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(40):
+        x = torch.randn(64, 256)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), x[:, :10].argmax(1)).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("bits", [2.5, 4])
+def test_the_entropy_coded_file_has_the_size_that_training_held(bits, tmp_path):
+    model = mixed_model(target_bits=bits, size="entropy", training_steps=40)
+    compression = model.compression
+    target = bits * compression.groups().num_weights + compression.rest_bits
+    exact = model_size(model, exact=True) * 2**23
+    assert exact == pytest.approx(target, rel=0.03)  # the weights train on after the bits are final
+    converted = convert_diffq(model)
+    files = {}
+    for compression_kind in ("entropy", "bits"):
+        save_packed(converted, tmp_path / compression_kind, compression=compression_kind)
+        files[compression_kind] = (tmp_path / compression_kind).stat().st_size * 8
+    overhead = 8 * 3000  # names, shapes and checksums
+    assert files["entropy"] == pytest.approx(exact + overhead / 2, abs=overhead / 2 + 0.02 * exact)
+    assert files["bits"] > 1.1 * files["entropy"]
+    widths = torch.cat([q.width.flatten() for q in model.compression.learned]).double()
+    assert float(widths.mean()) > bits + 0.3  # wider levels than bit packing could pay for
+
+
+def test_more_entropy_bits_than_the_target_are_never_chosen():
+    for target in (2.5, 3, 3.5, 5):
+        model = prepare_diffq(nn.Linear(300, 200), torch.zeros(1, 300), DiffQConfig(target_bits=target, size="entropy"))
+        model.eval()
+        found = model_size(model, exact=True) * 2**23 - 200 * 32
+        assert 0.97 * target < found / 60_000 <= 1.003 * target
+
+
+def test_the_container_size_is_what_onnx_stores():
+    model = mixed_model(target_bits=3.5, size="container", training_steps=40)
+    quantizers = model.compression.learned
+    widths = torch.cat([q.width.flatten() for q in quantizers])
+    assert set(widths.tolist()) <= {2, 4, 8}
+    by_hand = (
+        sum(int((q.width.flatten() * (q.spec.columns + 1)).sum()) + 32 * q.spec.rows for q in quantizers) + model.compression.rest_bits
+    )
+    assert model_size(model, exact=True) * 2**23 == by_hand
+    assert by_hand <= 3.5 * model.compression.groups().num_weights + model.compression.rest_bits
+
+
+def test_containers_hold_channels_not_blocks():
+    with pytest.raises(ValueError, match='size="container" needs group_size="channel" or "tensor", got 8'):
+        DiffQConfig(size="container", group_size=8)
