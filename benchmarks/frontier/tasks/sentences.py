@@ -40,7 +40,7 @@ class Sentences(Task):
 
     name, score_name = "sentences", "100 x mean cosine to the float embeddings"
     files = ("wikitext2_valid.txt", "wikitext2_test.txt")
-    steps, rate = 100, 2e-4
+    steps, rate = 150, 2e-4
     penalties: ClassVar[dict[int, float]] = {2: 0.1, 3: 0.03, 4: 0.01}
     length = 32
 

@@ -22,7 +22,7 @@ class SeparatorTask(Task):
     name, score_name = "separator", "SDR in dB"
     has_convolutions = True
     files = ("bach_stems_16k.npz",)
-    steps, rate = 250, 1e-3
+    steps, rate = 350, 1e-3
     penalties: ClassVar[dict[int, float]] = {2: 5.0, 3: 1.0, 4: 0.3}
     float_steps, float_rate = 2000, 2e-3
     segment = 16384
