@@ -140,35 +140,16 @@ void diffq_fx_round(const float *weight, const float *scale, const float *zero_p
         }
 }
 
-#define LANES 32
-
-// Smallest and largest of a run, its sum and that of its squares; all NaN where one of its elements is.
+// Smallest and largest of a run, its sum and that of its squares; the first two NaN where one of its elements is.
 ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
     float l = x[0], h = x[0], s = 0, q = 0;
-    int64_t i = 0;
-    if (count >= LANES) { // as many of each as a few vector registers hold, so that no operation waits for the one before
-        float lows[LANES], highs[LANES], sums[LANES] = {0}, squares[LANES] = {0};
-        for (int j = 0; j < LANES; j++) lows[j] = highs[j] = x[j];
-        for (; i + LANES <= count; i += LANES)
-            for (int j = 0; j < LANES; j++) {
-                float v = x[i + j];
-                lows[j] = v < lows[j] ? v : lows[j];
-                highs[j] = v > highs[j] ? v : highs[j];
-                sums[j] += v;
-                squares[j] += v * v;
-            }
-        for (int j = 0; j < LANES; j++) {
-            l = lows[j] < l ? lows[j] : l;
-            h = highs[j] > h ? highs[j] : h;
-            s += sums[j];
-            q += squares[j];
-        }
-    }
-    for (; i < count; i++) {
-        l = x[i] < l ? x[i] : l;
-        h = x[i] > h ? x[i] : h;
-        s += x[i];
-        q += x[i] * x[i];
+#pragma omp simd reduction(min : l) reduction(max : h) reduction(+ : s, q)
+    for (int64_t i = 0; i < count; i++) {
+        float v = x[i];
+        l = v < l ? v : l;
+        h = v > h ? v : h;
+        s += v;
+        q += v * v;
     }
     *low = q != q ? NAN : l;
     *high = q != q ? NAN : h;
