@@ -1,9 +1,8 @@
 """Calls of the kernels in C (noise, ranges, rounding; steps and size of the bits), for float32 on a CPU."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -64,7 +63,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
 
 def takes_rows(rows_OI: Tensor) -> bool:
     """Whether the kernels that are called past torch's dispatcher can work on these rows here, and whether it pays."""
-    return not recorded() and _is_plain(rows_OI) and rows_OI.numel() >= _WORTH_THREADS and takes(rows_OI, 0)
+    return not recorded() and is_plain(rows_OI) and rows_OI.numel() >= _WORTH_THREADS and takes(rows_OI, 0)
 
 
 def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
@@ -75,10 +74,8 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     return results
 
 
-def range_slope(
-    grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, layout: GroupLayout, reach: float
-) -> Tensor:
-    """Per group the sum of ``grad * (rounded - w)``, of ``grad * rounded`` for weights further than ``reach * scale`` away; like ``scale``."""
+def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, layout: GroupLayout, reach: float) -> Tensor:
+    """Per group the sum of ``grad * (rounded - w)``, for weights further than ``reach * scale`` away that of ``grad * rounded``."""
     scale = scale.contiguous()
     sums = grad_OI.new_empty(layout.rows, -(-layout.columns // layout.block))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]
@@ -92,7 +89,7 @@ def range_slope(
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
-    return not recorded() and fits and _is_plain(logits) and build.library() is not None
+    return not recorded() and fits and is_plain(logits) and build.library() is not None
 
 
 def recorded() -> bool:
@@ -100,15 +97,15 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds what it stands for: not so for subclasses such as DTensor and inside torch.func."""
-    return type(tensor) in (Tensor, Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+    return type(tensor) in (Tensor, Parameter) and peek_interpreter_stack() is None
 
 
 def takes_steps(logits: Tensor, span: Tensor) -> bool:
     """Whether the kernel can make the steps of these logits, one each, and whether it pays."""
-    one_each = span.dtype == logits.dtype and span.is_contiguous() and torch.broadcast_shapes(logits.shape, span.shape) == logits.shape
-    return one_each and takes_logits(logits)
+    broadcasts = all(size in (1, groups) for size, groups in zip(span.shape, logits.shape, strict=True))
+    return broadcasts and span.dtype == logits.dtype and span.is_contiguous() and takes_logits(logits)
 
 
 def steps(logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
