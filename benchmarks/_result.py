@@ -27,13 +27,13 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def write_result(name: str, title: str, body: str, packages: Sequence[str]) -> Path:
-    """Write ``results/<name>_cpu<cores>_<date>.md`` and return its path."""
+def write_result(name: str, title: str, body: str, packages: Sequence[str], *, command: str | None = None, folder: Path = RESULTS) -> Path:
+    """Write ``<folder>/<name>_cpu<cores>_<date>.md`` and return its path; ``command`` is what was typed, this script's call if left out."""
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     today = datetime.date.today().isoformat()
     text = f"# {title}\n\n{today} · {describe_machine()} · Python {platform.python_version()}, {versions}\n\n    {command}\n\n{body}\n"
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_cpu{os.cpu_count()}_{today}.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}_cpu{os.cpu_count()}_{today}.md"
     path.write_text(text)
     return path

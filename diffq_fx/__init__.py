@@ -21,7 +21,7 @@ from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.training.compression import Compression, model_size
-from diffq_fx.training.last_mile import freeze_bits, reestimate_batch_norm
+from diffq_fx.training.last_mile import distillation_loss, freeze_bits, reestimate_batch_norm
 from diffq_fx.training.optimizer import setup_optimizer
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
@@ -35,6 +35,7 @@ __all__ = [
     "model_size",
     "setup_optimizer",
     "freeze_bits",
+    "distillation_loss",
     "reestimate_batch_norm",
     "convert_diffq",
     "convert",

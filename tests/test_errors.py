@@ -82,7 +82,7 @@ def test_constant_weight_works():
         (dict(min_bits=0), "min_bits must be from 1 to 16, got 0"),
         (dict(max_bits=17), "max_bits must be from 1 to 16, got 17"),
         (dict(min_bits=6, init_bits=6), "expected min_bits < init_bits <= max_bits, got 6, 6, 8"),
-        (dict(init_bits=9), "expected min_bits < init_bits <= max_bits, got 2, 9, 8"),
+        (dict(init_bits=9), "expected min_bits < init_bits <= max_bits, got 1, 9, 8"),
         (dict(target_bits=4, penalty=1.0), "give one of target_bits, target_mib and penalty"),
         (dict(target_mib=-1), "target_mib must be positive, got -1"),
         (dict(grid="log"), "grid must be one of"),
@@ -90,10 +90,10 @@ def test_constant_weight_works():
         (dict(rest_dtype="int8"), "rest_dtype must be one of"),
         (dict(range_per="row"), "range_per must be"),
         (dict(range_per="group", group_size=1), "would store a range for every weight"),
-        (dict(ramp_steps=-1), "must not be negative"),
+        (dict(noise_steps=-1), "whole number of at least 0, or None, got -1"),
         (dict(widths=(4,)), r"widths must be two or more, rising, got \(4,\)"),
         (dict(widths=(4, 2, 8)), "widths must be two or more, rising"),
-        (dict(widths=(2, 4, 16)), "widths must lie within min_bits=2 and max_bits=8"),
+        (dict(widths=(2, 4, 16)), "widths must lie within min_bits=1 and max_bits=8"),
     ],
 )
 def test_settings_out_of_range(settings, match):
@@ -137,7 +137,7 @@ def test_convert_of_a_model_never_prepared():
 def test_target_below_what_min_bits_reaches():
     refuses(
         ValueError,
-        r"target_bits=1\.5 cannot be reached with widths from 2 to 8 bits: the 768 weights take from 3\.792 to 10\.1 bits a weight",
+        r"target_bits=1\.5 cannot be reached with widths from 1 to 8 bits: the 768 weights take from 2\.74 to 10\.1 bits a weight",
         net(),
         config=DiffQConfig(target_bits=1.5),
     )

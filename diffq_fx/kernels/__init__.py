@@ -3,14 +3,20 @@
 from diffq_fx.kernels.bits import bits_of_logits, moments, size_and_growth, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import add_noise
+from diffq_fx.kernels.ranges import least_error_range, normal_range
+from diffq_fx.kernels.rounding import learned_factor, round_in_range
 from diffq_fx.kernels.statistics import extremes, statistics
 
 __all__ = [
     "add_noise",
     "bits_of_logits",
     "extremes",
+    "learned_factor",
+    "least_error_range",
     "moments",
+    "normal_range",
     "release",
+    "round_in_range",
     "size_and_growth",
     "slope_of_size",
     "statistics",

@@ -14,8 +14,9 @@ class _StepOfLogits(torch.autograd.Function):
     """``step = span / (2^b - 1)`` with ``b = b_min + sigmoid(gain l) (b_max - b_min)``, and its derivative in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, span: Tensor, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
         ctx.bits = (min_bits, max_bits, gain)
+        ctx.unmoved = None if unmoved is None else torch.zeros_like(unmoved)
         ctx.native = native.takes_steps(logits, span)
         if ctx.native:
             step = native.steps(logits, span, *ctx.bits)
@@ -32,10 +33,10 @@ class _StepOfLogits(torch.autograd.Function):
         return step
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, step = ctx.saved_tensors
         if ctx.native:
-            return native.steps_backward(grad, logits, step, *ctx.bits), None, None, None, None
+            return native.steps_backward(grad, logits, step, *ctx.bits), None, ctx.unmoved, None, None, None
         min_bits, max_bits, gain = ctx.bits
         slope = gain * (max_bits - min_bits) * math.log(2)
         if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
@@ -47,7 +48,7 @@ class _StepOfLogits(torch.autograd.Function):
             into = torch.mul(grad[rows], step[rows], out=grad_logits[rows] if grad.dtype == logits.dtype else None)
             into.mul_(levels).div_(levels.sub_(1)).mul_(share).mul_(share.sub_(1)).mul_(slope)
             grad_logits[rows] = into
-        return grad_logits, None, None, None, None
+        return grad_logits, None, ctx.unmoved, None, None, None
 
 
 def _share_and_levels(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
-def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: float, gain: float) -> Tensor:
+def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: float, gain: float, unmoved: Tensor | None = None) -> Tensor:
     """Step of each group from its trainable logit: ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``.
 
     The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
@@ -78,6 +79,8 @@ def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: f
         min_bits: smallest width, in bits.
         max_bits: largest width, in bits.
         gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
+        unmoved: a parameter of the weight that has no part in the noise: it gets a gradient of zero, so that
+            DistributedDataParallel meets it.
 
     Returns:
         Steps, the shape of both together.
@@ -86,7 +89,7 @@ def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: f
         >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), min_bits=1, max_bits=3, gain=1)
         tensor([[0.3333]])
     """
-    return _StepOfLogits.apply(logits, span, min_bits, max_bits, gain)
+    return _StepOfLogits.apply(logits, span, unmoved, min_bits, max_bits, gain)
 
 
 def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ def library() -> ctypes.CDLL | None:
         "add_noise": [*[pointer] * 3, *[size] * 5, word, pointer, count],
         "reduce_noise": [*[pointer] * 2, *[size] * 3, word, pointer, count],
         "round": [*[pointer] * 5, *[size] * 4, count],
+        "rounding_errors": [*[pointer] * 5, *[size] * 6, count],
         "statistics": [*[pointer] * 2, *[size] * 3, count],
         "range_slope": [*[pointer] * 5, *[size] * 4, real, count],
         "steps": [*[pointer] * 3, *[size] * 4, *[real] * 3, count],

@@ -61,9 +61,9 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
     return out
 
 
-def takes_rows(rows_OI: Tensor) -> bool:
-    """Whether the kernels that are called past torch's dispatcher can work on these rows here, and whether it pays."""
-    return not recorded() and is_plain(rows_OI) and rows_OI.numel() >= _WORTH_THREADS and takes(rows_OI, 0)
+def takes_rows(*rows_OI: Tensor) -> bool:
+    """Whether the kernels that are called past torch's dispatcher can work on all these rows here, and whether it pays."""
+    return not recorded() and all(is_plain(rows) and rows.numel() >= _WORTH_THREADS and takes(rows, 0) for rows in rows_OI)
 
 
 def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
@@ -74,8 +74,27 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     return results
 
 
+def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
+    """Squared rounding error of each group on each of K grids, shape (K, R, C)."""
+    scale_KRC, zero_point_KRC = scale_KRC.float().contiguous(), zero_point_KRC.float().contiguous()
+    grids, _, blocks = scale_KRC.shape
+    top = top.expand(scale_KRC.shape[1:]).float().contiguous()
+    errors = torch.empty(grids, layout.rows, blocks)
+    build.loaded_library().diffq_fx_rounding_errors(
+        *(each.data_ptr() for each in (rows_OI, scale_KRC, zero_point_KRC, top, errors)),
+        grids,
+        layout.rows,
+        layout.columns,
+        layout.block,
+        scale_KRC.stride(0),
+        0 if layout.kind == "tensor" else blocks,
+        _threads(rows_OI.numel()),
+    )
+    return errors.sum(1, keepdim=True) if layout.kind == "tensor" else errors
+
+
 def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, layout: GroupLayout, reach: float) -> Tensor:
-    """Per group the sum of ``grad * (rounded - w)``, for weights further than ``reach * scale`` away that of ``grad * rounded``."""
+    """Per group the sum of ``grad * (rounded - w)``, of ``grad * rounded`` where that is more than ``reach * scale``; like ``scale``."""
     scale = scale.contiguous()
     sums = grad_OI.new_empty(layout.rows, -(-layout.columns // layout.block))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]

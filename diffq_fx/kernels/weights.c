@@ -169,6 +169,31 @@ void diffq_fx_statistics(const float *weight, float *results, int64_t rows, int6
         }
 }
 
+// Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
+// (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks.
+void diffq_fx_rounding_errors(const float *weight, const float *scale, const float *zero_point, const float *top, float *errors,
+                              int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride, int64_t row_stride,
+                              int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t count = columns - b * block < block ? columns - b * block : block;
+            const float *restrict w = weight + row * columns + b * block;
+            int64_t at = row * row_stride + b;
+            for (int64_t g = 0; g < grids; g++) {
+                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], t = top[at], inverse = 1 / s, error = 0;
+                for (int64_t i = 0; i < count; i++) {
+                    float q = __builtin_rintf(w[i] * inverse) + z;
+                    q = q < 0 ? 0 : q > t ? t : q;
+                    float off = (q - z) * s - w[i];
+                    error += off * off;
+                }
+                errors[(g * rows + row) * blocks + b] = error;
+            }
+        }
+}
+
 // Derivative of a loss in the logarithm of each group's range: the sum of grad * (rounded - weight), for weights further than `reach` steps
 // from their rounded value, which are clipped, of grad * rounded.
 void diffq_fx_range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,

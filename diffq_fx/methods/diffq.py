@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffq_fx import functional
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize, to_rows
-from diffq_fx.kernels import add_noise, step_of_logits
+from diffq_fx.kernels import add_noise, learned_factor, least_error_range, normal_range, round_in_range, step_of_logits
 from diffq_fx.methods.base import Method, check_group
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _DEFAULT_TARGET_BITS = float("4")  # compared by identity: a 4 that the user wrote does not yield to another target
 _GRIDS = ("affine", "symmetric", "float")
 _NOISES = ("uniform", "gaussian")
+_CLIPPINGS = ("learned", "fitted", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class DiffQConfig(Method):
     """"affine" (integer zero_point), "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold)."""
     noise: Literal["uniform", "gaussian"] = "uniform"
     """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
-    min_bits: float = 2
+    min_bits: float = 1
     """Smallest width, 1 to 16."""
     max_bits: float = 8
     """Largest width, 1 to 16."""
@@ -68,16 +69,19 @@ class DiffQConfig(Method):
     """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
     container is wasted."""
     init_bits: float = 6
-    """Width at the start, above ``min_bits`` and at most ``max_bits``."""
+    """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``."""
     bits_gain: float = 10
     """How much faster the bits move than a weight under the same optimizer; the paper has 1 and an optimizer of their own."""
-    ramp_steps: int = 100
-    """Optimizer steps in which the size in training goes from ``init_bits`` to the target. eval() and convert always use the target."""
+    sensitivity_steps: int = 20
+    """Optimizer steps after which the bits move, all at once, to where the gradients of the weights so far want them (with a target)."""
+    clipping: Literal["learned", "fitted", "none"] = "learned"
+    """Range of the grid: "none" spans all weights, "fitted" has the least squared error, "learned" starts there and is trained."""
+    noise_steps: int | None = 200
+    """Optimizer steps with noise; then the bits are final and training rounds truly. None: noise to the end. Without a target None."""
     training_steps: int | None = None
-    """Optimizer steps that the whole training will make. If given, the bits freeze at the end of the noise, and the last part trains with
-    true rounding; else call :func:`~diffq_fx.freeze_bits` for that yourself."""
-    rounding_share: float = 1 / 3
-    """The part of ``training_steps`` with frozen bits and true rounding, 0 to 1."""
+    """Optimizer steps that the whole training will make; if given, noise takes what ``rounding_share`` leaves, not ``noise_steps``."""
+    rounding_share: float = 0.8
+    """The part of ``training_steps`` with final bits and true rounding, 0 to 1."""
 
     @staticmethod
     def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":
@@ -105,6 +109,8 @@ class DiffQConfig(Method):
             max_bits=15,
             init_bits=8,
             bits_gain=1,
+            clipping="none",
+            noise_steps=None,
             min_size=2622,  # 0.01 MiB of float32
         )
 
@@ -127,11 +133,11 @@ class DiffQConfig(Method):
         self._check_groups()
         self._check_widths()
         self._check_phases()
-        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES)):
+        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("clipping", _CLIPPINGS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.ramp_steps < 0 or not self.bits_gain > 0:
-            raise ValueError("DiffQConfig: ramp_steps must not be negative, bits_gain must be positive.")
+        if not self.bits_gain > 0:
+            raise ValueError(f"DiffQConfig: bits_gain must be positive, got {self.bits_gain}.")
         self.check_common()
 
     def _check_groups(self) -> None:
@@ -142,21 +148,34 @@ class DiffQConfig(Method):
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
 
     def _check_phases(self) -> None:
-        steps = self.training_steps
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"DiffQConfig: training_steps must be a whole number of at least 1, or None, got {steps!r}.")
+        for name, least, none_too in (("training_steps", 1, True), ("noise_steps", 0, True), ("sensitivity_steps", 0, False)):
+            steps = getattr(self, name)
+            if steps is None and none_too:
+                continue
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
+                also = ", or None" if none_too else ""
+                raise ValueError(f"DiffQConfig: {name} must be a whole number of at least {least}{also}, got {steps!r}.")
         if not 0 <= self.rounding_share <= 1:
             raise ValueError(f"DiffQConfig: rounding_share must be from 0 to 1, got {self.rounding_share!r}.")
 
     @property
-    def freeze_step(self) -> int | None:
-        """The optimizer step after which the bits freeze; None without ``training_steps``."""
-        return None if self.training_steps is None else round(self.training_steps * (1 - self.rounding_share))
+    def has_target(self) -> bool:
+        """Whether there is a size to meet."""
+        return self.target_bits is not None or self.target_mib is not None
 
     @property
-    def ramp_length(self) -> int:
-        """``ramp_steps``, or less in a short training: half of the noise has the target's size."""
-        return self.ramp_steps if self.freeze_step is None else min(self.ramp_steps, self.freeze_step // 2)
+    def freeze_step(self) -> int | None:
+        """The optimizer step after which the bits are final; None where nothing says when."""
+        if self.training_steps is not None:
+            return round(self.training_steps * (1 - self.rounding_share))
+        return self.noise_steps if self.has_target else None
+
+    @property
+    def sensitivity_step(self) -> int | None:
+        """The optimizer step after which the bits move to where the gradients want them; None for never."""
+        if not self.has_target or not self.sensitivity_steps:
+            return None
+        return self.sensitivity_steps if self.freeze_step is None else min(self.sensitivity_steps, self.freeze_step)
 
     def _check_widths(self) -> None:
         allowed = self.allowed_widths
@@ -181,21 +200,7 @@ class DiffQConfig(Method):
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
         """Make the noise node of one weight."""
-        return DiffQWeight(spec, self, weight.device)
-
-
-class _FrozenBits(torch.autograd.Function):
-    """The rounded weight, with the gradient straight through and none for the bits: a zero, so that DistributedDataParallel meets them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, logits: Tensor, rounded: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        return grad, torch.zeros_like(logits), None
+        return DiffQWeight(spec, self, weight)
 
 
 class DiffQWeight(GridQuantizer):
@@ -203,49 +208,114 @@ class DiffQWeight(GridQuantizer):
 
     Parameters:
         logits: float32, shape of the spec's ``bits_layout``; see :func:`diffq_fx.functional.bits_from_logits`.
+        clip: float32, shape of the spec's ``range_layout``: how far the range has moved since the bits became final; see
+            :func:`diffq_fx.kernels.round_in_range`. None without learned clipping.
 
     Buffers:
-        width: int32, the same shape: the rounded bits, set for the whole model at once so that the size meets its target.
+        width: int32, the shape of ``logits``: the rounded bits, set for the whole model at once so that the size meets its target.
+        range_low, range_high: float32, the shape of ``clip``: the range when the bits became final. None without clipping.
     """
 
     logits: nn.Parameter
+    clip: nn.Parameter | None
     width: Tensor
+    range_low: Tensor | None
+    range_high: Tensor | None
 
-    def __init__(self, spec: WeightSpec, config: DiffQConfig, device: torch.device) -> None:
+    def __init__(self, spec: WeightSpec, config: DiffQConfig, weight: Tensor) -> None:
         super().__init__(spec)
         self.config = config
         self.compression: Compression | None = None
         self.index = 0  # among the model's learned weights
-        bits = torch.full(spec.bits_layout.shape, float(config.init_bits), device=device)
+        self.source = (weight,)  # in a tuple: a parameter would become one of this module's own
+        bits = torch.full(spec.bits_layout.shape, float(config.init_bits), device=weight.device)
         self.logits = nn.Parameter(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain))
         self.register_buffer("width", bits.round().to(torch.int32), persistent=False)
+        unmoved = torch.zeros(spec.range_layout.shape, device=weight.device)
+        self.clip = nn.Parameter(unmoved) if config.clipping == "learned" else None
+        for end in ("range_low", "range_high"):
+            self.register_buffer(end, None if config.clipping == "none" else unmoved.clone())
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained beside the weight."""
+        return [self.logits] if self.clip is None else [self.logits, self.clip]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the bits are final."""
+        return self.compression is not None and self.compression.frozen
 
     def bits(self) -> Tensor:
         """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""
         return functional.bits_from_logits(self.logits, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
 
+    def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
+        if self.config.clipping == "none":
+            return super().range_of(rows_OI, bits)
+        if self.frozen:
+            moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
+            return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
+        return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.spec.grid)
+
+    @torch.no_grad()
+    def keep_range(self) -> None:
+        """Fix the range from which clipping is learned; for when the bits become final."""
+        if self.config.clipping != "none":
+            low, high = self.range_of(to_rows(self.source[0], self.spec.axis), self.width)
+            self.get_buffer("range_low").copy_(low)
+            self.get_buffer("range_high").copy_(high)
+
     def training_weight(self, weight: Tensor) -> Tensor:
-        """``w + step(b) * n``; once the bits are frozen, the rounded weight with the gradient straight through."""
+        """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
+        if isinstance(weight, nn.Parameter) and weight is not self.source[0] and not torch.compiler.is_compiling():
+            self.source = (weight,)
+        return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
+
+    def _noisy(self, weight: Tensor) -> Tensor:
+        spec, config = self.spec, self.config
+        limits = {"min_bits": config.min_bits, "max_bits": config.max_bits, "gain": config.bits_gain}
+        step = step_of_logits(self.logits, self.span_in_training(weight), unmoved=self.clip, **limits)
+        return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=config.noise == "gaussian")
+
+    def span_in_training(self, weight: Tensor) -> Tensor:
+        """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
+        spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
+        if self.config.clipping == "none":
+            low, high = super().range_of(rows_OI, self.width)
+        else:
+            low, high = normal_range(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
+        return high - low
+
+    @torch.no_grad()
+    def _widest_bits(self) -> Tensor:
+        """The most bits among the groups of each range."""
+        widest = self.logits
+        for axis, size in enumerate(self.spec.range_layout.shape):
+            if size == 1 < widest.shape[axis]:
+                widest = widest.amax(axis, keepdim=True)
+        return functional.bits_from_logits(widest, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
+
+    def _rounded_for_training(self, weight: Tensor) -> Tensor:
+        if self.compression is not None and not torch.compiler.is_compiling():
+            self.compression.refresh(self)
         spec = self.spec
-        if self.compression is not None and self.compression.frozen:
-            if not torch.compiler.is_compiling():
-                self.compression.refresh(self)
-            return _FrozenBits.apply(weight, self.logits, self.rounded_weight(weight.detach()))
-        low, high = self.range_of(to_rows(weight, spec.axis))
-        config = self.config
-        step = step_of_logits(self.logits, high - low, min_bits=config.min_bits, max_bits=config.max_bits, gain=config.bits_gain)
-        gaussian = config.noise == "gaussian"
-        return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=gaussian)
+        low, high = self.range_of(to_rows(weight, spec.axis), self.width)
+        params = functional.quant_params(low, high, self.width, spec.grid)
+        rounded = self.round_to(weight.detach(), params)
+        layouts = {"axis": spec.axis, "groups": spec.scale_layout, "ranges": spec.range_layout}
+        return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low, **layouts)
 
     def rounded_bits(self) -> Tensor:
         """Bits of each group as the converted model has them."""
         return self.width
 
     def state_key(self) -> tuple[Any, ...]:
-        """Changes with the rounded bits of the model."""
+        """Changes with the rounded bits of the model and with the learned range."""
         if self.compression is not None:
             self.compression.refresh(self)
-        return (self.width._version, self.width.data_ptr())
+        return (self.width._version, self.width.data_ptr(), self.frozen, 0 if self.clip is None else self.clip._version)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""

@@ -21,13 +21,13 @@ class GridQuantizer(WeightQuantizer):
     def rounded_bits(self) -> Tensor:
         """The width of each group after rounding, int32, shape of the spec's ``bits_layout``."""
 
-    def range_of(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Range that the grid covers, two tensors of the spec's ``range_layout``."""
+    def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Range that the grid covers with groups of these widths, two tensors of the spec's ``range_layout``."""
         return functional.grid_range(*extremes(rows_OI, self.spec.range_layout), self.spec.grid)
 
     def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
         """Scale and zero point of the grid, shape of the spec's ``scale_layout``."""
-        low, high = self.range_of(rows_OI)
+        low, high = self.range_of(rows_OI, bits)
         return functional.quant_params(low, high, bits, self.spec.grid)
 
     def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:

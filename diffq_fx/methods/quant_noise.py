@@ -13,7 +13,7 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
-from diffq_fx.functional.ranges import histogram_range
+from diffq_fx.kernels import least_error_range
 from diffq_fx.methods.base import straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
@@ -43,7 +43,7 @@ class QuantNoise(FixedBits):
         ValueError: a setting is out of its range, with the value found.
 
     Example:
-        >>> QuantNoise(bits=4, rate=0.1, group_size="tensor", range="histogram").rate
+        >>> QuantNoise(bits=4, rate=0.1, group_size="tensor", range="least_error").rate
         0.1
     """
 
@@ -52,10 +52,10 @@ class QuantNoise(FixedBits):
     """Probability that a block is rounded in a forward; the paper has 0.5 for scalar quantization."""
     block_size: int = 1
     """Weights along the inputs that are rounded together or not at all; the paper has 1 for scalar quantization."""
-    range: Literal["minmax", "histogram"] = "minmax"
-    """"minmax" spans all weights of a group; "histogram" is the range with the smallest squared error, and clips what lies beyond."""
+    range: Literal["minmax", "least_error"] = "minmax"
+    """"minmax" spans all weights of a group; "least_error" is the range with the smallest squared error, and clips what lies beyond."""
     range_every: int = 100
-    """Forwards in training after which a "histogram" range is made anew; eval() and convert make their own."""
+    """Forwards in training after which a "least_error" range is made anew; eval() and convert make their own."""
     grid: Literal["affine", "symmetric"] = "affine"
     """"affine" (integer zero_point) or "symmetric"."""
 
@@ -63,7 +63,7 @@ class QuantNoise(FixedBits):
         """Refuse what cannot work, naming the setting and the value."""
         super().__post_init__()
         check_rate("QuantNoise", self.rate)
-        for name, allowed in (("range", ("minmax", "histogram")), ("grid", ("affine", "symmetric"))):
+        for name, allowed in (("range", ("minmax", "least_error")), ("grid", ("affine", "symmetric"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"QuantNoise: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("block_size", "range_every"):
@@ -89,11 +89,11 @@ class QuantNoiseWeight(FixedBitsQuantizer):
         self._held: QuantParams | None = None
         self._forwards = 0
 
-    def range_of(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
+    def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers, two tensors of the spec's ``range_layout``."""
-        if self.config.range == "histogram":
-            return histogram_range(rows_OI.detach(), self.spec.range_layout, self.config.bits, self.config.grid)
-        return super().range_of(rows_OI)
+        if self.config.range == "least_error":
+            return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.config.grid)
+        return super().range_of(rows_OI, bits)
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight with random blocks rounded, straight-through."""

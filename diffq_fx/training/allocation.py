@@ -38,7 +38,7 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, widths: Sequence[int], b
     least = most - groups.num_groups * math.ceil(math.log2(1 + widths[-1] - widths[0]))
     payload, best = most - coding, torch.full_like(bits, widths[0])
     for _ in range(_PAYLOAD_ROUNDS):
-        shifted = bits + _common_shift(values, bits, payload, widths[0], widths[-1])
+        shifted = bits + common_shift(values, bits, payload, widths[0], widths[-1])
         width = _largest_remainder(shifted.clamp(widths[0], widths[-1]), values, payload, widths)
         exact = measure.exact_bits(groups, width.to(bits_T.device))
         if exact <= budget_bits:
@@ -62,10 +62,10 @@ def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:
     return ladder[(bits_T.unsqueeze(1) - ladder).abs().argmin(1)].to(torch.int32)
 
 
-def _common_shift(values: Tensor, bits: Tensor, payload: float, low: int, high: int) -> float:
+def common_shift(values: Tensor, bits: Tensor, payload: float, low: float, high: float) -> float:
     """The shift of all bits at which the clamped total meets ``payload``, by bisection."""
-    left, right = float(low - high), float(high - low)
-    for _ in range(40):
+    left, right = low - float(bits.max()), high - float(bits.min())
+    for _ in range(50):
         middle = (left + right) / 2
         total = float(torch.dot(values, (bits + middle).clamp(low, high)))
         left, right = (middle, right) if total < payload else (left, middle)

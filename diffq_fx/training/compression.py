@@ -60,8 +60,11 @@ class Compression(nn.Module):
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
         self.pressure = SizePressure(self)
+        self.pressure.start()
 
-    def _progress(self) -> tuple[int, bool]:
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """Steps so far, and whether the bits are final, without a device sync."""
         if self._known is None:
             self._known = int(self.steps), bool(self.bits_frozen)
         return self._known
@@ -69,11 +72,11 @@ class Compression(nn.Module):
     @property
     def frozen(self) -> bool:
         """Whether the widths are final: training rounds truly and the bits do not move."""
-        return self._progress()[1]
+        return self.progress[1]
 
     def count_step(self) -> None:
         """Note an optimizer step of the bits; the one that ends the noise freezes them."""
-        steps, frozen = self._progress()
+        steps, frozen = self.progress
         self.steps += 1
         self._known = steps + 1, frozen
         freeze_step = self.config.freeze_step
@@ -83,7 +86,11 @@ class Compression(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Round the bits for good; from now on training rounds the weights truly."""
+        if self.frozen:
+            return
         self.allocate()
+        for quantizer in self.learned:
+            quantizer.keep_range()
         self.bits_frozen.fill_(True)
         self._known = int(self.steps), True
 

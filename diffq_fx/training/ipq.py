@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.mapping import matches
 from diffq_fx.methods.product_quantization import ProductWeight
 from diffq_fx.training.compression import require_compression
+from diffq_fx.training.last_mile import distillation_loss
 from diffq_fx.training.safety import LastGoodState
 
 
@@ -151,27 +151,6 @@ def _assign_to_groups(
     return found
 
 
-def distillation_loss(scores: Tensor, teacher_scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """How far the distribution of a student's scores is from its teacher's: ``T^2 KL(softmax(t / T) || softmax(s / T))``, mean over rows.
-
-    Args:
-        scores: shape (..., classes).
-        teacher_scores: the same shape; no gradient goes there.
-        temperature: T.
-
-    Returns:
-        0-d.
-
-    Example:
-        >>> scores = torch.tensor([[1.0, 2.0]])
-        >>> distillation_loss(scores, scores).item()
-        0.0
-    """
-    student = F.log_softmax(scores / temperature, -1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_scores.detach() / temperature, -1).flatten(0, -2)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
 class Distillation:
     """A finetuning for :class:`IPQ` that needs no labels: the model follows the scores of a float model.
 
@@ -181,7 +160,7 @@ class Distillation:
         batches: gives the inputs of one epoch anew at each call.
         lr: learning rate of the SGD with momentum.
         epochs: epochs after each stage.
-        temperature: see :func:`distillation_loss`.
+        temperature: see :func:`~diffq_fx.distillation_loss`.
     """
 
     def __init__(

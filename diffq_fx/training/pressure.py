@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from diffq_fx import functional
 from diffq_fx.kernels import moments
 from diffq_fx.training.groups_in_row import Segment
+from diffq_fx.training.sensitivity import Sensitivity
 from diffq_fx.training.size import MIB_BITS, SizeOfLogits
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class SizePressure:
     def __init__(self, compression: "Compression") -> None:
         self.compression = compression
         self.lambda_per_bit: Tensor | None = None
+        self.sensitivity = Sensitivity(compression)
         self._forget()
         _watch(self)
 
@@ -66,7 +69,7 @@ class SizePressure:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle needs: optimizers belong to this process."""
-        return {"compression": self.compression, "lambda_per_bit": self.lambda_per_bit}
+        return {"compression": self.compression, "lambda_per_bit": self.lambda_per_bit, "sensitivity": self.sensitivity}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and let the hooks find this copy too."""
@@ -74,25 +77,30 @@ class SizePressure:
         self._forget()
         _watch(self)
 
-    def budget_now(self) -> Tensor | None:
-        """The size to hold in training, in bits: from that of ``init_bits`` to the target in ``ramp_steps`` steps, 0-d."""
-        compression, config = self.compression, self.compression.config
-        budget = compression.budget_bits()
+    @torch.no_grad()
+    def start(self) -> None:
+        """Give all groups the same bits, those that meet the target where there is one."""
+        compression, budget = self.compression, self.compression.budget_bits()
         if budget is None:
-            return None
-        groups = compression.groups()
-        start = config.init_bits * groups.num_values + groups.fixed_bits
-        share = ((compression.steps + 1) / max(config.ramp_length, 1)).clamp(max=1)
-        return start + (budget - start) * share
+            return
+        config, groups = compression.config, compression.groups()
+        bits = torch.tensor((budget - groups.fixed_bits) / groups.num_values).clamp(config.min_bits, config.max_bits)
+        logit = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
+        for logits in compression.logits:
+            logits.fill_(float(logit))
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
         """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
         config, logits = self.compression.config, self.compression.logits
+        idle = [q.logits if self.compression.frozen else q.clip for i in held if (q := self.compression.learned[i])]
+        for parameter in idle:
+            if parameter is not None:
+                parameter.grad = None  # so that no momentum and no decay moves it either
         if self.compression.frozen:
-            for i in held:
-                logits[i].grad = None  # so that no momentum and no decay moves them either
             return
+        if held[0] == 0:  # of several optimizers one counts
+            self.sensitivity.observe()
         if config.penalty is None and self.compression.budget_bits() is None:
             return
         grads: dict[int, Tensor] = {i: grad for i in held if (grad := logits[i].grad) is not None}
@@ -135,13 +143,15 @@ class SizePressure:
     def after_step(self, held: Sequence[int]) -> None:
         """Shift all logits together so that the size is the one to hold."""
         compression = self.compression
-        frozen, budget = compression.frozen, self.budget_now()
+        frozen, budget = compression.frozen, compression.budget_bits()
         if budget is not None and not frozen:
+            if held[0] == 0:
+                self.sensitivity.move_bits(budget)
             self._shift(budget)
-        if held[0] == 0:  # of several optimizers one counts
+        if held[0] == 0:
             compression.count_step()
 
-    def _shift(self, budget: Tensor) -> None:
+    def _shift(self, budget: int) -> None:
         compression = self.compression
         size_of, logits = compression.size_of_logits(), compression.logits
         size, slope = size_of.total(logits)

@@ -19,7 +19,7 @@ from diffq_fx import (
     setup_optimizer,
 )
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.functional.ranges import histogram_range
+from diffq_fx.kernels import least_error_range
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 from diffq_fx.methods.lsq import initial_step, learned_step
 
@@ -33,9 +33,9 @@ METHODS = {
     "LSQ tensor": LSQ(bits=3, group_size="tensor"),
     "LSQ blocks": LSQ(bits=4, group_size=4),
     "QuantNoise": QuantNoise(bits=4, rate=0.5),
-    "QuantNoise histogram": QuantNoise(bits=3, rate=0.3, range="histogram", group_size="tensor"),
-    "QuantNoise histogram channel": QuantNoise(bits=3, rate=0.3, range="histogram", block_size=3, grid="symmetric"),
-    "QuantNoise histogram blocks": QuantNoise(bits=3, rate=0.3, range="histogram", group_size=4),
+    "QuantNoise histogram": QuantNoise(bits=3, rate=0.3, range="least_error", group_size="tensor"),
+    "QuantNoise histogram channel": QuantNoise(bits=3, rate=0.3, range="least_error", block_size=3, grid="symmetric"),
+    "QuantNoise histogram blocks": QuantNoise(bits=3, rate=0.3, range="least_error", group_size=4),
 }
 
 
@@ -87,7 +87,7 @@ def test_every_setting_trains_and_converts(name, scope):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("method", [STE(), LSQ(), QuantNoise(), QuantNoise(range="histogram")], ids=str)
+@pytest.mark.parametrize("method", [STE(), LSQ(), QuantNoise(), QuantNoise(range="least_error")], ids=str)
 def test_other_dtypes(method, dtype):
     x = torch.randn(2, 8, dtype=dtype)
     model = prepare(nn.Linear(8, 16).to(dtype), x, method)
@@ -212,7 +212,7 @@ def test_quant_noise_noises_blocks_at_its_rate():
     assert not torch.equal(model.weight_quantizer(weight), model.weight_quantizer(weight))
 
 
-@pytest.mark.parametrize("method", [QuantNoise(rate=0.1), QuantNoise(rate=0.1, bits=2, range="histogram", range_every=7)], ids=str)
+@pytest.mark.parametrize("method", [QuantNoise(rate=0.1), QuantNoise(rate=0.1, bits=2, range="least_error", range_every=7)], ids=str)
 def test_two_hundred_forwards_leave_every_weight_as_it_was(method):
     net = Consumers()
     before = {name: (p.detach().clone(), p._version) for name, p in net.named_parameters()}
@@ -227,7 +227,7 @@ def test_two_hundred_forwards_leave_every_weight_as_it_was(method):
 
 @pytest.mark.parametrize("grid", ["affine", "symmetric"])
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 50])
-def test_the_histogram_range_beats_the_extremes(grid, group_size):
+def test_the_least_error_range_beats_the_extremes(grid, group_size):
     rows = torch.distributions.Laplace(0, 1).sample((3, 120))
     layout = GroupLayout.of(3, 120, group_size)
 
@@ -236,14 +236,15 @@ def test_the_histogram_range_beats_the_extremes(grid, group_size):
         levels = functional.quantize(rows, params, torch.tensor(3), layout)
         return layout.sum((functional.dequantize(levels, params, layout) - rows).square())
 
-    low, high = histogram_range(rows, layout, 3, grid)
+    low, high = least_error_range(rows, layout, torch.tensor([[3]]), layout, grid)
     widest = functional.weight_range(rows, layout, grid)
     assert bool((low >= widest[0]).all() and (high <= widest[1]).all())
     assert float(error(low, high).sum()) < 0.9 * float(error(*widest).sum())
 
 
-def test_the_histogram_range_of_a_constant_weight():
-    low, high = histogram_range(torch.full((2, 8), 0.25), GroupLayout.of(2, 8, "channel"), 4, "affine")
+def test_the_least_error_range_of_a_constant_weight():
+    layout = GroupLayout.of(2, 8, "channel")
+    low, high = least_error_range(torch.full((2, 8), 0.25), layout, torch.tensor([[4]]), layout, "affine")
     assert low.tolist() == [[0], [0]]
     assert float(high.min()) > 0
 

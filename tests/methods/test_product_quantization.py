@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from diffq_fx import DiffQConfig, DivergenceError, PreparationError, bits_report, convert, model_size, prepare
 from diffq_fx.methods import STE, ProductQuantization
 from diffq_fx.storage.codebook import to_blocks
-from diffq_fx.training.ipq import IPQ, Distillation, distillation_loss
+from diffq_fx.training.ipq import IPQ, Distillation
 
 SETTINGS = {
     "exact": ProductQuantization(entries=4, block_size=4),

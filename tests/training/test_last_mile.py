@@ -18,7 +18,7 @@ X, Y = torch.linspace(-1, 1, 64 * 24).view(64, 24).sin(), torch.linspace(0, 3, 6
 def make(**settings):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8))
-    return prepare_diffq(net, X[:2], DiffQConfig(**{"target_bits": 4.2, "ramp_steps": 5, **settings}))
+    return prepare_diffq(net, X[:2], DiffQConfig(**{"target_bits": 4.2, **settings}))
 
 
 def train(model, steps, optimizer=None):
@@ -166,8 +166,8 @@ def test_batch_norm_gathers_the_statistics_of_the_rounded_weights():
 
 
 def test_a_short_training_has_the_targets_size_before_the_bits_freeze():
-    model = make(training_steps=30, ramp_steps=100)
-    train(model, 19)
+    model = make(training_steps=30, rounding_share=1 / 3)
+    train(model, 1)
     assert not model.compression.frozen
     budget = model.compression.budget_bits() + model.compression.rest_bits
     assert model_size(model).item() * 8 * 2**20 == pytest.approx(budget, rel=0.02)

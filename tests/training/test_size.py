@@ -38,7 +38,7 @@ def test_what_a_weight_stores(settings, values, fixed):
 
 
 def test_exact_size_by_hand():
-    model = prepare_diffq(nn.Linear(10, 4), torch.zeros(1, 10), DiffQConfig(target_bits=None, group_size="channel"))
+    model = prepare_diffq(nn.Linear(10, 4), torch.zeros(1, 10), DiffQConfig(target_bits=None, min_bits=2))
     (quantizer,) = model.compression.quantizers
     with torch.no_grad():  # widths 2, 3, 5, 5: three differences to code, so 2 bits a channel
         bits = torch.tensor([[2.1], [3.2], [4.9], [5.0]])

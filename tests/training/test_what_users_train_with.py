@@ -44,7 +44,7 @@ def test_autocast_trains_weights_and_bits_in_float32(dtype):
     out.float().square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32, name
-        assert bool(parameter.grad.any()), name
+        assert bool(parameter.grad.any()) == (not name.endswith("clip")), name  # ranges wait for the bits to be final
     exact = gradients(make(), lambda m: m(X))["2.weight"]
     with torch.autocast("cpu", dtype=dtype):
         found = gradients(make(), lambda m: m(X).float())["2.weight"]
@@ -96,7 +96,7 @@ def test_a_seed_repeats_a_training_bit_by_bit(group_size):
 
 
 def test_a_moving_average_converts_at_its_own_bits():
-    model = make(target_bits=4, penalty=None, ramp_steps=10)
+    model = make(target_bits=4, penalty=None, noise_steps=None)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     train(model, steps=150, ema=ema)
     averaged = ema.module
@@ -133,7 +133,7 @@ class FormulasWrittenOut(nn.Module):
 @pytest.mark.slow
 def test_the_loss_falls_as_with_the_formulas_written_out():
     """Few bits, so that the noise matters: the curves of several seeds agree, and without noise they would not."""
-    config = DiffQConfig(target_bits=None, min_bits=1, init_bits=1.4, max_bits=3)
+    config = DiffQConfig(target_bits=None, min_bits=1, init_bits=1.4, max_bits=3, clipping="none")
     torch.manual_seed(0)
     float_model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
 

@@ -1,0 +1,142 @@
+"""The systems of this library."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from benchmarks.frontier.job import Job, Point, System, float_mib
+from benchmarks.frontier.sessions import score_file
+from diffq_fx import DiffQConfig, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
+from diffq_fx.export import export_onnx
+from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
+from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
+
+_L_STEPS = 20
+_MU = (1e-2, 30.0)
+
+
+def _settings(method: Method) -> str:
+    """The config, without what it has by default."""
+    plain = type(method)()
+    differing = {name: value for name, value in vars(method).items() if value != getattr(plain, name) and name != "target_bits"}
+    shown = (f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value!r}" for name, value in differing.items())
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _finish(job: Job, model: nn.Module, setting: str) -> Point:
+    """Convert and score, through ONNX too where that is asked for."""
+    mib = float(model_size(model, exact=True))
+    converted = convert(model).eval()
+    point: Point = {"mib": mib, "setting": setting, **job.task.evaluate(converted)}
+    if job.through_onnx:
+        point["onnx"] = through_onnx(job, converted)
+    return point
+
+
+def through_onnx(job: Job, converted: nn.Module) -> dict[str, float | str]:
+    """Export a converted model and score the file on the whole test set, with activations in float and as it runs by default."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            result = export_onnx(converted, job.task.test_example, path)
+        except ExportError as error:
+            return {"refused": str(error).splitlines()[0]}
+        exact, fast = (score_file(job.task, path, exact=exact)["score"] for exact in (True, False))
+        return {"exact_score": exact, "fast_score": fast, "file_mib": result.file_bytes / 2**20}
+
+
+def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False) -> Callable[[Job], Point]:
+    """Prepare, train, convert."""
+
+    def run(job: Job) -> Point:
+        method = make(job)
+        model = prepare(job.copy_of_float(), job.task.example, method)
+        job.training(model).advance(job.steps)
+        if batch_norm:
+            batches = job.task.batches(job.seed + 1)
+            reestimate_batch_norm(model, (inputs for (inputs, _), _ in zip(batches, range(10), strict=False)))
+        return _finish(job, model, _settings(method))
+
+    return run
+
+
+def _paper(job: Job) -> Point:
+    """The paper preset, its bits at a rate of their own as there; weights are left in float from the size on that diffq is told, too."""
+    method = replace(DiffQConfig.paper(penalty=job.chosen_penalty), min_size=262)
+    model = prepare(job.copy_of_float(), job.task.example, method)
+    job.training(model, set_up=lambda optimizer: setup_optimizer(optimizer, model, bits_lr=job.bits_rate)).advance(job.steps)
+    return _finish(job, model, f"DiffQConfig.paper(penalty={job.chosen_penalty:g}), bits_lr={job.bits_rate:g}")
+
+
+def _lc(job: Job) -> Point:
+    """Adaptive codebooks; the steps are shared out over L steps of one optimizer."""
+    method = LC(entries=2**job.whole_bits)
+    model = prepare(job.copy_of_float(), job.task.example, method)
+    turns = min(_L_STEPS, job.steps)
+    penalty: list[LStep] = []
+    training = job.training(model, extra=lambda: penalty[-1].penalty())
+    ends = [round(job.steps * (turn + 1) / turns) for turn in range(turns)]
+
+    def l_step(model: nn.Module, step: LStep) -> None:
+        penalty.append(step)
+        training.advance(ends[step.index] - training.done)
+
+    factor = (_MU[1] / _MU[0]) ** (1 / max(turns - 1, 1))
+    history = LCLoop(model, l_step, schedule=geometric_schedule(_MU[0], factor, turns), tolerance=0).run()
+    setting = f"LC(entries={method.entries}), {turns} L steps, mu {_MU[0]:g} to {_MU[1]:g}, distance {history[-1].distance:.1e}"
+    return _finish(job, model, setting)
+
+
+def _float(job: Job) -> Point:
+    model = job.task.float_model
+    return {"mib": float_mib(model), "setting": "as it was given", **job.task.evaluate(model)}
+
+
+def _float_trained(job: Job) -> Point:
+    model = job.copy_of_float()
+    job.training(model).advance(job.steps)
+    return {"mib": float_mib(model), "setting": "as many steps as the others", **job.task.evaluate(model)}
+
+
+def _aimed(job: Job, **settings: object) -> DiffQConfig:
+    return DiffQConfig(target_mib=job.budget_mib, **settings)  # pyright: ignore[reportArgumentType]
+
+
+OURS: dict[str, System] = {
+    "float": System(run=_float, summary="the float model", bits=32, trains=False),
+    "float-trained": System(run=_float_trained, summary="the float model after as many steps as the others", bits=32),
+    "ours": System(run=_trained(lambda job: _aimed(job, training_steps=job.steps)), summary="DiffQConfig with target_mib"),
+    "ours-widths": System(
+        run=_trained(lambda job: DiffQConfig(target_mib=job.budget_mib, training_steps=job.steps, widths=(2, 4, 8))),
+        summary="the same with the widths of ONNX containers, 2, 4 and 8",
+    ),
+    "ours-paper": System(run=_paper, summary="DiffQConfig.paper with a penalty"),
+    "ste": System(run=_trained(lambda job: STE(bits=job.whole_bits)), summary="uniform QAT, straight through"),
+    "lsq": System(run=_trained(lambda job: LSQ(bits=job.whole_bits)), summary="learned step size"),
+    "quant-noise": System(run=_trained(lambda job: QuantNoise(bits=job.whole_bits, rate=0.5)), summary="Quant-Noise, half of the weights"),
+    "lc": System(run=_lc, summary="learning-compression, adaptive codebook"),
+    "ours-noise": System(run=_trained(lambda job: _aimed(job, noise_steps=None)), summary="ours, noise to the end", is_default=False),
+    "ours-noise-bn": System(
+        run=_trained(lambda job: _aimed(job, noise_steps=None), batch_norm=True),
+        summary="ours, noise to the end, batch norm estimated again",
+        is_default=False,
+    ),
+    "ours-minmax": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="none")),
+        summary="ours, ranges that span all weights",
+        is_default=False,
+    ),
+    "ours-fitted": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="fitted")),
+        summary="ours, ranges with the least error that do not learn",
+        is_default=False,
+    ),
+    "ours-slow-bits": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, sensitivity_steps=0)),
+        summary="ours, bits moved by their own gradient alone",
+        is_default=False,
+    ),
+}

@@ -1,0 +1,138 @@
+"""Table and plot of all points: score against exact size, mean and spread over the seeds."""
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks._result import markdown_table, write_result
+from benchmarks.frontier.job import Point
+from benchmarks.frontier.points import SYSTEMS, path_of, read_points
+from benchmarks.frontier.tasks import TASKS, Task
+
+Groups = dict[tuple, list[Point]]
+_MARKERS = "osD^vP*Xp<>hd8"
+
+
+def report(asked: argparse.Namespace) -> None:
+    """Write the table, the plot of every task that has points."""
+    names = [name for name in TASKS if path_of(asked.results, name).exists() and asked.task in (None, name)]
+    if not names:
+        raise SystemExit(f"{asked.results} has no points yet: run first.")
+    for name in names:
+        print(report_task(asked.results, TASKS[name]).read_text(encoding="utf-8"))
+
+
+def report_task(results: Path, kind: type[Task]) -> Path:
+    """Write the report of one task and return the markdown's path."""
+    points = read_points(results, kind.name)
+    groups = grouped(points)
+    rows = [_row(key, found) for key, found in groups.items()]
+    header = ("system", "bits asked for", "steps", "rate", "exact MiB", kind.score_name, "seeds", "seconds", "setting")
+    systems = list(dict.fromkeys(key[0] for key in groups))
+    legend = "\n".join(f"- {name}: {SYSTEMS[name].summary}" for name in systems if name in SYSTEMS)
+    through = _through_onnx(groups, kind)
+    parts = [kind.__doc__ or "", markdown_table(header, rows), *([through] if through else []), legend, _versions(points), _note(points)]
+    path = write_result(
+        f"frontier_{kind.name}",
+        f"Frontier: {kind.name}",
+        "\n\n".join(part for part in parts if part),
+        ["torch"],
+        command="python -m benchmarks.frontier report",
+        folder=results,
+    )
+    _draw(groups, kind, path.with_suffix(".png"))
+    return path
+
+
+def grouped(points: Iterable[Point]) -> Groups:
+    """The points that differ in their seed alone, largest size first."""
+    groups: Groups = {}
+    for point in points:
+        key = tuple(point[name] for name in ("system", "bits", "steps", "rate", "penalty", "bits_rate"))
+        groups.setdefault(key, []).append(point)
+    return dict(sorted(groups.items(), key=lambda item: (-item[0][1], item[0][0], *map(str, item[0][2:]))))
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def _row(key: tuple, found: list[Point]) -> list[str]:
+    system, bits, steps, rate, *_ = key
+    return [
+        system,
+        f"{bits:g}",
+        str(steps) if steps else "",
+        f"{rate:g}" if rate else "",
+        _spread([point["mib"] for point in found], 4),
+        _spread([point["score"] for point in found], 3),
+        str(len(found)),
+        f"{statistics.mean(point['seconds'] for point in found):.0f}",
+        found[-1]["setting"].replace("|", "\\|"),
+    ]
+
+
+def _through_onnx(groups: Groups, kind: type[Task]) -> str:
+    """Scores of the exported files beside those of the converted models."""
+    rows = []
+    for key, found in groups.items():
+        for point in found:
+            if "onnx" not in point:
+                continue
+            onnx = point["onnx"]
+            cells = (
+                [onnx["refused"], "", ""] if "refused" in onnx else [f"{onnx[n]:.4f}" for n in ("exact_score", "fast_score", "file_mib")]
+            )
+            rows.append([key[0], f"{key[1]:g}", str(point["seed"]), f"{point['score']:.4f}", *cells])
+    if not rows:
+        return ""
+    header = ("system", "bits asked for", "seed", f"{kind.score_name}, converted model", "ONNX, exact", "ONNX, fast", "file MiB")
+    return "Through ONNX, on the whole test set:\n\n" + markdown_table(header, rows)
+
+
+def _versions(points: list[Point]) -> str:
+    found: dict[str, dict[str, None]] = {}
+    for point in points:
+        for package, version in point["versions"].items():
+            found.setdefault(package, {})[version] = None
+    return (
+        "Versions of the points: " + ", ".join(f"{package} {' and '.join(versions)}" for package, versions in sorted(found.items())) + "."
+    )
+
+
+def _note(points: list[Point]) -> str:
+    threads = sorted({point["threads"] for point in points})
+    quick = (
+        " **Some points are from --quick runs: they show that the code runs, and nothing else.**" if any(p["quick"] for p in points) else ""
+    )
+    return f"Seconds are training and scoring of one point with {' or '.join(map(str, threads))} threads.{quick}"
+
+
+def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for (system, *_), found in groups.items():
+        scores = [point["score"] for point in found]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        lines.setdefault(system, []).append((statistics.mean(point["mib"] for point in found), statistics.mean(scores), spread))
+    curves = [name for name in lines if not name.startswith("float")]
+    for number, name in enumerate(curves):
+        sizes, scores, spreads = zip(*sorted(lines[name]), strict=True)
+        marker = _MARKERS[number % len(_MARKERS)]
+        axes.errorbar(sizes, scores, spreads, marker=marker, label=name, linewidth=2.2 if name == "ours" else 1, capsize=2, markersize=5)
+    for name in (name for name in lines if name.startswith("float")):
+        axes.axhline(lines[name][0][1], color="grey", linestyle=":" if name == "float-trained" else "--", label=name)
+    axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=kind.name, xscale="log")
+    if kind.higher_is_better is False:
+        axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,124 @@
+"""What a task is: real data, a float model, a loss to train on with, and a score on the whole test set."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._result import RESULTS
+from benchmarks.frontier.training import Tell, Training, silent
+
+Inputs = tuple[Tensor, ...]
+Batch = tuple[Inputs, Tensor]
+Predict = Callable[..., Tensor]
+"""A model, or an onnxruntime session in its place."""
+
+
+class Task(ABC):
+    """Real data and a float model; ``quick`` takes so little of both that a test can run it, and keeps nothing."""
+
+    name: ClassVar[str]
+    score_name: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    has_convolutions: ClassVar[bool] = False
+    files: ClassVar[tuple[str, ...]]
+    steps: ClassVar[int]
+    """Training steps of every system."""
+    rate: ClassVar[float]
+    """Learning rate of every system."""
+    penalties: ClassVar[dict[int, float]]
+    """Loss per MiB for systems without a target, by the budget in bits: a first guess; the table shows what size it led to."""
+    float_steps: ClassVar[int] = 0
+    float_rate: ClassVar[float] = 1e-3
+
+    float_model: nn.Module
+
+    def __init__(self, folder: Path, *, quick: bool = False, tell: Tell = silent) -> None:
+        self.quick = quick
+        missing = [name for name in self.files if not (folder / name).exists()]
+        if missing:
+            raise SystemExit(f"{folder} lacks {', '.join(missing)}, which the task {self.name} reads: put them there.")
+        self.load(folder)
+        self.float_model = self.make_float_model(folder, tell).eval()
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read the data."""
+
+    @abstractmethod
+    def make_float_model(self, folder: Path, tell: Tell) -> nn.Module:
+        """Read the float model, or train it."""
+
+    @abstractmethod
+    def batches(self, seed: int) -> Iterator[Batch]:
+        """Training batches without end."""
+
+    @abstractmethod
+    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
+        """What training makes small."""
+
+    @abstractmethod
+    def test_batches(self) -> Iterator[Batch]:
+        """The whole test set in batches of one size, so that a file of a fixed shape can be scored."""
+
+    @abstractmethod
+    def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
+        """The ``score``, and what else is worth keeping, from all test batches."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of a model on a batch."""
+        return self.criterion(model(*batch[0]), batch[1])
+
+    @torch.no_grad()
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        """Scores of a model (in eval mode) or of a session on the whole test set."""
+        if isinstance(predict, nn.Module):
+            predict.eval()
+        outputs, targets = [], []
+        for inputs, target in self.test_batches():
+            outputs.append(self.reduce(predict(*inputs), target))
+            targets.append(target)
+        return self.summarize(outputs, targets)
+
+    def reduce(self, output: Tensor, target: Tensor) -> Tensor:
+        """What of a test output is kept until :meth:`summarize`."""
+        return output
+
+    @property
+    def example(self) -> Inputs:
+        """A small batch to prepare with."""
+        return tuple(each[:2] for each in next(self.test_batches())[0])
+
+    @property
+    def test_example(self) -> Inputs:
+        """A test batch to export with."""
+        return next(self.test_batches())[0]
+
+    def calibration(self) -> Iterator[Inputs]:
+        """Training inputs in batches of a test batch's size, without end."""
+        size = len(next(self.test_batches())[1])
+        batches = self.batches(0)
+        while True:
+            parts: list[Inputs] = []
+            while sum(len(part[0]) for part in parts) < size:
+                parts.append(next(batches)[0])
+            yield tuple(torch.cat(each)[:size] for each in zip(*parts, strict=True))
+
+    def train_once(self, model: nn.Module, tell: Tell) -> nn.Module:
+        """Train the float model, or take the one that was kept beside the results (git ignores it)."""
+        kept = RESULTS / f".frontier_{self.name}_float.pt"
+        steps = 2 if self.quick else self.float_steps
+        if kept.exists() and not self.quick:
+            state = torch.load(kept)
+            if state["steps"] != steps:
+                raise SystemExit(f"{kept} was trained for {state['steps']} steps, the task now asks for {steps}: delete it.")
+            model.load_state_dict(state["weights"])
+            return model
+        Training(self, model, seed=0, steps=steps, rate=self.float_rate, warm_up=steps // 20, tell=tell).advance(steps)
+        if not self.quick:
+            kept.parent.mkdir(exist_ok=True)
+            torch.save({"weights": model.state_dict(), "steps": steps}, kept)
+        return model

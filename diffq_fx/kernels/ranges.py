@@ -1,0 +1,130 @@
+"""Ranges that are chosen for the rounding error and not by the extreme weights alone.
+
+Shape legend: O rows, I columns, R x C grid of groups that share a range, K candidates.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from diffq_fx.functional.grid import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
+from diffq_fx.functional.groups import GroupKind, GroupLayout
+from diffq_fx.kernels import native
+from diffq_fx.kernels.statistics import extremes, statistics
+
+_SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431, 8.988, 9.518, 10.026, 10.51, 10.98, 11.43, 11.87)
+"""For 1 to 16 bits the span, in standard deviations, of the uniform quantizer with the least squared error for normal weights."""
+_SHARES = tuple(1 - 0.04 * i for i in range(22))
+"""Ends of the range to try, as parts of the extreme weight."""
+
+
+def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The range that suits normal weights of this width: ``mean +- span(b) std / 2``, within the extreme weights (Max, 1960, table II).
+
+    A few passes over the weights, for every training step; :func:`least_error_range` finds the range of the weights as they are.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        layout: the groups that share a range.
+        bits: width of each of them, may be fractional, from 1 to 16, shape (R, C).
+        grid: see :data:`~diffq_fx.functional.Grid`.
+
+    Returns:
+        Two tensors of shape (R, C).
+
+    Example:
+        >>> low, high = normal_range(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[2.0]]), "affine")
+        >>> bool(-1.7 < low < -1.3) and bool(1.3 < high < 1.7)
+        True
+    """
+    low, high, total, square = statistics(rows_OI, layout)
+    low, high = grid_range(low, high, grid)
+    counts = layout.counts().to(low.device)
+    mean = total / counts if grid != "symmetric" else torch.zeros_like(low)
+    variance = square / counts - mean.square()
+    table = torch.tensor(_SPAN_OF_NORMAL, dtype=low.dtype, device=low.device)
+    below = (bits - 1).clamp(0, len(table) - 2).floor()
+    index = below.long()
+    span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
+    reach = variance.clamp(min=0).sqrt() * span / 2
+    low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
+    return (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
+
+
+def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The range whose grid has the smallest squared rounding error; weights beyond it are clipped to its ends.
+
+    Both ends are first shrunk together, then each alone.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        layout: the groups that share a range.
+        bits: whole numbers from 1 to 16, one or one for each of the ``groups``, which may be smaller than those that share a range.
+        groups: the groups that have a scale of their own.
+        grid: see :data:`~diffq_fx.functional.Grid`.
+
+    Returns:
+        Two tensors of shape (R, C), within the smallest and the largest weight of each group.
+
+    Example:
+        >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier
+        >>> layout = GroupLayout.of(1, 1000, "channel")
+        >>> low, high = least_error_range(rows, layout, torch.tensor([[3]]), layout, "affine")
+        >>> bool(high < 6)
+        True
+    """
+    return _least_error_range_op(rows_OI.detach(), bits, layout.kind, layout.block, groups.kind, groups.block, grid)
+
+
+@torch.library.custom_op("diffq_fx::least_error_range", mutates_args=())
+def _least_error_range_op(  # opaque to compilers: its many candidates would each become code
+    rows_OI: Tensor, bits: Tensor, range_kind: str, range_block: int, group_kind: str, group_block: int, grid: str
+) -> tuple[Tensor, Tensor]:
+    rows, columns = rows_OI.shape
+    layout = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
+    groups = GroupLayout(rows, columns, cast("GroupKind", group_kind), group_block)
+    grid = cast("Grid", grid)
+    low, high = grid_range(*extremes(rows_OI, layout), grid)
+    rows_OI = rows_OI.to(low.dtype)
+    best = _best([(low * share, high * share) for share in _SHARES], rows_OI, bits, groups, grid)
+    if grid != "symmetric":
+        best = _best([best, *((low * share, best[1]) for share in _SHARES)], rows_OI, bits, groups, grid)
+        best = _best([best, *((best[0], high * share) for share in _SHARES)], rows_OI, bits, groups, grid)
+    return best
+
+
+@_least_error_range_op.register_fake
+def _(rows_OI, bits, range_kind, range_block, group_kind, group_block, grid):  # noqa: ANN001, ANN202
+    rows, columns = rows_OI.shape
+    shape = GroupLayout(rows, columns, range_kind, range_block).shape
+    dtype = torch.float64 if rows_OI.dtype == torch.float64 else torch.float32
+    return rows_OI.new_empty(shape, dtype=dtype), rows_OI.new_empty(shape, dtype=dtype)
+
+
+def _best(ranges: Sequence[tuple[Tensor, Tensor]], rows_OI: Tensor, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
+    """For each group the range with the smallest error; of equals the first."""
+    lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+    errors_KRC = torch.zeros_like(lows_KRC)
+    for part in groups.row_slices():
+        part_bits = bits if bits.shape[0] == 1 else bits[part]
+        rows = slice(None) if lows_KRC.shape[1] == 1 else part
+        params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], part_bits, grid)
+        errors = _rounding_errors(rows_OI[part], params, part_bits, groups.of_rows(part))
+        errors_KRC[:, rows] += errors.sum_to_size(errors_KRC[:, rows].shape)
+    chosen_1RC = errors_KRC.argmin(0, keepdim=True)
+    return lows_KRC.gather(0, chosen_1RC)[0], highs_KRC.gather(0, chosen_1RC)[0]
+
+
+def _rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout) -> Tensor:
+    """Squared rounding error of each group on each of K grids, shape (K, R, C)."""
+    if params_K.zero_point is not None and native.takes_rows(rows_OI):
+        top = 2 ** bits.to(torch.int32) - 1
+        return native.rounding_errors(rows_OI, params_K.scale, params_K.zero_point, top, groups)
+    errors = []
+    for k, scale in enumerate(params_K.scale):
+        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
+        rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
+        errors.append(groups.sum((rounded_OI - rows_OI).square()))
+    return torch.stack(errors)

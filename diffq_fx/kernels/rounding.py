@@ -1,0 +1,116 @@
+"""True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffq_fx.functional.groups import GroupLayout, to_rows
+from diffq_fx.kernels import native
+
+_CLIP_GAIN = 10.0
+"""How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
+_JUST_BEYOND = 1 + 1e-4
+
+
+def learned_factor(clip: Tensor) -> Tensor:
+    """What the kept range is multiplied with: ``exp(gain * clip)``, positive wherever training takes ``clip``.
+
+    Example:
+        >>> learned_factor(torch.zeros(1))
+        tensor([1.])
+    """
+    return torch.exp(_CLIP_GAIN * clip)
+
+
+class _RoundInRange(torch.autograd.Function):
+    """The rounded weight; its gradient goes to the weight as it is and to the range in closed form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        rounded: Tensor,
+        logits: Tensor,
+        clip: Tensor | None,
+        scale: Tensor,
+        span: Tensor,
+        axis: int,
+        groups: GroupLayout,
+        ranges: GroupLayout,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, rounded, logits, clip, scale, span)
+        ctx.axis, ctx.groups, ctx.ranges = axis, groups, ranges
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, rounded, logits, clip, scale, span = ctx.saved_tensors
+        grad_clip = None
+        if clip is not None and ctx.needs_input_grad[3]:
+            grad_OI, weight_OI, rounded_OI = (to_rows(each, ctx.axis) for each in (grad, weight, rounded))
+            slope = _slope_of_range(grad_OI, weight_OI, rounded_OI, scale, ctx.groups)
+            step = scale
+            for axis, size in enumerate(clip.shape):
+                if size == 1 < step.shape[axis]:
+                    slope, step = slope.sum(axis, keepdim=True), step.amax(axis, keepdim=True)
+            steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
+            lsq_scale = (ctx.ranges.counts().to(step.device) * steps_in_range).rsqrt()
+            grad_clip = (slope * lsq_scale / (step.square() * _CLIP_GAIN)).to(clip.dtype)
+        # A zero for the bits, which are final, so that DistributedDataParallel meets them.
+        return grad, None, torch.zeros_like(logits), grad_clip, None, None, None, None, None
+
+
+def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:
+    """Derivative of the loss in the logarithm of each group's range, shape of ``scale``."""
+    if native.takes_rows(grad_OI, weight_OI, rounded_OI):
+        return native.range_slope(grad_OI, weight_OI, rounded_OI, scale, groups, 0.5 * _JUST_BEYOND)
+    error_OI = (rounded_OI.to(scale.dtype)).sub(weight_OI)
+    clipped_OI = error_OI.abs() > groups.expand(scale) * (0.5 * _JUST_BEYOND)
+    return groups.sum(torch.where(clipped_OI, rounded_OI, error_OI).mul_(grad_OI))
+
+
+def round_in_range(
+    weight: Tensor,
+    rounded: Tensor,
+    logits: Tensor,
+    clip: Tensor | None,
+    scale: Tensor,
+    span: Tensor,
+    *,
+    axis: int,
+    groups: GroupLayout,
+    ranges: GroupLayout,
+) -> Tensor:
+    """Train with a truly rounded weight and, with ``clip``, its range: LSQ's gradient (arXiv:1902.08153) for a range with a zero point.
+
+    Forward ``rounded``, on a grid that is proportional to ``e = exp(gain * clip)``. Backward, for the weight: 1; for the range:
+    ``d rounded / d ln e = rounded - w`` within the range, ``rounded`` for weights clipped to its ends. The sum is scaled
+    as LSQ scales that of its step s, ``1 / sqrt(n P)`` for n weights and P steps in the range, and taken relative to s.
+
+    Differs from the paper: the step is learned by its logarithm, so that a grid of 8 bits moves at the pace of one of 2 bits,
+    and a clipped weight keeps its gradient.
+
+    Args:
+        weight: float, any shape.
+        rounded: its rounded values, the same shape.
+        logits: of the bits; they get a gradient of zero.
+        clip: shape of ``ranges``; None for a range that is not learned.
+        scale: shape of ``groups``.
+        span: high - low of each range, shape of ``ranges``.
+        axis: of the output channels.
+        groups: the groups that have a scale.
+        ranges: the groups that share a range.
+
+    Returns:
+        The values of ``rounded``.
+
+    Example:
+        >>> layout, clip = GroupLayout.of(1, 2, "channel"), torch.zeros(1, 1, requires_grad=True)
+        >>> weight, rounded = torch.tensor([[0.4, 9.0]], requires_grad=True), torch.tensor([[0.0, 3.0]])  # 9 is clipped
+        >>> groups = {"axis": 0, "groups": layout, "ranges": layout}
+        >>> round_in_range(weight, rounded, torch.zeros(1, 1), clip, torch.ones(1, 1), torch.full((1, 1), 3.0), **groups).sum().backward()
+        >>> weight.grad, bool(clip.grad > 0)
+        (tensor([[1., 1.]]), True)
+    """
+    return _RoundInRange.apply(weight, rounded, logits, clip, scale, span, axis, groups, ranges)

@@ -1,0 +1,78 @@
+"""Where the bits should go, from what the first steps of training tell: they would take long to find it by gradient steps alone.
+
+At small noise the loss grows with the noise of a weight by half its curvature, and the curvature is in proportion to the mean square of its
+gradient (the empirical Fisher information). A group of n weights with range R and b bits then adds ``n F R^2 4^-b`` to the
+loss and ``n b`` to the size. Under a target for the size the least loss has the same slope in every group: ``b = log2(R sqrt(F)) + c``.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffq_fx import functional
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.training.allocation import common_shift
+
+if TYPE_CHECKING:
+    from diffq_fx.training.compression import Compression
+
+_SHARE_OF_WHOLE = 0.1
+"""How much of a group's mean square is that of its whole weight: a row that had no gradient yet, as of a rare token, is not worthless."""
+_INSIDE = 0.05
+"""Bits that stay between a group and the limits, where its gradient would vanish."""
+
+
+class Sensitivity:
+    """The mean square of the gradient of each group over the first optimizer steps, and the bits that it asks for."""
+
+    def __init__(self, compression: "Compression") -> None:
+        self.compression = compression
+        self.steps = 0
+        self.squares: list[Tensor] = []
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take in the gradients of the weights as the optimizer is about to use them."""
+        last, compression = self.compression.config.sensitivity_step, self.compression
+        if last is None or int(compression.progress[0]) >= last:
+            return
+        self.steps += 1
+        for i, quantizer in enumerate(compression.learned):
+            layout, grad = quantizer.spec.bits_layout, quantizer.source[0].grad
+            if len(self.squares) <= i:
+                self.squares.append(torch.zeros(layout.shape, device=quantizer.logits.device))
+            if grad is not None:
+                square_OI = to_rows(grad, quantizer.spec.axis).float().square()
+                mean = layout.sum(square_OI) / layout.counts().to(square_OI.device)
+                self.squares[i] += mean.nan_to_num_(0, 0, 0)
+
+    @torch.no_grad()
+    def move_bits(self, budget: int) -> None:
+        """After the last step that counts, give every group the bits it asks for, all together within the budget."""
+        compression, config = self.compression, self.compression.config
+        if config.sensitivity_step is None or self.steps == 0 or compression.progress[0] + 1 != config.sensitivity_step:
+            return
+        groups = compression.groups()
+        asked_T = torch.cat([self._asked(i).reshape(-1) for i in range(len(self.squares))])
+        self.squares = []
+        if not bool(torch.isfinite(asked_T).any()):
+            return  # no gradient reached any weight
+        asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
+        coding = float(groups.coding_bits((asked_T - asked_T.mean() + config.min_bits).clamp(config.min_bits, config.max_bits).round()))
+        values_T, bits_T = groups.values_T.double().cpu(), asked_T.double().cpu()
+        shift = common_shift(values_T, bits_T, budget - groups.fixed_bits - coding, config.min_bits, config.max_bits)
+        bits_T = (asked_T + shift).clamp(config.min_bits + _INSIDE, config.max_bits - _INSIDE)
+        for quantizer, bits in zip(compression.learned, groups.split(bits_T), strict=True):
+            logits = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
+            quantizer.logits.copy_(logits.view_as(quantizer.logits))
+
+    def _asked(self, index: int) -> Tensor:
+        """``log2(R sqrt(F))`` of each group of a weight; minus infinity where nothing depends on it."""
+        quantizer = self.compression.learned[index]
+        spec, square = quantizer.spec, self.squares[index]
+        counts = spec.bits_layout.counts().to(square.device)
+        whole = (square * counts).sum() / counts.sum()
+        square = torch.lerp(square, whole, _SHARE_OF_WHOLE)
+        span = quantizer.span_in_training(quantizer.source[0]).expand_as(square)
+        return torch.log2(span * square.sqrt())

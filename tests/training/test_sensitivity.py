@@ -1,0 +1,80 @@
+"""Bits that move, after a few steps, to where the gradients of the weights want them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diffq_fx import DiffQConfig, model_size, prepare_diffq
+
+X = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
+
+
+class TwoHeads(nn.Module):
+    """Two layers of the same weights, of which one counts a hundred times as much."""
+
+    def __init__(self):
+        super().__init__()
+        self.loud, self.quiet, self.unused = (nn.Linear(32, 64, bias=False) for _ in range(3))
+        with torch.no_grad():
+            self.quiet.weight.copy_(self.loud.weight)
+
+    def forward(self, x):
+        return self.loud(x), self.quiet(x), self.unused(x)
+
+
+def trained(steps, *, scale=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=1e-9), **settings):
+    torch.manual_seed(0)
+    net = TwoHeads()
+    model = prepare_diffq(net, X[:2], DiffQConfig(target_bits=5, noise_steps=None, **settings))
+    goal = copy.deepcopy(net)
+    optimizer = optimizer(model.parameters())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (loud, quiet, unused), (a, b, _) = model(X), goal(X)
+        (scale * ((loud - a).square().mean() + 1e-4 * (quiet - b).square().mean()) + 0 * unused.sum()).backward()
+        optimizer.step()
+    return model
+
+
+def bits_of(model, name):
+    return next(q for q in model.compression.learned if q.spec.name == name).bits().detach()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_every_group_gets_the_bits_that_its_gradient_asks_for(scale):
+    # The squared error's gradient is in proportion to the noise times its weight in the loss: the same range, 1e-4 times the curvature.
+    # Its gradient's mean square is then 1e-8 times as large, and 13.3 bits lie between them: more than the limits allow.
+    model = trained(5, scale=scale, sensitivity_steps=5)
+    loud, quiet = bits_of(model, "loud.weight"), bits_of(model, "quiet.weight")
+    assert float(loud.min()) > float(quiet.max()) + 4
+    assert float(bits_of(model, "unused.weight").max()) < 2
+    assert model_size(model).item() * 2**23 == pytest.approx(model.compression.budget_bits() + model.compression.rest_bits, rel=0.01)
+
+
+def test_before_that_all_groups_have_the_bits_that_meet_the_target():
+    model = trained(4, sensitivity_steps=5)
+    bits = torch.cat([q.bits().detach().flatten() for q in model.compression.learned])
+    assert float(bits.max() - bits.min()) < 1e-3
+    assert model_size(model).item() * 2**23 == pytest.approx(model.compression.budget_bits() + model.compression.rest_bits, rel=0.01)
+
+
+def test_zero_steps_leave_the_bits_to_their_gradient():
+    model = trained(30, sensitivity_steps=0)
+    bits = torch.cat([q.bits().detach().flatten() for q in model.compression.learned])
+    assert float(bits.max() - bits.min()) < 1e-3  # the rate is 1e-9
+
+
+def test_a_row_without_a_gradient_yet_is_not_worthless():
+    torch.manual_seed(0)
+    table = nn.Embedding(64, 32)
+    model = prepare_diffq(table, torch.zeros(2, dtype=torch.long), DiffQConfig(target_bits=5, sensitivity_steps=3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(32)).square().sum().backward()
+        optimizer.step()
+    (quantizer,) = model.compression.learned
+    bits = quantizer.bits().detach().flatten()
+    assert 0.5 < float(bits[:32].mean() - bits[32:].mean()) < 3
