@@ -74,6 +74,17 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     return results
 
 
+def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, spans: Tensor, grid: str) -> tuple[Tensor, Tensor]:
+    """The range of each group of a layout of channels or blocks that suits normal weights of these ``bits``."""
+    bits = bits.float().contiguous()
+    low, high = torch.empty_like(bits), torch.empty_like(bits)
+    pointers = (each.data_ptr() for each in (rows_OI, bits, spans, low, high))
+    build.loaded_library().diffq_fx_normal_range(
+        *pointers, *rows_OI.shape, layout.block, grid == "affine", grid == "symmetric", _threads(rows_OI.numel())
+    )
+    return low, high
+
+
 def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
     """Squared rounding error of each group on each of K grids, shape (K, R, C)."""
     scale_KRC, zero_point_KRC = scale_KRC.float().contiguous(), zero_point_KRC.float().contiguous()

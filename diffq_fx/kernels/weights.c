@@ -194,6 +194,32 @@ void diffq_fx_rounding_errors(const float *weight, const float *scale, const flo
         }
 }
 
+// The range of each block: mean +- span(b) std / 2 within its smallest and largest weight, where `spans` has the span, in standard deviations,
+// for 1 to 16 bits. It holds zero if `with_zero`, and is symmetric about it, with a mean of zero, if `symmetric`.
+void diffq_fx_normal_range(const float *weight, const float *bits, const float *spans, float *low, float *high, int64_t rows, int64_t columns,
+                           int64_t block, int with_zero, int symmetric, int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t left = b * block, count = columns - left < block ? columns - left : block, at = row * blocks + b;
+            float l, h, sum, square;
+            statistics_of(weight + row * columns + left, count, &l, &h, &sum, &square);
+            if (symmetric) h = -l > h ? -l : h, l = -h;
+            if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+            float mean = symmetric ? 0 : sum / count, variance = square / count - mean * mean;
+            float up = bits[at] - 1, whole = up < 0 ? 0 : up > 14 ? 14 : __builtin_floorf(up), part = up - whole;
+            part = part < 0 ? 0 : part > 1 ? 1 : part;
+            const float *span = spans + (int)whole;
+            float reach = __builtin_sqrtf(variance > 0 ? variance : 0) * (span[0] + part * (span[1] - span[0])) / 2;
+            if (mean - reach > l) l = mean - reach;
+            if (mean + reach < h) h = mean + reach;
+            if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+            low[at] = l;
+            high[at] = h;
+        }
+}
+
 // Derivative of a loss in the logarithm of each group's range: the sum of grad * (rounded - weight), for weights further than `reach` steps
 // from their rounded value, which are clipped, of grad * rounded.
 void diffq_fx_range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
