@@ -54,6 +54,7 @@ def library() -> ctypes.CDLL | None:
         "round": [*[pointer] * 5, *[size] * 4, count],
         "rounding_errors": [*[pointer] * 5, *[size] * 6, count],
         "statistics": [*[pointer] * 2, *[size] * 3, count],
+        "normal_range": [*[pointer] * 5, *[size] * 3, *[count] * 3],
         "range_slope": [*[pointer] * 5, *[size] * 4, real, count],
         "steps": [*[pointer] * 3, *[size] * 4, *[real] * 3, count],
         "steps_backward": [*[pointer] * 4, size, *[real] * 3, count],

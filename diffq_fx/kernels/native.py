@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -62,7 +63,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
 
 def takes_rows(*rows_OI: Tensor) -> bool:
     """Whether the kernels that are called past torch's dispatcher can work on all these rows here, and whether it pays."""
-    return not recorded() and all(_is_plain(rows) and rows.numel() >= _WORTH_THREADS and takes(rows, 0) for rows in rows_OI)
+    return not recorded() and all(is_plain(rows) and rows.numel() >= _WORTH_THREADS and takes(rows, 0) for rows in rows_OI)
 
 
 def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
@@ -71,6 +72,17 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     pointers = (each.data_ptr() for each in (rows_OI, results))
     build.loaded_library().diffq_fx_statistics(*pointers, *rows_OI.shape, layout.block, _threads(rows_OI.numel()))
     return results
+
+
+def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, spans: Tensor, grid: str) -> tuple[Tensor, Tensor]:
+    """The range of each group of a layout of channels or blocks that suits normal weights of these ``bits``."""
+    bits = bits.float().contiguous()
+    low, high = torch.empty_like(bits), torch.empty_like(bits)
+    pointers = (each.data_ptr() for each in (rows_OI, bits, spans, low, high))
+    build.loaded_library().diffq_fx_normal_range(
+        *pointers, *rows_OI.shape, layout.block, grid == "affine", grid == "symmetric", _threads(rows_OI.numel())
+    )
+    return low, high
 
 
 def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
@@ -107,7 +119,7 @@ def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: T
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
-    return not recorded() and fits and _is_plain(logits) and build.library() is not None
+    return not recorded() and fits and is_plain(logits) and build.library() is not None
 
 
 def recorded() -> bool:
@@ -115,15 +127,15 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds what it stands for: not so for subclasses such as DTensor and inside torch.func."""
-    return type(tensor) in (Tensor, Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+    return type(tensor) in (Tensor, Parameter) and peek_interpreter_stack() is None
 
 
 def takes_steps(logits: Tensor, span: Tensor) -> bool:
     """Whether the kernel can make the steps of these logits, one each, and whether it pays."""
-    one_each = span.dtype == logits.dtype and span.is_contiguous() and torch.broadcast_shapes(logits.shape, span.shape) == logits.shape
-    return one_each and takes_logits(logits)
+    broadcasts = all(size in (1, groups) for size, groups in zip(span.shape, logits.shape, strict=True))
+    return broadcasts and span.dtype == logits.dtype and span.is_contiguous() and takes_logits(logits)
 
 
 def steps(logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:

@@ -8,12 +8,27 @@ Differs from the paper: the range is a constant of the step, so the gradient of 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout, scale_layout_of
 from diffq_fx.kernels import eager, native
+
+
+def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
+    layout = _layout(weight.shape, step, axis, block)
+    if native.takes(weight, axis):
+        return native.add(weight, step, layout, gaussian)
+    return eager.add(weight, step, layout, axis, gaussian)
+
+
+def _reduce(grad: Tensor, kept: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
+    layout = _layout(grad.shape, step, axis, block)
+    if kept.dtype == torch.int64:
+        return native.reduce(grad, kept, step, layout, gaussian)
+    return eager.reduce(grad, kept, step, layout, axis, gaussian)
 
 
 def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayout:
@@ -24,10 +39,7 @@ def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayo
 @torch.library.custom_op("diffq_fx::add_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def add_noise_op(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
     """Noisy weight, contiguous, and what the backward needs to know of the noise: a seed (int64) or the bytes (int8)."""
-    layout = _layout(weight.shape, step, axis, block)
-    if native.takes(weight, axis):
-        return native.add(weight, step, layout, gaussian)
-    return eager.add(weight, step, layout, axis, gaussian)
+    return _add(weight, step, axis, block, gaussian)
 
 
 @add_noise_op.register_fake
@@ -53,10 +65,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):  # noqa: ANN001, ANN202
 @torch.library.custom_op("diffq_fx::reduce_noise", mutates_args=())
 def reduce_noise_op(grad: Tensor, kept: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
     """Gradient of the step: the sum over each group of ``grad * noise``."""
-    layout = _layout(grad.shape, step, axis, block)
-    if kept.dtype == torch.int64:
-        return native.reduce(grad, kept, step, layout, gaussian)
-    return eager.reduce(grad, kept, step, layout, axis, gaussian)
+    return _reduce(grad, kept, step, axis, block, gaussian)
 
 
 @reduce_noise_op.register_fake
@@ -65,6 +74,22 @@ def _(grad, kept, step, axis, block, gaussian):  # noqa: ANN001, ANN202
 
 
 torch.library.register_autograd("diffq_fx::add_noise", _backward, setup_context=_setup_context)
+
+
+class _AddNoise(torch.autograd.Function):
+    """The operator without the dispatcher, which takes longer than the noise of a small weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
+        noisy, kept = _add(weight, step, axis, block, gaussian)
+        ctx.save_for_backward(kept, step)
+        ctx.settings = (axis, block, gaussian)
+        return noisy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, step = ctx.saved_tensors
+        return grad, _reduce(grad, kept, step, *ctx.settings) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: bool = False) -> Tensor:
@@ -86,4 +111,6 @@ def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: 
         >>> bool(noisy.abs().max() < 0.5)
         True
     """
-    return torch.ops.diffq_fx.add_noise(weight, step, axis, block, gaussian)[0]
+    if native.recorded() or not (native.is_plain(weight) and native.is_plain(step)):
+        return torch.ops.diffq_fx.add_noise(weight, step, axis, block, gaussian)[0]
+    return _AddNoise.apply(weight, step, axis, block, gaussian)

@@ -3,6 +3,7 @@
 Shape legend: O rows, I columns, R x C grid of groups that share a range, K candidates.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -39,6 +40,9 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
         >>> bool(-1.7 < low < -1.3) and bool(1.3 < high < 1.7)
         True
     """
+    rows_OI = rows_OI.detach()
+    if layout.kind != "tensor" and bits.shape == layout.shape and native.takes_rows(rows_OI):
+        return native.normal_range(rows_OI, layout, bits, _spans(), grid)
     low, high, total, square = statistics(rows_OI, layout)
     low, high = grid_range(low, high, grid)
     counts = layout.counts().to(low.device)
@@ -51,6 +55,12 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     reach = variance.clamp(min=0).sqrt() * span / 2
     low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
     return (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
+
+
+@functools.cache
+def _spans() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(_SPAN_OF_NORMAL)
 
 
 def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:

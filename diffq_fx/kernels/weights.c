@@ -140,35 +140,16 @@ void diffq_fx_round(const float *weight, const float *scale, const float *zero_p
         }
 }
 
-#define LANES 32
-
-// Smallest and largest of a run, its sum and that of its squares; all NaN where one of its elements is.
+// Smallest and largest of a run, its sum and that of its squares; the first two NaN where one of its elements is.
 ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
     float l = x[0], h = x[0], s = 0, q = 0;
-    int64_t i = 0;
-    if (count >= LANES) { // as many of each as a few vector registers hold, so that no operation waits for the one before
-        float lows[LANES], highs[LANES], sums[LANES] = {0}, squares[LANES] = {0};
-        for (int j = 0; j < LANES; j++) lows[j] = highs[j] = x[j];
-        for (; i + LANES <= count; i += LANES)
-            for (int j = 0; j < LANES; j++) {
-                float v = x[i + j];
-                lows[j] = v < lows[j] ? v : lows[j];
-                highs[j] = v > highs[j] ? v : highs[j];
-                sums[j] += v;
-                squares[j] += v * v;
-            }
-        for (int j = 0; j < LANES; j++) {
-            l = lows[j] < l ? lows[j] : l;
-            h = highs[j] > h ? highs[j] : h;
-            s += sums[j];
-            q += squares[j];
-        }
-    }
-    for (; i < count; i++) {
-        l = x[i] < l ? x[i] : l;
-        h = x[i] > h ? x[i] : h;
-        s += x[i];
-        q += x[i] * x[i];
+#pragma omp simd reduction(min : l) reduction(max : h) reduction(+ : s, q)
+    for (int64_t i = 0; i < count; i++) {
+        float v = x[i];
+        l = v < l ? v : l;
+        h = v > h ? v : h;
+        s += v;
+        q += v * v;
     }
     *low = q != q ? NAN : l;
     *high = q != q ? NAN : h;
@@ -210,6 +191,32 @@ void diffq_fx_rounding_errors(const float *weight, const float *scale, const flo
                 }
                 errors[(g * rows + row) * blocks + b] = error;
             }
+        }
+}
+
+// The range of each block: mean +- span(b) std / 2 within its smallest and largest weight, where `spans` has the span, in standard deviations,
+// for 1 to 16 bits. It holds zero if `with_zero`, and is symmetric about it, with a mean of zero, if `symmetric`.
+void diffq_fx_normal_range(const float *weight, const float *bits, const float *spans, float *low, float *high, int64_t rows, int64_t columns,
+                           int64_t block, int with_zero, int symmetric, int threads) {
+    int64_t blocks = (columns + block - 1) / block;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t left = b * block, count = columns - left < block ? columns - left : block, at = row * blocks + b;
+            float l, h, sum, square;
+            statistics_of(weight + row * columns + left, count, &l, &h, &sum, &square);
+            if (symmetric) h = -l > h ? -l : h, l = -h;
+            if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+            float mean = symmetric ? 0 : sum / count, variance = square / count - mean * mean;
+            float up = bits[at] - 1, whole = up < 0 ? 0 : up > 14 ? 14 : __builtin_floorf(up), part = up - whole;
+            part = part < 0 ? 0 : part > 1 ? 1 : part;
+            const float *span = spans + (int)whole;
+            float reach = __builtin_sqrtf(variance > 0 ? variance : 0) * (span[0] + part * (span[1] - span[0])) / 2;
+            if (mean - reach > l) l = mean - reach;
+            if (mean + reach < h) h = mean + reach;
+            if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+            low[at] = l;
+            high[at] = h;
         }
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # in C++: 300 weights take 0.1 ms
 
 from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
@@ -66,17 +67,26 @@ class Segment:
     values: Tensor
     """Stored values per group, shape (N,); a view of one number where all groups have as many."""
 
+    @property
+    def has_few(self) -> bool:
+        """Whether these are the weights with few groups."""
+        return self.counts[0] < _LARGE
+
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One value per group of each weight of the model, as a row: a view where the segment is one weight."""
-        parts = [tensors[i].reshape(-1) for i in self.weights]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(self.weights) == 1:
+            return tensors[self.weights[0]].reshape(-1)
+        return _flatten_dense_tensors([tensors[i] for i in self.weights])
+
+    def split(self, row_N: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A row as one tensor per weight of the segment, views of the row in the shapes of ``tensors``."""
+        return _unflatten_dense_tensors(row_N, [tensors[i] for i in self.weights])
 
     def scatter_(self, row_N: Tensor, tensors: Sequence[Tensor]) -> None:
         """Write a row that :meth:`gather` gave, and that was changed in place, back to where it came from."""
-        first, *others = self.weights
-        if others or row_N.data_ptr() != tensors[first].data_ptr():
-            for i, part in zip(self.weights, row_N.split(self.counts), strict=True):
-                tensors[i].copy_(part.view_as(tensors[i]))
+        own = [tensors[i] for i in self.weights]
+        if len(own) > 1 or row_N.data_ptr() != own[0].data_ptr():
+            torch._foreach_copy_(own, _unflatten_dense_tensors(row_N, own))  # pyright: ignore[reportPrivateImportUsage]
 
     def tiles(self) -> Iterator[slice]:
         """The row in pieces that stay in the cache; on a GPU in one piece."""
@@ -125,14 +135,18 @@ class FlatGroups:
             ]
         return self._segments[key]
 
-    def limits(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value of each weight, shape (W,): a kernel for each large weight, a few for all small ones."""
+    def limits(self, tensors: Sequence[Tensor], few_row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value of each weight, shape (W,): a kernel for each large weight, a few for all small ones.
+
+        ``few_row`` is what the small ones gave as a row, where that is at hand.
+        """
         low_W, high_W = torch.empty_like(self.groups_W), torch.empty_like(self.groups_W)
         for i, count in enumerate(self.counts):
             if count >= _LARGE:
                 low_W[i], high_W[i] = torch.aminmax(tensors[i])
         if len(self._few):
-            row = torch.cat([tensor.reshape(-1) for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]).float()
+            few = [tensor for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]
+            row = _flatten_dense_tensors(few).float() if few_row is None else few_row.float()
             empty = row.new_zeros(len(self._few))
             low_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amin", include_self=False)
             high_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amax", include_self=False)

@@ -14,7 +14,7 @@ lambda) the hook adds ``penalty * dM/dl`` once per step.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from diffq_fx import functional
 from diffq_fx.kernels import moments
+from diffq_fx.training.groups_in_row import Segment
 from diffq_fx.training.sensitivity import Sensitivity
-from diffq_fx.training.size import MIB_BITS
+from diffq_fx.training.size import MIB_BITS, SizeOfLogits
 
 if TYPE_CHECKING:
     from diffq_fx.training.compression import Compression
@@ -117,34 +118,28 @@ class SizePressure:
         # A fused optimizer divides by GradScaler's scale itself, later.
         scale = getattr(optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale
+        size_of = self.compression.size_of_logits()
+        own = [grads.get(i, each) for i, each in enumerate(logits)]
+        rows = [(segment, segment.gather(logits), segment.gather(own)) for segment in size_of.groups.segments(tuple(grads))]
         if config.penalty is not None:
-            for grad, slope in self._tiles(grads):
+            for grad, slope in _tiles(size_of, rows):
                 grad.add_(slope * (scale * config.penalty / MIB_BITS))
-            return
-        multiplier, factor = self._multiplier_and_factor(optimizer, grads, scale)
-        self.lambda_per_bit = -multiplier
-        onto = -multiplier * scale * factor
-        for grad, slope in self._tiles(grads):
-            grad.mul_(factor).addcmul_(slope, onto)
-
-    def _tiles(self, grads: Mapping[int, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the gradient, to be changed in place, and the derivative of the size in the same logits."""
-        size_of, logits = self.compression.size_of_logits(), self.compression.logits
-        own = [grads.get(i, logits[i]) for i in range(len(logits))]
-        for segment in size_of.groups.segments(tuple(grads)):
-            row, grad = segment.gather(logits), segment.gather(own)
-            for tile in segment.tiles():
-                yield grad[tile], size_of.slope(segment.values[tile], row[tile])
+        else:
+            multiplier, factor = self._multiplier_and_factor(optimizer, _tiles(size_of, rows), scale)
+            self.lambda_per_bit = -multiplier
+            onto = -multiplier * scale * factor
+            for grad, slope in _tiles(size_of, rows):
+                grad.mul_(factor).addcmul_(slope, onto)
+        for segment, _, grad in rows:
             segment.scatter_(grad, own)
 
-    def _multiplier_and_factor(self, optimizer: Optimizer, grads: Mapping[int, Tensor], scale: Tensor | float) -> tuple[Tensor, Tensor]:
+    def _multiplier_and_factor(
+        self, optimizer: Optimizer, tiles: Iterable[tuple[Tensor, Tensor]], scale: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
         """The Lagrange multiplier over all optimizers that hold bits, and what brings the projected gradient to its size."""
-        sums = next(iter(grads.values())).new_zeros(5, dtype=torch.float64)
-        count = 0
-        for g, n in self._tiles(grads):
-            sums += moments(g, n)
-            count += g.numel()
-        g, n, gg, gn, nn = sums.unbind()
+        parts = [(moments(g, n), g.numel()) for g, n in tiles]
+        g, n, gg, gn, nn = torch.stack([sums for sums, _ in parts]).sum(0).unbind()
+        count = sum(numel for _, numel in parts)
         own = _GradientSums(g / scale, n, gg / (scale * scale), gn / scale, nn, count)
         self._sums[optimizer] = own
         others = [sums for other, sums in self._sums.items() if other is not optimizer]
@@ -168,11 +163,22 @@ class SizePressure:
 
     def _shift(self, budget: int) -> None:
         compression = self.compression
-        size, slope = compression.size_of_logits().total(compression.logits)
+        size_of, logits = compression.size_of_logits(), compression.logits
+        size, slope = size_of.total(logits)
         gain = compression.config.bits_gain
         shift = ((budget - size) / slope.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / gain, _LARGEST_SHIFT / gain)
-        for logits in compression.logits:
-            logits.add_(shift).clamp_(-_LOGIT_LIMIT / gain, _LOGIT_LIMIT / gain)
+        for segment in size_of.groups.segments():
+            row = segment.gather(logits)
+            for tile in segment.tiles():
+                row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / gain, _LOGIT_LIMIT / gain)
+            segment.scatter_(row, logits)
+
+
+def _tiles(size_of: SizeOfLogits, rows: Sequence[tuple[Segment, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of the gradients, to be read or changed in place, and the derivative of the size in the same logits."""
+    for segment, row, grad in rows:
+        for tile in segment.tiles():
+            yield grad[tile], size_of.slope(segment.values[tile], row[tile])
 
 
 _live: "weakref.WeakSet[SizePressure]" = weakref.WeakSet()

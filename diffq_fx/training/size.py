@@ -72,12 +72,12 @@ class SizeOfLogits:
 
     def total(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Size in bits, and how fast it grows when all logits grow together, both 0-d."""
-        low_W, high_W = self.groups.limits(logits)
+        rows = [(segment, segment.gather(logits)) for segment in self.groups.segments()]
+        low_W, high_W = self.groups.limits(logits, next((row for segment, row in rows if segment.has_few), None))
         size = self.groups.coding_bits_between(self._bits_and_slope(low_W)[0].round(), self._bits_and_slope(high_W)[0].round()).double()
         size += self.groups.fixed_bits
         growth = torch.zeros_like(size)
-        for segment in self.groups.segments():
-            row = segment.gather(logits)
+        for segment, row in rows:
             if self.measure.linear:
                 part, slope = size_and_growth(segment.values, row, **self._limits)
                 size += part
@@ -120,12 +120,14 @@ class _DifferentiableSize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits = ctx.saved_tensors
-        grads = [torch.empty_like(each) for each in logits]
+        grads: list[Tensor | None] = [None] * len(logits)
         for segment in ctx.size_of.groups.segments():
-            row, into = segment.gather(logits), segment.gather(grads)
+            row = segment.gather(logits)
+            into = torch.empty_like(row)
             for tile in segment.tiles():
                 torch.mul(ctx.size_of.slope(segment.values[tile], row[tile]), grad, out=into[tile])
-            segment.scatter_(into, grads)
+            for i, own in zip(segment.weights, segment.split(into, logits), strict=True):
+                grads[i] = own
         return None, *grads
 
 
