@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -158,16 +159,8 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler or the environment says no."""
-    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
-    if wanted not in ("native", "torch"):
-        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
-    compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
-    if wanted == "torch" or compiler is None or os.name != "posix":
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.info("training runs in torch's own operations, since %s could not build the kernel: %s", compiler, error)
+    loaded = compiled(_SOURCE, _FLAGS)
+    if loaded is None:
         return None
     pointer, size, word, real, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_int
     loaded.diffq_fx_add_noise.argtypes = [*[pointer] * 3, *[size] * 5, word, pointer, count]
@@ -181,11 +174,25 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _compiled(compiler: str) -> Path:
+def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL | None:
+    """A C file as a library, or None where there is no compiler or the environment says no."""
+    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
+    if wanted not in ("native", "torch"):
+        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
+    compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
+    if wanted == "torch" or compiler is None or os.name != "posix":
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler, source, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.info("%s is done without, since %s could not build the kernel: %s", source.name, compiler, error)
+        return None
+
+
+def _build(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     """The library for this source, compiler and processor: that of an earlier run, or a new one."""
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, " ".join([compiler, *_FLAGS]).encode(), _processor().encode()])).hexdigest()[:16]
-    library = _cache_folder() / f"kernels-{key}.so"
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join([compiler, *flags]).encode(), _processor().encode()])).hexdigest()[:16]
+    library = _cache_folder() / f"{source.stem}-{key}.so"
     if library.is_file():
         return library
     try:
@@ -196,7 +203,7 @@ def _compiled(compiler: str) -> Path:
         handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", name], check=True, capture_output=True, timeout=120)
+        subprocess.run([compiler, *flags, str(source), "-o", name], check=True, capture_output=True, timeout=120)
         os.replace(name, library)  # whole or not at all, also when several processes build it
     finally:
         Path(name).unlink(missing_ok=True)
