@@ -5,19 +5,17 @@ tensors of the shapes that its header says. Whatever happens is one PackedFileEr
 """
 
 import argparse
-import json
 import os
 import random
 import resource
 import signal
-import struct
 import tempfile
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 import torch
+from _damage import damage, forge_body, forge_header
 from _result import markdown_table, write_result
 from torch import nn
 
@@ -25,7 +23,6 @@ from diffq_fx import DiffQConfig, PackedFileError, convert, convert_diffq, prepa
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.methods import ProductQuantization
 
-ODD = [0, 1, -1, 7, 255, 2**31, 2**40, 2**62, None, "", "channel", "extents", "plain", "float16", True, 1.5, [], {}, [1], [[0, 0, 1]]]
 SLOWEST_S = 5.0
 
 
@@ -43,64 +40,9 @@ def make_model(seed: int) -> tuple[nn.Module, nn.Module]:
         return make(), convert_diffq(prepared)
 
 
-def damage(data: bytes, draw: random.Random) -> bytes:
-    """Bytes that differ from a sound file's."""
-    while True:
-        damaged, start, count = bytearray(data), draw.randrange(len(data)), draw.choice((1, 1, 2, 4, 8, 64, 500))
-        match draw.randrange(6):
-            case 0:
-                del damaged[start : start + count]
-            case 1:
-                damaged[start:start] = draw.randbytes(count)
-            case 2:
-                damaged[start : start + count] = draw.randbytes(len(damaged[start : start + count]))
-            case 3:
-                damaged[start : start + count] = bytes(len(damaged[start : start + count]))
-            case 4:
-                other = draw.randrange(len(data))
-                damaged[start], damaged[other] = damaged[other], damaged[start]
-            case 5:
-                del damaged[start:]
-        if damaged != data:
-            return bytes(damaged)
-
-
 def forge(data: bytes, draw: random.Random) -> bytes:
     """A file with another header value or other bytes, under checksums that fit."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length : -4])
-    contents = json.loads(header["__metadata__"]["contents"])
-    if draw.random() < 0.5:
-        for _ in range(draw.choice((1, 1, 3, 20))):
-            body[draw.randrange(len(body))] ^= draw.randrange(1, 256)
-        places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        for index, shard in enumerate(contents["shards"]):
-            start, stop = places[f"diffq_fx/shard/{index}"]
-            shard["crc32"] = zlib.crc32(body[start:stop])
-        crc = 0
-        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
-            if name.startswith("diffq_fx/common/"):
-                contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(body[start:stop])
-            elif not name.startswith("diffq_fx/"):
-                crc = zlib.crc32(body[start:stop], crc)
-        contents["tensors_crc32"] = crc
-    else:
-        target = contents if draw.random() < 0.7 else {name: value for name, value in header.items() if name != "__metadata__"}
-        *path, last = draw.choice(list(_paths(target)))
-        for key in path:
-            target = target[key]
-        target[last] = draw.choice(ODD)
-    header["__metadata__"]["contents"] = json.dumps(contents)
-    text = json.dumps(header).encode()
-    head = struct.pack("<Q", len(text)) + text
-    return head + body + struct.pack("<I", zlib.crc32(head))
-
-
-def _paths(value, path=()):
-    """The path of every value in nested lists and dicts."""
-    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*path, key)
-        yield from _paths(each, (*path, key))
+    return (forge_body if draw.random() < 0.5 else forge_header)(data, draw)
 
 
 def mutate(folder: Path, kind: str, number: int) -> list[object]:

@@ -5,7 +5,20 @@ import sys
 
 import diffq_fx
 
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "torchao", "matplotlib", "rich", "typer", "safetensors", "constriction", "sklearn")
+HEAVY = (
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "torchao",
+    "matplotlib",
+    "rich",
+    "typer",
+    "safetensors",
+    "constriction",
+    "isal",
+    "sklearn",
+)
 
 
 def test_import_is_light():

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("weights.c", "bits.c"))
@@ -35,17 +36,9 @@ def loaded_library() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler or the environment says no."""
-    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
-    if wanted not in ("native", "torch"):
-        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
-    compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
-    if wanted == "torch" or compiler is None or os.name != "posix":
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.info("training runs in torch's own operations, since %s could not build the kernels: %s", compiler, error)
+    """The compiled kernels of training, or None where there is no compiler or the environment says no."""
+    loaded = compiled(_SOURCES, _FLAGS)
+    if loaded is None:
         return None
     pointer, size, word, real, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_int
     for name, arguments in {
@@ -68,11 +61,29 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _compiled(compiler: str) -> Path:
-    """The library for this source, compiler and processor: that of an earlier run, or a new one."""
-    sources = (source.read_bytes() for source in _SOURCES)
-    key = hashlib.sha256(b"\0".join([*sources, " ".join([compiler, *_FLAGS]).encode(), _processor().encode()])).hexdigest()[:16]
-    library = _cache_folder() / f"kernels-{key}.so"
+def compiled(sources: Sequence[Path], flags: Sequence[str]) -> ctypes.CDLL | None:
+    """C files as a library, or None where there is no compiler or the environment says no."""
+    wanted = os.environ.get("DIFFQ_FX_KERNELS", "native")
+    if wanted not in ("native", "torch"):
+        raise ValueError(f'DIFFQ_FX_KERNELS must be "native" or "torch", got {wanted!r}.')
+    compiler = next((path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None)
+    if wanted == "torch" or compiler is None or os.name != "posix":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler, sources, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        names = ", ".join(source.name for source in sources)
+        _log.info(
+            "slower operations of torch and numpy do the work of %s, since %s could not build the kernels: %s", names, compiler, error
+        )
+        return None
+
+
+def _built(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """The library for these sources, compiler and processor: that of an earlier run, or a new one."""
+    contents = (source.read_bytes() for source in sources)
+    key = hashlib.sha256(b"\0".join([*contents, " ".join([compiler, *flags]).encode(), _processor().encode()])).hexdigest()[:16]
+    library = _cache_folder() / f"{sources[0].stem}-{key}.so"
     if library.is_file():
         return library
     try:
@@ -83,7 +94,7 @@ def _compiled(compiler: str) -> Path:
         handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        subprocess.run([compiler, *_FLAGS, *map(str, _SOURCES), "-o", name], check=True, capture_output=True, timeout=120)
+        subprocess.run([compiler, *flags, *map(str, sources), "-o", name], check=True, capture_output=True, timeout=120)
         os.replace(name, library)  # whole or not at all, also when several processes build it
     finally:
         Path(name).unlink(missing_ok=True)

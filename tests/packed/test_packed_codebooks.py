@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import assert_equal, converted, expected, float_twin, round_trip, store, store_codes
-from test_packed_bad_input import Forgery
 from torch import nn
 from typer.testing import CliRunner
 
+from benchmarks._damage import Forgery
 from diffq_fx import convert, prepare
 from diffq_fx.cli import app
 from diffq_fx.errors import PackedFileError
@@ -158,7 +158,10 @@ FORGERIES = {
         "common tensor|too small for its rows",
     ),
     "integers": (
-        lambda f: weight(f).update(kind="integer", scale="groups", zero_point="none", scale_dtype="float32"),
+        lambda f: (
+            weight(f).update(kind="integer", scale="groups", zero_point="none", scale_dtype="float32"),
+            f.contents.update(defaults={"integer": f.contents["defaults"]["codebook"]}),
+        ),
         {},
         "common tensors",
     ),

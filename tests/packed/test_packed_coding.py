@@ -159,5 +159,9 @@ def test_rows_that_spread_alike_share_a_model():
 def test_classes_that_overlap_or_are_missing_are_refused():
     with pytest.raises(PackedFileError, match="two models of 3 bits claim one bin"):
         ClassTable([CodeClass(3, 0, 5), CodeClass(3, 5, 6)])
+    cells = np.zeros((17, BINS), np.int64)
+    cells[3, 2], cells[3, 5] = 7, 2
+    assert ClassTable([CodeClass(2, 0, 5), CodeClass(3, 0, 5)]).sums(cells).tolist() == [0, 9]
+    cells[4, 0] = 1
     with pytest.raises(PackedFileError, match="has no model"):
-        ClassTable([CodeClass(3, 0, 5)]).of(np.array([[4]], np.uint8), np.array([0], np.uint8))
+        ClassTable([CodeClass(3, 0, 5)]).sums(cells)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import contents_of, grouped_by_storage
 from diffq_fx.export.packed.fileformat.header import Contents
-from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
 from diffq_fx.export.packed.reading import PackedReader, in_threads
 from diffq_fx.export.packed.shard_reading import DecodedShard
 from diffq_fx.export.packed.shards import Part

@@ -9,8 +9,10 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.coding.streams import decode_block
-from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, SortedTile
-from diffq_fx.export.packed.shards import SECTIONS, Part, ShardHead, Span, Tile, least_bytes, parts_of, tiles_of_part
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, SortedPart, SortedTile, StreamedPart
+from diffq_fx.export.packed.shards import SECTIONS, Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of, tiles_of_part
+from diffq_fx.kernels import unpacking
 
 
 def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
@@ -35,16 +37,14 @@ class DecodedShard:
             part.packed.check_widths(widths)
         self._bins = self._decode_bins(sections[1])
         self._integers = self._decode_integers(sections[2])
-        self._counts = [[tile.counts(len(head.classes)) for tile in self._tiles(index)] for index in range(len(self._parts))]
-        totals = np.sum([counts for of_part in self._counts for counts in of_part], axis=0).tolist()
+        described = zip(self._parts, self._widths, self._bins, strict=True)
+        self._counts = [counts_of_part(*each, self._table) for each in described]
+        totals = np.sum(self._counts, axis=0).tolist()
         expected = [(each.width, count) for each, count in zip(head.classes, totals, strict=True)]
         self._streams = decode_block(sections[4], expected)
         self._floats = self._cut_floats(sections[3])
         if any(_some_codes_are_too_high(part.packed) for part in self._parts):
             self._check_codes()
-
-    def _tiles(self, index: int) -> list[Tile]:
-        return tiles_of_part(self._parts[index], self._widths[index], self._bins[index], self._table)
 
     def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
@@ -84,14 +84,35 @@ class DecodedShard:
 
     def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
-        streams = [stream.reading() for stream in self._streams]
-        for index, part in enumerate(self._parts):
+        return self._sorted_parts() if unpacking.library() is None else self._streamed_parts()
+
+    def _present(self, index: int) -> NDArray[np.uint8]:
+        """The widths of a part's groups."""
+        pairs = zip(self._table.classes, self._counts[index].tolist(), strict=True)
+        return np.array(sorted({each.width for each, count in pairs if count}), np.uint8)
+
+    def _streamed_parts(self) -> Iterator[tuple[Part, DecodedPart]]:
+        streams = unpacking.Streams([stream.planes() for stream in self._streams], [stream.count for stream in self._streams])
+        first = np.zeros(len(self._streams), np.int64)
+        for index, (part, widths, bins) in enumerate(zip(self._parts, self._widths, self._bins, strict=True)):
+            grouping = grouping_of(part, widths, bins, self._table)
+            yield (
+                part,
+                StreamedPart(
+                    part.shape[0], widths, self._present(index), self._integers[index], self._floats[index], streams, first, grouping
+                ),
+            )
+            first = first + self._counts[index]
+
+    def _sorted_parts(self) -> Iterator[tuple[Part, DecodedPart]]:
+        streams, classes = [stream.reading() for stream in self._streams], self._table.classes
+        for index, (part, widths, bins) in enumerate(zip(self._parts, self._widths, self._bins, strict=True)):
             tiles = []
-            for tile, counts in zip(self._tiles(index), self._counts[index], strict=True):
-                present = [(i, count) for i, count in enumerate(counts.tolist()) if count]
-                runs = [(self._table.classes[i].width, streams[i].take(count).reshape(-1, tile.length)) for i, count in present]
+            for tile in tiles_of_part(part, widths, bins, self._table):
+                present = [(i, count) for i, count in enumerate(tile.counts(len(classes)).tolist()) if count]
+                runs = [(classes[i].width, streams[i].take(count).reshape(-1, tile.length)) for i, count in present]
                 tiles.append(SortedTile(tile.columns, tile.length, runs, tile.place()))
-            yield part, DecodedPart(part.shape[0], tiles, self._widths[index], self._integers[index], self._floats[index])
+            yield part, SortedPart(part.shape[0], widths, self._present(index), self._integers[index], self._floats[index], tiles)
 
 
 def _some_codes_are_too_high(packed: PackedWeight) -> bool:

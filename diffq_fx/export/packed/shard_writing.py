@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of
 from diffq_fx.export.packed.coding.streams import Stream, encode_block
-from diffq_fx.export.packed.kinds.base import PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.decoded import PartCodes
 from diffq_fx.export.packed.shards import Part, ShardHead, Span, least_bytes, parts_of, tiles_of_part
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from diffq_fx.export.packed.coding.classes import ClassTable, CodeClass
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels.unpacking import Grouping, count_cells
 
 WEIGHTS_PER_BYTE = 128
 """A shard has at least a byte for so many weights."""
@@ -115,15 +116,33 @@ class Tile:
 
 
 def tiles_of_part(part: Part, widths: NDArray[np.uint8], bins: NDArray[np.uint8], table: ClassTable) -> list[Tile]:
-    """The tiles of a part, whose groups have these widths and whose rows these bins.
+    """The tiles of a part, whose groups have these widths and whose rows these bins."""
+    layout, rows = part.packed.layout, part.shape[0]
+    tiles = []
+    for columns, length in tiles_of(layout):
+        groups = _groups_in(columns, layout)
+        classes = table.of(widths[:, groups], bins)
+        tiles.append(Tile(columns, length, np.broadcast_to(classes, (rows, groups.stop - groups.start)).reshape(-1)))
+    return tiles
+
+
+def grouping_of(part: Part, widths: NDArray[np.uint8], bins: NDArray[np.uint8], table: ClassTable) -> Grouping:
+    """A part as the kernel sees it."""
+    return Grouping(*part.shape, part.packed.layout.block, widths, bins, table.table)
+
+
+def counts_of_part(part: Part, widths: NDArray[np.uint8], bins: NDArray[np.uint8], table: ClassTable) -> NDArray[np.int64]:
+    """Codes of each class in a part, shape (K,).
 
     Raises:
         PackedFileError: the table has no class for one of the groups.
     """
-    layout, rows = part.packed.layout, part.shape[0]
-    tiles = []
-    for columns, length in tiles_of(layout):
-        groups = slice(columns.start // layout.block, -(-columns.stop // layout.block))
-        classes = table.of(widths[:, groups], bins)
-        tiles.append(Tile(columns, length, np.broadcast_to(classes, (rows, groups.stop - groups.start)).reshape(-1)))
-    return tiles
+    grouping, layout = grouping_of(part, widths, bins, table), part.packed.layout
+    return sum(
+        (table.sums(count_cells(grouping, _groups_in(columns, layout))) * length for columns, length in tiles_of(layout)),
+        np.zeros(len(table.classes), np.int64),
+    )
+
+
+def _groups_in(columns: slice, layout: GroupLayout) -> slice:
+    return slice(columns.start // layout.block, -(-columns.stop // layout.block))

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 
-BINS = 32
-BIN_BITS = 5
+BINS = 128
+BIN_BITS = 7
+_BINS_OF_OCTAVE = 16
 MAX_WIDTH = 16
 _ROW_IS_LONG = 128
 """Codes of a row that are worth a bin of its own; shorter rows share one."""
@@ -38,14 +39,14 @@ def bins_in(rows: int, columns: int) -> int:
 
 
 def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bin of each row: quarters of an octave of the mean code, in shares of its range.
+    """Bin of each row: sixteenths of an octave of the mean code, in shares of its range.
 
     Args:
         codes: shape (O, I).
         widths: broadcasts with ``codes``.
 
     Returns:
-        Shape (``bins_in(O, I)``,), each below 32.
+        Shape (``bins_in(O, I)``,), each below 128.
 
     Example:
         >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
@@ -53,7 +54,7 @@ def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     share = codes * np.exp2(-1 - widths.astype(np.float32))
     mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
-    return np.clip(np.floor(-4 * np.log2(np.maximum(mean, 1e-9))) - 4, 0, BINS - 1).astype(np.uint8)
+    return np.clip(np.floor(-_BINS_OF_OCTAVE * np.log2(np.maximum(mean, 1e-9))) - _BINS_OF_OCTAVE, 0, BINS - 1).astype(np.uint8)
 
 
 @dataclass(frozen=True, order=True)
@@ -98,19 +99,19 @@ def _partition(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
     Returns:
         First and last bin of each run.
     """
-    until = np.concatenate([np.zeros((1, _SYMBOLS)), np.cumsum(counts, 0)])
-    within = until[None] - until[:, None]  # [first, stop]: the counts of a run
-    total = within.sum(-1)
-    cost = _xlogx(total) - _xlogx(within).sum(-1) + _TABLE_BITS * (total > 0)
-    best, cut = [0.0], [0]
-    for stop in range(1, BINS + 1):
-        candidates = [best[first] + cost[first, stop] for first in range(stop)]
+    used = np.flatnonzero(counts.any(1))
+    until = np.concatenate([np.zeros((1, _SYMBOLS)), np.cumsum(counts[used], 0)])
+    best, cut = np.zeros(len(used) + 1), [0]
+    for stop in range(1, len(used) + 1):
+        within = until[stop] - until[:stop]  # by the first used bin of a run: its counts
+        candidates = best[:stop] + _xlogx(within.sum(-1)) - _xlogx(within).sum(-1) + _TABLE_BITS
         cut.append(int(np.argmin(candidates)))
-        best.append(candidates[cut[-1]])
-    runs, stop = [], BINS
+        best[stop] = candidates[cut[-1]]
+    runs, stop, last = [], len(used), BINS - 1
     while stop:
-        runs.append((cut[stop], stop - 1))
-        stop = cut[stop]
+        first = int(used[cut[stop]]) if cut[stop] else 0
+        runs.append((first, last))
+        stop, last = cut[stop], first - 1
     return runs[::-1]
 
 
@@ -123,9 +124,10 @@ class ClassTable:
 
     def __init__(self, classes: Sequence[CodeClass]) -> None:
         self.classes = tuple(classes)
-        self._table = np.full((MAX_WIDTH + 1, BINS), _NO_CLASS, np.uint16)
+        self.table = np.full((MAX_WIDTH + 1, BINS), _NO_CLASS, np.uint16)
+        """The class of every width and bin."""
         for index, each in enumerate(self.classes):
-            taken = self._table[each.width, each.first_bin : each.last_bin + 1]
+            taken = self.table[each.width, each.first_bin : each.last_bin + 1]
             if (taken != _NO_CLASS).any():
                 raise PackedFileError(f"two models of {each.width} bits claim one bin")
             taken[:] = index
@@ -136,11 +138,20 @@ class ClassTable:
         Args:
             widths: shape (O, C) or (1, 1).
             bins: shape (O,) or (1,).
+        """
+        return self.table.reshape(-1).take(widths.astype(np.int32) * BINS + bins.reshape(-1, 1))
+
+    def sums(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Sums over the widths and bins of each class, shape (K,).
+
+        Args:
+            cells: a number for each width and bin, shape of ``table``.
 
         Raises:
-            PackedFileError: there is no model for one of them.
+            PackedFileError: one that is not 0 has no class.
         """
-        found = self._table[:, bins[0]].take(widths) if len(bins) == 1 else self._table[widths, bins.reshape(-1, 1)]
+        present = np.nonzero(cells)
+        found = self.table[present]
         if (found == _NO_CLASS).any():
             raise PackedFileError("a group of weights has no model")
-        return found
+        return np.bincount(found, cells[present], len(self.classes)).astype(np.int64)

@@ -1,7 +1,12 @@
-"""Huffman codes of bytes as deflate blocks without matches (RFC 1951): zlib codes them at several hundred MB/s, in parallel threads."""
+"""Huffman codes of bytes as deflate blocks without matches (RFC 1951): threads code them in parallel.
 
+They are read by the library isal where it is installed, about three times as fast as zlib reads the same bytes.
+"""
+
+import functools
 import heapq
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +40,26 @@ def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
     Raises:
         PackedFileError: the stream is damaged, or does not hold ``size`` bytes, one or more.
     """
-    coder = zlib.decompressobj(_WINDOW_BITS)
+    reader = _reader()
+    coder = reader.decompressobj(_WINDOW_BITS)
     try:
         found = coder.decompress(data, size)
         more = b"" if coder.eof else coder.decompress(coder.unconsumed_tail, 1)
-    except zlib.error as error:
+    except reader.error as error:
         raise PackedFileError(f"a coded plane is damaged ({error})") from error
     if len(found) != size or more or not coder.eof or coder.unused_data:
         raise PackedFileError(f"a coded plane does not hold {size} bytes")
     return np.frombuffer(found, np.uint8)
+
+
+@functools.cache
+def _reader() -> Any:
+    """The module that reads: isal's, or zlib, whose interface is the same."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib
+    return isal_zlib
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding import ans, deflate
-from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, unpack, unpack_plane
+from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, planes_of, unpack, unpack_plane
+from diffq_fx.kernels.unpacking import Plane
 
 STORED, DEFLATE, ANS = 0, 1, 2
 
@@ -119,12 +120,21 @@ class DecodedStream:
     """A stream of a block that has been decoded: its values can be had piece by piece, and until then take little room."""
 
     def __init__(self, width: int, count: int, low: int, plane: int, high_bytes: NDArray[np.uint8] | None, low_bytes: memoryview) -> None:
+        self.count = count
         self._width = width
-        self._count = count
         self._low = low
         self._plane = plane
         self._high_bytes = high_bytes
         self._low_bytes = low_bytes
+
+    def planes(self) -> list[Plane]:
+        """The bit planes that make its values."""
+        low, at, found = np.frombuffer(self._low_bytes, np.uint8), 0, []
+        for first, bits in planes_of(self._low):
+            size = -(-self.count * bits // 8)
+            found.append(Plane(low[at : at + size], bits, first))
+            at += size
+        return found if self._high_bytes is None else [*found, Plane(self._high_bytes, self._plane, self._low)]
 
     def reading(self) -> "_Reading":
         """A reader of the values, from the first one on."""
@@ -134,12 +144,12 @@ class DecodedStream:
         """The values or some of them, made anew at each call: uint8 up to 8 bits, else uint16."""
         kind = np.uint8 if self._width <= 8 else np.uint16
         if self._high_bytes is None:
-            return unpack(self._low_bytes, self._width, self._count, some)
-        high = unpack_plane(self._high_bytes, self._plane, self._count, some).astype(kind, copy=False)
+            return unpack(self._low_bytes, self._width, self.count, some)
+        high = unpack_plane(self._high_bytes, self._plane, self.count, some).astype(kind, copy=False)
         if not self._low:
             return high
         values = high << kind(self._low)
-        values |= unpack(self._low_bytes, self._low, self._count, some).astype(kind, copy=False)
+        values |= unpack(self._low_bytes, self._low, self.count, some).astype(kind, copy=False)
         return values
 
 

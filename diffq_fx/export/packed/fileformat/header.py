@@ -4,6 +4,7 @@
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -24,6 +25,8 @@ _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
 _MOST_CRC = 1 << 32
+_ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")
+"""What no weight leaves to the defaults of its kind."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ def contents_to_json(contents: Contents) -> dict[str, Any]:
     weights = [_weight_to_json(weight) for weight in contents.weights]
     for common in contents.commons:
         weights[common.weight]["common_crc32"] = common.crc32
+    defaults = _defaults(weights)
     return {
-        "weights": weights,
+        "defaults": defaults,
+        "weights": [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in weights],
         "tensors": {name: extra for name, extra in extras.items() if extra},
         "tensors_crc32": contents.tensors_crc32,
         "shards": [
@@ -118,8 +123,22 @@ def contents_to_json(contents: Contents) -> dict[str, Any]:
     }
 
 
+def _defaults(weights: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each kind what all its weights say alike, so that they need not say it."""
+    found: dict[str, dict[str, Any]] = {}
+    for weight in weights:
+        shared = found.setdefault(weight["kind"], {key: value for key, value in weight.items() if key not in _ITS_OWN})
+        found[weight["kind"]] = {key: value for key, value in shared.items() if key in weight and weight[key] == value}
+    return found
+
+
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    """The type that a tensor of this stored type has in the model, unless the header says otherwise."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _tensor_to_json(tensor: PlainTensor) -> dict[str, Any]:
-    dtype = {"dtype": TENSOR_TYPES.name(tensor.dtype)} if tensor.dtype != tensor.stored_dtype else {}
+    dtype = {"dtype": TENSOR_TYPES.name(tensor.dtype)} if tensor.dtype != _widened(tensor.stored_dtype) else {}
     return dtype | ({"aliases": list(tensor.aliases)} if tensor.aliases else {})
 
 
@@ -138,7 +157,7 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
     Raises:
         PackedFileError: something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
     """
-    weight_values = _list(value, "weights")
+    weight_values = _with_defaults(_list(value, "weights"), value.get("defaults"))
     weights = tuple(_weight_from_json(each) for each in weight_values)
     described = value.get("tensors")
     if not isinstance(described, dict):
@@ -163,6 +182,14 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
     return contents
 
 
+def _with_defaults(weights: Sequence[dict[str, Any]], defaults: Any) -> list[Mapping[str, Any]]:
+    """Weights with what they leave to the defaults of their kind."""
+    if not isinstance(defaults, dict) or not all(isinstance(each, dict) and each.keys().isdisjoint(_ITS_OWN) for each in defaults.values()):
+        raise PackedFileError("the header has no defaults of its weights, or some that a weight must say itself")
+    kinds = [each.get("kind") for each in weights]
+    return [ChainMap(each, defaults.get(kind, {}) if isinstance(kind, str) else {}) for each, kind in zip(weights, kinds, strict=True)]
+
+
 def _list(value: Mapping[str, Any], key: str) -> list[Any]:
     found = value.get(key)
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
@@ -185,7 +212,7 @@ def _names(name: Any, aliases: Any) -> tuple[str, tuple[str, ...]]:
 def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
     name, aliases = _names(value.get("name"), value.get("aliases", []))
     try:
-        shape = _shape(value.get("shape"))
+        kind, shape = kind_of_name(value.get("kind")), _shape(value.get("shape"))
         axis, grid, consumer = value.get("axis"), value.get("grid"), value.get("consumer")
         if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
@@ -200,7 +227,7 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
             grid=grid,
             consumer=consumer,
         )
-        return kind_of_name(value.get("kind")).of_facts(spec, value)
+        return kind.of_facts(spec, value)
     except PackedFileError as error:
         raise PackedFileError(f"weight '{name}': {error}") from error
 
@@ -223,7 +250,7 @@ def _tensor_from_json(name: str, value: Any, entry: Entry) -> PlainTensor:
         raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
     _, aliases = _names(name, value.get("aliases", []))
     stored = TENSOR_TYPES.parse(entry.dtype)
-    dtype = TENSOR_TYPES.parse(value.get("dtype", entry.dtype))
+    dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else _widened(stored)
     if dtype != stored and (stored, dtype) != (torch.float16, torch.float32):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
     return PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)

@@ -6,8 +6,7 @@ raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedW
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,62 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import WeightSpec
-
-
-@dataclass(frozen=True)
-class PartCodes:
-    """Consecutive rows of one weight as the file holds them. Legend: O rows, I columns, (R, C) the groups of those rows."""
-
-    codes: Values
-    """Shape (O, I); the coder gains most where small codes are frequent."""
-    widths: NDArray[np.uint8]
-    """Bits of each group of codes, shape (R, C) of the kind's ``layout`` for these rows."""
-    integers: Values
-    """Small integers, shape (n,), such as zero points."""
-    floats: bytes
-    """What is stored as it is, such as scales."""
-
-
-class SortedTile(NamedTuple):
-    """Groups of one length of a part, in the order of the classes that their codes are coded in."""
-
-    columns: slice
-    """Columns that the groups fill."""
-    length: int
-    """Codes in a group, L."""
-    runs: list[tuple[int, Values]]
-    """Groups of one width that follow each other: the width, and codes of shape (n, L)."""
-    place: NDArray[np.int64] | None
-    """Where each group has gone, row by row, shape (G,); None where nothing moved."""
-
-    def rows(self, sorted_groups: NDArray[Any]) -> NDArray[Any]:
-        """Something of each sorted group, shape (G, L), in the order of the weight; flat."""
-        return (sorted_groups if self.place is None else sorted_groups.take(self.place, 0)).reshape(-1)
-
-
-class DecodedPart:
-    """What has been decoded of a part: as :class:`PartCodes`, and its codes before they are put in order."""
-
-    def __init__(self, rows: int, tiles: list[SortedTile], widths: NDArray[np.uint8], integers: Values, floats: bytes) -> None:
-        self.rows = rows
-        self.tiles = tiles
-        self.widths = widths
-        self.integers = integers
-        self.floats = floats
-
-    @property
-    def codes(self) -> Values:
-        """The codes, shape (O, I), made anew at each call."""
-        tiles = [tile.rows(np.concatenate([codes for _, codes in tile.runs])).reshape(self.rows, -1) for tile in self.tiles]
-        return tiles[0] if len(tiles) == 1 else np.concatenate(tiles, 1)
-
-    def assembled(self) -> PartCodes:
-        """The part with its codes in order."""
-        return PartCodes(self.codes, self.widths, self.integers, self.floats)
 
 
 class PackedWeight(ABC):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.fileformat.dtypes import TypeNames
-from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, codebook_values
 from diffq_fx.storage.packing import unpack_levels

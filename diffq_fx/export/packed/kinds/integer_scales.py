@@ -18,7 +18,8 @@ from diffq_fx.storage import IntegerWeight
 from diffq_fx.storage.packing import unpack_levels
 from diffq_fx.weights import WeightSpec
 
-_WIDTHS = 17
+WIDTHS = 17
+"""Widths from 0 to 16 bits."""
 
 Floats = NDArray[Any]
 """float32 or float64."""
@@ -149,10 +150,10 @@ def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8
         The width of each such cell, and the cell of each group, shape (O * C,).
     """
     of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
-    key = (of_row[:, None] * _WIDTHS + widths).reshape(-1)
-    present = np.zeros(_WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
+    key = (of_row[:, None] * WIDTHS + widths).reshape(-1)
+    present = np.zeros(WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
     present[key] = True
-    return (np.flatnonzero(present) % _WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
+    return (np.flatnonzero(present) % WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
 
 
 def levels_of_rows(stored: IntegerWeight, rows: slice) -> NDArray[np.int32]:

@@ -6,6 +6,7 @@ of all zero points share one model; it takes no more values than the level itsel
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,11 +19,13 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, bytes_of, tensor_of
 from diffq_fx.export.packed.kinds import integer_scales as grids
-from diffq_fx.export.packed.kinds.base import DecodedPart, PackedWeight, PartCodes
+from diffq_fx.export.packed.kinds.base import PackedWeight
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes, SortedPart, StreamedPart
 from diffq_fx.export.packed.kinds.integer_arithmetic import dequantize_coded, dequantize_offset, dequantize_plain, unfold
 from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels.unpacking import Grid
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.weights import WeightSpec
 
@@ -159,8 +162,17 @@ class PackedIntegers(PackedWeight):
                 return self._exact_rows(part.assembled())
             rows = np.empty((part.rows, self._layout.columns), np.float32) if out is None else out
             follows_from_width = self.scale == "extents" and self._range_layout.kind == "tensor"
-            (self._fill_by_width if follows_from_width else self._fill)(part, rows)
+            if isinstance(part, StreamedPart) and rows.flags.c_contiguous and self._one_grid_for_a_group():
+                part.fill(self._grid_by_width(part) if follows_from_width else self._grid(self._params(part), part.widths), rows)
+            elif isinstance(part, SortedPart) and follows_from_width:
+                self._fill_by_width(part, rows)
+            else:
+                self._fill(part, rows)
         return torch.from_numpy(rows) if out is None else None
+
+    def _one_grid_for_a_group(self) -> bool:
+        """Whether all weights of a group of bits have one scale."""
+        return self._scale_layout.shape[1] == 1 or self._scale_layout.block == self._layout.block
 
     def _exact_rows(self, part: PartCodes) -> Tensor:
         """The weights of a part where scales are not float32."""
@@ -182,10 +194,9 @@ class PackedIntegers(PackedWeight):
         else:
             dequantize_coded(unfold(part.codes, centres, top), centres, scale, int(part.widths.max()), rows)
 
-    def _fill_by_width(self, part: DecodedPart, rows: NDArray[np.float32]) -> None:
+    def _fill_by_width(self, part: SortedPart, rows: NDArray[np.float32]) -> None:
         """Dequantize a part, whose scales and zero points follow from the width alone, while its groups are sorted by width."""
-        widths = np.flatnonzero(np.bincount(part.widths.reshape(-1))).astype(np.uint8)
-        params = self._params(PartCodes(np.zeros((1, 0), np.uint8), widths[None], part.integers, part.floats), (1, len(widths)))
+        widths, params = self._params_by_width(part)
         centres, top = grids.centres(params, widths[None])[0], grids.masks(widths, np.int64)
         scale, offset = params.scale.numpy()[0], None if params.offset is None else params.offset.numpy()[0]
         for tile in part.tiles:
@@ -204,9 +215,38 @@ class PackedIntegers(PackedWeight):
             else:
                 rows[:, tile.columns] = tile.rows(values).reshape(part.rows, -1)
 
-    def _params(self, part: PartCodes, shape: tuple[int, int] | None = None) -> QuantParams:
+    def _params_by_width(self, part: DecodedPart) -> tuple[NDArray[np.uint8], QuantParams]:
+        """The widths of a part's groups, and scales, zero points and offsets of shape (1, n) that follow from them."""
+        widths = part.present
+        return widths, self._params(replace(part, widths=widths[None]), (1, len(widths)))
+
+    def _grid_by_width(self, part: StreamedPart) -> Grid:
+        """The grid of a part, by width."""
+        widths, params = self._params_by_width(part)
+        found = self._grid(params, widths[None])
+
+        def by_width(values: NDArray[Any] | None) -> NDArray[Any] | None:
+            if values is None:
+                return None
+            table = np.zeros(grids.WIDTHS, values.dtype)
+            table[widths] = values.reshape(-1)
+            return table
+
+        return Grid(*(by_width(values) for values in found))  # type: ignore[arg-type]
+
+    def _grid(self, params: QuantParams, widths: NDArray[np.uint8]) -> Grid:
+        """The grid of groups of such widths."""
+        shape = tuple(params.scale.shape)
+        return Grid(
+            grids.array_of(params.scale),
+            grids.centres(params, np.broadcast_to(widths, shape)).astype(np.int32),
+            None if params.zero_point is None else grids.array_of(params.zero_point),
+            None if params.offset is None else grids.array_of(params.offset),
+        )
+
+    def _params(self, part: PartCodes | DecodedPart, shape: tuple[int, int] | None = None) -> QuantParams:
         """Scales, zero points and offsets of a part, shape (R, C) of its scales unless given."""
-        rows = len(part.codes)
+        rows = part.rows
         shape = self._scale_shape(rows) if shape is None else shape
         each = np.broadcast_to(part.widths, shape)
         count = shape[0] * shape[1] if self.scale == "groups" else 1 if self._range_layout.kind == "tensor" else rows

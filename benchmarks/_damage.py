@@ -1,0 +1,91 @@
+"""Packed files that are not sound, for packed_stress.py and the tests: damaged at random, or forged with checksums that fit."""
+
+import json
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+
+ODD = [0, 1, 2, -1, 3, 7, 31, 255, 10**6, 2**31, 2**40, 2**62, 10**30, None, "", "a", "tensor", "channel", "extents", "groups", "coded"]
+ODD += ["middle", "plain", "none", "float", "float64", "bfloat16", "F16", "U8", "BOOL", True, 1.5, [], {}, [1], [[0, 0, 1]], [0] * 5]
+"""What a forged header may say in any place."""
+
+
+def damage(data: bytes, draw: random.Random) -> bytes:
+    """Bytes that differ from a sound file's: some removed, added, replaced, zeroed, swapped, or the end cut off."""
+    while True:
+        damaged, start, count = bytearray(data), draw.randrange(len(data)), draw.choice((1, 1, 2, 4, 8, 64, 500))
+        match draw.randrange(6):
+            case 0:
+                del damaged[start : start + count]
+            case 1:
+                damaged[start:start] = draw.randbytes(count)
+            case 2:
+                damaged[start : start + count] = draw.randbytes(len(damaged[start : start + count]))
+            case 3:
+                damaged[start : start + count] = bytes(len(damaged[start : start + count]))
+            case 4:
+                other = draw.randrange(len(data))
+                damaged[start], damaged[other] = damaged[other], damaged[start]
+            case 5:
+                del damaged[start:]
+        if damaged != data:
+            return bytes(damaged)
+
+
+class Forgery:
+    """A file taken apart, to be put together with other values and checksums that fit."""
+
+    def __init__(self, data: bytes) -> None:
+        length = struct.unpack("<Q", data[:8])[0]
+        self.header = json.loads(data[8 : 8 + length])
+        self.contents = json.loads(self.header["__metadata__"]["contents"])
+        self.body = bytearray(data[8 + length : -4])
+
+    def build(self) -> bytes:
+        """The file."""
+        self.header["__metadata__"]["contents"] = json.dumps(self.contents)
+        text = json.dumps(self.header).encode()
+        head = struct.pack("<Q", len(text)) + text
+        return head + self.body + struct.pack("<I", zlib.crc32(head))
+
+    def fix_checksums(self) -> None:
+        """Those of the body, of whatever the header still describes."""
+        crc = 0
+        places = {name: entry["data_offsets"] for name, entry in self.header.items() if name != "__metadata__"}
+        for index, shard in enumerate(self.contents["shards"]):
+            start, stop = places[f"diffq_fx/shard/{index}"]
+            shard["crc32"] = zlib.crc32(self.body[start:stop])
+        for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
+            if name.startswith("diffq_fx/common/"):
+                self.contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(self.body[start:stop])
+            elif not name.startswith("diffq_fx/"):
+                crc = zlib.crc32(self.body[start:stop], crc)
+        self.contents["tensors_crc32"] = crc
+
+
+def forge_header(data: bytes, draw: random.Random) -> bytes:
+    """A file with anything in its header replaced by anything, under checksums that fit."""
+    forgery = Forgery(data)
+    target = forgery.contents if draw.random() < 0.7 else forgery.header
+    *path, last = draw.choice([path for path in _paths(target) if path[0] != "__metadata__"])
+    for key in path:
+        target = target[key]
+    target[last] = draw.choice(ODD)
+    return forgery.build()
+
+
+def forge_body(data: bytes, draw: random.Random) -> bytes:
+    """A file with other bytes under checksums that fit."""
+    forgery = Forgery(data)
+    for _ in range(draw.choice((1, 1, 3, 20))):
+        forgery.body[draw.randrange(len(forgery.body))] ^= draw.randrange(1, 256)
+    forgery.fix_checksums()
+    return forgery.build()
+
+
+def _paths(value, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value in nested lists and dicts."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from _paths(each, (*path, key))

@@ -1,0 +1,148 @@
+// Codes of a packed file to weights in one pass: from the bit planes of each class's stream, over the groups of a part in the order of the
+// weight, to floats (or to the codes themselves). docs/packed-format.md says what classes, streams, planes and tiles are.
+//
+// Compiled without contraction of a * b + c, so that every weight is bit by bit what torch's operations make.
+
+#include <stdint.h>
+#include <string.h>
+
+#define AHEAD 512 // codes of a stream that are unpacked at a time: those of all classes stay in the cache
+
+typedef struct { // `bits` of each value; byte k holds those of the values k, k + size, k + 2 size, ..., from its low bits up
+    const uint8_t *bytes;
+    int64_t size;
+    int32_t bits, shift; // the plane's first bit in a value
+} Plane;
+
+typedef struct {
+    const Plane *planes; // of all classes, those of class c from first_plane[c] on
+    const int32_t *first_plane;
+    const int64_t *counts;  // values of each stream
+    int64_t *next;          // value of each stream that comes next
+    uint16_t *ahead;        // AHEAD values of each stream, unpacked
+    int32_t *used, *filled; // those that were taken, those that are there
+    const uint8_t *widths;  // of each group: strides of zero share a value
+    int64_t width_row, width_group;
+    const uint8_t *bins;
+    int64_t bin_row;
+    const uint16_t *classes; // by width and bin
+    int64_t bin_number, rows, columns, block;
+    const float *scale, *offset; // of each group or, with by_width, each width; offset may be NULL
+    const int32_t *centre, *zero_point;
+    int64_t row, group, by_width;
+    float *weights; // one of these three is not NULL
+    uint8_t *codes8;
+    uint16_t *codes16;
+} Part;
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+static void unpack(const Plane *plane, const Plane *end, int64_t first, int64_t count, uint16_t *restrict out) {
+    for (int joins = 0; plane < end; plane++, joins = 1) {
+        int mask = (1 << plane->bits) - 1, up = plane->shift;
+        for (int64_t done = 0, run; done < count; done += run) {
+            int64_t place = (first + done) / plane->size, byte = (first + done) % plane->size;
+            int down = (int)place * plane->bits;
+            const uint8_t *restrict from = plane->bytes + byte;
+            uint16_t *restrict into = out + done;
+            run = plane->size - byte < count - done ? plane->size - byte : count - done;
+            if (joins)
+                for (int64_t i = 0; i < run; i++) into[i] |= (uint16_t)(((from[i] >> down) & mask) << up);
+            else
+                for (int64_t i = 0; i < run; i++) into[i] = (uint16_t)(((from[i] >> down) & mask) << up);
+        }
+    }
+}
+
+// The next `count` codes of a class, AHEAD or fewer.
+ALWAYS_INLINE const uint16_t *take(const Part *p, int64_t class, int32_t count) {
+    uint16_t *ahead = p->ahead + class * AHEAD;
+    if (__builtin_expect(p->filled[class] - p->used[class] < count, 0)) {
+        int32_t rest = p->filled[class] - p->used[class];
+        int64_t more = p->counts[class] - p->next[class];
+        if (more > AHEAD - rest) more = AHEAD - rest;
+        memmove(ahead, ahead + p->used[class], (size_t)rest * sizeof(uint16_t));
+        unpack(p->planes + p->first_plane[class], p->planes + p->first_plane[class + 1], p->next[class], more, ahead + rest);
+        p->next[class] += more;
+        p->used[class] = 0;
+        p->filled[class] = rest + (int32_t)more;
+    }
+    const uint16_t *found = ahead + p->used[class];
+    p->used[class] += count;
+    return found;
+}
+
+// Eight at a time, in the vectors of GCC and Clang: short groups are too short for a loop that a compiler would make vectors of.
+typedef uint16_t Codes __attribute__((vector_size(16)));
+typedef int32_t Levels __attribute__((vector_size(32)));
+typedef float Weights __attribute__((vector_size(32)));
+#define WIDE 8
+
+// level = centre + 0, -1, 1, -2, ... mod 2^b; weight = (level - zero_point) * scale or level * scale + offset.
+#define LEVEL(code) ((centre + (((code) >> 1) ^ -((code) & 1))) & top)
+
+ALWAYS_INLINE void dequantize(const Part *p, const uint16_t *restrict codes, float *restrict out, int64_t count, int64_t at, int width) {
+    int32_t top = (1 << width) - 1, centre = p->centre[at], zero_point = p->offset ? 0 : p->zero_point[at];
+    float scale = p->scale[at], offset = p->offset ? p->offset[at] : 0;
+    int64_t i = 0;
+    for (; i + WIDE <= count; i += WIDE) {
+        Codes narrow;
+        memcpy(&narrow, codes + i, sizeof narrow);
+        Levels code = __builtin_convertvector(narrow, Levels), level = LEVEL(code) - zero_point;
+        Weights weight = __builtin_convertvector(level, Weights) * scale;
+        if (p->offset) weight += offset;
+        memcpy(out + i, &weight, sizeof weight);
+    }
+    for (; i < count; i++) {
+        int32_t code = codes[i], level = LEVEL(code) - zero_point;
+        out[i] = p->offset ? (float)level * scale + offset : (float)level * scale;
+    }
+}
+
+ALWAYS_INLINE void put(const Part *p, const uint16_t *restrict codes, int64_t place, int64_t count, int64_t at, int width) {
+    if (p->weights)
+        dequantize(p, codes, p->weights + place, count, at, width);
+    else if (p->codes8)
+        for (int64_t i = 0; i < count; i++) p->codes8[place + i] = (uint8_t)codes[i];
+    else
+        memcpy(p->codes16 + place, codes, (size_t)count * sizeof(uint16_t));
+}
+
+// The groups of `length` columns of every row, from group `first` up to and without `stop`.
+ALWAYS_INLINE void unpack_tile(const Part *p, int64_t first, int64_t stop, int64_t length) {
+    for (int64_t row = 0; row < p->rows; row++) {
+        const uint8_t *widths = p->widths + row * p->width_row;
+        const uint16_t *classes = p->classes + p->bins[row * p->bin_row];
+        for (int64_t group = first; group < stop; group++) {
+            int width = widths[group * p->width_group];
+            int64_t class = classes[width * p->bin_number], at = p->by_width ? width : row * p->row + group * p->group;
+            int64_t place = row * p->columns + group * p->block;
+            for (int64_t done = 0, run; done < length; done += run) {
+                run = length - done < AHEAD ? length - done : AHEAD;
+                put(p, take(p, class, (int32_t)run), place + done, run, at, width);
+            }
+        }
+    }
+}
+
+int64_t diffq_fx_codes_ahead(void) { return AHEAD; }
+
+void diffq_fx_unpack(const Part *part) {
+    Part copy = *part; // in this frame the compiler knows that nothing else points to it
+    int64_t whole = copy.columns / copy.block, rest = copy.columns % copy.block;
+    switch (copy.block) { // the compiler makes fast code for a length that it knows
+    case 4: unpack_tile(&copy, 0, whole, 4); break;
+    case 8: unpack_tile(&copy, 0, whole, 8); break;
+    case 16: unpack_tile(&copy, 0, whole, 16); break;
+    default: unpack_tile(&copy, 0, whole, copy.block);
+    }
+    if (rest) unpack_tile(&copy, whole, whole + 1, rest);
+}
+
+// Add the groups [first, stop) of every row to the count of their width and bin.
+void diffq_fx_count_cells(const uint8_t *widths, int64_t width_row, int64_t width_group, const uint8_t *bins, int64_t bin_row,
+                          int64_t bin_number, int64_t rows, int64_t first, int64_t stop, int64_t *counts) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t group = first; group < stop; group++)
+            counts[widths[row * width_row + group * width_group] * bin_number + bins[row * bin_row]]++;
+}

@@ -1,0 +1,165 @@
+"""Codes of a packed file to weights in one pass over memory, in C where a compiler is at hand; the packed file's own numpy does the same.
+
+``unpacking.c`` reads from several streams at once, each of them a stack of bit planes; ``docs/packed-format.md`` has the terms.
+"""
+
+import ctypes
+import functools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffq_fx.kernels import build
+
+_SOURCE = Path(__file__).with_name("unpacking.c")
+_FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=off -fwrapv -fno-math-errno -fno-trapping-math -shared -fPIC".split()
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS.append("-mprefer-vector-width=512")
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Plane(ctypes.Structure):
+    _fields_ = (("bytes", _POINTER), ("size", _SIZE), ("bits", ctypes.c_int32), ("shift", ctypes.c_int32))
+
+
+_PART_FIELDS = (
+    *[(name, _POINTER) for name in ("planes", "first_plane", "counts", "next", "ahead", "used", "filled", "widths")],
+    *[("width_row", _SIZE), ("width_group", _SIZE), ("bins", _POINTER), ("bin_row", _SIZE), ("classes", _POINTER)],
+    *[(name, _SIZE) for name in ("bin_number", "rows", "columns", "block")],
+    *[(name, _POINTER) for name in ("scale", "offset", "centre", "zero_point")],
+    *[(name, _SIZE) for name in ("row", "group", "by_width")],
+    *[(name, _POINTER) for name in ("weights", "codes8", "codes16")],
+)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = _PART_FIELDS
+
+
+class Plane(NamedTuple):
+    """``bits`` of each value of a stream, from its bit ``shift`` up: byte k of n holds those of the values k, k + n, k + 2n, ..."""
+
+    data: NDArray[np.uint8]
+    bits: int
+    shift: int
+
+
+class Streams:
+    """The streams of all classes of a shard, their planes ready for the kernel."""
+
+    def __init__(self, planes: Sequence[Sequence[Plane]], counts: Sequence[int]) -> None:
+        flat = [plane for of_class in planes for plane in of_class]
+        self._kept = [plane.data for plane in flat]
+        self.planes = (_Plane * max(len(flat), 1))(*[_Plane(p.data.ctypes.data, len(p.data), p.bits, p.shift) for p in flat])
+        self.first_plane = np.cumsum([0, *[len(of_class) for of_class in planes]], dtype=np.int32)
+        self.counts = np.array(counts, np.int64)
+
+
+class Grouping(NamedTuple):
+    """Rows of a weight, and the class of each of their groups."""
+
+    rows: int
+    columns: int
+    block: int
+    widths: NDArray[np.uint8]
+    """Shape (R, C): R is 1 or the rows, C is 1 or the groups of a row."""
+    bins: NDArray[np.uint8]
+    """Shape (R,)."""
+    classes: NDArray[np.uint16]
+    """By width and bin."""
+
+
+class Grid(NamedTuple):
+    """The grid of each group, arrays of shape (R, C) that broadcast with the groups; or of each width, arrays of shape (17,)."""
+
+    scale: NDArray[np.float32]
+    centre: NDArray[np.int32]
+    """The level from which codes count."""
+    zero_point: NDArray[np.int32] | None
+    offset: NDArray[np.float32] | None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where there is no compiler or the environment says no."""
+    loaded = build.compiled([_SOURCE], _FLAGS)
+    if loaded is None:
+        return None
+    loaded.diffq_fx_unpack.argtypes, loaded.diffq_fx_unpack.restype = [ctypes.POINTER(_Part)], None
+    loaded.diffq_fx_count_cells.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 5, _POINTER]
+    loaded.diffq_fx_count_cells.restype = None
+    loaded.diffq_fx_codes_ahead.argtypes, loaded.diffq_fx_codes_ahead.restype = [], _SIZE
+    return loaded
+
+
+def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
+    """How many of some groups of each row are of each width and bin, shape of ``grouping.classes``.
+
+    Example:
+        >>> widths, bins = np.array([[2, 3], [3, 3]], np.uint8), np.zeros(1, np.uint8)
+        >>> count_cells(Grouping(2, 8, 4, widths, bins, np.zeros((17, 2), np.uint16)), slice(0, 2))[:, 0].tolist()[:5]
+        [0, 0, 1, 3, 0]
+    """
+    widths, bins, number = np.ascontiguousarray(grouping.widths), np.ascontiguousarray(grouping.bins), grouping.classes.shape[1]
+    counts, loaded = np.zeros(grouping.classes.shape, np.int64), library()
+    if loaded is None:
+        some = widths[:, groups] if widths.shape[1] > 1 else widths
+        cells = some.astype(np.int64) * number + bins.reshape(-1, 1)
+        times = grouping.rows * (groups.stop - groups.start) // cells.size
+        return times * np.bincount(cells.reshape(-1), minlength=counts.size).reshape(counts.shape)
+    loaded.diffq_fx_count_cells(
+        *(widths.ctypes.data, *_strides(widths), bins.ctypes.data, int(len(bins) > 1), number, grouping.rows),
+        *(groups.start, groups.stop, counts.ctypes.data),
+    )
+    return counts
+
+
+def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid: Grid | None, out: NDArray[Any]) -> None:
+    """Fill rows with codes, or where a grid is given with weights.
+
+    The level of a code is ``centre + 0, -1, 1, -2, ... mod 2^b``, its weight ``(level - zero_point) * scale``, or
+    ``level * scale + offset``.
+
+    Args:
+        streams: where the codes are.
+        first: the value of each stream to begin with.
+        grouping: the rows; they take no more values from a stream than it has.
+        grid: float32 scales and what else makes weights; None for codes.
+        out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
+
+    Raises:
+        RuntimeError: there is no kernel: see :func:`library`.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the C kernel, which was to unpack a file, cannot be loaded.")
+    ahead = int(loaded.diffq_fx_codes_ahead())
+    number = len(streams.counts)
+    state = np.array(first, np.int64), np.empty((number, ahead), np.uint16), np.zeros(number, np.int32), np.zeros(number, np.int32)
+    widths, bins, classes = (np.ascontiguousarray(each) for each in (grouping.widths, grouping.bins, grouping.classes))
+    fields: dict[str, Any] = dict(zip(("next", "ahead", "used", "filled"), state, strict=True))
+    fields |= {"first_plane": streams.first_plane, "counts": streams.counts, "widths": widths, "bins": bins, "classes": classes}
+    fields |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
+    sizes = {"bin_row": int(len(bins) > 1), "bin_number": classes.shape[1], "rows": grouping.rows}
+    sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(grid is not None and grid.scale.ndim == 1)}
+    sizes["width_row"], sizes["width_group"] = _strides(widths)
+    if grid is not None:
+        shape = grid.scale.shape
+        arrays = {name: value for name, value in grid._asdict().items() if value is not None}
+        fields |= {name: np.ascontiguousarray(np.broadcast_to(value, shape)) for name, value in arrays.items()}
+        if len(shape) == 2:
+            sizes["row"], sizes["group"] = _strides(grid.scale)
+    pointers = {name: value.ctypes.data for name, value in fields.items()}
+    part = _Part(planes=ctypes.cast(streams.planes, ctypes.c_void_p), **pointers, **sizes)
+    loaded.diffq_fx_unpack(ctypes.byref(part))
+
+
+def _strides(values: NDArray[Any]) -> tuple[int, int]:
+    """Steps from a row to the next and from a group to the next, of shape (R, C); none where one value stands for all."""
+    rows, groups = values.shape
+    return (groups if rows > 1 else 0), int(groups > 1)
