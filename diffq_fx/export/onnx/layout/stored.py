@@ -86,6 +86,18 @@ class StoredTable:
         """The zero points of :attr:`int8_levels`, of the scales' shape; None where they are 0."""
         return None if self.zero_point is None or self.table.fits_int8_centred else self._as_int8(self.zero_point, "zero_point")
 
+    @cached_property
+    def int8_centred(self) -> tuple[ir.Value, ir.Value]:
+        """All levels as int8 about zero points of 0, and their scales: rounded anew, to a wider step, in the rows that do not fit."""
+        if self.zero_point is None or self.table.fits_int8_centred:
+            return self.int8_levels, self.scale
+        stretch = self.emit.initializer(f"{self.name}.stretch", self.table.stored_groups(self.table.int8_stretch, self.storage.form))
+        zero_point = self.cast(self.zero_point, ir.DataType.FLOAT, f"{self.name}.zero_point.float")
+        centred = self.emit.op("Sub", [self.levels_as(ir.DataType.FLOAT), zero_point], f"{self.name}.centred")
+        steps = self.emit.op("Div", [centred, stretch], f"{self.name}.stretched")
+        levels = self.cast(self.emit.op("Round", [steps], f"{self.name}.rounded"), ir.DataType.INT8, f"{self.name}.levels.int8")
+        return levels, self.emit.op("Mul", [self.scale, stretch], f"{self.name}.scale.stretched")
+
     @property
     def _fits_int8(self) -> bool:
         return self.table.signed or self.storage.widest < ir.DataType.INT8.bitwidth

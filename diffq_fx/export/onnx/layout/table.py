@@ -67,6 +67,14 @@ class WeightTable:
         centred = self.levels - self.zero_point
         return bool(centred.min() >= np.iinfo(np.int8).min and centred.max() <= np.iinfo(np.int8).max)
 
+    @cached_property
+    def int8_stretch(self) -> np.ndarray:
+        """What the scale of each row grows by so that the levels less their zero points fit int8: float32, shape (O, 1), 1 where they do."""
+        zero_point = 0 if self.zero_point is None else self.zero_point
+        centred, limits = self.levels - zero_point, np.iinfo(np.int8)
+        needed = np.maximum(centred.max(1) / limits.max, centred.min(1) / limits.min)
+        return np.maximum(needed, 1.0).astype(np.float32)[:, None]
+
     @property
     def is_per_tensor(self) -> bool:
         """Whether there is one scale."""
