@@ -92,14 +92,13 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
 
 
 def _plan_for_onnxruntime(emitter: Emitter, table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
-    """The plan, the convolutions included: BatchNorms behind them are put into the table first."""
+    """The plan, the convolutions included: a BatchNorm behind the only one is put into the table first."""
+    if len(uses.convolutions) == 1 and not uses.linear and not uses.gathers and not uses.others and table.blocks == 1:
+        table = fold_batch_norm(emitter, table, uses.convolutions[0], request.halved)
     if request.activations != "int8" or not uses.convolutions or table.spec.name in request.refused:
         return plan_for_onnxruntime(table, uses, request)
     if table.blocks == 1:
-        table = per_channel(table)
-        if len(uses.convolutions) == 1 and not uses.linear and not uses.gathers and not uses.others:
-            table = fold_batch_norm(emitter, table, uses.convolutions[0], request.halved)
-        table = without_empty_scales(table)
+        table = without_empty_scales(per_channel(table))
     reasons = [conv_refusal(table, node, request.ranges) for node in uses.convolutions]
     taken = tuple(node for node, reason in zip(uses.convolutions, reasons, strict=True) if reason is None)
     plan = plan_for_onnxruntime(table, uses, request)

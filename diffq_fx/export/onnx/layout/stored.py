@@ -62,12 +62,19 @@ class StoredTable:
             name = f"{self.name}.{dtype.name.lower()}"
             cast = [self.cast(part, dtype, f"{name}.{width}bit") for width, part in self.parts.items()]
             if len(cast) > 1:
-                order = self.emit.initializer(f"{self.name}.order", self.storage.order)
-                index = self.cast(order, ir.DataType.INT32, f"{self.name}.order.int32")
                 joined = self.emit.op("Concat", cast, f"{name}.joined", axis=self.axis)
-                cast = [self.emit.op("Gather", [joined, index], name, axis=self.axis)]
+                cast = [self.emit.op("Gather", [joined, self._place_of_row], name, axis=self.axis)]
             self._casts[dtype] = cast[0]
         return self._casts[dtype]
+
+    @cached_property
+    def _place_of_row(self) -> ir.Value:
+        """For each row its place among the joined parts: the file holds the part alone, in 2 to 8 bits a row."""
+        parts = integer_tensor(self.storage.part_of_row, self.storage.part_bits, signed=False)
+        part = self.cast(self.emit.initializer(f"{self.name}.part", parts), ir.DataType.INT32, f"{self.name}.part.int32")
+        rows = self.sizes("rows", [self.table.spec.rows])
+        rows_by_part = self.emit.argsort(part, rows, f"{self.name}.by_part")
+        return self.emit.argsort(rows_by_part, rows, f"{self.name}.place")
 
     @cached_property
     def int8_levels(self) -> ir.Value:
