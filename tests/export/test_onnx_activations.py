@@ -1,6 +1,8 @@
 """activations="dynamic" and "int8": what onnxruntime makes of the file, and how far its outputs are from PyTorch's."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -341,16 +343,45 @@ def test_tied_table_and_dynamic_head_store_one_table(path):
     assert int8_error(found, model(ids)) < 0.015
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("bits", [4, 12])
-def test_recurrent_weights_cost_nothing_per_run(kind, bits, path):
+def operators_of_a_run(path, x):
+    """What onnxruntime's profiler saw in the second run of a file."""
+    options = session_options(path)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    for _ in range(2):
+        session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    second = sorted(event["ts"] for event in events if event["name"] == "model_run")[1]
+    return [event["args"]["op_name"] for event in events if event["ts"] >= second and event["name"].endswith("_kernel_time")]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(("bits", "activations"), [(4, "float"), (12, "float"), (8, "dynamic")])
+def test_recurrent_weights_cost_nothing_per_run(kind, bits, activations, path):
     model = Swapped(kind(32, 48, batch_first=True), bits).eval()
-    result = export_onnx(model, torch.randn(2, 5, 32), path)
+    result = export_onnx(model, torch.randn(2, 5, 32), path, activations=activations)
     assert {record.rule for record in result.weights} == {"fold"}
     x = torch.randn(2, 5, 32)
-    _, (found,) = run_optimized(path, x)
+    left, (found,) = run_optimized(path, x)
     assert_same(found, model(x))
+    per_run = {"DequantizeLinear", "Cast", "Sub"}  # Mul and Concat make the shape of the first state
+    assert not per_run & set(left)
+    assert not per_run & set(operators_of_a_run(path, x))
     graph = onnx.load(path.with_suffix(".optimized")).graph
     floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    (recurrent,) = (node for node in graph.node if node.op_type == kind.__name__)
-    assert {recurrent.input[1], recurrent.input[2]} <= floats, "the weights are float constants"
+    recurrent = [node for node in graph.node if node.op_type == kind.__name__]
+    assert len(recurrent) == (0 if kind is nn.RNN else 1), "torch writes nn.RNN as a product for each step"
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "FusedGemm")]
+    for weight in [name for node in recurrent for name in node.input[1:3]] + [node.input[1] for node in products]:
+        assert weight in floats, "the weights are float constants"
+    assert recurrent or products
+    assert not [tensor.name for tensor in graph.initializer if ".levels" in tensor.name], "no integers are left to dequantize"
+
+
+def test_wide_recurrent_products_are_not_dequantized_per_run(path):
+    """Steps of an nn.RNN whose weight is worth fusing hold it once, in float, when there are more of them than copies are worth."""
+    model = Swapped(nn.RNN(512, 512, batch_first=True), 4).eval()
+    export_onnx(model, torch.randn(1, 6, 512), path)
+    x = torch.randn(1, 6, 512)
+    assert "DequantizeLinear" not in operators_of_a_run(path, x)
