@@ -226,7 +226,31 @@ def test_what_stays_float_says_why(path):
     reasons = [record.reason for record in result.weights]
     assert "widest channel has 12" in reasons[0]
     assert "blocks of 8" in reasons[1]
-    assert "ConvTranspose" in reasons[2]
+    assert "no integer kernel for ConvTranspose" in reasons[2]
+
+
+def test_onnxruntime_has_no_integer_transposed_convolution(path):
+    """If this fails onnxruntime has learned it, and the rule ``int8`` should take ConvTranspose in."""
+    rng, numbers = np.random.default_rng(0), onnx.numpy_helper.from_array
+    constants = {"s": np.float32(0.02), "z": np.uint8(120), "ws": np.full(8, 0.01, np.float32), "wz": np.zeros(8, np.int8)}
+    constants["w"] = rng.integers(-127, 127, (16, 8, 4, 4)).astype(np.int8)
+    make = onnx.helper.make_node
+    nodes = [
+        make("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        make("DequantizeLinear", ["xq", "s", "z"], ["xf"]),
+        make("DequantizeLinear", ["w", "ws", "wz"], ["wf"], axis=1),
+        make("ConvTranspose", ["xf", "wf"], ["yf"], strides=[2, 2]),
+        make("QuantizeLinear", ["yf", "s", "z"], ["yq"]),
+        make("DequantizeLinear", ["yq", "s", "z"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in (("x", [1, 16, 8, 8]), ("y", None)))
+    graph = onnx.helper.make_graph(nodes, "graph", [x], [y], [numbers(np.asarray(array), name) for name, array in constants.items()])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert "ConvTranspose" in {node.op_type for node in onnx.load(path).graph.node}
 
 
 def test_a_bias_beyond_int32_stays_float(path):

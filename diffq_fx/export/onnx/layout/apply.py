@@ -196,6 +196,8 @@ def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
     in_float = _float_readers(plan)
     if in_float and rule != "qdq":
         reasons.append(f"read by {', '.join(in_float)}, which onnxruntime does not fuse with integers")
+    if "ConvTranspose" in in_float and rule != "qdq":
+        reasons.append("onnxruntime has no integer kernel for ConvTranspose")
     containers = {width: len(rows) * spec.columns for width, rows in stored.storage.parts.items()}
     return WeightRecord(
         name=spec.name,
