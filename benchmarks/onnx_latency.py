@@ -3,6 +3,7 @@
     python benchmarks/onnx_latency.py build encoder      # write the files of one model (minutes)
     python benchmarks/onnx_latency.py race encoder       # time them
     python benchmarks/onnx_latency.py report             # table and plot of everything that was raced
+    python benchmarks/onnx_latency.py profile encoder    # which operators the time goes to, by onnxruntime's profiler
 
 The weights are random, which neither speed nor size see; the error is that of rounding random weights and activations, larger than a
 trained model's. All files of one model come from the same float weights.
@@ -270,6 +271,58 @@ def _facts(path: Path, exact: bool, case: Case) -> dict[str, Any]:
     return {"file_mib": path.stat().st_size / 2**20, "title": case.title, **memory}
 
 
+def profile(name: str, threads: int) -> None:
+    """Write a table of the operators that the time of a run goes to, at batch 1, for float and our files."""
+    from _result import markdown_table, write_result
+
+    case, folder = CASES[name], FOLDER / name
+    torch.manual_seed(1)
+    inputs = [tensor.numpy() for tensor in case.example(1)]
+    stems = [stem for stem in TITLES if stem == "float" or stem.startswith("ours")]
+    files = {stem: folder / f"{stem}.onnx" for stem in stems if (folder / f"{stem}.onnx").exists()}
+    found = {stem: _operator_times(path, inputs, threads) for stem, path in files.items()}
+    operators = sorted({op for times in found.values() for op in times}, key=lambda op: -max(t.get(op, (0, 0))[1] for t in found.values()))
+    rows = []
+    for op in operators:
+        cells = [found[stem].get(op) for stem in files]
+        rows.append((op, *("" if cell is None else f"{cell[1]:.3f} ({cell[0]})" for cell in cells)))
+    rows.append(("all", *(f"{sum(ms for _, ms in found[stem].values()):.3f}" for stem in files)))
+    body = (
+        f"{case.title}, batch 1, {threads} thread{'s' * (threads > 1)}: ms of one run in each operator, and how many of it run: the median "
+        f"over {PROFILED_RUNS} runs under onnxruntime's profiler, one file after the other.\n\n"
+        + markdown_table(("operator", *(TITLES[stem] for stem in files)), rows)
+    )
+    path = write_result(f"onnx_profile_{name}", f"Where the time goes: {case.title}", body, ["torch", "onnx", "onnxruntime"])
+    print(path.read_text())
+
+
+PROFILED_RUNS = 60
+
+
+def _operator_times(path: Path, inputs: list[np.ndarray], threads: int) -> dict[str, tuple[int, float]]:
+    """Operator -> how many of it one run has, and their milliseconds."""
+    import onnxruntime
+
+    options = _options(path, threads, exact=False)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = dict(zip([entry.name for entry in session.get_inputs()], inputs, strict=True))
+    for _ in range(PROFILED_RUNS + 5):
+        session.run(None, feed)
+    log = Path(session.end_profiling())
+    events = json.loads(log.read_text())
+    log.unlink()
+    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")[5:]
+    kernels = [event for event in events if event["name"].endswith("_kernel_time")]
+    per_run: dict[str, list[list[float]]] = {}
+    for index, (start, stop) in enumerate(runs):
+        for event in kernels:
+            if start <= event["ts"] < stop:
+                per_run.setdefault(event["args"]["op_name"], [[] for _ in runs])[index].append(event["dur"] / 1000)
+    return {op: (round(statistics.median(map(len, times))), statistics.median(map(sum, times))) for op, times in per_run.items()}
+
+
 TITLES = {
     "float": "float",
     "ours4_float": "ours 4 bits",
@@ -353,7 +406,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # bits that were not trained
     logging.disable(logging.INFO)  # onnxruntime's quantizers tell of every node
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("build", "race", "report"))
+    parser.add_argument("step", choices=("build", "race", "report", "profile"))
     parser.add_argument("model", nargs="?", choices=tuple(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
@@ -363,6 +416,8 @@ def main() -> None:
     for name in [arguments.model] if arguments.model else CASES:
         if arguments.step == "build":
             build(name)
+        elif arguments.step == "profile":
+            profile(name, max(arguments.threads))
         else:
             race(name, tuple(arguments.threads))
 

@@ -5,9 +5,13 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from stored_models import Conv, Linear
+from torch import nn
 
 from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.inspection import OnnxInspection, TensorReport, inspect_onnx
 from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, to_props
 
@@ -274,6 +278,52 @@ def test_files_of_ours_tell_the_learned_bits_also_of_split_weights(tmp_path):
     assert found["high_q"].learned_bits == {6: 8}
     assert inspection.learned_payload_bytes == (16 + 72 + 48 + 32 + 48) // 8
     assert inspection.metadata == metadata
+
+
+MIXED = torch.tensor([2, 4, 8])[torch.arange(512) % 3][:, None]
+
+
+@pytest.mark.parametrize(("bits", "grid"), [(4, "affine"), (4, "symmetric"), (8, "affine"), (MIXED, "affine"), (MIXED, "symmetric")])
+def test_weights_of_dynamic_products_are_quantized_and_have_their_scales(bits, grid, tmp_path):
+    """Their scale is multiplied with that of the activations, behind the integer product."""
+    model = Linear(384, 512, bits, grid=grid).eval()
+    (weight,) = export_onnx(model, torch.randn(32, 384), tmp_path / "m.onnx", activations="dynamic").weights
+    assert weight.rule == "dynamic"
+    found = by_name(inspection := inspect_onnx(tmp_path / "m.onnx"))
+    parts = [found[name] for name in weight.initializers]
+    assert len(parts) == (1 if isinstance(bits, int) else 3)
+    assert {part.role for part in parts} == {"quantized"}
+    assert all(part.readers[0].endswith("> MatMulInteger") for part in parts)
+    assert sum(part.scale_bytes for part in parts) == 4 * 512
+    assert found["weight.scale"].role == "scale"
+    assert [tensor.name for tensor in inspection.float_tensors] == ["bias"]
+    assert inspection.payload_bytes("quantized") == -(-weight.container_payload_bits // 8)
+
+
+def test_weights_that_are_rounded_anew_have_both_their_scales(tmp_path):
+    model = Conv(lambda x, w: nn.functional.conv2d(x, w, groups=32), (32, 1, 3, 3), 8).eval()
+    x = torch.randn(2, 32, 9, 9)
+    export_onnx(model, x, tmp_path / "m.onnx", activations="int8", calibration=[x])
+    found = by_name(inspect_onnx(tmp_path / "m.onnx"))
+    assert found["weight.levels"].readers == ("Cast > Sub > Div > Round > Cast > DequantizeLinear > Conv",)
+    assert found["weight.levels"].scale_bytes == 2 * 32 * 4
+    assert (found["weight.scale"].role, found["weight.stretch"].role) == ("scale", "scale")
+
+
+def test_a_product_of_others_has_its_scale_too(tmp_path):
+    """As quantize_dynamic of onnxruntime writes it; a float that is multiplied with activations alone is none."""
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        helper.make_node("MatMulInteger", ["xq", "q", "xz"], ["product"]),
+        helper.make_node("Cast", ["product"], ["in_float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["xs", "q_scale"], ["scale"]),
+        helper.make_node("Mul", ["in_float", "scale"], ["scaled"]),
+        helper.make_node("Mul", ["scaled", "gain"], ["y"]),
+    ]
+    tensors = [levels("q", [8, 4], TensorProto.INT8, 8), floats("q_scale", 4), floats("gain", 4)]
+    found = by_name(inspect_onnx(save(tmp_path / "m.onnx", nodes, tensors)))
+    assert (found["q"].role, found["q_scale"].role, found["gain"].role) == ("quantized", "scale", "float")
+    assert found["q"].readers == ("MatMulInteger",)
 
 
 def test_a_newer_schema_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from stored_models import Bare, Linear, Parallel, assert_same, run_exact, store
+from stored_models import Bare, Conv, Linear, Parallel, assert_same, run_exact, store
 from torch import nn
 
 import diffq_fx
@@ -361,6 +361,38 @@ def test_weights_beyond_the_limit_of_protobuf_go_to_a_second_file(path, monkeypa
     assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]
     fresh = torch.randn(3, 64)
     assert_same(run_exact(path, fresh), model(fresh))
+
+
+def test_a_convolution_with_external_data_and_calibration(path, monkeypatch):
+    """The drafts of the calibration and of the comparison are beyond the limit too."""
+    monkeypatch.setattr("diffq_fx.export.onnx.saving._PROTOBUF_LIMIT", 1000)
+    model = nn.Sequential(Conv(nn.functional.conv2d, (32, 16, 3, 3), 4), nn.ReLU()).eval()
+    x = torch.randn(2, 16, 9, 9)
+    result = export_onnx(model, x, path, activations="int8", calibration=[x])
+    assert result.weights[0].rule == "int8"
+    assert result.file_bytes == path.stat().st_size + path.with_name("model.onnx.data").stat().st_size
+    assert sorted(os.listdir(path.parent)) == ["model.onnx", "model.onnx.data"]
+    export_onnx(model, x, path, activations="int8", calibration=[x])  # over both old files
+
+
+def test_a_reader_that_is_not_known_gets_the_float_weight(path):
+    """Nobody has a rule for these: they run, and the record names them."""
+
+    class Unknown(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (store(torch.randn(8, 16), 4, name=name) for name in "ab")
+
+        def forward(self, x):
+            return x * self.a().cumsum(1), torch.einsum("bi,ji->bj", x.amax(1), self.b().softmax(1))
+
+    model = Unknown().eval()
+    first, second = export_onnx(model, torch.randn(2, 8, 16), path).weights
+    assert (first.rule, second.rule) == ("fold", "fold")
+    assert "read by CumSum, which onnxruntime does not fuse" in first.reason
+    assert "read by Softmax" in second.reason
+    x = torch.randn(3, 8, 16)
+    assert_same(run_exact(path, x), model(x))
 
 
 def test_branches_of_a_condition_read_the_folded_weight(path):

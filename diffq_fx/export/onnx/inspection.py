@@ -201,7 +201,7 @@ def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] 
 def _role(constant: Constant) -> Role:
     if constant.part is not None:
         return constant.part
-    if constant.scales or constant.zero_points:
+    if constant.is_quantized:
         return "quantized"
     return "float" if constant.is_floating else "other"
 

@@ -11,7 +11,7 @@ diffq_fx.producer    "diffq_fx"
 diffq_fx.layout      "onnxruntime" or "qdq"
 diffq_fx.activations "float", "dynamic" or "int8"
 diffq_fx.session.*   onnxruntime's session entries that the file wants: its own key with ``diffq_fx.`` before it
-diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` except the name
+diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` but the name and what is None or empty
 ==================== ==================================================================================================
 
 In the JSON the keys of ``bits`` and ``containers`` are decimal strings, as JSON demands. All counts are of weights, so that
@@ -117,7 +117,7 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
     """
     weights = {}
     for record in metadata.weights:
-        entry = asdict(record)
+        entry = {key: value for key, value in asdict(record).items() if value not in (None, ())}
         weights[entry.pop("name")] = entry
     return {
         f"{PREFIX}schema": str(SCHEMA_VERSION),

@@ -23,6 +23,7 @@ from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
 from diffq_fx.export.onnx.saving import draft_folder, publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
+from diffq_fx.export.onnx.slimming import drop_what_is_derived
 from diffq_fx.export.onnx.tracing import TracedModel, trace, weights_by_initializer
 from diffq_fx.storage import IntegerWeight, StoredWeight
 
@@ -127,6 +128,7 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
     request = job.request
     entries = wanted_entries(request.layout)
     metadata = ExportMetadata(layout=request.layout, activations=request.activations, session=entries, weights=applied.records)
+    drop_what_is_derived(model)
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))

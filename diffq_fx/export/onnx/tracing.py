@@ -113,8 +113,9 @@ def _translate(program: torch.export.ExportedProgram) -> ir.Model:
     if translated is None:
         raise ExportError("torch.onnx returned no model.")
     ClearMetadataAndDocStringPass()(translated.model)  # stack traces with the paths of this machine
-    translated.model.metadata_props.clear()
-    translated.model.graph.metadata_props.clear()
+    graph = translated.model.graph
+    for described in (translated.model, graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
+        described.metadata_props.clear()
     return translated.model
 
 

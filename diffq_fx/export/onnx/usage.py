@@ -28,9 +28,11 @@ _VIEWS = frozenset(
         "Split",
         "Expand",
         "Gather",
+        "Round",
+        "TopK",
     )
 )
-"""Operators that move the values of their first input and compute nothing."""
+"""Operators that move, sort or round the values of their first input and compute nothing with others."""
 
 _Positions = tuple[int | None, int | None, int]
 
@@ -72,6 +74,8 @@ class Constant:
     """What it is for quantized values, of another constant or of activations."""
     has_owner: bool = False
     """Whether it is listed among the scales or zero points of a constant; the first one if it serves several."""
+    is_quantized: bool = False
+    """Whether it has a scale or a zero point, be they listed here or with another part of the same weight."""
     packed_bits: int | None = None
     """Width of the values packed into the bytes of the tensor, where the reading operator says so (MatMulNBits)."""
     packed_values: int | None = None
@@ -101,6 +105,8 @@ class _Trace:
     path: tuple[str, ...] = ()
     is_selected: bool = False
     is_dequantized: bool = False
+    stage: Literal["value", "product", "factor"] = "value"
+    """"product" of activations with these levels, before its scale; "factor" of activations that this scale is a part of."""
 
     def through(self, op: str) -> "_Trace":
         # Behind a Gather by ids the rows are activations: only their dequantization still belongs to the constant.
@@ -184,10 +190,11 @@ def _inner_graphs(node: "NodeProto") -> Iterator[tuple[str, "GraphProto"]]:
 
 def _visit(node: "NodeProto", values: _Values) -> None:
     """Carry the constants among a node's inputs to its outputs, or end them there."""
-    inputs = [values.get(name, ()) for name in node.input]
+    traces = [values.get(name, ()) for name in node.input]
+    inputs = [tuple(trace for trace in of_one if trace.stage == "value") for of_one in traces]
     _pair_with_scales(node, inputs)
     carried = _carried_positions(node, inputs)
-    outputs: list[_Trace] = []
+    outputs = _scaled_later(node, inputs, traces)
     for position, traces in enumerate(inputs):
         for trace in traces:
             if position not in carried:
@@ -196,6 +203,23 @@ def _visit(node: "NodeProto", values: _Values) -> None:
                 outputs.append(_carry(trace, node, inputs))
     if outputs:
         values.update(dict.fromkeys(node.output, tuple(outputs)))
+
+
+def _scaled_later(node: "NodeProto", inputs: list[tuple[_Trace, ...]], traces: list[tuple[_Trace, ...]]) -> list[_Trace]:
+    """Follow integer products to their scale: ``Mul(Cast(MatMulInteger(activations, levels)), Mul(scale of the activations, scale))``."""
+    if node.op_type in ("MatMulInteger", "ConvInteger"):
+        return [replace(trace, stage="product") for trace in inputs[1]]
+    if node.op_type in _VIEWS:
+        return [trace for trace in traces[0] if trace.stage != "value"]
+    factors: list[_Trace] = []
+    for one, other in ((0, 1), (1, 0)) if node.op_type == "Mul" and len(traces) == 2 else ():
+        owners = [trace.constant for trace in traces[one] if trace.stage == "product"]
+        scales = [trace for trace in traces[other] if trace.stage != "product" and trace.constant.is_floating]
+        if owners:
+            _claim(owners, "scale", [trace.constant for trace in scales])
+        elif not inputs[one]:
+            factors += [replace(trace, stage="factor") for trace in scales]
+    return factors
 
 
 def _carry(trace: _Trace, node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> _Trace:
@@ -211,6 +235,8 @@ def _carried_positions(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> s
         return {0}
     if node.op_type == "Concat" and all(inputs):
         return set(range(len(inputs)))
+    if node.op_type == "Mul" and len(inputs) == 2 and all(inputs) and all(t.constant.is_floating for traces in inputs for t in traces):
+        return {0}
     if (pair := _eager_dequantization(node, inputs)) is not None:
         return {pair[0]}
     return set()
@@ -225,13 +251,13 @@ def _pair_with_scales(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> No
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             _note_packing(owners, node)
     if (pair := _eager_dequantization(node, inputs)) is not None:
-        part: Part = "scale" if node.op_type == "Mul" else "zero_point"
+        part: Part = "zero_point" if node.op_type == "Sub" else "scale"
         _claim(_constants(inputs, pair[0]), part, _constants(inputs, pair[1]))
 
 
 def _eager_dequantization(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> tuple[int, int] | None:
-    """Positions of levels and of what is subtracted or multiplied, where Cast, Sub, Mul spell out a dequantization."""
-    if node.op_type not in ("Mul", "Sub") or len(inputs) != 2 or not all(inputs):
+    """Positions of levels and of what is subtracted or multiplied, where Cast, Sub, Mul (or Div) spell out a dequantization."""
+    if node.op_type not in ("Mul", "Sub", "Div") or len(inputs) != 2 or not all(inputs):
         return None
     for levels, other in ((0, 1), (1, 0)) if node.op_type == "Mul" else ((0, 1),):
         are_levels = all(t.constant.holds_levels and not t.is_dequantized for t in inputs[levels])
@@ -247,6 +273,9 @@ def _constants(inputs: list[tuple[_Trace, ...]], position: int | None) -> list[C
 
 
 def _claim(owners: list[Constant], part: Part, constants: list[Constant]) -> None:
+    if constants:
+        for owner in owners:
+            owner.is_quantized = True
     for constant in constants:
         constant.part = part
         if owners and not constant.has_owner:

@@ -18,6 +18,7 @@ from diffq_fx.export.onnx.layout.int8 import (
     conv_refusal,
     emit_int8_filters,
     find_rounded,
+    is_depthwise,
     round_values,
     without_empty_scales,
 )
@@ -91,14 +92,13 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
 
 
 def _plan_for_onnxruntime(emitter: Emitter, table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
-    """The plan, the convolutions included: BatchNorms behind them are put into the table first."""
+    """The plan, the convolutions included: a BatchNorm behind the only one is put into the table first."""
+    if len(uses.convolutions) == 1 and not uses.linear and not uses.gathers and not uses.others and table.blocks == 1:
+        table = fold_batch_norm(emitter, table, uses.convolutions[0], request.halved)
     if request.activations != "int8" or not uses.convolutions or table.spec.name in request.refused:
         return plan_for_onnxruntime(table, uses, request)
     if table.blocks == 1:
-        table = per_channel(table)
-        if len(uses.convolutions) == 1 and not uses.linear and not uses.gathers and not uses.others:
-            table = fold_batch_norm(emitter, table, uses.convolutions[0], request.halved)
-        table = without_empty_scales(table)
+        table = without_empty_scales(per_channel(table))
     reasons = [conv_refusal(table, node, request.ranges) for node in uses.convolutions]
     taken = tuple(node for node, reason in zip(uses.convolutions, reasons, strict=True) if reason is None)
     plan = plan_for_onnxruntime(table, uses, request)
@@ -152,7 +152,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: 
             emit_rows(stored, gather)
         rules.append("rows")
     if plan.convolutions and not request.twin:
-        filters = emit_int8_filters(stored)
+        filters = emit_int8_filters(stored, centred=_is_centred(plan))
         for node in plan.convolutions:
             node.replace_input_with(1, filters)
         rules.append("int8")
@@ -196,6 +196,8 @@ def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
     in_float = _float_readers(plan)
     if in_float and rule != "qdq":
         reasons.append(f"read by {', '.join(in_float)}, which onnxruntime does not fuse with integers")
+    if "ConvTranspose" in in_float and rule != "qdq":
+        reasons.append("onnxruntime has no integer kernel for ConvTranspose")
     containers = {width: len(rows) * spec.columns for width, rows in stored.storage.parts.items()}
     return WeightRecord(
         name=spec.name,
@@ -218,6 +220,10 @@ def _float_readers(plan: WeightPlan) -> list[str]:
     return list(dict.fromkeys((*gathers, *convolutions, *plan.uses.others)))
 
 
+def _is_centred(plan: WeightPlan) -> bool:
+    return any(is_depthwise(plan.table, node) for node in plan.convolutions)
+
+
 def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     remarks = []
     if stored.storage.width is None:
@@ -227,4 +233,9 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     widths = sorted({fusion.bits for fusion in plan.fusions if fusion.mode == "bytes" and fusion.bits > plan.storage.widest})
     if widths:
         remarks.append(f"computed with {widths[0]} bits: predicted to be the fastest at the example's size")
+    if _is_centred(plan) and (uneven := int((plan.table.int8_stretch > 1).sum())):
+        remarks.append(
+            f"levels of {uneven} channels lie unevenly about zero and are rounded anew when the file is loaded, to steps up to "
+            f'{plan.table.int8_stretch.max():.2f} times as wide: onnxruntime is slow for zero points in groups; grid="symmetric" avoids it'
+        )
     return tuple(remarks)

@@ -48,6 +48,16 @@ class Emitter:
         self._nodes.append(node)
         return node.outputs[0]
 
+    def argsort(self, values: ir.Value, count: ir.Value, name: str) -> ir.Value:
+        """Add the nodes that sort ``count`` whole numbers, equal ones in their order; gives their places."""
+        node = ir.node("TopK", [values, count], {"largest": 0}, num_outputs=2)
+        node.name = self.unique(name)
+        for output, label in zip(node.outputs, (".values", ""), strict=True):
+            output.name = self.unique(f"{name}.sorted{label}")
+        node.outputs[1].dtype = ir.DataType.INT64
+        self._nodes.append(node)
+        return node.outputs[1]
+
     def unique(self, name: str) -> str:
         """``name``, or with a number behind it where it is taken."""
         found, number = name, 2

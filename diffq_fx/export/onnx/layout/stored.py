@@ -62,12 +62,19 @@ class StoredTable:
             name = f"{self.name}.{dtype.name.lower()}"
             cast = [self.cast(part, dtype, f"{name}.{width}bit") for width, part in self.parts.items()]
             if len(cast) > 1:
-                order = self.emit.initializer(f"{self.name}.order", self.storage.order)
-                index = self.cast(order, ir.DataType.INT32, f"{self.name}.order.int32")
                 joined = self.emit.op("Concat", cast, f"{name}.joined", axis=self.axis)
-                cast = [self.emit.op("Gather", [joined, index], name, axis=self.axis)]
+                cast = [self.emit.op("Gather", [joined, self._place_of_row], name, axis=self.axis)]
             self._casts[dtype] = cast[0]
         return self._casts[dtype]
+
+    @cached_property
+    def _place_of_row(self) -> ir.Value:
+        """For each row its place among the joined parts: the file holds the part alone, in 2 to 8 bits a row."""
+        parts = integer_tensor(self.storage.part_of_row, self.storage.part_bits, signed=False)
+        part = self.cast(self.emit.initializer(f"{self.name}.part", parts), ir.DataType.INT32, f"{self.name}.part.int32")
+        rows = self.sizes("rows", [self.table.spec.rows])
+        rows_by_part = self.emit.argsort(part, rows, f"{self.name}.by_part")
+        return self.emit.argsort(rows_by_part, rows, f"{self.name}.place")
 
     @cached_property
     def int8_levels(self) -> ir.Value:
@@ -85,6 +92,18 @@ class StoredTable:
     def int8_zero_point(self) -> ir.Value | None:
         """The zero points of :attr:`int8_levels`, of the scales' shape; None where they are 0."""
         return None if self.zero_point is None or self.table.fits_int8_centred else self._as_int8(self.zero_point, "zero_point")
+
+    @cached_property
+    def int8_centred(self) -> tuple[ir.Value, ir.Value]:
+        """All levels as int8 about zero points of 0, and their scales: rounded anew, to a wider step, in the rows that do not fit."""
+        if self.zero_point is None or self.table.fits_int8_centred:
+            return self.int8_levels, self.scale
+        stretch = self.emit.initializer(f"{self.name}.stretch", self.table.stored_groups(self.table.int8_stretch, self.storage.form))
+        zero_point = self.cast(self.zero_point, ir.DataType.FLOAT, f"{self.name}.zero_point.float")
+        centred = self.emit.op("Sub", [self.levels_as(ir.DataType.FLOAT), zero_point], f"{self.name}.centred")
+        steps = self.emit.op("Div", [centred, stretch], f"{self.name}.stretched")
+        levels = self.cast(self.emit.op("Round", [steps], f"{self.name}.rounded"), ir.DataType.INT8, f"{self.name}.levels.int8")
+        return levels, self.emit.op("Mul", [self.scale, stretch], f"{self.name}.scale.stretched")
 
     @property
     def _fits_int8(self) -> bool:

@@ -22,8 +22,9 @@ Form = Literal["weight", "transposed", "rows"]
 
 _PART_BYTES = 150
 """What one more initializer and its Cast node take in the file."""
-_JOIN_BYTES = 300
-"""What Concat, Gather and the Cast of the indices take, without the indices."""
+_JOIN_BYTES = 500
+"""What Concat, Gather and the nodes that make the indices take, without the part of each row."""
+_BYTE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,14 @@ class WeightTable:
             return False
         centred = self.levels - self.zero_point
         return bool(centred.min() >= np.iinfo(np.int8).min and centred.max() <= np.iinfo(np.int8).max)
+
+    @cached_property
+    def int8_stretch(self) -> np.ndarray:
+        """What the scale of each row grows by so that the levels less their zero points fit int8: float32, (O, 1), 1 where they do."""
+        zero_point = 0 if self.zero_point is None else self.zero_point
+        centred, limits = self.levels - zero_point, np.iinfo(np.int8)
+        needed = np.maximum(centred.max(1) / limits.max, centred.min(1) / limits.min)
+        return np.maximum(needed, 1.0).astype(np.float32)[:, None]
 
     @property
     def is_per_tensor(self) -> bool:
@@ -164,16 +173,19 @@ class Storage:
         return max(self.parts)
 
     @cached_property
-    def order(self) -> np.ndarray:
-        """For each row its place among the parts one after another, in the narrowest type that holds it."""
-        order = np.argsort(np.concatenate(list(self.parts.values())))
-        dtype = next(t for t in (np.uint8, np.uint16, np.int32) if order.size <= np.iinfo(t).max + 1)
-        return order.astype(dtype)
+    def part_of_row(self) -> np.ndarray:
+        """For each row the place of its part among :attr:`parts`; sorting these numbers twice gives the row's place in the joined parts."""
+        return np.searchsorted(np.array(list(self.parts)), self.widths)
+
+    @property
+    def part_bits(self) -> int:
+        """Container of :attr:`part_of_row`: the narrowest part's, so that it asks for no higher opset than the levels do."""
+        return min(*self.parts, _BYTE)
 
     def file_bytes(self, columns: int) -> int:
         """What the levels take in the file, with what it takes to join the parts; scales are the same in every storage."""
         levels = sum(-(-len(rows) * columns * width // 8) for width, rows in self.parts.items())
-        joins = 0 if self.width else _JOIN_BYTES + self.order.nbytes
+        joins = 0 if self.width else _JOIN_BYTES + self.widths.size * self.part_bits // _BYTE
         return levels + joins + _PART_BYTES * (len(self.parts) - 1)
 
 
