@@ -56,8 +56,8 @@ class DiffQConfig(Method):
     penalty: float | None = None
     """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
     size: Literal["bits", "container", "entropy"] = "bits"
-    """The size that the target holds: "bits" has every level at its group's width (the paper); "container" is what ONNX stores, in 2, 4, 8 or
-    16 bits; "entropy" is what the entropy-coded packed file takes, and clips no range: rare levels cost next to nothing."""
+    """The size that the target holds: "bits" has every level at its group's width (the paper); "container" is what ONNX stores; "entropy" is what
+    the entropy-coded packed file takes, and clips no range: rare levels cost next to nothing."""
     group_size: GroupSize = "channel"
     """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
     range_per: Literal["tensor", "channel", "group"] = "channel"
