@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from diffq_fx import functional, kernels
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.methods.diffq import DiffQConfig, DiffQWeight
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice, unique
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.entropy import bits_saved

@@ -10,7 +10,7 @@ from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
 
 if TYPE_CHECKING:
-    from diffq_fx.methods.diffq import DiffQWeight
+    from diffq_fx.methods.diffq_weight import DiffQWeight
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PassError, prepare, prepare_diffq
 from diffq_fx.capture import consumers, gate, model_scope, module_scope, tracing
 from diffq_fx.capture.calls import ExampleCall, ModelState
-from diffq_fx.methods.diffq import DiffQWeight
+from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.passes.insert_quantizers import insert_quantizers
 from zoo.checks import noise_off, prepared, run, tensors_in
 from zoo.control_flow import Point, Result, Two
