@@ -1,4 +1,4 @@
-"""How time and memory of prepare, one transform and convert grow with the model."""
+"""How time and memory of prepare, one transform and convert grow with the model; what memory training takes."""
 
 import multiprocessing
 import resource
@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from _train_systems import SYSTEMS, tasks, training_step
 from torch import nn
 
 from diffq_fx import convert_diffq, prepare_diffq
@@ -64,6 +65,34 @@ def _grow(millions: int) -> list[str]:
         f"{convert_seconds:.2f}",
         f"{peaks[1]:.2f}",
     ]
+
+
+def memory(quick: bool) -> str:
+    """Peak memory of training steps, each system in a process of its own, over that of plain steps."""
+    systems = ["plain", *SYSTEMS][: 3 if quick else None]
+    peaks = {}
+    for system in systems:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[system], weights = pool.apply(_train, (system,))
+        print(system, f"{peaks[system]:.0f} MiB", flush=True)
+    rows = [[name, f"{peak:.0f}", f"{(peak - peaks['plain']) * 2**20 / weights:.2f}"] for name, peak in peaks.items()]
+    return markdown_table((f"{_MEMORY_TASK}, {weights / 1e6:.1f} M weights", "peak, MiB", "extra bytes per weight"), rows)
+
+
+_MEMORY_TASK = "6-layer LM, 8 x 128"
+
+
+def _train(system: str) -> tuple[float, int]:
+    """Peak memory in MiB of a few steps, and the number of weights."""
+    warnings.simplefilter("ignore")
+    make, inputs, loss_of, _ = tasks()[_MEMORY_TASK]
+    torch.manual_seed(0)
+    model = make()
+    weights = sum(p.numel() for p in model.parameters())
+    step = training_step(model, inputs, loss_of) if system == "plain" else SYSTEMS[system](model, inputs, loss_of)
+    for _ in range(4):
+        step()
+    return _peak_mib(), weights
 
 
 def plot(rows: list[list[str]], path: Path) -> None:
