@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from _result import markdown_table
 from _train_systems import SYSTEMS, tasks, training_step
 from torch import nn
 
