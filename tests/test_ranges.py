@@ -39,8 +39,8 @@ def test_the_span_for_normal_weights_has_the_least_error(bits):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("range_size", "group_size"), [("channel", "channel"), ("tensor", "channel"), ("channel", 8), (30, 30)])
 def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_size, monkeypatch):
-    rows = torch.randn(24, 100, generator=torch.Generator().manual_seed(0)).square()
-    layout, groups = GroupLayout.of(24, 100, range_size), GroupLayout.of(24, 100, group_size)
+    rows = torch.randn(240, 100, generator=torch.Generator().manual_seed(0)).square()
+    layout, groups = GroupLayout.of(240, 100, range_size), GroupLayout.of(240, 100, group_size)
     bits = torch.randint(1, 6, groups.shape, generator=torch.Generator().manual_seed(0))
     found = least_error_range(rows, layout, bits, groups, grid)
     usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)

@@ -75,6 +75,27 @@ class Scaled:
         self.scaler.update()
 
 
+class Autocast(Scaled):
+    """Mixed precision as users have it: autocast, and for float16 a scaler."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __call__(self, model, batch, optimizers):
+        optimizers[0].zero_grad()
+        with torch.autocast("cpu", dtype=self.dtype):
+            loss = loss_of(model, batch)
+        (self.scaler.scale(loss) if self.dtype == torch.float16 else loss).backward()
+        if self.dtype == torch.float16:
+            self.scaler.unscale_(optimizers[0])
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            self.scaler.step(optimizers[0])
+            self.scaler.update()
+        else:
+            optimizers[0].step()
+
+
 def adam(model, **kw):
     return [torch.optim.Adam(model.parameters(), lr=1e-3, **kw)]
 
@@ -97,6 +118,8 @@ WAYS = {
     "clipping": (adam, clipped, 1.0),
     "grad scaler": (adam, Scaled(), 1.0),
     "grad scaler, fused": (lambda m: adam(m, fused=True), Scaled(), 1.0),
+    "autocast bfloat16": (adam, Autocast(torch.bfloat16), 1.0),
+    "autocast float16, grad scaler, unscaled and clipped": (adam, Autocast(torch.float16), 1.0),
     "two optimizers": (several, plain, 1.0),
     "bits in their own group": (lambda m: [setup_optimizer(torch.optim.SGD(m.parameters(), 0.1), m, bits_lr=0.5)], plain, 1.0),
 }

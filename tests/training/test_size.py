@@ -1,6 +1,7 @@
 """The size against hand-computed cases."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -215,3 +216,33 @@ def test_the_container_size_is_what_onnx_stores():
 def test_containers_hold_channels_not_blocks():
     with pytest.raises(ValueError, match='size="container" needs group_size="channel" or "tensor", got 8'):
         DiffQConfig(size="container", group_size=8)
+
+
+def test_many_weights_cost_few_calls_each():
+    """Size, its gradient, the pressure before a step and the shift after it: worked out for all weights together."""
+
+    def calls_with(count):
+        layers = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(count)))
+        model = prepare_diffq(layers, torch.zeros(1, 16), DiffQConfig(target_bits=7, sensitivity_steps=0, noise_steps=None))
+        pressure, optimizer = model.compression.pressure, torch.optim.SGD(model.parameters(), lr=0.1)
+        calls = 0
+
+        def count_calls(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        def step():
+            model_size(model).backward()
+            pressure.before_step(optimizer, range(count))
+            pressure.after_step(range(count))
+
+        step()
+        sys.setprofile(count_calls)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    few, many = calls_with(20), calls_with(120)
+    assert (many - few) / 100 < 15

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from diffq_fx import freeze_bits, prepare_diffq
+from diffq_fx.kernels import build
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.models import BY_NAME
 
@@ -59,3 +61,25 @@ def test_the_same_seed_draws_the_same_noise_compiled():
     model = prepared(entry)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     assert_same(run(compiled, entry, "train", seed=4), run(model, entry, "train", seed=4))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("phase", ["noise", "rounding"])
+def test_both_phases_train_compiled_as_they_do_eagerly(backend: str, phase: str):
+    if backend == "inductor" and build.library() is None:
+        pytest.skip("no C compiler is at hand")
+    torch.manual_seed(0)
+    model = prepare_diffq(torch.nn.Sequential(torch.nn.Linear(24, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)), torch.zeros(2, 24))
+    if phase == "rounding":
+        freeze_bits(model)
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 24)
+    for each, run_it in ((model, torch.compile(model, fullgraph=True, backend=backend)), (twin, twin)):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            run_it(x).square().sum().backward()
+            optimizer.step()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,150 @@
+"""The kernels in C against torch's own operations and a float64 reference; where they must not be taken."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffq_fx import functional
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels import (
+    add_noise,
+    bits_of_logits,
+    build,
+    extremes,
+    moments,
+    native,
+    normal_range,
+    size_and_growth,
+    slope_of_size,
+    statistics,
+)
+
+ROWS, COLUMNS, GROUPS = 50, 1000, 40_000  # enough for the kernels to be taken and to work in several parts
+BITS = {"min_bits": 2, "max_bits": 8, "gain": 3.0}
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(build, "library", lambda: None)
+    elif build.library() is None:
+        pytest.skip("no C compiler is at hand")
+    return request.param
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 7, 64, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_statistics(backend, group_size, dtype):
+    rows = (torch.randn(ROWS, COLUMNS) + 0.5).to(dtype)
+    layout = GroupLayout.of(ROWS, COLUMNS, group_size)
+    assert native.takes_rows(rows) == (backend == "native" and dtype == torch.float32)
+    exact = rows.double()
+    low, high, total, square = statistics(rows, layout)
+    torch.testing.assert_close((low.double(), high.double()), layout.aminmax(exact), rtol=0, atol=0)
+    torch.testing.assert_close(total.double(), layout.sum(exact), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(square.double(), layout.sum(exact.square()), rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a.double(), b.double()) for a, b in zip(extremes(rows, layout), (low, high), strict=True))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 500), (49, 999)])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 64])
+def test_a_weight_that_is_nan_makes_the_range_of_its_group_nan(backend, place, group_size):
+    rows = torch.randn(ROWS, COLUMNS)
+    rows[place] = float("nan")
+    layout = GroupLayout.of(ROWS, COLUMNS, group_size)
+    expected = layout.aminmax(rows)
+    assert int(expected[0].isnan().sum()) == 1
+    for found, wanted in zip(extremes(rows, layout), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 64])
+@pytest.mark.parametrize("mean", [0.0, 0.5, -3.0])
+def test_normal_range_against_float64(backend, grid, group_size, mean):
+    rows, layout = torch.randn(ROWS, COLUMNS) + mean, GroupLayout.of(ROWS, COLUMNS, group_size)
+    bits = torch.rand(layout.shape) * 15 + 1
+    found, expected = normal_range(rows, layout, bits, grid), normal_range(rows.double(), layout, bits.double(), grid)
+    torch.testing.assert_close([each.double() for each in found], list(expected), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("as_many", [True, False])
+def test_size_of_logits_against_float64(backend, as_many):
+    logits = torch.randn(GROUPS)
+    values = torch.tensor([9.0]).expand(GROUPS) if as_many else torch.randint(1, 10, (GROUPS,)).float()
+    assert native.takes_size(values, logits) == (backend == "native")
+    exact = logits.double().requires_grad_()
+    expected = (values.double() * functional.bits_from_logits(exact, 2, 8, 3.0)).sum()
+    (slope,) = torch.autograd.grad(expected, exact)
+    size, growth = size_and_growth(values, logits, **BITS)
+    assert size.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert growth.item() == pytest.approx(slope.sum().item(), rel=1e-5)
+    torch.testing.assert_close(slope_of_size(values, logits, **BITS).double(), slope, rtol=1e-5, atol=4e-5)
+    bits = functional.bits_from_logits(exact.detach(), 2, 8, 3.0)
+    torch.testing.assert_close(bits_of_logits(logits, **BITS)[0].double(), bits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_moments_against_float64(backend, scale):
+    g, n = torch.randn(GROUPS) * scale, torch.rand(GROUPS)
+    a, b = g.double(), n.double()
+    expected = torch.stack([a.sum(), b.sum(), a @ a, a @ b, b @ b])
+    torch.testing.assert_close(moments(g, n), expected, rtol=1e-9, atol=0)
+
+
+def test_sums_do_not_depend_on_the_threads(backend):
+    logits, values, grad = torch.randn(GROUPS), torch.rand(GROUPS), torch.randn(GROUPS)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(torch.cat([torch.stack(size_and_growth(values, logits, **BITS)), moments(grad, values)]))
+    torch.set_num_threads(threads)
+    if backend == "native":
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("group_size", "axis", "dtype"), [("channel", 0, torch.float32), (8, 0, torch.float32), (8, 1, torch.bfloat16)])
+def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, group_size, axis, dtype):
+    weight = torch.randn(40, 48).to(dtype).requires_grad_()
+    layout = GroupLayout.of(*(weight.shape if axis == 0 else weight.shape[::-1]), group_size)
+    step = torch.rand(layout.shape).requires_grad_()
+    upstream = torch.randn(40, 48).to(dtype)
+    torch.manual_seed(1)
+    direct = add_noise(weight, step, axis=axis, block=layout.block)
+    torch.manual_seed(1)
+    registered = torch.ops.diffq_fx.add_noise(weight, step, axis, layout.block, False)[0]
+    assert torch.equal(direct, registered)
+    for a, b in zip(*(torch.autograd.grad(noisy, [weight, step], upstream) for noisy in (direct, registered)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_gradient_of_the_weight_is_not_copied_and_little_is_kept(backend):
+    weight, step = torch.randn(256, 512, requires_grad=True), torch.rand(256, 1, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        noisy = add_noise(weight, step, axis=0, block=512)
+    assert sum(tensor.nbytes for tensor in kept) - step.nbytes == (8 if backend == "native" else weight.numel())
+    upstream = torch.randn(256, 512)
+    grad, _ = torch.autograd.grad(noisy, [weight, step], upstream)
+    assert grad.data_ptr() == upstream.data_ptr()
+
+
+class Elsewhere(torch.Tensor):
+    """A subclass whose memory need not hold what it stands for."""
+
+
+def test_kernels_leave_alone_what_is_not_a_plain_tensor_in_memory():
+    rows = torch.randn(ROWS, COLUMNS)
+    if build.library() is None:
+        pytest.skip("no C compiler is at hand")
+    assert native.takes_rows(rows)
+    assert not native.takes_rows(rows.as_subclass(Elsewhere))
+    assert not native.takes_rows(rows.double())
+    assert not native.takes_rows(rows.t())
+    assert not native.takes_rows(rows.to("meta"))
+    with FakeTensorMode():
+        assert not native.takes_rows(torch.empty(ROWS, COLUMNS))
+    seen = []
+    torch.func.grad(lambda x: (seen.append(native.takes_rows(x)), x.sum())[1])(rows)
+    assert seen == [False]
