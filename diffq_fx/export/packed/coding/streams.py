@@ -202,7 +202,7 @@ def _decode(reader: "_Reader", width: int, count: int) -> DecodedStream:
         return DecodedStream(width, count, low, plane, None, low_bytes)
     high_bytes = -(-count * plane // 8)
     high = _CODERS[coder].decode(coded, high_bytes)
-    if (high & _bits_above(width - low, plane)).any():
+    if np.bitwise_or.reduce(high) & _bits_above(width - low, plane):
         raise PackedFileError(f"a value does not fit {width} bits")
     return DecodedStream(width, count, low, plane, high, memoryview(bytes(low_bytes)))  # a copy: the coded bytes can go
 
