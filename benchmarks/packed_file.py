@@ -135,7 +135,7 @@ def load_here(name: str, path: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     load_packed(model, path)
     peak = status("VmHWM") - before
-    best = seconds(lambda: load_packed(model, path), 3)
+    best = seconds(lambda: load_packed(model, path), 10)
     print(json.dumps({"seconds": best, "float_bytes": size, "peak": peak / size}))
 
 
@@ -191,7 +191,7 @@ def plain_load(name: str, folder: Path) -> tuple[int, float]:
     model = make_float(name)
     torch.save(model.state_dict(), folder / "float.pt")
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    return size, seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 3)
+    return size, seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 10)
 
 
 def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore: float) -> tuple[list[tuple], list[tuple]]:
@@ -234,7 +234,7 @@ def compare(name: str, folder: Path) -> str:
     if name == "demucs":  # one float for each group of 8 and several copies of it would not fit
         del configs["groups of 8"]
     else:
-        rows, restore = diffq_rows(name, folder, 2)
+        rows, restore = diffq_rows(name, folder, 10)
         sizes += [("groups of 8", *row, "") for row in rows]
         speed.append(("groups of 8", "diffq's restore", "", f"{restore:.3f}", f"{float_bytes / restore / 1e9:.3f}", "1", ""))
     for groups, config in configs.items():
@@ -258,7 +258,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         body = "\n\n".join(compare(name, Path(folder)) for name in arguments.models)
     name = "packed_file_" + "_".join(arguments.models)
-    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "diffq", "nncodec", "zstandard"]).read_text())
+    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "isal", "diffq", "nncodec", "zstandard"]).read_text())
 
 
 if __name__ == "__main__":
