@@ -106,6 +106,29 @@ def ideal_bytes(model: nn.Module) -> tuple[float, float, float]:
     return packed, entropy, side
 
 
+def context_bytes(model: nn.Module) -> dict[str, float]:
+    """Levels at their entropy given a context, with what its tables take: half a log2 of the count for each level that occurs."""
+    found = dict.fromkeys(("no context", "the row's spread", "the left neighbour's size"), 0.0)
+    for weight in weights_of(model):
+        levels = weight.levels_OI().numpy()
+        each = np.broadcast_to(weight.spec.bits_layout.expand(weight.bits).numpy(), levels.shape).astype(np.int64)
+        size = np.abs((levels - zero_levels(weight).numpy()) * np.exp2(1.0 - each))
+        left = np.concatenate([np.ones((len(size), 1)), size[:, :-1]], 1)
+        contexts = dict(zip(found, (np.ones_like(size), size.mean(1, keepdims=True) * np.ones_like(size), left), strict=True))
+        for name, value in contexts.items():
+            key = each * 16 + np.clip(-2 * np.log2(np.maximum(value, 1e-9)), 0, 15).astype(np.int64)
+            for of_context in np.unique(key):
+                some = levels[key == of_context]
+                found[name] += (entropy_bits(some) + np.log2(len(some)) / 2 * (len(np.unique(some)) - 1)) / 8
+    return found
+
+
+def zero_levels(weight: IntegerWeight) -> torch.Tensor:
+    """The level that stands for zero, or is next to it, for every weight."""
+    zero = weight.zero_point if weight.zero_point is not None else torch.round(-weight.offset / weight.scale).int()
+    return weight.spec.scale_layout.expand(zero)
+
+
 def plain_bytes(path: Path) -> int:
     """What the file holds beside quantized weights: parameters and buffers as they are."""
     from diffq_fx.export.packed.inspection import inspect_packed
@@ -171,8 +194,7 @@ def nncodec_bytes(model: nn.Module) -> int:
     spec.loader.exec_module(coder)  # type: ignore[union-attr]
     total = 0
     for weight in weights_of(model):
-        zero = weight.zero_point if weight.zero_point is not None else torch.round(-weight.offset / weight.scale).int()
-        levels = (weight.levels_OI() - weight.spec.scale_layout.expand(zero)).to(torch.int32).contiguous().numpy()
+        levels = (weight.levels_OI() - zero_levels(weight)).to(torch.int32).contiguous().numpy()
         encoder = coder.Encoder()
         encoder.initCtxModels(11, 0)
         skipped = np.zeros(len(levels), np.int32)
@@ -220,6 +242,7 @@ def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore:
             (groups, "levels alone, order-0 entropy", mib(entropy), ""),
             (groups, "levels alone, zstd -9 of a byte or two each", mib(len(zstandard.ZstdCompressor(level=9).compress(levels))), ""),
             (groups, "levels alone, nncodec's DeepCABAC", mib(nncodec_bytes(converted)), ""),
+            *((groups, f"levels alone, entropy and tables given {name}", mib(size), "") for name, size in context_bytes(converted).items()),
             (groups, "widths, scales and zero points at their entropy", mib(side), ""),
         ]
     return sizes, speed
@@ -258,7 +281,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         body = "\n\n".join(compare(name, Path(folder)) for name in arguments.models)
     name = "packed_file_" + "_".join(arguments.models)
-    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "isal", "diffq", "nncodec", "zstandard"]).read_text())
+    print(
+        write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "isal", "diffq", "nncodec", "zstandard"]).read_text()
+    )
 
 
 if __name__ == "__main__":
