@@ -106,6 +106,29 @@ def ideal_bytes(model: nn.Module) -> tuple[float, float, float]:
     return packed, entropy, side
 
 
+def context_bytes(model: nn.Module) -> dict[str, float]:
+    """Levels at their entropy given a context, with what its tables take: half a log2 of the count for each level that occurs."""
+    found = dict.fromkeys(("no context", "the row's spread", "the left neighbour's size"), 0.0)
+    for weight in weights_of(model):
+        levels = weight.levels_OI().numpy()
+        each = np.broadcast_to(weight.spec.bits_layout.expand(weight.bits).numpy(), levels.shape).astype(np.int64)
+        size = np.abs((levels - zero_levels(weight).numpy()) * np.exp2(1.0 - each))
+        left = np.concatenate([np.ones((len(size), 1)), size[:, :-1]], 1)
+        contexts = dict(zip(found, (np.ones_like(size), size.mean(1, keepdims=True) * np.ones_like(size), left), strict=True))
+        for name, value in contexts.items():
+            key = each * 16 + np.clip(-2 * np.log2(np.maximum(value, 1e-9)), 0, 15).astype(np.int64)
+            for of_context in np.unique(key):
+                some = levels[key == of_context]
+                found[name] += (entropy_bits(some) + np.log2(len(some)) / 2 * (len(np.unique(some)) - 1)) / 8
+    return found
+
+
+def zero_levels(weight: IntegerWeight) -> torch.Tensor:
+    """The level that stands for zero, or is next to it, for every weight."""
+    zero = weight.zero_point if weight.zero_point is not None else torch.round(-weight.offset / weight.scale).int()
+    return weight.spec.scale_layout.expand(zero)
+
+
 def plain_bytes(path: Path) -> int:
     """What the file holds beside quantized weights: parameters and buffers as they are."""
     from diffq_fx.export.packed.inspection import inspect_packed
@@ -135,7 +158,7 @@ def load_here(name: str, path: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     load_packed(model, path)
     peak = status("VmHWM") - before
-    best = seconds(lambda: load_packed(model, path), 3)
+    best = seconds(lambda: load_packed(model, path), 10)
     print(json.dumps({"seconds": best, "float_bytes": size, "peak": peak / size}))
 
 
@@ -171,8 +194,7 @@ def nncodec_bytes(model: nn.Module) -> int:
     spec.loader.exec_module(coder)  # type: ignore[union-attr]
     total = 0
     for weight in weights_of(model):
-        zero = weight.zero_point if weight.zero_point is not None else torch.round(-weight.offset / weight.scale).int()
-        levels = (weight.levels_OI() - weight.spec.scale_layout.expand(zero)).to(torch.int32).contiguous().numpy()
+        levels = (weight.levels_OI() - zero_levels(weight)).to(torch.int32).contiguous().numpy()
         encoder = coder.Encoder()
         encoder.initCtxModels(11, 0)
         skipped = np.zeros(len(levels), np.int32)
@@ -191,7 +213,7 @@ def plain_load(name: str, folder: Path) -> tuple[int, float]:
     model = make_float(name)
     torch.save(model.state_dict(), folder / "float.pt")
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    return size, seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 3)
+    return size, seconds(lambda: model.load_state_dict(torch.load(folder / "float.pt")), 10)
 
 
 def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore: float) -> tuple[list[tuple], list[tuple]]:
@@ -220,6 +242,7 @@ def our_rows(name: str, groups: str, config: DiffQConfig, folder: Path, restore:
             (groups, "levels alone, order-0 entropy", mib(entropy), ""),
             (groups, "levels alone, zstd -9 of a byte or two each", mib(len(zstandard.ZstdCompressor(level=9).compress(levels))), ""),
             (groups, "levels alone, nncodec's DeepCABAC", mib(nncodec_bytes(converted)), ""),
+            *((groups, f"levels alone, entropy and tables given {name}", mib(size), "") for name, size in context_bytes(converted).items()),
             (groups, "widths, scales and zero points at their entropy", mib(side), ""),
         ]
     return sizes, speed
@@ -234,7 +257,7 @@ def compare(name: str, folder: Path) -> str:
     if name == "demucs":  # one float for each group of 8 and several copies of it would not fit
         del configs["groups of 8"]
     else:
-        rows, restore = diffq_rows(name, folder, 2)
+        rows, restore = diffq_rows(name, folder, 10)
         sizes += [("groups of 8", *row, "") for row in rows]
         speed.append(("groups of 8", "diffq's restore", "", f"{restore:.3f}", f"{float_bytes / restore / 1e9:.3f}", "1", ""))
     for groups, config in configs.items():
@@ -258,7 +281,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         body = "\n\n".join(compare(name, Path(folder)) for name in arguments.models)
     name = "packed_file_" + "_".join(arguments.models)
-    print(write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "diffq", "nncodec", "zstandard"]).read_text())
+    print(
+        write_result(name, "The packed file: size and speed", body, ["torch", "numpy", "isal", "diffq", "nncodec", "zstandard"]).read_text()
+    )
 
 
 if __name__ == "__main__":

@@ -165,6 +165,18 @@ FORGERIES = {
     "a tensor too long": (lambda f: f.header["bias"].update(shape=[70]), r"tensor 'bias' of F32 \[70\] has 28 bytes, not 280"),
     "many dimensions": (lambda f: f.header["bias"].update(shape=[1] * 65), "tensor 'bias' has shape"),
     "no contents": (lambda f: f.contents.clear(), "the header has no list of weights"),
+    "no defaults": (lambda f: f.contents.pop("defaults"), "the header has no defaults of its weights"),
+    "defaults that are a list": (lambda f: f.contents.update(defaults=[]), "the header has no defaults of its weights"),
+    "defaults of a kind that are text": (lambda f: f.contents["defaults"].update(integer="x"), "the header has no defaults"),
+    "a name by default": (lambda f: f.contents["defaults"]["integer"].update(name="a"), "or some that a weight must say itself"),
+    "an impossible default": (
+        lambda f: f.contents["defaults"]["integer"].update(dtype="U8"),
+        "weight 'a': expected one of the types float32",
+    ),
+    "a type that half values cannot be stored for": (
+        lambda f: f.contents["tensors"].update(mask={"dtype": "F32"}),
+        "tensor 'mask' of torch.float32 cannot be stored as torch.bool",
+    ),
     "a bool of 2": (lambda f: (f.body.__setitem__(f.header["mask"]["data_offsets"][0], 2), f.fix_checksums()), "a bool is stored as 2"),
 }
 

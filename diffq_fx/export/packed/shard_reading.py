@@ -50,7 +50,9 @@ class DecodedShard:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
         sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
         (stream,) = decode_block(section, [(4, sum(sizes))])
-        return [piece.reshape(shape) for piece, shape in zip(_split(stream.values() + np.uint8(1), sizes), shapes, strict=True)]
+        widths = stream.values()
+        np.add(widths, 1, widths)  # its own array: a width takes 4 bits
+        return [piece.reshape(shape) for piece, shape in zip(_split(widths, sizes), shapes, strict=True)]
 
     def _check_codes(self) -> None:
         for part, content in self.parts():

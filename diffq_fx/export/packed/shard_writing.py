@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.export.packed.coding.bitplanes import Values
-from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of
+from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of, merged_bins
 from diffq_fx.export.packed.coding.streams import Stream, encode_block
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.kinds.decoded import PartCodes
@@ -37,6 +37,8 @@ def encode_shard(
         bins.append(bins_of(content.codes, widths) if entropy else np.zeros(1, np.uint8))
         histogram.add(content.codes, widths, bins[-1])
     table = ClassTable(histogram.classes(by_bin=entropy))
+    merged = merged_bins(table.classes)
+    bins = [merged[each] for each in bins]
     sections = [
         encode_block([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))], entropy=entropy),
         encode_block([Stream(BIN_BITS, np.concatenate(bins))], entropy=True) if entropy else b"",

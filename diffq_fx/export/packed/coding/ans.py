@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from diffq_fx.errors import PackedFileError
 
 _HIGHEST = (1 << 16) - 1
+_AT_ONCE = 1 << 17  # the library gives symbols as int32
 _END, _ENDS = 0xD1FF, 1 << 16
 
 
@@ -58,8 +59,10 @@ def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
     if not frequencies.any() or not len(words) or not words[-1]:
         raise PackedFileError("a coded sequence has no frequencies or ends in a wrong word")
     stream = _library()
-    coder = stream.stack.AnsCoder(words)
-    symbols = coder.decode(_model(stream, frequencies), count).astype(np.uint8)
+    coder, model, symbols = stream.stack.AnsCoder(words), _model(stream, frequencies), np.empty(count, np.uint8)
+    for first in range(0, count, _AT_ONCE):
+        some = symbols[first : first + _AT_ONCE]
+        some[:] = coder.decode(model, len(some))
     if coder.decode(stream.model.Uniform(_ENDS), 1)[0] != _END or not coder.is_empty():
         raise PackedFileError(f"a coded sequence does not end after {count} symbols")
     return symbols

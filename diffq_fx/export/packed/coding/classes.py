@@ -50,7 +50,7 @@ def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     Example:
         >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
-        array([17,  8], dtype=uint8)
+        array([70, 32], dtype=uint8)
     """
     share = codes * np.exp2(-1 - widths.astype(np.float32))
     mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
@@ -117,6 +117,19 @@ def _partition(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 def _xlogx(counts: NDArray[Any]) -> NDArray[Any]:
     return counts * np.log2(np.maximum(counts, 1))
+
+
+def merged_bins(classes: Sequence[CodeClass]) -> NDArray[np.uint8]:
+    """For each bin the lowest one that is in the same class at every width: rows need to tell no more than that.
+
+    Example:
+        >>> merged_bins([CodeClass(3, 0, 4), CodeClass(3, 5, 127), CodeClass(4, 0, 127)])[[0, 4, 5, 100]]
+        array([0, 0, 5, 5], dtype=uint8)
+    """
+    starts = np.zeros(BINS, np.uint8)
+    for each in classes:
+        starts[each.first_bin] = each.first_bin
+    return np.maximum.accumulate(starts)
 
 
 class ClassTable:

@@ -187,7 +187,7 @@ def decode_block(data: memoryview, expected: Sequence[tuple[int, int]]) -> list[
     """
     streams, reader = [], _Reader(data)
     for width, count in expected:
-        streams.append(_decode(reader, width, count) if count else DecodedStream(width, 0, width, 0, None, data[:0]))
+        streams.append(_decode(reader, width, count) if count else DecodedStream(width, 0, width, 0, None, memoryview(b"")))
     reader.end()
     return streams
 
@@ -199,10 +199,10 @@ def _decode(reader: "_Reader", width: int, count: int) -> DecodedStream:
         raise PackedFileError(f"a stream of {width} bits has a damaged head: coder {coder}, {low} low bits, plane of {plane}")
     coded, low_bytes = reader.take(size), reader.take(packed_size(count, low))
     if coder == STORED:
-        return DecodedStream(width, count, low, plane, None, low_bytes)
+        return DecodedStream(width, count, low, plane, None, low_bytes if reader.is_mostly(low_bytes) else memoryview(bytes(low_bytes)))
     high_bytes = -(-count * plane // 8)
     high = _CODERS[coder].decode(coded, high_bytes)
-    if (high & _bits_above(width - low, plane)).any():
+    if np.bitwise_or.reduce(high) & _bits_above(width - low, plane):
         raise PackedFileError(f"a value does not fit {width} bits")
     return DecodedStream(width, count, low, plane, high, memoryview(bytes(low_bytes)))  # a copy: the coded bytes can go
 
@@ -225,6 +225,10 @@ class _Reader:
             raise PackedFileError(f"a block of {len(self._data)} bytes ends early")
         self._at += count
         return self._data[self._at - count : self._at]
+
+    def is_mostly(self, some: memoryview) -> bool:
+        """Whether some of the bytes are so many that they may keep all the others in memory."""
+        return len(some) * 8 > len(self._data)
 
     def end(self) -> None:
         """Refuse bytes that nobody took."""
