@@ -36,7 +36,7 @@ def _inner_values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _says_as_much(found: ir.Value, known: ir.Value) -> bool:
-    """Whether all sizes were found, the names of symbolic ones too: onnxruntime fuses some nodes only where two sizes are known to agree."""
+    """Whether all sizes were found, the names of symbolic ones too: onnxruntime fuses some nodes only where two sizes agree."""
     if known.type is not None and found.type != known.type:
         return False
     return known.shape is None or (found.shape is not None and list(found.shape) == list(known.shape))
