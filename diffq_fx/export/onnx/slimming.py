@@ -22,7 +22,8 @@ def drop_what_is_derived(model: ir.Model) -> None:
     bare = model.clone()
     for value in _inner_values(bare.graph):
         value.shape, value.type = None, None
-    ShapeInferencePass(check_type=False, strict_mode=False)(bare)
+    # Without data_prop: onnxruntime does not know the sizes that it finds.
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(bare)
     found = {value.name: value for value in _inner_values(bare.graph)}
     for value in _inner_values(model.graph):
         if _says_as_much(found[value.name], value):
