@@ -280,7 +280,7 @@ def profile(name: str, threads: int) -> None:
     inputs = [tensor.numpy() for tensor in case.example(1)]
     stems = [stem for stem in TITLES if stem == "float" or stem.startswith("ours")]
     files = {stem: folder / f"{stem}.onnx" for stem in stems if (folder / f"{stem}.onnx").exists()}
-    found = {stem: _operator_times(path, inputs, threads) for stem, path in files.items()}
+    found = _operator_times(files, inputs, threads)
     operators = sorted({op for times in found.values() for op in times}, key=lambda op: -max(t.get(op, (0, 0))[1] for t in found.values()))
     rows = []
     for op in operators:
@@ -289,8 +289,11 @@ def profile(name: str, threads: int) -> None:
     rows.append(("all", *(f"{sum(ms for _, ms in found[stem].values()):.3f}" for stem in files)))
     body = (
         f"{case.title}, batch 1, {threads} thread{'s' * (threads > 1)}: ms of one run in each operator, and how many of it run: the median "
-        f"over {PROFILED_RUNS} runs under onnxruntime's profiler, one file after the other.\n\n"
+        f"over {PROFILED_RUNS} runs under onnxruntime's profiler, files in turns.\n\n"
         + markdown_table(("operator", *(TITLES[stem] for stem in files)), rows)
+        + "\n\nWhat bounds each file: "
+        + "; ".join(f"{TITLES[stem]}: {_largest_share(times)}" for stem, times in found.items())
+        + "."
     )
     path = write_result(f"onnx_profile_{name}", f"Where the time goes: {case.title}", body, ["torch", "onnx", "onnxruntime"])
     print(path.read_text())
@@ -299,21 +302,33 @@ def profile(name: str, threads: int) -> None:
 PROFILED_RUNS = 60
 
 
-def _operator_times(path: Path, inputs: list[np.ndarray], threads: int) -> dict[str, tuple[int, float]]:
-    """Operator -> how many of it one run has, and their milliseconds."""
+def _largest_share(times: dict[str, tuple[int, float]]) -> str:
+    total = sum(ms for _, ms in times.values())
+    op = max(times, key=lambda op: times[op][1])
+    return f"{op}, {100 * times[op][1] / total:.0f} % of the time in {times[op][0]} nodes"
+
+
+def _operator_times(files: dict[str, Path], inputs: list[np.ndarray], threads: int) -> dict[str, dict[str, tuple[int, float]]]:
+    """For each file: operator -> how many of it one run has, and their milliseconds."""
     import onnxruntime
 
-    options = _options(path, threads, exact=False)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(path.with_suffix(""))
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feed = dict(zip([entry.name for entry in session.get_inputs()], inputs, strict=True))
-    for _ in range(PROFILED_RUNS + 5):
-        session.run(None, feed)
-    log = Path(session.end_profiling())
+    sessions = {}
+    for stem, path in files.items():
+        options = _options(path, threads, exact=False)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(path.with_suffix(""))
+        sessions[stem] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    shuffled = random.Random(0)
+    for _ in range(PROFILED_RUNS + 1):
+        for stem in shuffled.sample(list(sessions), len(sessions)):
+            sessions[stem].run(None, dict(zip([entry.name for entry in sessions[stem].get_inputs()], inputs, strict=True)))
+    return {stem: _read_profile(Path(session.end_profiling())) for stem, session in sessions.items()}
+
+
+def _read_profile(log: Path) -> dict[str, tuple[int, float]]:
     events = json.loads(log.read_text())
     log.unlink()
-    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")[5:]
+    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == "model_run")[1:]
     kernels = [event for event in events if event["name"].endswith("_kernel_time")]
     per_run: dict[str, list[list[float]]] = {}
     for index, (start, stop) in enumerate(runs):

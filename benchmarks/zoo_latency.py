@@ -47,7 +47,7 @@ def build(names: list[str], *, again: bool) -> None:
 def _build(entry: Any, folder: Path) -> dict[str, Any]:
     import onnx_ir as ir
 
-    from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
+    from diffq_fx import DiffQConfig, ExportError, convert_diffq, prepare_diffq
     from diffq_fx.export import export_onnx
     from diffq_fx.export.onnx.examples import Example
     from diffq_fx.export.onnx.tracing import trace
@@ -55,7 +55,10 @@ def _build(entry: Any, folder: Path) -> dict[str, Any]:
     args, kwargs = entry.example()
     example = kwargs or args
     model = entry.make().eval()
-    traced = trace(model, Example.of(example), None)
+    try:
+        traced = trace(model, Example.of(example), None)
+    except ExportError:
+        return {"reason": "torch cannot export the float model"}
     ir.save(traced.model, folder / "float.onnx")
     inputs = {str(value.name): tensor.numpy() for value, tensor in zip(traced.model.graph.inputs, Example.of(example).tensors, strict=True)}
     np.savez(folder / "inputs.npz", **inputs)

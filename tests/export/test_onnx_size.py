@@ -98,6 +98,25 @@ def test_shapes_that_inference_does_not_find_are_kept():
     assert [value.name for value in ir.to_proto(model).graph.value_info] == ["unknown"]
 
 
+def test_symbolic_sizes_that_fusions_compare_are_kept(path):
+    """SkipLayerNormalization takes two inputs of one shape, batch and length included."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(64, 64), nn.LayerNorm(64)
+
+        def forward(self, x):
+            n, t, _ = x.shape
+            heads = self.layer(x).view(n, t, 4, 16).transpose(1, 2)
+            return self.norm(x + heads.softmax(-1).transpose(1, 2).reshape(n, t, 64))
+
+    x = torch.randn(2, 7, 64)
+    model = convert_diffq(prepare_diffq(Net().eval(), x, DiffQConfig(target_bits=None, min_size=0.0)))
+    result = export_onnx(model, x, path)
+    assert "SkipLayerNormalization" in result.operators
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ranges", ["channel", "tensor"])
 def test_batch_norms_are_in_the_scales(bias, ranges, path):

@@ -76,7 +76,9 @@ def export_onnx(
     - "dynamic": in front of linear layers, with a range that is found at every run, where that is predicted to be the fastest
       (0.13 to 0.3 of the float time from about 384 x 384 and 8 rows on). Needs no data.
     - "int8": that, and convolutions become integer ones, with the Adds and poolings between them. The ranges of their inputs and
-      outputs come from ``calibration``. Widths up to 8 bits with a scale per channel; ConvTranspose has no int8 kernel and stays float.
+      outputs come from ``calibration``. Widths up to 8 bits with a scale per channel. Depthwise filters of 8 affine bits are
+      rounded once more when the file is loaded (the record's remark says how far). Groups of less than 32 channels stay float, where int8
+      is slower, and so does ConvTranspose, which has no int8 kernel.
 
     The weights keep their learned widths in the file in all three. On x86 processors without VNNI (before 2019) the int8 kernels of
     the last two saturate for weights of 8 bits; the session entry ``session.x64quantprecision = 1`` prevents it and costs the speed.

@@ -22,7 +22,8 @@ def drop_what_is_derived(model: ir.Model) -> None:
     bare = model.clone()
     for value in _inner_values(bare.graph):
         value.shape, value.type = None, None
-    ShapeInferencePass(check_type=False, strict_mode=False)(bare)
+    # Without data_prop: onnxruntime does not know the sizes that it finds.
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(bare)
     found = {value.name: value for value in _inner_values(bare.graph)}
     for value in _inner_values(model.graph):
         if _says_as_much(found[value.name], value):
@@ -36,14 +37,10 @@ def _inner_values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def _says_as_much(found: ir.Value, known: ir.Value) -> bool:
-    """Whether every number in a known shape was found; the names of symbolic sizes are of no use to a runtime."""
-    if found.type != known.type and known.type is not None:
+    """Whether all sizes were found, the names of symbolic ones too: onnxruntime fuses some nodes only where two sizes agree."""
+    if known.type is not None and found.type != known.type:
         return False
-    if known.shape is None:
-        return True
-    if found.shape is None or len(found.shape) != len(known.shape):
-        return False
-    return all(not isinstance(size, int) or size == other for size, other in zip(known.shape, found.shape, strict=True))
+    return known.shape is None or (found.shape is not None and list(found.shape) == list(known.shape))
 
 
 def _shorten_constants(graph: ir.Graph) -> None:
