@@ -14,7 +14,7 @@ from stored_models import Bare, Conv, Linear, Parallel, assert_same, run_exact, 
 from torch import nn
 
 import diffq_fx
-from diffq_fx import DiffQWarning, ExportError, StoredWeight
+from diffq_fx import DiffQConfig, DiffQWarning, ExportError, StoredWeight, convert_diffq, prepare_diffq
 from diffq_fx.export import export_onnx, read_metadata
 from diffq_fx.export.onnx import parity, pipeline
 
@@ -453,3 +453,16 @@ def test_comparison_of_outputs_that_do_not_fit():
         parity.compare_outputs(["y"], [zero + 1], [zero])
     infinite = np.array([np.nan, np.inf, 1.0])
     assert parity.compare_outputs(["y"], [infinite], [infinite]) == (0.0, 0.0)
+
+
+def test_weights_of_equal_levels_and_other_scales(tmp_path):
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    with torch.no_grad():
+        net[2].weight.copy_(2 * net[0].weight)
+        net[4].weight.copy_(net[0].weight)
+    x = torch.randn(2, 16)
+    with warnings.catch_warnings(action="ignore"):
+        converted = convert_diffq(prepare_diffq(net, x, DiffQConfig(clipping="none")))
+    first, second = (converted.get_submodule(f"{i}.weight_quantized") for i in (0, 2))
+    assert torch.equal(first.levels_OI(), second.levels_OI())
+    export_onnx(converted, x, tmp_path / "model.onnx")  # compares with PyTorch

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, model_size, prepare_diffq
 from diffq_fx.export.packed import save_packed
-from diffq_fx.training.allocation import allocate_widths
+from diffq_fx.training.allocation import allocate_widths, common_shift
 from diffq_fx.training.groups_in_row import FlatGroups, bit_costs
 from diffq_fx.training.size import BitPackedSize, SizeOfLogits
 from diffq_fx.weights import WeightSpec
@@ -246,3 +246,12 @@ def test_many_weights_cost_few_calls_each():
 
     few, many = calls_with(20), calls_with(120)
     assert (many - few) / 100 < 15
+
+
+def test_the_shift_of_many_groups_is_that_of_each_looked_at():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randn(300_000, generator=generator).double() * 3 + 4
+    values = torch.randint(1, 9, bits.shape, generator=generator).double()
+    payload = 3.3 * float(values.sum())
+    shift = common_shift(values, bits, payload, 1, 8)
+    assert float(torch.dot(values, (bits + shift).clamp(1, 8))) == pytest.approx(payload, rel=1e-4)

@@ -62,13 +62,13 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
     """
     with quiet():
         if dynamic_shapes is not None:
-            return _traced(_exported(converted, example, dynamic_shapes), example, ())
+            return _traced(converted, _exported(converted, example, dynamic_shapes), example, ())
         repeated = _repeated(converted, example)
         program = _exported(converted, repeated, repeated.dynamic_batch())
         if repeated is not example and not _has_dynamic_batch(program):
             program = _exported(converted, example, None)
         remarks = () if _has_dynamic_batch(program) else (_static_remark(example),)
-        return _traced(program, example, remarks)
+        return _traced(converted, program, example, remarks)
 
 
 def _static_remark(example: Example) -> str:
@@ -103,7 +103,19 @@ def _exported(converted: nn.Module, example: Example, dynamic_shapes: Any) -> to
         ) from error
 
 
-def _translate(program: torch.export.ExportedProgram) -> ir.Model:
+def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) -> None:
+    """Put a number in the place of each weight's levels: torch.onnx makes one initializer of equal ones, whatever their scales are."""
+    tensors = {**program.state_dict, **program.constants}
+    number_of: dict[int, int] = {}
+    for name in weights_by_initializer(converted):
+        holder = program.state_dict if name in program.state_dict else program.constants
+        if name in tensors:
+            number = number_of.setdefault(tensors[name].data_ptr(), len(number_of))
+            holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
+
+
+def _translate(program: torch.export.ExportedProgram, converted: nn.Module) -> ir.Model:
+    _number_levels(program, converted)
     placeholder = _placeholder()
     table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: placeholder, torch.ops.diffq_fx.look_up.default: placeholder}
     try:
@@ -138,8 +150,8 @@ def _placeholder() -> Any:
     return dequantize
 
 
-def _traced(program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
-    model = _translate(program)
+def _traced(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+    model = _translate(program, converted)
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
