@@ -20,8 +20,9 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.training.compression import Compression, model_size
+from diffq_fx.training.compression import Compression
 from diffq_fx.training.last_mile import distillation_loss, freeze_bits, reestimate_batch_norm
+from diffq_fx.training.model_size import model_size
 from diffq_fx.training.optimizer import setup_optimizer
 from diffq_fx.weights import SkippedWeight, WeightSpec
 

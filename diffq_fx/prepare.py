@@ -27,7 +27,8 @@ from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.compression import Compression, find_compression
+from diffq_fx.training.compression import Compression
+from diffq_fx.training.model_size import find_compression
 from diffq_fx.training.size import mib
 
 Scope = Literal["auto", "model", "module"]

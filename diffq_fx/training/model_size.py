@@ -1,0 +1,59 @@
+"""A prepared model's compression, found from the outside, and what size it says."""
+
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from diffq_fx.errors import PreparationError
+from diffq_fx.training.compression import Compression
+from diffq_fx.training.size import MIB_BITS, mib
+
+
+def find_compression(model: nn.Module) -> Compression | None:
+    """The compression of a prepared model, wrapped (DDP, EMA) or not; None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, Compression)), None)
+
+
+@overload
+def model_size(model: nn.Module, *, exact: Literal[False] = False) -> Tensor: ...
+
+
+@overload
+def model_size(model: nn.Module, *, exact: Literal[True]) -> float: ...
+
+
+def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
+    """Size of a prepared model in MiB: ``M(b) = sum_s n_s b_s`` over groups s, DiffQ (arXiv:2104.09987), and all that is stored beside.
+
+    Differs from the paper: MiB are said to be MiB, and ranges and the coding of the widths are part of the differentiable size too.
+
+    Args:
+        model: prepared, or a wrapper of a prepared model.
+        exact: the achievable size with whole widths, those that eval() and convert use.
+
+    Returns:
+        A differentiable 0-d tensor, without a device sync; with ``exact`` a float.
+
+    Raises:
+        PreparationError: the model is not prepared.
+
+    Example:
+        >>> from diffq_fx import prepare_diffq
+        >>> prepared = prepare_diffq(torch.nn.Linear(64, 64), torch.zeros(1, 64))
+        >>> size = model_size(prepared, exact=True) * 2**20  # bytes: at most 4 bits x 4096 weights and 4 bytes x 64 biases
+        >>> 2290 < size <= 2304
+        True
+    """
+    compression = require_compression(model, "model_size")
+    if exact:
+        return mib(compression.exact_bits())
+    compression.penalized = compression.penalized or torch.is_grad_enabled()
+    return compression.expected_bits() / MIB_BITS
+
+
+def require_compression(model: nn.Module, caller: str) -> Compression:
+    """The compression of a prepared model, or an error that says how to get one."""
+    compression = find_compression(model)
+    if compression is None:
+        raise PreparationError(f"{caller}: the {type(model).__name__} is not prepared. Call prepare_diffq(model, example_inputs) first.")
+    return compression
