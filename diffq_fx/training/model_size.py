@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from diffq_fx.errors import PreparationError
