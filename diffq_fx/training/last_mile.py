@@ -73,7 +73,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         >>> reestimate_batch_norm(net, [torch.ones(8, 4)])
-        >>> bool((net[1].running_mean == net[0](torch.ones(4))).all())
+        >>> torch.allclose(net[1].running_mean, net[0](torch.ones(4)))
         True
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
