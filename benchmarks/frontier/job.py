@@ -62,9 +62,12 @@ class Job:
         *,
         set_up: Callable[[torch.optim.Optimizer], None] | None = None,
         extra: Callable[[], Tensor] | None = None,
+        teacher: nn.Module | None = None,
     ) -> Training:
         """The training that everybody gets, not yet begun."""
-        return Training(self.task, model, seed=self.seed, steps=self.steps, rate=self.rate, set_up=set_up, extra=extra, tell=self.tell)
+        return Training(
+            self.task, model, seed=self.seed, steps=self.steps, rate=self.rate, set_up=set_up, extra=extra, teacher=teacher, tell=self.tell
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
