@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.frontier.job import Job, NotApplicableError, Point, System, float_mib
 from benchmarks.frontier.sessions import score_file
 from diffq_fx import DiffQConfig, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
-from diffq_fx.export import export_onnx
+from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
 from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
 
@@ -30,10 +30,18 @@ def _finish(job: Job, model: nn.Module, setting: str) -> Point:
     """Convert and score, through ONNX too where that is asked for."""
     mib = float(model_size(model, exact=True))
     converted = convert(model).eval()
-    point: Point = {"mib": mib, "setting": setting, **job.task.evaluate(converted)}
+    point: Point = {"mib": mib, "packed_mib": _packed_mib(converted), "setting": setting, **job.task.evaluate(converted)}
     if job.through_onnx:
         point["onnx"] = through_onnx(job, converted)
     return point
+
+
+def _packed_mib(converted: nn.Module) -> float:
+    """Size of the entropy-coded file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_packed(converted, path)
+        return path.stat().st_size / 2**20
 
 
 def through_onnx(job: Job, converted: nn.Module) -> dict[str, float | str]:

@@ -28,7 +28,7 @@ def report_task(results: Path, kind: type[Task]) -> Path:
     points = read_points(results, kind.name)
     groups = grouped(points)
     rows = [_row(key, found) for key, found in groups.items()]
-    header = ("system", "bits asked for", "steps", "rate", "exact MiB", kind.score_name, "seeds", "seconds", "setting")
+    header = ("system", "bits asked for", "steps", "rate", "exact MiB", "packed file MiB", kind.score_name, "seeds", "seconds", "setting")
     systems = list(dict.fromkeys(key[0] for key in groups))
     legend = "\n".join(f"- {name}: {SYSTEMS[name].summary}" for name in systems if name in SYSTEMS)
     through = _through_onnx(groups, kind)
@@ -67,6 +67,7 @@ def _row(key: tuple, found: list[Point]) -> list[str]:
         str(steps) if steps else "",
         f"{rate:g}" if rate else "",
         _spread([point["mib"] for point in found], 4),
+        _spread(packed, 4) if (packed := [point["packed_mib"] for point in found if "packed_mib" in point]) else "",
         _spread([point["score"] for point in found], 3),
         str(len(found)),
         f"{statistics.mean(point['seconds'] for point in found):.0f}",

@@ -26,7 +26,8 @@ class Training:
     """So many steps of one model on one task; :meth:`advance` may make them in parts.
 
     ``set_up`` gets the optimizer before the first step (diffq and learned widths put parameters in groups of their own), ``extra`` is added
-    to the loss, ``teacher`` makes the loss its distillation in place of the task's own, ``warm_up`` is the number of steps in which the learning rate rises (the float models' training alone has them).
+    to the loss, ``teacher`` makes the loss its distillation in place of the task's own, ``warm_up`` is the number of steps in which the
+    learning rate rises (the float models' training alone has them).
     """
 
     def __init__(
