@@ -162,12 +162,12 @@ def test_the_report_shows_mean_spread_and_versions(tmp_path, monkeypatch):
         return {**key, "mib": mib, "score": score, **rest, "versions": {"torch": "2.13.0", "diffq": "0.2.4"}, **more}
 
     onnx = {"exact_score": 1.25, "fast_score": 1.5, "file_mib": 0.75}
-    points = [point("ste", 0, 1.0, 0.5), point("ste", 1, 2.0, 0.25, onnx=onnx), point("diffq", 0, 4.0, 0.625)]
+    points = [point("ste", 0, 1.0, 0.5, packed_mib=0.25), point("ste", 1, 2.0, 0.25, onnx=onnx), point("diffq", 0, 4.0, 0.625)]
     (tmp_path / "frontier_tiny.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
     path = report_task(tmp_path, Tiny)
     text = path.read_text()
-    assert "| ste | 3 | 4 | 0.1 | 0.3750 ± 0.1768 | 1.500 ± 0.707 | 2 | 2 | as is |" in text
-    assert "| diffq | 3 | 4 | 0.1 | 0.6250 | 4.000 | 1 | 2 | as is |" in text
+    assert "| ste | 3 | 4 | 0.1 | 0.3750 ± 0.1768 | 0.2500 | 1.500 ± 0.707 | 2 | 2 | as is |" in text
+    assert "| diffq | 3 | 4 | 0.1 | 0.6250 |  | 4.000 | 1 | 2 | as is |" in text
     assert "| ste | 3 | 1 | 2.0000 | 1.2500 | 1.5000 | 0.7500 |" in text
     assert "diffq 0.2.4, torch 2.13.0" in text
     assert "python -m benchmarks.frontier report" in text
