@@ -42,7 +42,7 @@ class Sensitivity:
             layout, grad = quantizer.spec.bits_layout, quantizer.source[0].grad
             if len(self.squares) <= i:
                 self.squares.append(torch.zeros(layout.shape, device=quantizer.logits.device))
-            if grad is not None:
+            if grad is not None and not grad.is_sparse:
                 square_OI = to_rows(grad, quantizer.spec.axis).float().square()
                 mean = layout.sum(square_OI) / layout.counts().to(square_OI.device)
                 self.squares[i] += mean.nan_to_num_(0, 0, 0)
