@@ -12,6 +12,8 @@ from benchmarks.frontier.tasks import TASKS, Task
 
 Groups = dict[tuple, list[Point]]
 _MARKERS = "osD^vP*Xp<>hd8"
+_SHOWN = 0.13
+"""How far from the best score a picture reaches, as a part of it."""
 
 
 def report(asked: argparse.Namespace) -> None:
@@ -112,27 +114,40 @@ def _note(points: list[Point]) -> str:
 
 
 def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
+    """The systems that run by default, near the float model's score; what lies further off is an arrow at the edge with its score."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for (system, *_), found in groups.items():
+        if system in SYSTEMS and not SYSTEMS[system].is_default:
+            continue
         scores = [point["score"] for point in found]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         lines.setdefault(system, []).append((statistics.mean(point["mib"] for point in found), statistics.mean(scores), spread))
-    curves = [name for name in lines if not name.startswith("float")]
-    for number, name in enumerate(curves):
-        sizes, scores, spreads = zip(*sorted(lines[name]), strict=True)
-        marker = _MARKERS[number % len(_MARKERS)]
-        axes.errorbar(sizes, scores, spreads, marker=marker, label=name, linewidth=2.2 if name == "ours" else 1, capsize=2, markersize=5)
+    sign = 1 if kind.higher_is_better else -1
+    best = max(sign * score for line in lines.values() for _, score, _ in line)
+    edge = sign * (best - _SHOWN * abs(best))
+    for number, name in enumerate(name for name in lines if not name.startswith("float")):
+        near = [point for point in sorted(lines[name]) if sign * (point[1] - edge) > 0]
+        style = {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}", "linewidth": 2.2 if name == "ours" else 1}
+        sizes, scores, spreads = zip(*near, strict=True) if near else ((), (), ())
+        axes.errorbar(sizes, scores, spreads, label=name, capsize=2, markersize=5, **style)
+        for mib, score, _ in (point for point in lines[name] if point not in near):
+            axes.annotate(f"{score:.1f}", (mib, edge), (0, 14), textcoords="offset points", ha="center", color=style["color"], fontsize=8)
+            axes.plot([mib], [edge], marker=11, color=style["color"], clip_on=False)
     for name in (name for name in lines if name.startswith("float")):
         axes.axhline(lines[name][0][1], color="grey", linestyle=":" if name == "float-trained" else "--", label=name)
     axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=kind.name, xscale="log")
-    if kind.higher_is_better is False:
-        axes.invert_yaxis()
+    axes.set_ylim(
+        *((edge, None) if sign > 0 else (edge, min(score for line in lines.values() for _, score, _ in line) - 0.05 * best * sign))
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=8)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
