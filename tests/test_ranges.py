@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, functional, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import learned_factor, least_error_range, native, normal_range, round_in_range
+from diffq_fx.kernels import build, learned_factor, least_error_range, native, normal_range, round_in_range
 from diffq_fx.kernels.ranges import _SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
@@ -65,8 +65,10 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     if by == "torch":
         monkeypatch.setattr(native, "takes_rows", lambda *_: False)
     torch.manual_seed(0)
-    weight, grad = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
-    layout, clip, bits = GroupLayout.of(6, 50, "channel"), torch.zeros(6, 1, requires_grad=True), torch.full((6, 1), 2)
+    columns = 3000  # enough that the kernel is worth its call
+    weight, grad = torch.randn(6, columns, requires_grad=True), torch.randn(6, columns)
+    assert native.takes_rows(weight, grad) == (by == "kernel" and build.library() is not None)
+    layout, clip, bits = GroupLayout.of(6, columns, "channel"), torch.zeros(6, 1, requires_grad=True), torch.full((6, 1), 2)
     low, high = torch.full((6, 1), -1.2), torch.full((6, 1), 1.0)
     params = functional.quant_params(low, high, bits, "affine")
     rounded = functional.dequantize(functional.quantize(weight.detach(), params, bits, layout), params, layout)
@@ -77,8 +79,8 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     inside = ((weight / scale).round() + zero >= 0) & ((weight / scale).round() + zero <= 3)
     # rounded = (round(w/s)) s inside: d/ds = round(w/s) - w/s by the straight-through estimator; the end level beyond.
     slope_of_step = torch.where(inside, rounded / scale - weight / scale, rounded / scale)
-    by_hand = (grad * slope_of_step).sum(1, keepdim=True) / math.sqrt(50 * 3) / scale / 10
-    torch.testing.assert_close(clip.grad, by_hand.detach(), rtol=1e-4, atol=1e-6)
+    by_hand = (grad * slope_of_step).sum(1, keepdim=True) / math.sqrt(columns * 3) / scale / 10
+    torch.testing.assert_close(clip.grad, by_hand.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_a_row_of_zeros_has_no_gradient_that_is_not_a_number():

@@ -64,7 +64,7 @@ class DiffQConfig(Method):
     noise: Literal["uniform", "gaussian"] = "uniform"
     """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
     min_bits: float = 1
-    """Smallest width, 1 to 16."""
+    """Smallest width, 1 to 16; that of ``widths`` or of ONNX containers where these are asked for."""
     max_bits: float = 8
     """Largest width, 1 to 16."""
     widths: tuple[int, ...] | None = None
@@ -141,6 +141,8 @@ class DiffQConfig(Method):
         if not self.bits_gain > 0:
             raise ValueError(f"DiffQConfig: bits_gain must be positive, got {self.bits_gain}.")
         self.check_common()
+        if self.widths is not None or self.size == "container":  # no noise of widths that rounding cannot choose
+            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.allowed_widths[0], self.init_bits - 1)))
 
     def _check_groups(self) -> None:
         check_group("DiffQConfig", "group_size", self.group_size)
@@ -155,7 +157,7 @@ class DiffQConfig(Method):
             )
 
     def _check_phases(self) -> None:
-        for name, least, none_too in (("training_steps", 1, True), ("noise_steps", 0, True), ("sensitivity_steps", 0, False)):
+        for name, least, none_too in (("training_steps", 1, True), ("noise_steps", 1, True), ("sensitivity_steps", 0, False)):
             steps = getattr(self, name)
             if steps is None and none_too:
                 continue
@@ -188,6 +190,8 @@ class DiffQConfig(Method):
         allowed = self.allowed_widths
         if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):
             raise ValueError(f"DiffQConfig: widths must be two or more, rising, got {allowed}.")
+        if self.size == "container" and not set(allowed) <= set(CONTAINER_BITS):
+            raise ValueError(f'DiffQConfig: size="container" has widths of {CONTAINER_BITS} alone, got {allowed}.')
         if allowed[0] < self.min_bits or allowed[-1] > self.max_bits:
             raise ValueError(
                 f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}."

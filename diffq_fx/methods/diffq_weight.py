@@ -50,14 +50,15 @@ class DiffQWeight(GridQuantizer):
             self.register_buffer(end, unmoved.clone() if config.clips else None)
 
     @property
-    def trained(self) -> list[nn.Parameter]:
-        """What is trained beside the weight."""
-        return [self.logits] if self.clip is None else [self.logits, self.clip]
-
-    @property
     def frozen(self) -> bool:
         """Whether the bits are final."""
         return self.compression is not None and self.compression.frozen
+
+    @torch.no_grad()
+    def keep_bits(self) -> None:
+        """Train no fraction of a bit any more: the logits say the rounded width, whatever becomes of the weights or of a copy."""
+        config = self.config
+        self.logits.copy_(functional.logits_from_bits(self.width.float(), config.min_bits, config.max_bits, config.bits_gain))
 
     def bits(self) -> Tensor:
         """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""

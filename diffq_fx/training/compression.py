@@ -97,8 +97,10 @@ class Compression(nn.Module):
         self.allocate()
         for quantizer in self.learned:
             quantizer.keep_range()
+            quantizer.keep_bits()
         self.bits_frozen.fill_(True)
         self._known = int(self.steps), True
+        self._allocated_from = self._logits_key()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -217,7 +219,7 @@ class Compression(nn.Module):
         """The whole widths of all groups, within the target where there is one, shape (T,)."""
         groups, bits_T, widths = self.groups(), self.bits_T(), self.config.allowed_widths
         budget = self.budget_bits()
-        if budget is None:
+        if budget is None or self.frozen:
             return nearest_widths(bits_T, widths)
         width_T = allocate_widths(groups, bits_T, widths, budget, self.measure)
         if self.config.size == "entropy":

@@ -1,5 +1,6 @@
 """The size against hand-computed cases."""
 
+import copy
 import math
 import sys
 
@@ -191,6 +192,29 @@ def test_the_entropy_coded_file_has_the_size_that_training_held(bits, tmp_path):
     assert files["bits"] > 1.1 * files["entropy"]
     widths = torch.cat([q.width.flatten() for q in model.compression.learned]).double()
     assert float(widths.mean()) > bits + 0.3  # wider levels than bit packing could pay for
+
+
+def test_final_widths_stay_whatever_the_weights_become():
+    model = mixed_model(
+        target_bits=3, size="entropy", training_steps=20
+    )  # half of the steps come after the plan: the weights have moved on
+    widths = [q.width.clone() for q in model.compression.learned]
+    again = copy.deepcopy(model).eval()
+    loaded = mixed_model(target_bits=3, size="entropy", training_steps=20)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2 and weight.shape[1] > 1:
+                weight.mul_(torch.rand_like(weight))
+    loaded.load_state_dict(model.state_dict())
+    again.load_state_dict(model.state_dict())
+    for other in (again, loaded.eval(), copy.deepcopy(model).eval()):
+        assert all(torch.equal(q.width, width) for q, width in zip(other.compression.learned, widths, strict=True))
+
+
+def test_no_noise_of_widths_that_rounding_cannot_choose():
+    assert DiffQConfig(widths=(2, 4, 8)).min_bits == 2
+    assert DiffQConfig(size="container").min_bits == 2
+    assert DiffQConfig().min_bits == 1
 
 
 def test_more_entropy_bits_than_the_target_are_never_chosen():
