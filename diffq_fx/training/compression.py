@@ -13,6 +13,7 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice, unique
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
+from diffq_fx.training.code_length import expected_code_length
 from diffq_fx.training.entropy import bits_saved
 from diffq_fx.training.groups_in_row import FlatGroups
 from diffq_fx.training.pressure import SizePressure
@@ -156,7 +157,11 @@ class Compression(nn.Module):
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return torch.tensor(float(other))
-        return self.size_of_logits()(self.logits) + (other - self.bits_saved)
+        size = self.size_of_logits()(self.logits) + (other - self.bits_saved)
+        if self.config.size == "entropy" and torch.is_grad_enabled():  # what is saved is measured; how it grows with the weights is not
+            length = expected_code_length(self.learned)
+            size = size + (length - length.detach())
+        return size
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use."""

@@ -24,11 +24,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from diffq_fx import functional
 from diffq_fx.kernels import moments
+from diffq_fx.training.code_length import expected_code_length
 from diffq_fx.training.groups_in_row import Segment
 from diffq_fx.training.sensitivity import Sensitivity
 from diffq_fx.training.size import MIB_BITS, SizeOfLogits
 
 if TYPE_CHECKING:
+    from diffq_fx.methods.diffq_weight import DiffQWeight
     from diffq_fx.training.compression import Compression
 
 _GRADIENT_RMS = 1e-3
@@ -85,7 +87,10 @@ class SizePressure:
     def start(self) -> None:
         """Give all groups the same bits, those that meet the target where there is one."""
         compression = self.compression
-        if not compression.learned or compression.budget_bits() is None:
+        if not compression.learned:
+            return
+        if compression.budget_bits() is None:
+            compression.measure_coding()
             return
         for _ in range(_CODING_ROUNDS if compression.config.size == "entropy" else 1):
             self._start_at(compression.budget_bits() or 0)
@@ -132,6 +137,19 @@ class SizePressure:
                 grad.mul_(factor).addcmul_(slope, onto)
         for segment, _, grad in rows:
             segment.scatter_(grad, own)
+        if config.size == "entropy":
+            worth = (0.0 if self.lambda_per_bit is None else self.lambda_per_bit) if config.penalty is None else config.penalty / MIB_BITS
+            self._shorten_code([self.compression.learned[i] for i in held], scale * worth)
+
+    def _shorten_code(self, quantizers: Sequence["DiffQWeight"], worth: Tensor | float) -> None:
+        """Add the gradient of the code's length, times what a bit is worth, to those of the weights."""
+        trained = [(w, grad) for quantizer in quantizers if (grad := (w := quantizer.source[0]).grad) is not None and not grad.is_sparse]
+        if not trained:
+            return
+        with torch.enable_grad():
+            length = expected_code_length(quantizers)
+        for (_, grad), slope in zip(trained, torch.autograd.grad(length, [weight for weight, _ in trained]), strict=True):
+            grad.add_((slope * worth).to(grad.dtype))
 
     def _multiplier_and_factor(
         self, optimizer: Optimizer, tiles: Iterable[tuple[Tensor, Tensor]], scale: Tensor | float
@@ -153,11 +171,12 @@ class SizePressure:
         """Shift all logits together so that the size is the one to hold."""
         compression = self.compression
         frozen, budget = compression.frozen, compression.budget_bits()
-        if budget is not None and not frozen:
-            moved = held[0] == 0 and self.sensitivity.move_bits(budget)
+        if not frozen:
+            moved = budget is not None and held[0] == 0 and self.sensitivity.move_bits(budget)
             if moved or compression.progress[0] % _CODING_EVERY == 0:
                 compression.measure_coding()
-            self._shift(compression.budget_bits() or budget)
+            if budget is not None:
+                self._shift(compression.budget_bits() or budget)
         if held[0] == 0:
             compression.count_step()
 

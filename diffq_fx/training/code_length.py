@@ -1,0 +1,68 @@
+"""How long the code of the weights will be, under a density fitted to each range, as a differentiable function of the weights."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffq_fx.functional.groups import to_rows
+
+if TYPE_CHECKING:
+    from diffq_fx.methods.diffq_weight import DiffQWeight
+
+_WIDEST_STEP = 40.0
+"""Steps over spread from which on all levels are the same, and the code is empty."""
+
+
+def expected_code_length(quantizers: Sequence["DiffQWeight"]) -> Tensor:
+    """Bits of the levels under a Laplace density fitted to each range: ``sum_s n_s H(step_s / mean|w - mean w|)``.
+
+    The learned compression of Ballé et al. and Oktay et al. (arXiv:1906.06624), where training makes the code shorter.
+
+    Differs from the paper: the density has one parameter and is fitted, not learned; the steps are taken as given here, since
+    :class:`~diffq_fx.training.size.SizeOfLogits` has the part of the bits.
+
+    Args:
+        quantizers: of the weights.
+
+    Returns:
+        Bits, 0-d, differentiable in the weights.
+    """
+    return torch.stack([_length(quantizer) for quantizer in quantizers]).sum()
+
+
+def laplace_entropy(step: Tensor) -> Tensor:
+    """Bits per weight of the levels of a Laplace density, ``H = h(e^(-r/2)) + e^(-r/2) (1 + h(e^-r) / (1 - e^-r))``, h of one bit.
+
+    Args:
+        step: r, steps over the mean absolute deviation, above 0.
+
+    Returns:
+        Bits, the shape of ``step``: ``log2(2e / r)`` for fine steps, 0 for coarse ones.
+
+    Example:
+        >>> [round(h.item(), 2) for h in laplace_entropy(torch.tensor([0.01, 1.0, 30.0]))]
+        [9.09, 2.5, 0.0]
+    """
+    step = step.clamp(max=_WIDEST_STEP)
+    beyond_zero = torch.exp(-step / 2)  # the share of levels that are not 0; of these e^-r of each next size
+    return _entropy_of_one(beyond_zero) + beyond_zero * (1 + _entropy_of_one(torch.exp(-step)) / -torch.expm1(-step))
+
+
+def _entropy_of_one(share: Tensor) -> Tensor:
+    return -(torch.special.xlogy(share, share) + torch.special.xlog1py(1 - share, -share)) / math.log(2)
+
+
+def _length(quantizer: "DiffQWeight") -> Tensor:
+    spec, weight = quantizer.spec, quantizer.source[0]
+    ranges, rows_OI = spec.range_layout, to_rows(weight, spec.axis).float()
+    counts = ranges.counts().to(rows_OI.device)
+    mean = ranges.sum(rows_OI.detach()) / counts
+    spread = ranges.sum((rows_OI - ranges.expand(mean)).abs()) / counts
+    with torch.no_grad():
+        step = quantizer.span_in_training(weight) / (torch.exp2(quantizer.bits()) - 1)
+    varied = (spread > step / _WIDEST_STEP).expand_as(step)  # the others take no bits, and no gradient
+    length = laplace_entropy(torch.where(varied, step / torch.where(varied, spread, 1), _WIDEST_STEP))
+    return (length * spec.scale_layout.counts().to(length.device)).sum()
