@@ -54,6 +54,11 @@ class DiffQWeight(GridQuantizer):
         """Whether the bits are final."""
         return self.compression is not None and self.compression.frozen
 
+    @property
+    def stretch(self) -> Tensor | None:
+        """What all ranges of the model are multiplied with; None where the size to hold is not the entropy-coded one."""
+        return self.compression.stretch if self.compression is not None and self.config.size == "entropy" else None
+
     @torch.no_grad()
     def keep_bits(self) -> None:
         """Train no fraction of a bit any more: the logits say the rounded width, whatever becomes of the weights or of a copy."""
@@ -67,7 +72,8 @@ class DiffQWeight(GridQuantizer):
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
         if not self.config.clips:
-            return super().range_of(rows_OI, bits)
+            low, high = super().range_of(rows_OI, bits)
+            return (low, high) if self.stretch is None else (low * self.stretch, high * self.stretch)
         if self.frozen:
             moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
@@ -129,7 +135,8 @@ class DiffQWeight(GridQuantizer):
         """Changes with the rounded bits of the model and with the learned range."""
         if self.compression is not None:
             self.compression.refresh(self)
-        return (self.width._version, self.width.data_ptr(), self.frozen, 0 if self.clip is None else self.clip._version)
+        moved = tuple(None if each is None else each._version for each in (self.clip, self.stretch))
+        return (self.width._version, self.width.data_ptr(), self.frozen, moved)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""

@@ -22,6 +22,8 @@ from diffq_fx.weights import SkippedWeight
 
 _CODING_ROUNDS = 8
 _CLOSE_ENOUGH = 2e-3
+_LARGEST_STRETCH = 0.1
+"""Bits a weight that the steps of all weights may gain or lose at once."""
 
 
 class Compression(nn.Module):
@@ -30,10 +32,13 @@ class Compression(nn.Module):
     Buffers:
         steps: int64, 0-d: optimizer steps that the bits have made.
         bits_frozen: bool, 0-d: whether the widths are final and training rounds truly.
+        stretch: float32, 0-d: what all ranges are multiplied with where the entropy-coded size is to hold: once the widths are final
+            weights train on, and the length of their code changes.
     """
 
     steps: Tensor
     bits_frozen: Tensor
+    stretch: Tensor
 
     def __init__(
         self, method: MethodChoice, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int
@@ -63,6 +68,7 @@ class Compression(nn.Module):
         device = self.learned[0].logits.device if self.learned else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("bits_frozen", torch.zeros((), dtype=torch.bool, device=device))
+        self.register_buffer("stretch", torch.ones((), device=device))
         self._known: tuple[int, bool] | None = None  # the buffers as Python values, so that no step waits for a device
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
@@ -186,6 +192,17 @@ class Compression(nn.Module):
         share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
         below, above = (self._saved_at(width_T.to(torch.int32)) for width_T in (below_T, below_T + 1))
         self.bits_saved = round(below + float(share) * (above - below))
+
+    @torch.no_grad()
+    def hold_coded_size(self) -> None:
+        """Stretch all ranges so that the levels take the target again: steps that are 1 % longer save 0.014 bits a weight."""
+        budget = self.budget_bits()
+        if budget is None:
+            return
+        groups, width_T = self.groups(), torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
+        excess = self.measure.exact_bits(groups, width_T) - self._saved_at(width_T) - (budget - self.bits_saved)
+        bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
+        self.stretch.mul_(2**bits_a_weight)
 
     def budget_bits(self) -> int | None:
         """Target for the weights with trainable bits before entropy coding, in bits; None without a target."""

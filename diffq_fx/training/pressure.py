@@ -177,6 +177,8 @@ class SizePressure:
                 compression.measure_coding()
             if budget is not None:
                 self._shift(compression.budget_bits() or budget)
+        elif held[0] == 0 and compression.config.size == "entropy" and compression.progress[0] % _CODING_EVERY == 0:
+            compression.hold_coded_size()
         if held[0] == 0:
             compression.count_step()
 

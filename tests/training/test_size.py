@@ -181,7 +181,7 @@ def test_the_entropy_coded_file_has_the_size_that_training_held(bits, tmp_path):
     compression = model.compression
     target = bits * compression.groups().num_weights + compression.rest_bits
     exact = model_size(model, exact=True) * 2**23
-    assert exact == pytest.approx(target, rel=0.03)  # the weights train on after the bits are final
+    assert exact == pytest.approx(target, rel=0.03)  # the weights trained on after the bits were final
     converted = convert_diffq(model)
     files = {}
     for compression_kind in ("entropy", "bits"):
@@ -192,6 +192,31 @@ def test_the_entropy_coded_file_has_the_size_that_training_held(bits, tmp_path):
     assert files["bits"] > 1.1 * files["entropy"]
     widths = torch.cat([q.width.flatten() for q in model.compression.learned]).double()
     assert float(widths.mean()) > bits + 0.3  # wider levels than bit packing could pay for
+
+
+def test_the_entropy_coded_size_is_held_while_final_weights_train_on():
+    model = mixed_model(target_bits=3, size="entropy", training_steps=20)  # 40 steps so far, of which 36 with final widths
+    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(weight.sign() * weight.abs() ** 1.3)  # fewer weights near the ends of the ranges
+    target = 3 * model.compression.groups().num_weights + model.compression.rest_bits
+    assert model_size(model, exact=True) * 2**23 < 0.95 * target
+    before = model.eval()(torch.ones(1, 256))
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for _ in range(500):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert model_size(model, exact=True) * 2**23 == pytest.approx(target, rel=0.003)
+    assert not torch.equal(model.eval()(torch.ones(1, 256)), before)
+    again = copy.deepcopy(model)
+    other = mixed_model(target_bits=3, size="entropy", training_steps=20)
+    other.load_state_dict(model.state_dict())
+    for each in (again, other):
+        assert torch.equal(each.eval()(torch.ones(1, 256)), model(torch.ones(1, 256)))
+    assert torch.equal(convert_diffq(model)(torch.ones(1, 256)), model(torch.ones(1, 256)))
 
 
 def test_final_widths_stay_whatever_the_weights_become():
