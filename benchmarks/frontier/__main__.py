@@ -2,6 +2,7 @@
 
     python -m benchmarks.frontier run cifar10 --data DIR --systems ours,lsq,diffq --bits 4,3,2 --seeds 0,1
     python -m benchmarks.frontier report
+    python -m benchmarks.frontier budgets cifar10 --data DIR
 
 From the root of the repository. DIR holds the files that the task names if they are missing. Every point is one line of
 ``results/frontier_<task>.jsonl``; a run measures what is not there yet, so it may be stopped and goes on. Systems whose package is
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from benchmarks._result import RESULTS
+from benchmarks.frontier.budgets import budgets
 from benchmarks.frontier.points import SYSTEMS
 from benchmarks.frontier.report import report
 from benchmarks.frontier.running import run
@@ -62,7 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     reports = commands.add_parser("report", help="write table and plot of all points")
     reports.add_argument("task", nargs="?", choices=TASKS, help="all if left out")
     reports.set_defaults(call=report)
-    for each in (runs, reports):
+    budget = commands.add_parser("budgets", help="train shortly at 2 to 8 bits: is the size the one that was asked for?")
+    budget.add_argument("task", choices=TASKS)
+    budget.add_argument("--data", type=Path, required=True, help="folder of the task's files")
+    budget.add_argument("--threads", type=int, help="torch's")
+    budget.add_argument("--quick", action="store_true", help="next to no data, into a folder of its own (--results)")
+    budget.set_defaults(call=budgets)
+    for each in (runs, reports, budget):
         each.add_argument("--results", type=Path, default=RESULTS, help="folder of the points and reports")
     asked = parser.parse_args(arguments)
     if getattr(asked, "quick", False) and asked.results == RESULTS:
