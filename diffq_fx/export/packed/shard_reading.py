@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
-from diffq_fx.export.packed.coding.streams import decode_block, decode_bytes
 from diffq_fx.export.packed.coding.source import Source
+from diffq_fx.export.packed.coding.streams import decode_block, decode_bytes
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.kinds.decoded import DecodedPart, SortedPart, SortedTile, StreamedPart
 from diffq_fx.export.packed.shards import Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of, tiles_of_part

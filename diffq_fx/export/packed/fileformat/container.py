@@ -167,7 +167,9 @@ class Container:
             known = "is a safetensors file without what save_packed adds to one: read it with safetensors.torch.load_file"
             raise PackedFileError(known if b'"data_offsets"' in head else "is not a packed file, or is damaged")
         if metadata.get("version") != str(VERSION):
-            raise PackedFileError(f"has the format version {metadata.get('version')!r}, or is damaged; this diffq_fx reads version {VERSION}")
+            raise PackedFileError(
+                f"has the format version {metadata.get('version')!r}, or is damaged; this diffq_fx reads version {VERSION}"
+            )
         entries = self._checked_entries(header)
         contents, checksum = entries.pop(_CONTENTS, None), entries.pop(_CHECKSUM, None)
         if contents is None or checksum is None or checksum.size != _CRC.size:
