@@ -41,7 +41,7 @@ _WORTH_IT = 0.99
 """Coding must bring a long stream below this share of its size."""
 _WORTH_THE_TIME = 0.988
 """The slower coder must bring a long stream below this share of its Huffman codes."""
-_NEARLY_AS_SHORT = 1.012
+_NEARLY_AS_SHORT = 1.007
 """The coded bytes of a long stream may be fewer at the cost of such a share of its size."""
 _LEAST = 14
 """Bytes that a coded stream has at least."""
