@@ -33,34 +33,51 @@ def damage(data: bytes, draw: random.Random) -> bytes:
             return bytes(damaged)
 
 
+CONTENTS, CHECKSUM = "diffq_fx/contents", "diffq_fx/header_crc32"
+RAW_DEFLATE = -15
+
+
 class Forgery:
     """A file taken apart, to be put together with other values and checksums that fit."""
 
     def __init__(self, data: bytes) -> None:
         length = struct.unpack("<Q", data[:8])[0]
-        self.header = json.loads(data[8 : 8 + length])
-        self.contents = json.loads(self.header["__metadata__"]["contents"])
-        self.body = bytearray(data[8 + length : -4])
+        self.body_start = 8 + length
+        self.header = json.loads(data[8 : self.body_start])
+        self._own = {name: self.header[name] for name in (CONTENTS, CHECKSUM)}
+        start, stop = self._own[CONTENTS]["data_offsets"]
+        self.body = bytearray(data[self.body_start : self.body_start + start])
+        self.contents = json.loads(zlib.decompress(data[self.body_start + start : self.body_start + stop], RAW_DEFLATE))
 
-    def build(self) -> bytes:
-        """The file."""
-        self.header["__metadata__"]["contents"] = json.dumps(self.contents)
-        text = json.dumps(self.header).encode()
+    def build(self, packed: bytes | None = None) -> bytes:
+        """The file, its contents as they are or as these bytes; their place and that of the checksum follow, where they are not forged."""
+        if packed is None:
+            coder = zlib.compressobj(wbits=RAW_DEFLATE)
+            packed = coder.compress(json.dumps(self.contents).encode()) + coder.flush()
+        stop = len(self.body) + len(packed)
+        places = {
+            CONTENTS: {"dtype": "U8", "shape": [len(packed)], "data_offsets": [len(self.body), stop]},
+            CHECKSUM: {"dtype": "U8", "shape": [4], "data_offsets": [stop, stop + 4]},
+        }
+        header = self.header | {name: place for name, place in places.items() if self.header.get(name) is self._own[name]}
+        text = json.dumps(header).encode()
         head = struct.pack("<Q", len(text)) + text
-        return head + self.body + struct.pack("<I", zlib.crc32(head))
+        return head + self.body + packed + struct.pack("<I", zlib.crc32(head + packed))
 
     def fix_checksums(self) -> None:
         """Those of the body, of whatever the header still describes."""
         crc = 0
-        places = {name: entry["data_offsets"] for name, entry in self.header.items() if name != "__metadata__"}
-        for index, shard in enumerate(self.contents["shards"]):
-            start, stop = places[f"diffq_fx/shard/{index}"]
-            shard["crc32"] = zlib.crc32(self.body[start:stop])
+        places = {name: entry["data_offsets"] for name, entry in self.header.items() if name not in ("__metadata__", CONTENTS, CHECKSUM)}
         for name, (start, stop) in sorted(places.items(), key=lambda item: item[1]):
-            if name.startswith("diffq_fx/common/"):
-                self.contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(self.body[start:stop])
-            elif not name.startswith("diffq_fx/"):
-                crc = zlib.crc32(self.body[start:stop], crc)
+            part = self.body[start:stop]
+            if name.startswith("diffq_fx/shard/"):
+                self.contents["shards"][int(name.rpartition("/")[2])]["crc32"] = zlib.crc32(part)
+            elif name.startswith("diffq_fx/common/"):
+                self.contents["weights"][int(name.rpartition("/")[2])]["common_crc32"] = zlib.crc32(part)
+            elif name == "diffq_fx/small":
+                self.contents["small_section"][1] = zlib.crc32(part)
+            else:
+                crc = zlib.crc32(part, crc)
         self.contents["tensors_crc32"] = crc
 
 

@@ -89,7 +89,7 @@ def kill(folder: Path, number: int) -> list[object]:
                     save_packed(pairs[turn % 2][1], path)
             finally:
                 os._exit(1)
-        time.sleep(draw.uniform(0.002, 0.08))
+        time.sleep(draw.uniform(0.002, 0.3))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         found = load_packed(path)

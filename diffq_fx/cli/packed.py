@@ -102,9 +102,11 @@ def _tensor_table(inspection: "PackedInspection", everything: bool) -> Table:
     listed = [tensor for tensor in inspection.tensors if everything or tensor.stored_bytes >= _SMALL_BYTES]
     for tensor in listed:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
-        add_row(table, "\n= ".join((tensor.name, *tensor.aliases)), shape, tensor.dtype, tensor.stored_dtype, mib(tensor.stored_bytes))
+        add_row(
+            table, "\n= ".join((tensor.name, *tensor.aliases)), shape, tensor.dtype, tensor.stored_dtype, mib(round(tensor.stored_bytes))
+        )
     if hidden := [tensor for tensor in inspection.tensors if tensor not in listed]:
-        table.caption = f"and {len(hidden)} small ones, {mib(sum(tensor.stored_bytes for tensor in hidden))} MiB together: see --all"
+        table.caption = f"and {len(hidden)} small ones, {mib(round(sum(tensor.stored_bytes for tensor in hidden)))} MiB together: see --all"
         table.caption_justify = "left"
     return table
 
@@ -126,7 +128,7 @@ def _totals_table(inspection: "PackedInspection") -> Table:
     )
     add_row(table, "codes", values, mib(round(sum(weight.coded_bytes for weight in weights))))
     add_row(table, "widths, zero points, scales, codebooks", "", mib(round(sum(weight.side_bytes for weight in weights))))
-    add_row(table, "plain tensors", "", mib(sum(tensor.stored_bytes for tensor in inspection.tensors)))
+    add_row(table, "plain tensors", "", mib(round(sum(tensor.stored_bytes for tensor in inspection.tensors))))
     add_row(table, "names, models, checksums", "", mib(inspection.header_bytes), end_section=True)
     add_row(table, "file on disk", "", mib(inspection.file_bytes), style="bold")
     return table

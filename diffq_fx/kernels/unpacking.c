@@ -19,7 +19,7 @@ typedef struct {
     const int32_t *first_plane;
     const int64_t *counts;  // values of each stream
     int64_t *next;          // value of each stream that comes next
-    uint16_t *ahead;        // AHEAD values of each stream, unpacked
+    void *ahead;            // AHEAD values of each stream, unpacked: uint16, or with by_width the weights, float
     int32_t *used, *filled; // those that were taken, those that are there
     const uint8_t *widths;  // of each group: strides of zero share a value
     int64_t width_row, width_group;
@@ -27,7 +27,7 @@ typedef struct {
     int64_t bin_row;
     const uint16_t *classes; // by width and bin
     int64_t bin_number, rows, columns, block;
-    const float *scale, *offset; // of each group or, with by_width, each width; offset may be NULL
+    const float *scale, *offset; // of each group or, with by_width (and weights), each width; offset may be NULL
     const int32_t *centre, *zero_point;
     int64_t row, group, by_width;
     float *weights; // one of these three is not NULL
@@ -37,39 +37,39 @@ typedef struct {
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-static void unpack(const Plane *plane, const Plane *end, int64_t first, int64_t count, uint16_t *restrict out) {
-    for (int joins = 0; plane < end; plane++, joins = 1) {
-        int mask = (1 << plane->bits) - 1, up = plane->shift;
-        for (int64_t done = 0, run; done < count; done += run) {
-            int64_t place = (first + done) / plane->size, byte = (first + done) % plane->size;
-            int down = (int)place * plane->bits;
-            const uint8_t *restrict from = plane->bytes + byte;
-            uint16_t *restrict into = out + done;
-            run = plane->size - byte < count - done ? plane->size - byte : count - done;
-            if (joins)
-                for (int64_t i = 0; i < run; i++) into[i] |= (uint16_t)(((from[i] >> down) & mask) << up);
-            else
-                for (int64_t i = 0; i < run; i++) into[i] = (uint16_t)(((from[i] >> down) & mask) << up);
-        }
+// Vectors of GCC and Clang, which make the most of numbers of 16 bits; a compiler left to itself would take 32.
+typedef uint8_t Bytes __attribute__((vector_size(32)));
+typedef uint16_t Numbers __attribute__((vector_size(64)));
+#define MANY 32
+
+// `count` values of a plane, as far as they lie in consecutive bytes: put at their place, or joined to what is there.
+ALWAYS_INLINE void unpack_run(const uint8_t *restrict from, uint16_t *restrict into, int64_t count, int down, int mask, int up, int joins) {
+    int64_t i = 0;
+    for (; i + MANY <= count; i += MANY) {
+        Bytes narrow;
+        Numbers there = {0}, found;
+        memcpy(&narrow, from + i, sizeof narrow);
+        if (joins) memcpy(&there, into + i, sizeof there);
+        found = ((__builtin_convertvector(narrow, Numbers) >> (uint16_t)down & (uint16_t)mask) << (uint16_t)up) | there;
+        memcpy(into + i, &found, sizeof found);
     }
+    for (; i < count; i++) into[i] = (uint16_t)((from[i] >> down & mask) << up | (joins ? into[i] : 0));
 }
 
-// The next `count` codes of a class, AHEAD or fewer.
-ALWAYS_INLINE const uint16_t *take(const Part *p, int64_t class, int32_t count) {
-    uint16_t *ahead = p->ahead + class * AHEAD;
-    if (__builtin_expect(p->filled[class] - p->used[class] < count, 0)) {
-        int32_t rest = p->filled[class] - p->used[class];
-        int64_t more = p->counts[class] - p->next[class];
-        if (more > AHEAD - rest) more = AHEAD - rest;
-        memmove(ahead, ahead + p->used[class], (size_t)rest * sizeof(uint16_t));
-        unpack(p->planes + p->first_plane[class], p->planes + p->first_plane[class + 1], p->next[class], more, ahead + rest);
-        p->next[class] += more;
-        p->used[class] = 0;
-        p->filled[class] = rest + (int32_t)more;
+static void unpack(const Plane *plane, const Plane *end, int64_t first, int64_t count, uint16_t *out) {
+    for (int joins = 0; plane < end; plane++, joins = 1) {
+        int64_t place = first / plane->size, byte = first % plane->size;
+        int mask = (1 << plane->bits) - 1;
+        for (int64_t done = 0, run; done < count; done += run, place++, byte = 0) {
+            const uint8_t *from = plane->bytes + byte;
+            int down = (int)place * plane->bits;
+            run = plane->size - byte < count - done ? plane->size - byte : count - done;
+            if (joins)
+                unpack_run(from, out + done, run, down, mask, plane->shift, 1);
+            else
+                unpack_run(from, out + done, run, down, mask, plane->shift, 0);
+        }
     }
-    const uint16_t *found = ahead + p->used[class];
-    p->used[class] += count;
-    return found;
 }
 
 // Eight at a time, in the vectors of GCC and Clang: short groups are too short for a loop that a compiler would make vectors of.
@@ -99,8 +99,36 @@ ALWAYS_INLINE void dequantize(const Part *p, const uint16_t *restrict codes, flo
     }
 }
 
-ALWAYS_INLINE void put(const Part *p, const uint16_t *restrict codes, int64_t place, int64_t count, int64_t at, int width) {
-    if (p->weights)
+// Unpack more values of a class behind those that nobody has taken yet. Where the grid follows from the width they become weights at once,
+// in runs that are longer than groups and so faster.
+static __attribute__((noinline)) void refill(const Part *p, int64_t class, int width) {
+    uint16_t codes[AHEAD];
+    const Plane *planes = p->planes + p->first_plane[class], *end = p->planes + p->first_plane[class + 1];
+    int64_t rest = p->filled[class] - p->used[class], more = p->counts[class] - p->next[class];
+    size_t item = p->by_width ? sizeof(float) : sizeof(uint16_t);
+    char *ahead = (char *)p->ahead + (size_t)class * AHEAD * item, *behind = ahead + (size_t)rest * item;
+    if (more > AHEAD - rest) more = AHEAD - rest;
+    memmove(ahead, ahead + (size_t)p->used[class] * item, (size_t)rest * item);
+    unpack(planes, end, p->next[class], more, p->by_width ? codes : (uint16_t *)behind);
+    if (p->by_width) dequantize(p, codes, (float *)behind, more, width, width);
+    p->next[class] += more;
+    p->used[class] = 0;
+    p->filled[class] = (int32_t)(rest + more);
+}
+
+// Where the next `count` values of a class are, AHEAD or fewer.
+ALWAYS_INLINE int64_t take(const Part *p, int64_t class, int32_t count, int width) {
+    if (__builtin_expect(p->filled[class] - p->used[class] < count, 0)) refill(p, class, width);
+    int64_t found = class * AHEAD + p->used[class];
+    p->used[class] += count;
+    return found;
+}
+
+ALWAYS_INLINE void put(const Part *p, int64_t from, int64_t place, int64_t count, int64_t at, int width) {
+    const uint16_t *codes = (const uint16_t *)p->ahead + from;
+    if (p->by_width)
+        memcpy(p->weights + place, (const float *)p->ahead + from, (size_t)count * sizeof(float));
+    else if (p->weights)
         dequantize(p, codes, p->weights + place, count, at, width);
     else if (p->codes8)
         for (int64_t i = 0; i < count; i++) p->codes8[place + i] = (uint8_t)codes[i];
@@ -115,11 +143,11 @@ ALWAYS_INLINE void unpack_tile(const Part *p, int64_t first, int64_t stop, int64
         const uint16_t *classes = p->classes + p->bins[row * p->bin_row];
         for (int64_t group = first; group < stop; group++) {
             int width = widths[group * p->width_group];
-            int64_t class = classes[width * p->bin_number], at = p->by_width ? width : row * p->row + group * p->group;
+            int64_t class = classes[width * p->bin_number], at = row * p->row + group * p->group;
             int64_t place = row * p->columns + group * p->block;
             for (int64_t done = 0, run; done < length; done += run) {
                 run = length - done < AHEAD ? length - done : AHEAD;
-                put(p, take(p, class, (int32_t)run), place + done, run, at, width);
+                put(p, take(p, class, (int32_t)run, width), place + done, run, at, width);
             }
         }
     }

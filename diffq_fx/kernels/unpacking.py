@@ -140,18 +140,21 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
         raise RuntimeError("the C kernel, which was to unpack a file, cannot be loaded.")
     ahead = int(loaded.diffq_fx_codes_ahead())
     number = len(streams.counts)
-    state = np.array(first, np.int64), np.empty((number, ahead), np.uint16), np.zeros(number, np.int32), np.zeros(number, np.int32)
+    by_width = grid is not None and grid.scale.ndim == 1
+    values = np.empty((number, ahead), np.float32 if by_width else np.uint16)
+    state = np.array(first, np.int64), values, np.zeros(number, np.int32), np.zeros(number, np.int32)
     widths, bins, classes = (np.ascontiguousarray(each) for each in (grouping.widths, grouping.bins, grouping.classes))
     fields: dict[str, Any] = dict(zip(("next", "ahead", "used", "filled"), state, strict=True))
     fields |= {"first_plane": streams.first_plane, "counts": streams.counts, "widths": widths, "bins": bins, "classes": classes}
     fields |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
     sizes = {"bin_row": int(len(bins) > 1), "bin_number": classes.shape[1], "rows": grouping.rows}
-    sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(grid is not None and grid.scale.ndim == 1)}
+    sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(by_width)}
     sizes["width_row"], sizes["width_group"] = _strides(widths)
     if grid is not None:
         shape = grid.scale.shape
         arrays = {name: value for name, value in grid._asdict().items() if value is not None}
-        fields |= {name: np.ascontiguousarray(np.broadcast_to(value, shape)) for name, value in arrays.items()}
+        each = {name: value if value.shape == shape else np.broadcast_to(value, shape) for name, value in arrays.items()}
+        fields |= {name: np.ascontiguousarray(value) for name, value in each.items()}
         if len(shape) == 2:
             sizes["row"], sizes["group"] = _strides(grid.scale)
     pointers = {name: value.ctypes.data for name, value in fields.items()}

@@ -125,14 +125,14 @@ def set_first_code(forgery):
     """Make the first bytes of the codes of shard 0 as large as they can be."""
     start = forgery.header["diffq_fx/shard/0"]["data_offsets"][0]
     section = sum(forgery.contents["shards"][0]["sections"][:4])
-    forgery.body[start + section + 7] = 0xFF
+    forgery.body[start + section + 1] = 0xFF
     forgery.fix_checksums()
 
 
 def set_width(forgery):
     """Another width in the first section, which is one stored value of 4 bits."""
     start = forgery.header["diffq_fx/shard/0"]["data_offsets"][0]
-    forgery.body[start + 7] = 1
+    forgery.body[start + 1] = 1
     forgery.contents["shards"][0]["classes"][0][0] = 2
     forgery.fix_checksums()
 
@@ -181,7 +181,7 @@ def test_forgeries(tmp_path, change, options, match):
 def test_a_damaged_codebook_is_refused(tmp_path):
     path = save_packed(converted(store_codes("w", (40, 64))), tmp_path / "m.safetensors")
     data, forgery = bytearray(path.read_bytes()), Forgery(path.read_bytes())
-    start = len(data) - 4 - len(forgery.body) + forgery.header["diffq_fx/common/0"]["data_offsets"][0]
+    start = forgery.body_start + forgery.header["diffq_fx/common/0"]["data_offsets"][0]
     data[start] ^= 1
     path.write_bytes(data)
     with pytest.raises(PackedFileError, match="is damaged: the checksum of the codebook of 'w' does not fit"):

@@ -5,7 +5,8 @@ import torch
 from packed_models import assert_equal
 from torch import nn
 
-from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, prepare_diffq
+from benchmarks._models import ResNet20
+from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq, setup_optimizer
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.storage import IntegerWeight
@@ -157,3 +158,21 @@ def test_wrong_arguments(tmp_path):
             load_packed(*arguments, **options)
     with pytest.raises(PackedFileError, match=r"there is no tensor 'conv\.bais' in the file"):
         load_packed(path, names=["conv.bais"])
+
+
+def test_the_file_of_a_small_model_is_as_large_as_training_predicts(tmp_path):
+    """A quarter of a million weights: names, tables and checksums take no more than floats gain by being coded."""
+    torch.manual_seed(0)
+    model = prepare_diffq(ResNet20(), torch.randn(2, 3, 32, 32), DiffQConfig(target_mib=0.0722, size="entropy", training_steps=4))
+    optimizer = setup_optimizer(torch.optim.Adam(model.parameters(), lr=1e-4), model)
+    for _ in range(5):
+        model(torch.randn(8, 3, 32, 32)).logsumexp(1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    buffers = {name for name, _ in ResNet20().named_buffers()}
+    predicted = float(model_size(model, exact=True)) * 2**20
+    predicted += sum(value.numel() * value.element_size() for name, value in model.state_dict().items() if name in buffers)
+    path = save_packed(convert_diffq(model), tmp_path / "m.safetensors")
+    assert 0.9 * predicted < path.stat().st_size < 1.02 * predicted
+    weights = load_packed(ResNet20(), path)
+    assert torch.isfinite(weights.conv1.weight).all()

@@ -53,7 +53,8 @@ class PlainTensorReport:
     shape: tuple[int, ...]
     dtype: str
     stored_dtype: str
-    stored_bytes: int
+    stored_bytes: float
+    """What it takes in the file; that of small tensors, which are coded together, is shared out by their size."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,17 @@ def _inspection(path: str, reader: PackedReader, tallies: list[_Tally]) -> Packe
                 side_bytes=tally.side,
             )
         )
+    small = reader.contents.small
+    share = 0.0 if small is None else (small.stop - small.start) / small.size
     tensors = tuple(
-        PlainTensorReport(t.name, t.aliases, t.shape, TENSOR_TYPES.name(t.dtype), TENSOR_TYPES.name(t.stored_dtype), t.stop - t.start)
+        PlainTensorReport(
+            name=t.name,
+            aliases=t.aliases,
+            shape=t.shape,
+            dtype=TENSOR_TYPES.name(t.dtype),
+            stored_dtype=TENSOR_TYPES.name(t.stored_dtype),
+            stored_bytes=(t.stop - t.start) * (share if t.is_small else 1.0),
+        )
         for t in reader.contents.tensors
     )
     return PackedInspection(path, VERSION, reader.file_bytes, len(reader.contents.shards), tuple(weights), tensors)

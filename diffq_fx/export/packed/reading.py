@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding.source import FEW, Source
+from diffq_fx.export.packed.coding.streams import decode_bytes
 from diffq_fx.export.packed.fileformat.container import Container
 from diffq_fx.export.packed.fileformat.dtypes import tensor_of
 from diffq_fx.export.packed.fileformat.header import PlainTensor, Shard, contents_from_json
@@ -60,14 +63,27 @@ class PackedReader:
         Raises:
             PackedFileError: the checksum does not fit.
         """
-        crc, found = 0, []
+        crc, found, small = 0, [], self._small_tensors()
         for tensor in sorted(self.contents.tensors, key=lambda t: (t.start, t.stop)):
-            data = self._container.read(tensor.start, tensor.stop)
-            crc = zlib.crc32(data, crc)
+            if tensor.is_small:
+                data = small[tensor.start : tensor.stop]
+            else:
+                data = self._container.read(tensor.start, tensor.stop)
+                crc = zlib.crc32(data, crc)
             found.append((tensor, data))
         if crc != self.contents.tensors_crc32:
             raise PackedFileError("is damaged: the checksum of its plain tensors does not fit")
         return [(tensor, tensor_of(data, tensor.stored_dtype, tensor.shape).to(tensor.dtype)) for tensor, data in found]
+
+    def _small_tensors(self) -> bytes:
+        """The bytes of all small tensors."""
+        small = self.contents.small
+        if small is None:
+            return b""
+        with self._checked(small.start, small.stop, small.crc32, "its small tensors") as source:
+            data = decode_bytes(source.part(small.coded_size), small.size)
+            source.end_in_zeros()
+        return data
 
     def shards_of(self, weights: Collection[int]) -> list[Shard]:
         """The shards that hold rows of these weights."""
@@ -79,14 +95,37 @@ class PackedReader:
         Raises:
             PackedFileError: it is damaged.
         """
-        data = self._container.read(shard.start, shard.stop)
         name = f"shard {self.contents.shards.index(shard)} (with '{self.contents.weights[shard.spans[0].weight].spec.name}')"
-        if zlib.crc32(data) != shard.crc32:
-            raise PackedFileError(f"is damaged: the checksum of {name} does not fit")
+        with self._checked(shard.start, shard.stop, shard.crc32, name) as source:
+            decoded = DecodedShard(source, shard.spans, self.contents.weights, shard.head)
+        return decoded
+
+    @contextmanager
+    def _checked(self, start: int, stop: int, crc32: int, name: str) -> Iterator[Source]:
+        """Some bytes of the file, decoded while they are read: at the end they must fit their checksum, or nothing that they gave counts.
+
+        Raises:
+            PackedFileError: they do not, or could not be decoded.
+        """
+        at, crc, failure = start, 0, None
+
+        def read(count: int) -> bytes:
+            nonlocal at, crc
+            data = self._container.read(at, at + count)
+            at, crc = at + count, zlib.crc32(data, crc)
+            return data
+
+        source = Source(read, stop - start)
         try:
-            return DecodedShard(memoryview(data), shard.spans, self.contents.weights, shard.head)
+            yield source
         except PackedFileError as error:
-            raise PackedFileError(f"{name} cannot be decoded: {error}") from error
+            failure = error
+        while source.left:
+            source.take(min(source.left, FEW))
+        if crc != crc32:
+            raise PackedFileError(f"is damaged: the checksum of {name} does not fit") from failure
+        if failure is not None:
+            raise PackedFileError(f"{name} cannot be decoded: {failure}") from failure
 
 
 def in_threads(function: Callable[[_Item], _Result], shards: Sequence[_Item]) -> Iterator[_Result]:

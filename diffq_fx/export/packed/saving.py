@@ -9,13 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding.streams import encode_bytes
 from diffq_fx.export.packed.contents import ModelContents, contents_of
 from diffq_fx.export.packed.fileformat.container import RESERVED, write_container
 from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES, bytes_of
-from diffq_fx.export.packed.fileformat.header import CommonTensor, Contents, PlainTensor, Shard, common_name, contents_to_json, shard_name
+from diffq_fx.export.packed.fileformat.header import (
+    SMALL_NAME,
+    CommonTensor,
+    Contents,
+    PlainTensor,
+    Shard,
+    SmallTensors,
+    common_name,
+    contents_to_json,
+    shard_name,
+    small_size,
+)
 from diffq_fx.export.packed.kinds import kind_of_stored
 from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.export.packed.shard_writing import encode_shard
+from diffq_fx.export.packed.shard_writing import FEW_WEIGHTS, encode_shard
 from diffq_fx.export.packed.shards import Span
 from diffq_fx.storage import StoredWeight
 
@@ -81,14 +93,18 @@ def write_packed(model: ModelContents, path: Path, *, entropy: bool) -> None:
         data, head = encode_shard(spans, packed, model.stored, entropy=entropy)
         shards.append(Shard(tuple(spans), head, zlib.crc32(data)))
         blobs.append(data)
-    crc = 0
-    for _, data in tensors:
+    crc, large = 0, [(tensor, data) for tensor, data in tensors if not tensor.is_small]
+    for _, data in large:
         crc = zlib.crc32(data, crc)
-    contents = Contents(tuple(packed), tuple(tensor for tensor, _ in tensors), crc, tuple(common for common, _ in commons), tuple(shards))
+    few = sum(weight.spec.numel for weight in packed) <= FEW_WEIGHTS
+    small, coded = _small([data for tensor, data in tensors if tensor.is_small], entropy=entropy, is_patient=few)
+    every = tuple(tensor for tensor, _ in tensors)
+    contents = Contents(tuple(packed), every, crc, small, tuple(common for common, _ in commons), tuple(shards))
     _refuse_equal_names(contents)
-    entries = [(t.name, TENSOR_TYPES.name(t.stored_dtype), t.shape, data) for t, data in tensors]
+    entries = [(t.name, TENSOR_TYPES.name(t.stored_dtype), t.shape, data) for t, data in large]
     entries += [(common_name(c.weight), TENSOR_TYPES.name(c.dtype), c.shape, data) for c, data in commons]
     entries.sort(key=lambda entry: -TENSOR_TYPES.parse(entry[1]).itemsize)  # every tensor lies at a multiple of its item's size
+    entries += [(SMALL_NAME, "U8", (len(coded),), coded)] if small else []
     entries += [(shard_name(index), "U8", (len(data),), data) for index, data in enumerate(blobs)]
     write_container(path, entries, contents_to_json(contents))
 
@@ -111,7 +127,18 @@ def _plain(names: tuple[str, ...], tensor: Tensor) -> tuple[PlainTensor, bytes]:
         TENSOR_TYPES.name(tensor.dtype)
     except PackedFileError as error:
         raise PackedFileError(f"tensor '{names[0]}': {error}") from error
-    return PlainTensor(names[0], names[1:], tensor.dtype, stored.dtype, tuple(tensor.shape), 0, 0), bytes_of(stored)
+    data = bytes_of(stored)
+    return PlainTensor(names[0], names[1:], tensor.dtype, stored.dtype, tuple(tensor.shape), 0, len(data)), data
+
+
+def _small(pieces: Sequence[bytes], *, entropy: bool, is_patient: bool) -> tuple[SmallTensors | None, bytes]:
+    """Small tensors as one: what the header says of them, and their bytes, with zeros up to those that it must have."""
+    data = b"".join(pieces)
+    if not data:
+        return None, b""
+    coded = encode_bytes(data, entropy=entropy, is_patient=is_patient)
+    filled = coded + bytes(small_size(len(coded), len(data)) - len(coded))
+    return SmallTensors(len(data), len(coded), zlib.crc32(filled)), filled
 
 
 def _common(index: int, packed: PackedWeight, stored: StoredWeight) -> tuple[CommonTensor, bytes]:

@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
-from diffq_fx.export.packed.coding.streams import decode_block
+from diffq_fx.export.packed.coding.source import Source
+from diffq_fx.export.packed.coding.streams import decode_block, decode_bytes
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.kinds.decoded import DecodedPart, SortedPart, SortedTile, StreamedPart
-from diffq_fx.export.packed.shards import SECTIONS, Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of, tiles_of_part
+from diffq_fx.export.packed.shards import Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of, tiles_of_part
 from diffq_fx.kernels import unpacking
 
 
@@ -23,30 +24,31 @@ def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence
 class DecodedShard:
     """The codes of a shard by class, and everything else that its parts need."""
 
-    def __init__(self, data: memoryview, spans: Sequence[Span], weights: Sequence[PackedWeight], head: ShardHead) -> None:
-        """Decode a shard whose spans, weights and size the caller has checked.
+    def __init__(self, source: Source, spans: Sequence[Span], weights: Sequence[PackedWeight], head: ShardHead) -> None:
+        """Read and decode a shard whose spans, weights and size the caller has checked.
 
         Raises:
             PackedFileError: the bytes are damaged, or not of these spans.
         """
         self._parts = parts_of(spans, weights)
         self._table = ClassTable(head.classes)
-        sections = _cut(data, head.sections)
-        self._widths = self._decode_widths(sections[0])
+        sections = (source.part(size) for size in head.sections)
+        self._widths = self._decode_widths(next(sections))
         for part, widths in zip(self._parts, self._widths, strict=True):
             part.packed.check_widths(widths)
-        self._bins = self._decode_bins(sections[1])
-        self._integers = self._decode_integers(sections[2])
+        self._bins = self._decode_bins(next(sections))
+        self._integers = self._decode_integers(next(sections))
+        self._floats = self._decode_floats(next(sections))
         described = zip(self._parts, self._widths, self._bins, strict=True)
         self._counts = [counts_of_part(*each, self._table) for each in described]
         totals = np.sum(self._counts, axis=0).tolist()
         expected = [(each.width, count) for each, count in zip(head.classes, totals, strict=True)]
-        self._streams = decode_block(sections[4], expected)
-        self._floats = self._cut_floats(sections[3])
+        self._streams = decode_block(next(sections), expected)
+        source.end_in_zeros()
         if any(_some_codes_are_too_high(part.packed) for part in self._parts):
             self._check_codes()
 
-    def _decode_widths(self, section: memoryview) -> list[NDArray[np.uint8]]:
+    def _decode_widths(self, section: Source) -> list[NDArray[np.uint8]]:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
         sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
         (stream,) = decode_block(section, [(4, sum(sizes))])
@@ -60,14 +62,14 @@ class DecodedShard:
             if entries is not None and highest >= entries:
                 raise PackedFileError(f"a code of '{part.packed.spec.name}' is {highest}, it has {entries} entries")
 
-    def _decode_bins(self, section: memoryview) -> list[NDArray[np.uint8]]:
+    def _decode_bins(self, section: Source) -> list[NDArray[np.uint8]]:
         counts = [bins_in(*part.shape) for part in self._parts]
-        if not len(section):
+        if not section.left:
             return [np.zeros(1, np.uint8)] * len(counts)
         (stream,) = decode_block(section, [(BIN_BITS, sum(counts))])
         return _split(stream.values(), counts)
 
-    def _decode_integers(self, section: memoryview) -> list[Values]:
+    def _decode_integers(self, section: Source) -> list[Values]:
         widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]
         each = np.concatenate(widths)
         present, counts = np.unique(each, return_counts=True)
@@ -77,12 +79,10 @@ class DecodedShard:
             values[each == width] = stream.values()
         return _split(values, [len(w) for w in widths])
 
-    def _cut_floats(self, section: memoryview) -> list[bytes]:
+    def _decode_floats(self, section: Source) -> list[bytes]:
         sizes = [part.packed.float_bytes(part.shape[0]) for part in self._parts]
-        if len(section) != sum(sizes):
-            raise PackedFileError(f"expected {sum(sizes)} bytes of scales, got {len(section)}")
-        stops = np.cumsum(sizes).tolist()
-        return [bytes(section[stop - size : stop]) for stop, size in zip(stops, sizes, strict=True)]
+        floats, stops = decode_bytes(section, sum(sizes)), np.cumsum(sizes).tolist()
+        return [floats[stop - size : stop] for stop, size in zip(stops, sizes, strict=True)]
 
     def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
@@ -120,16 +120,6 @@ class DecodedShard:
 def _some_codes_are_too_high(packed: PackedWeight) -> bool:
     """Whether a kind has fewer entries than its codes could index."""
     return packed.entries is not None and (packed.entries < 2 or packed.entries.bit_count() > 1)
-
-
-def _cut(data: memoryview, sections: Sequence[int]) -> list[memoryview]:
-    """The sections of a shard; what follows must be zeros."""
-    stops = np.cumsum(sections).tolist()
-    if len(sections) != SECTIONS or stops[-1] > len(data):
-        raise PackedFileError(f"sections of {list(sections)} bytes do not lie in {len(data)} bytes")
-    if any(data[stops[-1] :]):
-        raise PackedFileError("something is hidden behind the sections of a shard")
-    return [data[stop - size : stop] for stop, size in zip(stops, sections, strict=True)]
 
 
 def _split(values: Values, counts: Sequence[int]) -> list[Values]:

@@ -1,5 +1,6 @@
 """Writes the bytes of a shard: see :mod:`diffq_fx.export.packed.shards` for what they are."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -7,12 +8,15 @@ from numpy.typing import NDArray
 
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, Histogram, bins_of, merged_bins
-from diffq_fx.export.packed.coding.streams import Stream, encode_block
+from diffq_fx.export.packed.coding.streams import Stream, encode_block, encode_bytes
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.kinds.decoded import PartCodes
 from diffq_fx.export.packed.shards import Part, ShardHead, Span, least_bytes, parts_of, tiles_of_part
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
+
+FEW_WEIGHTS = 1 << 19
+"""Weights that the slower coder of entropy may take, some tens of milliseconds."""
 
 
 def encode_shard(
@@ -29,6 +33,8 @@ def encode_shard(
     Returns:
         The shard's bytes, and what the header must say of them.
     """
+    is_patient = sum(span.rows * weights[span.weight].spec.columns for span in spans) <= FEW_WEIGHTS
+    code = functools.partial(encode_block, entropy=entropy, is_patient=is_patient)
     parts = parts_of(spans, weights)
     contents = [part.packed.encode(stored[part.weight], part.rows) for part in parts]
     histogram, bins = Histogram(), []
@@ -40,11 +46,11 @@ def encode_shard(
     merged = merged_bins(table.classes)
     bins = [merged[each] for each in bins]
     sections = [
-        encode_block([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))], entropy=entropy),
-        encode_block([Stream(BIN_BITS, np.concatenate(bins))], entropy=True) if entropy else b"",
-        encode_block(_integer_streams(parts, contents), entropy=entropy),
-        b"".join(content.floats for content in contents),
-        encode_block(_code_streams(parts, contents, bins, table), entropy=entropy),
+        code([Stream(4, np.concatenate([c.widths.reshape(-1) for c in contents]) - np.uint8(1))]),
+        code([Stream(BIN_BITS, np.concatenate(bins))]) if entropy else b"",
+        code(_integer_streams(parts, contents)),
+        encode_bytes(b"".join(content.floats for content in contents), entropy=entropy, is_patient=is_patient),
+        code(_code_streams(parts, contents, bins, table)),
     ]
     data = b"".join(sections)
     filler = least_bytes(spans, weights) - len(data)

@@ -20,7 +20,7 @@ from diffq_fx.kernels.unpacking import Grouping, count_cells
 
 WEIGHTS_PER_BYTE = 128
 """A shard has at least a byte for so many weights."""
-_PART_WEIGHTS = 1 << 19
+_PART_WEIGHTS = 1 << 20
 """Weights that are worked on at once: few enough for small temporaries, enough that threads do not fight for the interpreter."""
 SECTIONS = 5
 

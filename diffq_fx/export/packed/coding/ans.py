@@ -69,13 +69,15 @@ def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is that have these shares, none of them zero.
+    """About how long the code of ``size`` bytes is, whose values have these shares.
 
     Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25]), 1000)
-        1580.0
+        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
+        1604.0
     """
-    return -size * float(shares @ np.log2(shares)) + 32 + 16 * len(shares)
+    present = np.flatnonzero(shares)
+    some = shares[present]
+    return -size * float(some @ np.log2(some)) + 56 + 16 * (int(present[-1]) + 1)
 
 
 def _library() -> Any:

@@ -119,13 +119,14 @@ def _reader() -> Any:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is that have these shares.
+    """About how long the code of ``size`` bytes is, whose values have these shares.
 
     Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25]), 1000)
+        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
         1609.0
     """
-    return size * _mean_length(shares) + _HEAD_BITS + _LENGTH_BITS * len(shares)
+    some = shares[shares > 0]
+    return size * _mean_length(some) + _HEAD_BITS + _LENGTH_BITS * len(some)
 
 
 def _mean_length(shares: NDArray[np.float64]) -> float:

@@ -73,7 +73,11 @@ class BitWriter:
 
     def add(self, value: int, length: int) -> None:
         """Add one number of up to 32 bits."""
-        self.add_all(np.array([value], np.uint64), np.array([length], np.uint8))
+        self._rest |= value << self._used
+        self._used += length
+        if self._used >= 32:
+            self._words.append(np.array([self._rest & 0xFFFFFFFF], np.uint32))
+            self._rest, self._used = self._rest >> 32, self._used - 32
 
     def add_all(self, codes: NDArray[np.uint64], lengths: NDArray[np.uint8]) -> None:
         """Add many codes of 1 to 32 bits."""

@@ -1,6 +1,7 @@
 """The container: a safetensors file (8 bytes of length, a JSON header, the tensors' bytes one after the other) that guards every byte.
 
-The last tensor, of 4 bytes, is the CRC-32 of everything before the tensors, and the header holds those of the tensors.
+What the header says of the tensors beyond their places is JSON again, deflated, in the last tensor but one, and holds their checksums. The
+last tensor, of 4 bytes, is the CRC-32 of everything before the tensors and of these contents.
 Reading checks all that a header says against the file's size before anything of a declared size is allocated.
 """
 
@@ -24,9 +25,11 @@ RESERVED = "diffq_fx/"
 FORMAT = "diffq_fx.packed"
 VERSION = 1
 
-_CHECKSUM = RESERVED + "header_crc32"
-_LENGTH = struct.Struct("<Q")
+_CONTENTS, _CHECKSUM = RESERVED + "contents", RESERVED + "header_crc32"
+_LENGTH, _CRC = struct.Struct("<Q"), struct.Struct("<I")
 _MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+_ROOM_FOR_CONTENTS = 1 << 20  # bytes that they may have when inflated, whatever the size of the file
+_RAW_DEFLATE = -15
 _LARGEST_SIDE = 1 << 48
 MOST_SIDES = 64
 """Dimensions of a tensor."""
@@ -57,16 +60,15 @@ def write_container(path: Path, tensors: Sequence[tuple[str, str, Sequence[int],
     Args:
         path: where to.
         tensors: name, type, shape and bytes of each.
-        contents: what the header says of them, as JSON.
+        contents: what else is to be said of them, as JSON.
 
     Raises:
         PackedFileError: the file cannot be written; the old one is as it was.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": str(VERSION), "contents": json.dumps(contents, separators=(",", ":"))}
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
+    packed = _deflated(json.dumps(contents, separators=(",", ":")).encode(), sum(len(data) for *_, data in tensors))
     at = 0
-    for name, dtype, shape, data in [*tensors, (_CHECKSUM, "U8", [4], bytes(4))]:
+    for name, dtype, shape, data in [*tensors, (_CONTENTS, "U8", [len(packed)], packed), (_CHECKSUM, "U8", [4], bytes(4))]:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
         at += len(data)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -76,7 +78,26 @@ def write_container(path: Path, tensors: Sequence[tuple[str, str, Sequence[int],
         file.write(head)
         for *_, data in tensors:
             file.write(data)
-        file.write(struct.pack("<I", zlib.crc32(head)))
+        file.write(packed)
+        file.write(_CRC.pack(zlib.crc32(packed, zlib.crc32(head))))
+
+
+def _deflated(text: bytes, file_bytes: int) -> bytes:
+    """Text as a raw deflate stream; no shorter than the text where the file would not have as many bytes as a reader asks for."""
+    coder = zlib.compressobj(9 if len(text) <= max(_ROOM_FOR_CONTENTS, file_bytes) else 0, zlib.DEFLATED, _RAW_DEFLATE)
+    return coder.compress(text) + coder.flush()
+
+
+def _inflated(data: bytes, file_bytes: int) -> bytes:
+    """Undo :func:`_deflated`; what it gives has no more bytes than the file, or a MiB."""
+    coder, room = zlib.decompressobj(_RAW_DEFLATE), max(_ROOM_FOR_CONTENTS, file_bytes)
+    try:
+        text = coder.decompress(data, room)
+    except zlib.error as error:
+        raise PackedFileError(f"is damaged: its contents cannot be inflated ({error})") from error
+    if not coder.eof or coder.unused_data:
+        raise PackedFileError(f"is damaged: its contents do not end, or have more than {room} bytes when inflated")
+    return text
 
 
 class Container:
@@ -140,21 +161,23 @@ class Container:
 
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, Any]]:
         head = self._read(0, _LENGTH.size + self.header_size)
-        sound = self._read(self.size - 4, 4) == struct.pack("<I", zlib.crc32(head))
         header = _parse(head[_LENGTH.size :])
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             known = "is a safetensors file without what save_packed adds to one: read it with safetensors.torch.load_file"
-            raise PackedFileError(known if sound or b'"data_offsets"' in head else "is not a packed file, or is damaged")
+            raise PackedFileError(known if b'"data_offsets"' in head else "is not a packed file, or is damaged")
         if metadata.get("version") != str(VERSION):
-            doubt = "" if sound else ", or is damaged"
-            raise PackedFileError(f"has the format version {metadata.get('version')!r}{doubt}; this diffq_fx reads version {VERSION}")
-        if not sound:
-            raise PackedFileError("is damaged: the checksum of its header does not fit, or it is cut short")
-        if not isinstance(metadata.get("contents"), str):
-            raise PackedFileError("is damaged: its header has no contents")
-        contents = _parse(metadata["contents"].encode())
-        return self._checked_entries(header), contents
+            raise PackedFileError(
+                f"has the format version {metadata.get('version')!r}, or is damaged; this diffq_fx reads version {VERSION}"
+            )
+        entries = self._checked_entries(header)
+        contents, checksum = entries.pop(_CONTENTS, None), entries.pop(_CHECKSUM, None)
+        if contents is None or checksum is None or checksum.size != _CRC.size:
+            raise PackedFileError("is damaged: it has no contents, or no checksum of its header")
+        packed = self.read(contents.start, contents.stop)
+        if self.read(checksum.start, checksum.stop) != _CRC.pack(zlib.crc32(packed, zlib.crc32(head))):
+            raise PackedFileError("is damaged: the checksum of its header does not fit")
+        return entries, _parse(_inflated(packed, self.size))
 
     def _checked_entries(self, header: Mapping[str, Any]) -> dict[str, Entry]:
         """The tensors, which must follow each other without a gap up to the end of the file."""
@@ -167,9 +190,6 @@ class Container:
         expected = self.size - _LENGTH.size - self.header_size
         if at != expected:
             raise PackedFileError(f"is damaged or cut short: its tensors end at byte {at} of {expected}")
-        last = entries.pop(_CHECKSUM, None)
-        if last is None or (last.size, last.stop) != (4, at):
-            raise PackedFileError("is damaged: it does not end with the checksum of its header")
         return entries
 
 
@@ -209,7 +229,10 @@ def _entry(name: str, value: Any) -> Entry:
         raise PackedFileError(f"is damaged: tensor '{name[:100]}' has shape {str(shape)[:100]} and bytes {str(offsets)[:100]}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise PackedFileError(f"is damaged: tensor '{name[:100]}' has bytes {str(offsets)[:100]}")
-    size = TENSOR_TYPES.parse(fields.get("dtype")).itemsize * math.prod(shape)
+    try:
+        size = TENSOR_TYPES.parse(fields.get("dtype")).itemsize * math.prod(shape)
+    except PackedFileError as error:
+        raise PackedFileError(f"is damaged: tensor '{name[:100]}': {error}") from error
     if size != offsets[1] - offsets[0]:
         raise PackedFileError(f"is damaged: tensor '{name}' of {fields['dtype']} {shape} has {offsets[1] - offsets[0]} bytes, not {size}")
     return Entry(fields["dtype"], tuple(shape), offsets[0], offsets[1])

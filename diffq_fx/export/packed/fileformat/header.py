@@ -25,6 +25,9 @@ _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
 _MOST_CRC = 1 << 32
+SMALL_BYTES = 1 << 16
+"""Plain tensors with fewer bytes lie together in one tensor of the container, coded."""
+_SMALL_PER_BYTE = 128
 _ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")
 """What no weight leaves to the defaults of its kind."""
 
@@ -40,12 +43,32 @@ class PlainTensor:
     stored_dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+    """First byte, counted from the first byte of all small tensors where it is small, else as the container counts."""
     stop: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it lies together with others."""
+        return self.stop - self.start < SMALL_BYTES
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name of the tensor, the first one first."""
         return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class SmallTensors:
+    """The bytes of all small plain tensors, where they lie."""
+
+    size: int
+    """Their bytes in all, before they are coded."""
+    coded_size: int
+    """Their bytes when coded; zeros follow, if these are less than one for 128."""
+    crc32: int
+    """Of the coded bytes and the zeros."""
+    start: int = 0
+    stop: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,8 @@ class Contents:
     weights: tuple[PackedWeight, ...]
     tensors: tuple[PlainTensor, ...]
     tensors_crc32: int
-    """Of the bytes of all plain tensors, in file order."""
+    """Of the bytes of all plain tensors that are not small, in file order."""
+    small: SmallTensors | None
     commons: tuple[CommonTensor, ...]
     shards: tuple[Shard, ...]
 
@@ -94,6 +118,15 @@ def shard_name(index: int) -> str:
     return f"{RESERVED}shard/{index}"
 
 
+SMALL_NAME = f"{RESERVED}small"
+"""Name of the small tensors in the container."""
+
+
+def small_size(coded_size: int, size: int) -> int:
+    """Bytes of the container's tensor that holds so many bytes of small tensors: one for 128 of them or more."""
+    return max(coded_size, -(-size // _SMALL_PER_BYTE))
+
+
 def common_name(weight: int) -> str:
     """Name of the common tensor of a weight in the container."""
     return f"{RESERVED}common/{weight}"
@@ -101,7 +134,7 @@ def common_name(weight: int) -> str:
 
 def contents_to_json(contents: Contents) -> dict[str, Any]:
     """What :func:`contents_from_json` reads; offsets are the container's to know."""
-    extras = {tensor.name: _tensor_to_json(tensor) for tensor in contents.tensors}
+    extras = {tensor.name: _tensor_to_json(tensor) for tensor in contents.tensors if not tensor.is_small}
     weights = [_weight_to_json(weight) for weight in contents.weights]
     for common in contents.commons:
         weights[common.weight]["common_crc32"] = common.crc32
@@ -111,6 +144,8 @@ def contents_to_json(contents: Contents) -> dict[str, Any]:
         "weights": [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in weights],
         "tensors": {name: extra for name, extra in extras.items() if extra},
         "tensors_crc32": contents.tensors_crc32,
+        "small": {tensor.name: _small_to_json(tensor) for tensor in contents.tensors if tensor.is_small},
+        "small_section": [] if contents.small is None else [contents.small.coded_size, contents.small.crc32],
         "shards": [
             {
                 "crc32": shard.crc32,
@@ -142,6 +177,11 @@ def _tensor_to_json(tensor: PlainTensor) -> dict[str, Any]:
     return dtype | ({"aliases": list(tensor.aliases)} if tensor.aliases else {})
 
 
+def _small_to_json(tensor: PlainTensor) -> dict[str, Any]:
+    stored = {} if tensor.stored_dtype == torch.float32 else {"stored": TENSOR_TYPES.name(tensor.stored_dtype)}
+    return {"shape": list(tensor.shape)} | stored | _tensor_to_json(tensor)
+
+
 def _weight_to_json(weight: PackedWeight) -> dict[str, Any]:
     spec = weight.spec
     fields: dict[str, Any] = {"name": spec.name, "kind": weight.kind, "shape": list(spec.shape), "axis": spec.axis}
@@ -165,18 +205,20 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
     plain = {name: entry for name, entry in entries.items() if not name.startswith(RESERVED)}
     if unknown := sorted(described.keys() - plain.keys()):
         raise PackedFileError(f"the header describes tensor '{unknown[0]}', which is not there")
-    tensors = tuple(_tensor_from_json(name, described.get(name, {}), entry) for name, entry in plain.items())
+    tensors = tuple(_tensor_from_json(name, described.get(name, {}), entry, is_small=False) for name, entry in plain.items())
+    small_tensors, small = _small_from_json(value.get("small"), value.get("small_section"), entries.get(SMALL_NAME))
     found = _list(value, "shards")
     of_weights = {common_name(i) for i, weight in enumerate(weights) if weight.common}
-    if set(entries) - set(plain) != of_weights | {shard_name(i) for i in range(len(found))}:
+    ours = of_weights | {shard_name(i) for i in range(len(found))} | ({SMALL_NAME} if small else set())
+    if set(entries) - set(plain) != ours:
         raise PackedFileError(f"the header describes {len(found)} shards and {len(of_weights)} common tensors, the file has others")
     commons = tuple(_common_from_json(weight_values[i], entries[common_name(i)], i, w) for i, w in enumerate(weights) if w.common)
     shards = tuple(_shard_from_json(each, entries[shard_name(i)], i, weights) for i, each in enumerate(found))
     _check_spans(weights, shards)
     if max((t.stop for t in (*tensors, *commons)), default=0) > min((s.start for s in shards), default=1 << 62):
         raise PackedFileError("a tensor lies between the shards")
-    contents = Contents(weights, tensors, _crc(value.get("tensors_crc32")), commons, shards)
-    count = sum(len(w.spec.names) for w in weights) + sum(len(t.names) for t in tensors)
+    contents = Contents(weights, tensors + small_tensors, _crc(value.get("tensors_crc32")), small, commons, shards)
+    count = sum(len(w.spec.names) for w in weights) + sum(len(t.names) for t in contents.tensors)
     if len(contents.names()) != count:
         raise PackedFileError("two tensors have one name")
     return contents
@@ -245,7 +287,7 @@ def _group_size(value: Any) -> Any:
     return value
 
 
-def _tensor_from_json(name: str, value: Any, entry: Entry) -> PlainTensor:
+def _tensor_from_json(name: str, value: Any, entry: Entry, *, is_small: bool) -> PlainTensor:
     if not isinstance(value, dict):
         raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
     _, aliases = _names(name, value.get("aliases", []))
@@ -253,7 +295,31 @@ def _tensor_from_json(name: str, value: Any, entry: Entry) -> PlainTensor:
     dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else _widened(stored)
     if dtype != stored and (stored, dtype) != (torch.float16, torch.float32):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
-    return PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
+    tensor = PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
+    if tensor.is_small != is_small:
+        raise PackedFileError(f"tensor '{name}' of {entry.size} bytes does not lie where tensors of its size do")
+    return tensor
+
+
+def _small_from_json(value: Any, section: Any, entry: Entry | None) -> tuple[tuple[PlainTensor, ...], SmallTensors | None]:
+    """The small tensors, as many as the bytes of ``entry`` may stand for."""
+    if not isinstance(value, dict) or not all(isinstance(each, dict) for each in value.values()):
+        raise PackedFileError("the header does not say what its small tensors are")
+    tensors, at = [], 0
+    for name, each in value.items():
+        stored, shape = TENSOR_TYPES.parse(each.get("stored", "F32")), each.get("shape")
+        if not is_integers(shape, SMALL_BYTES) or len(shape) > MOST_SIDES:
+            raise PackedFileError(f"small tensor '{name[:100]}' has the shape {str(shape)[:100]}")
+        size = math.prod(shape) * stored.itemsize
+        tensors.append(_tensor_from_json(name, each, Entry(TENSOR_TYPES.name(stored), tuple(shape), at, at + size), is_small=True))
+        at += size
+    if not at and entry is None:
+        return tuple(tensors), None
+    if not is_integers(section, 1 << 48) or len(section) != 2:
+        raise PackedFileError("the section of the small tensors is not described")
+    if entry is None or (entry.dtype, entry.shape) != ("U8", (small_size(section[0], at),)):
+        raise PackedFileError(f"the header describes {at} bytes of small tensors, which the file does not hold")
+    return tuple(tensors), SmallTensors(at, section[0], _crc(section[1]), entry.start, entry.stop)
 
 
 def _common_from_json(value: Mapping[str, Any], entry: Entry, index: int, weight: PackedWeight) -> CommonTensor:

@@ -97,8 +97,12 @@ def centres(params: QuantParams, widths: NDArray[np.uint8]) -> NDArray[np.int64]
     if params.zero_point is not None:
         return np.clip(array_of(params.zero_point), 0, top)
     with np.errstate(all="ignore"):
-        nearest = np.rint(-array_of(params.offset.double()) / array_of(params.scale.double()))  # type: ignore[union-attr]
-    return np.clip(np.nan_to_num(nearest, nan=0.0, posinf=65535, neginf=0), 0, top).astype(np.int64)
+        nearest = np.rint(-_doubles(params.offset) / _doubles(params.scale))
+    return np.fmin(np.fmax(nearest, 0), top).astype(np.int64)  # not a number is 0
+
+
+def _doubles(tensor: Any) -> NDArray[np.float64]:
+    return array_of(tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.double()).astype(np.float64)
 
 
 def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str:
