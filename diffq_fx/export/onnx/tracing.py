@@ -17,6 +17,7 @@ from torch import nn
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
+from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.sizes import name_sizes
 from diffq_fx.storage import StoredWeight
 
@@ -60,7 +61,7 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
     Raises:
         ExportError: torch.export or torch.onnx cannot follow the model.
     """
-    with quiet():
+    with quiet(), recurrent_layers_whole():
         if dynamic_shapes is not None:
             return _traced(converted, _exported(converted, example, dynamic_shapes), example, ())
         repeated = _repeated(converted, example)
@@ -115,6 +116,7 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
 
 
 def _translate(program: torch.export.ExportedProgram, converted: nn.Module) -> ir.Model:
+    check_recurrent_layers(program.graph)
     _number_levels(program, converted)
     placeholder = _placeholder()
     table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: placeholder, torch.ops.diffq_fx.look_up.default: placeholder}
