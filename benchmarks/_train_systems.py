@@ -109,7 +109,7 @@ def ours(**settings: object) -> Callable[[nn.Module, Tensor, Loss], Step]:
 NOISE = {"sensitivity_steps": 1}  # the look at the gradients of the first steps is over after the warm-up
 SYSTEMS: dict[str, Callable[[nn.Module, Tensor, Loss], Step]] = {
     "ours, per channel (default), noise": ours(**NOISE),
-    "ours, per channel (default), rounding": ours(noise_steps=0),
+    "ours, per channel (default), rounding": ours(noise_steps=1, **NOISE),  # the noise is over after the warm-up
     "ours, g=8, noise": ours(group_size=8, target_bits=5, **NOISE),
     "ours, g=1, noise": ours(group_size=1, target_bits=6, **NOISE),
     "diffq 0.2.4, g=8": lambda model, inputs, loss_of: diffq_step(model, inputs, loss_of, 8),

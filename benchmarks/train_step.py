@@ -16,8 +16,10 @@ import copy
 import datetime
 import json
 import os
+import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,8 +48,21 @@ def part_eval(quick: bool) -> str:
 
         steps = {"plain": lambda model=plain: forward(model), "ours": lambda model=prepared: forward(model)}
         seconds = interleaved(steps, 4 * rounds, warm_up=3)
-        rows.append([name, f"{1e3 * statistics.median(seconds['plain']):.1f}", ratio(seconds["ours"], seconds["plain"])])
-    return markdown_table(("eval forward, after the first", "plain, ms", "ours over plain"), rows)
+        faults = [str(_page_faults(step)) for step in steps.values()]
+        rows.append([name, f"{1e3 * statistics.median(seconds['plain']):.1f}", ratio(seconds["ours"], seconds["plain"]), *faults])
+    header = ("eval forward, after the first", "plain, ms", "ours over plain", "page faults, plain", "page faults, ours")
+    malloc = os.environ.get("MALLOC_TRIM_THRESHOLD_")
+    note = f"\n\nWith MALLOC_TRIM_THRESHOLD_={malloc}: the process keeps what is freed." if malloc else ""
+    return markdown_table(header, rows) + note
+
+
+def _page_faults(step: Callable[[], None], rounds: int = 5) -> int:
+    """How often a call has to fetch a page of memory from the system."""
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // rounds
 
 
 def _records(path: Path) -> list[dict]:
@@ -140,6 +155,7 @@ def main() -> None:
 
         body = {"transform": part_transform, "kernels": part_kernels}[part](arguments.quick)
     name = f"train_{part}" + ("_torch" if os.environ.get("DIFFQ_FX_KERNELS") == "torch" else "")
+    name += "_untrimmed" if os.environ.get("MALLOC_TRIM_THRESHOLD_") else ""
     path = write_result(name, f"Training with noise: {part}", body, PACKAGES)
     if rows:
         plot(rows, path.with_suffix(".png"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffq_fx import functional
+from diffq_fx import DiffQConfig, functional
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import (
     add_noise,
@@ -14,10 +14,11 @@ from diffq_fx.kernels import (
     moments,
     native,
     normal_range,
-    size_and_growth,
+    size_of_logits,
     slope_of_size,
     statistics,
 )
+from diffq_fx.weights import WeightSpec
 
 ROWS, COLUMNS, GROUPS = 50, 1000, 40_000  # enough for the kernels to be taken and to work in several parts
 BITS = {"min_bits": 2, "max_bits": 8, "gain": 3.0}
@@ -76,7 +77,8 @@ def test_size_of_logits_against_float64(backend, as_many):
     exact = logits.double().requires_grad_()
     expected = (values.double() * functional.bits_from_logits(exact, 2, 8, 3.0)).sum()
     (slope,) = torch.autograd.grad(expected, exact)
-    size, growth = size_and_growth(values, logits, **BITS)
+    size, growth, low, high = size_of_logits(values, logits, **BITS)
+    assert (low.item(), high.item()) == (logits.min().item(), logits.max().item())
     assert size.item() == pytest.approx(expected.item(), rel=1e-6)
     assert growth.item() == pytest.approx(slope.sum().item(), rel=1e-5)
     torch.testing.assert_close(slope_of_size(values, logits, **BITS).double(), slope, rtol=1e-5, atol=4e-5)
@@ -97,7 +99,7 @@ def test_sums_do_not_depend_on_the_threads(backend):
     threads, found = torch.get_num_threads(), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(torch.cat([torch.stack(size_and_growth(values, logits, **BITS)), moments(grad, values)]))
+        found.append(torch.cat([torch.stack(size_of_logits(values, logits, **BITS)), moments(grad, values)]))
     torch.set_num_threads(threads)
     if backend == "native":
         assert torch.equal(found[0], found[1])
@@ -117,6 +119,61 @@ def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, g
     assert torch.equal(direct, registered)
     for a, b in zip(*(torch.autograd.grad(noisy, [weight, step], upstream) for noisy in (direct, registered)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("group_size", ["channel", 1, 3, 4, 8, 16, 64, 700, 3000])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"grid": "symmetric", "noise": "gaussian"}, {"grid": "float", "range_per": "group"}, {"clipping": "none", "max_bits": 9}],
+)
+@pytest.mark.parametrize("columns", [5000, 4090, 12])
+def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypatch):
+    if build.library() is None:
+        pytest.skip("no C compiler is at hand")
+    if group_size == 1 and settings.get("range_per") == "group":
+        pytest.skip("no such setting")
+    weight, upstream = torch.randn(5, columns, requires_grad=True), torch.randn(5, columns)
+    config = DiffQConfig(group_size=group_size, **settings)
+    quantizer = config.make_quantizer(_spec(config, 5, columns), weight).train()
+    torch.nn.init.normal_(quantizer.logits, std=0.1)
+    assert quantizer.one_pass.takes(weight, quantizer.logits)
+
+    def noisy_and_gradients():
+        torch.manual_seed(1)
+        noisy = quantizer(weight)
+        return [noisy, *torch.autograd.grad(noisy, [weight, quantizer.logits], upstream)]
+
+    found = noisy_and_gradients()
+    monkeypatch.setattr(native, "takes_logits", lambda logits: False)
+    monkeypatch.setattr(type(quantizer.one_pass), "takes", lambda *tensors: False)
+    expected = noisy_and_gradients()
+    assert (expected[0] - weight).abs().max() > 1e-3
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[1], upstream)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-4 * expected[2].abs().max().item())
+
+
+def _spec(config, rows, columns):
+    group_size, range_size, grid = config.layout
+    return WeightSpec(name="w", shape=(rows, columns), axis=0, group_size=group_size, range_size=range_size, grid=grid)
+
+
+def test_one_pass_leaves_alone_what_it_cannot_do():
+    if build.library() is None:
+        pytest.skip("no C compiler is at hand")
+    config = DiffQConfig()
+    weight = torch.randn(4, 8)
+    quantizer = config.make_quantizer(_spec(config, 4, 8), weight)
+    takes = quantizer.one_pass.takes
+    assert takes(weight, quantizer.logits)
+    assert not takes(weight.double(), quantizer.logits)
+    assert not takes(weight.t().contiguous().t(), quantizer.logits)
+    assert not takes(weight[:2], quantizer.logits)
+    assert not takes(weight, quantizer.logits[:2])
+    assert not takes(weight.as_subclass(Elsewhere), quantizer.logits)
+    tensor_wide = DiffQConfig(range_per="tensor")
+    other = tensor_wide.make_quantizer(_spec(tensor_wide, 4, 8), weight)
+    assert not other.one_pass.takes(weight, other.logits)
 
 
 def test_the_gradient_of_the_weight_is_not_copied_and_little_is_kept(backend):

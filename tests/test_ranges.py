@@ -9,7 +9,7 @@ from torch import nn
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, functional, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import build, learned_factor, least_error_range, native, normal_range, round_in_range
-from diffq_fx.kernels.ranges import _SPAN_OF_NORMAL
+from diffq_fx.kernels.native import SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
 GRIDS = ["affine", "symmetric", "float"]
@@ -31,9 +31,9 @@ def test_the_span_for_normal_weights_has_the_least_error(bits):
         low = torch.tensor([[-span / 2]], dtype=torch.float64)
         return float(squared_error(quantiles.view(1, -1), low, -low, width, layout, "float").mean())
 
-    best = error(_SPAN_OF_NORMAL[bits - 1])
-    assert best < error(_SPAN_OF_NORMAL[bits - 1] * 1.04)
-    assert best < error(_SPAN_OF_NORMAL[bits - 1] * 0.96)
+    best = error(SPAN_OF_NORMAL[bits - 1])
+    assert best < error(SPAN_OF_NORMAL[bits - 1] * 1.04)
+    assert best < error(SPAN_OF_NORMAL[bits - 1] * 0.96)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -1,13 +1,15 @@
 """What training with noise does at every step, at the price of memory bandwidth: noise, ranges, steps and size of the bits, rounding."""
 
-from diffq_fx.kernels.bits import bits_of_logits, moments, size_and_growth, slope_of_size, step_of_logits
+from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import add_noise
+from diffq_fx.kernels.one_pass import OnePass
 from diffq_fx.kernels.ranges import least_error_range, normal_range
 from diffq_fx.kernels.rounding import learned_factor, round_in_range
 from diffq_fx.kernels.statistics import extremes, statistics
 
 __all__ = [
+    "OnePass",
     "add_noise",
     "bits_of_logits",
     "extremes",
@@ -17,7 +19,7 @@ __all__ = [
     "normal_range",
     "release",
     "round_in_range",
-    "size_and_growth",
+    "size_of_logits",
     "slope_of_size",
     "statistics",
     "step_of_logits",

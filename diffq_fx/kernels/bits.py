@@ -17,11 +17,6 @@ class _StepOfLogits(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, span: Tensor, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
         ctx.bits = (min_bits, max_bits, gain)
         ctx.unmoved = None if unmoved is None else torch.zeros_like(unmoved)
-        ctx.native = native.takes_steps(logits, span)
-        if ctx.native:
-            step = native.steps(logits, span, *ctx.bits)
-            ctx.save_for_backward(logits, step)
-            return step
         shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
         dtype = torch.promote_types(logits.dtype, span.dtype)
         empty = torch.empty if native.recorded() else memory.empty
@@ -35,8 +30,6 @@ class _StepOfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, step = ctx.saved_tensors
-        if ctx.native:
-            return native.steps_backward(grad, logits, step, *ctx.bits), None, ctx.unmoved, None, None, None
         min_bits, max_bits, gain = ctx.bits
         slope = gain * (max_bits - min_bits) * math.log(2)
         if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
@@ -115,8 +108,10 @@ def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: fl
     return bits, share.addcmul_(share, share, value=-1).mul_(gain * (max_bits - min_bits))
 
 
-def size_and_growth(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """Size ``sum_s n_s b_s`` of groups with these logits, and how fast it grows when all logits grow together; without autograd.
+def size_of_logits(
+    values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Size ``sum_s n_s b_s`` of groups with these logits, and what else one look at them tells; without autograd.
 
     Args:
         values: stored values in each group, shape (N,).
@@ -126,11 +121,11 @@ def size_and_growth(values: Tensor, logits: Tensor, *, min_bits: float, max_bits
         gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
 
     Returns:
-        Two float64, 0-d.
+        The size, how fast it grows when all logits grow together, the smallest and the largest logit; float64, 0-d.
 
     Example:
-        >>> size_and_growth(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)
-        (tensor(10., dtype=torch.float64), tensor(3., dtype=torch.float64))
+        >>> [each.item() for each in size_of_logits(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)]
+        [10.0, 3.0, 0.0, 0.0]
     """
     if native.takes_size(values, logits):
         return native.size(values, logits, min_bits, max_bits, gain)
@@ -139,19 +134,24 @@ def size_and_growth(values: Tensor, logits: Tensor, *, min_bits: float, max_bits
         bits, slope = bits_of_logits(logits[tile], min_bits=min_bits, max_bits=max_bits, gain=gain)
         size += torch.dot(values[tile], bits)
         growth += torch.dot(values[tile], slope)
-    return size, growth
+    low, high = torch.aminmax(logits)
+    return size, growth, low.double(), high.double()
 
 
-def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> Tensor:
-    """Derivative of ``sum_s n_s b_s`` in each logit, shape (N,); without autograd. See :func:`size_and_growth`.
+def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float, times: Tensor | None = None) -> Tensor:
+    """Derivative of ``sum_s n_s b_s`` in each logit, ``times`` a 0-d tensor, shape (N,); without autograd. See :func:`size_of_logits`.
 
     Example:
         >>> slope_of_size(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)
         tensor([1.5000, 1.5000])
     """
     if native.takes_size(values, logits):
-        return native.slope_of_size(values, logits, min_bits, max_bits, gain)
-    return bits_of_logits(logits, min_bits=min_bits, max_bits=max_bits, gain=gain)[1].mul_(values)
+        return native.slope_of_size(values, logits, 1.0 if times is None else float(times), min_bits, max_bits, gain)
+    slopes = memory.empty(logits.shape, logits.dtype, logits.device)
+    for tile in _row_tiles(logits):
+        slope = bits_of_logits(logits[tile], min_bits=min_bits, max_bits=max_bits, gain=gain)[1]
+        torch.mul(slope, values[tile] if times is None else values[tile] * times, out=slopes[tile])
+    return slopes
 
 
 def moments(grad: Tensor, slope: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("weights.c", "bits.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("noise.c", "weights.c", "bits.c"))
+_HEADER = Path(__file__).with_name("inline.h")
 _FLAGS = (
     "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -fopenmp -shared -fPIC".split()
 )
@@ -42,18 +43,17 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, size, word, real, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_int
     for name, arguments in {
-        "add_noise": [*[pointer] * 3, *[size] * 5, word, pointer, count],
+        "add_noise": [*[pointer] * 3, *[size] * 4, word, pointer, count],
         "reduce_noise": [*[pointer] * 2, *[size] * 3, word, pointer, count],
+        "noisy": [*[pointer] * 5, *[size] * 3, *[count] * 3, *[real] * 3, word, pointer, count],
+        "noisy_backward": [*[pointer] * 4, *[size] * 3, count, *[real] * 3, word, pointer, count],
         "round": [*[pointer] * 5, *[size] * 4, count],
         "rounding_errors": [*[pointer] * 5, *[size] * 6, count],
         "statistics": [*[pointer] * 2, *[size] * 3, count],
-        "normal_range": [*[pointer] * 5, *[size] * 3, *[count] * 3],
         "range_slope": [*[pointer] * 5, *[size] * 4, real, count],
-        "steps": [*[pointer] * 3, *[size] * 4, *[real] * 3, count],
-        "steps_backward": [*[pointer] * 4, size, *[real] * 3, count],
         "bits": [*[pointer] * 3, size, *[real] * 3, count],
         "size": [*[pointer] * 2, size, pointer, size, *[real] * 3, count],
-        "slope_of_size": [*[pointer] * 2, size, pointer, size, *[real] * 2, count],
+        "slope_of_size": [*[pointer] * 2, size, pointer, size, *[real] * 3, count],
         "moments": [*[pointer] * 3, size, count],
     }.items():
         function = getattr(loaded, f"diffq_fx_{name}")
@@ -81,7 +81,7 @@ def compiled(sources: Sequence[Path], flags: Sequence[str]) -> ctypes.CDLL | Non
 
 def _built(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """The library for these sources, compiler and processor: that of an earlier run, or a new one."""
-    contents = (source.read_bytes() for source in sources)
+    contents = (source.read_bytes() for source in (*sources, _HEADER))
     key = hashlib.sha256(b"\0".join([*contents, " ".join([compiler, *flags]).encode(), _processor().encode()])).hexdigest()[:16]
     library = _cache_folder() / f"{sources[0].stem}-{key}.so"
     if library.is_file():

@@ -1,4 +1,7 @@
-"""Calls of the kernels in C (noise, ranges, rounding; steps and size of the bits), for float32 on a CPU."""
+"""Calls of the kernels in C (noise, ranges, rounding; size of the bits), for float32 on a CPU."""
+
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +13,11 @@ from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import build, memory
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
+if TYPE_CHECKING:
+    from diffq_fx.kernels.one_pass import OnePass
+
+SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431, 8.988, 9.518, 10.026, 10.51, 10.98, 11.43, 11.87)
+"""For 1 to 16 bits the span, in standard deviations, of the uniform quantizer with the least squared error for normal weights."""
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""
 _WORTH_THREADS = 1 << 14
@@ -27,7 +35,6 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tu
     """Noisy weight, and the seed of its noise: int64, shape (1,)."""
     seed = draw_seed()
     out, step = memory.empty(weight.shape, weight.dtype, weight.device), step.float().contiguous()
-    strides = (0 if layout.kind == "tensor" else step.shape[1], 1)
     build.loaded_library().diffq_fx_add_noise(
         weight.data_ptr(),
         step.data_ptr(),
@@ -35,7 +42,7 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tu
         layout.rows,
         layout.columns,
         layout.block,
-        *strides,
+        0 if layout.kind == "tensor" else step.shape[1],
         *_draw(seed, gaussian, weight.numel()),
     )
     return out, torch.tensor([seed])
@@ -49,6 +56,54 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
         grad.data_ptr(), sums.data_ptr(), layout.rows, layout.columns, layout.block, *_draw(int(seed), gaussian, grad.numel())
     )
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
+
+
+def noisy(weight: Tensor, logits: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor, int]:
+    """Noisy weight, the length of each range and the seed of the noise."""
+    seed, groups = draw_seed(), settings.groups
+    out, span = memory.empty(weight.shape, weight.dtype, weight.device), memory.empty(settings.ranges.shape, torch.float32, weight.device)
+    build.loaded_library().diffq_fx_noisy(
+        weight.data_ptr(),
+        logits.data_ptr(),
+        _spans().data_ptr() if settings.clips else None,
+        out.data_ptr(),
+        span.data_ptr(),
+        groups.rows,
+        groups.columns,
+        groups.block,
+        settings.ranges.kind == "block",
+        settings.grid == "affine",
+        settings.grid == "symmetric",
+        settings.min_bits,
+        settings.max_bits - settings.min_bits,
+        settings.gain,
+        *_draw(seed, settings.gaussian, weight.numel()),
+    )
+    return out, span, seed
+
+
+def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: int, settings: "OnePass") -> Tensor:
+    """Gradient of the logits, the noise made again from its seed."""
+    grad, groups = grad.contiguous(), settings.groups
+    grad_logits = memory.empty(logits.shape, logits.dtype, logits.device)
+    build.loaded_library().diffq_fx_noisy_backward(
+        *(each.data_ptr() for each in (grad, logits, span, grad_logits)),
+        groups.rows,
+        groups.columns,
+        groups.block,
+        settings.ranges.kind == "block",
+        settings.min_bits,
+        settings.max_bits - settings.min_bits,
+        settings.gain,
+        *_draw(seed, settings.gaussian, grad.numel()),
+    )
+    return grad_logits
+
+
+@functools.cache
+def _spans() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(SPAN_OF_NORMAL)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
@@ -72,17 +127,6 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     pointers = (each.data_ptr() for each in (rows_OI, results))
     build.loaded_library().diffq_fx_statistics(*pointers, *rows_OI.shape, layout.block, _threads(rows_OI.numel()))
     return results
-
-
-def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, spans: Tensor, grid: str) -> tuple[Tensor, Tensor]:
-    """The range of each group of a layout of channels or blocks that suits normal weights of these ``bits``."""
-    bits = bits.float().contiguous()
-    low, high = torch.empty_like(bits), torch.empty_like(bits)
-    pointers = (each.data_ptr() for each in (rows_OI, bits, spans, low, high))
-    build.loaded_library().diffq_fx_normal_range(
-        *pointers, *rows_OI.shape, layout.block, grid == "affine", grid == "symmetric", _threads(rows_OI.numel())
-    )
-    return low, high
 
 
 def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
@@ -132,44 +176,6 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and peek_interpreter_stack() is None
 
 
-def takes_steps(logits: Tensor, span: Tensor) -> bool:
-    """Whether the kernel can make the steps of these logits, one each, and whether it pays."""
-    broadcasts = all(size in (1, groups) for size, groups in zip(span.shape, logits.shape, strict=True))
-    return broadcasts and span.dtype == logits.dtype and span.is_contiguous() and takes_logits(logits)
-
-
-def steps(logits: Tensor, span: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
-    """``span / (2^b - 1)`` with the bits of the logits, shape of ``logits``."""
-    step = memory.empty(logits.shape, logits.dtype, logits.device)
-    strides = [0 if size == 1 else stride for size, stride in zip(span.shape, span.stride(), strict=True)]
-    build.loaded_library().diffq_fx_steps(
-        logits.data_ptr(),
-        span.data_ptr(),
-        step.data_ptr(),
-        *logits.shape,
-        *strides,
-        min_bits,
-        max_bits - min_bits,
-        gain,
-        _threads(logits.numel()),
-    )
-    return step
-
-
-def steps_backward(grad: Tensor, logits: Tensor, step: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
-    """Gradient of the logits from that of the steps."""
-    grad, grad_logits = grad.contiguous(), memory.empty(logits.shape, logits.dtype, logits.device)
-    build.loaded_library().diffq_fx_steps_backward(
-        *(each.data_ptr() for each in (grad, logits, step, grad_logits)),
-        logits.numel(),
-        min_bits,
-        max_bits - min_bits,
-        gain,
-        _threads(logits.numel()),
-    )
-    return grad_logits
-
-
 def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
     """Bits of the logits and their derivative."""
     bits, slope = torch.empty_like(logits), torch.empty_like(logits)
@@ -184,9 +190,9 @@ def takes_size(values: Tensor, logits: Tensor) -> bool:
     return values.dtype == torch.float32 and values.stride()[0] in (0, 1) and takes_logits(logits)
 
 
-def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """The sum of ``values * b`` and that of its derivative in each logit, float64, 0-d."""
-    parts = torch.empty(-(-logits.numel() // _PART), 2, dtype=torch.float64)
+def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of ``values * b``, that of its derivative in each logit, the smallest and the largest logit, float64, 0-d."""
+    parts = torch.empty(-(-logits.numel() // _PART), 4, dtype=torch.float64)
     build.loaded_library().diffq_fx_size(
         logits.data_ptr(),
         values.data_ptr(),
@@ -198,12 +204,12 @@ def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain:
         gain,
         _threads(logits.numel()),
     )
-    total, growth = parts.sum(0).unbind()
-    return total, growth
+    total, growth = parts[:, :2].sum(0).unbind()
+    return total, growth, parts[:, 2].amin(), parts[:, 3].amax()
 
 
-def slope_of_size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
-    """Derivative of the size in each logit."""
+def slope_of_size(values: Tensor, logits: Tensor, times: float, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    """Derivative of ``times`` the size in each logit."""
     slope = memory.empty(logits.shape, logits.dtype, logits.device)
     build.loaded_library().diffq_fx_slope_of_size(
         logits.data_ptr(),
@@ -211,6 +217,7 @@ def slope_of_size(values: Tensor, logits: Tensor, min_bits: float, max_bits: flo
         values.stride()[0],
         slope.data_ptr(),
         logits.numel(),
+        times,
         max_bits - min_bits,
         gain,
         _threads(logits.numel()),

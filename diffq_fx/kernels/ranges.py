@@ -3,7 +3,6 @@
 Shape legend: O rows, I columns, R x C grid of groups that share a range, K candidates.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -15,8 +14,6 @@ from diffq_fx.functional.groups import GroupKind, GroupLayout
 from diffq_fx.kernels import native
 from diffq_fx.kernels.statistics import extremes, statistics
 
-_SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431, 8.988, 9.518, 10.026, 10.51, 10.98, 11.43, 11.87)
-"""For 1 to 16 bits the span, in standard deviations, of the uniform quantizer with the least squared error for normal weights."""
 _SHARES = tuple(1 - 0.04 * i for i in range(22))
 """Ends of the range to try, as parts of the extreme weight."""
 
@@ -24,7 +21,8 @@ _SHARES = tuple(1 - 0.04 * i for i in range(22))
 def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The range that suits normal weights of this width: ``mean +- span(b) std / 2``, within the extreme weights (Max, 1960, table II).
 
-    A few passes over the weights, for every training step; :func:`least_error_range` finds the range of the weights as they are.
+    A few passes over the weights; :class:`~diffq_fx.kernels.OnePass` needs none of its own.
+    :func:`least_error_range` finds the range of the weights as they are.
 
     Args:
         rows_OI: weight rows, shape (O, I).
@@ -41,26 +39,18 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
         True
     """
     rows_OI = rows_OI.detach()
-    if layout.kind != "tensor" and bits.shape == layout.shape and native.takes_rows(rows_OI):
-        return native.normal_range(rows_OI, layout, bits, _spans(), grid)
     low, high, total, square = statistics(rows_OI, layout)
     low, high = grid_range(low, high, grid)
     counts = layout.counts().to(low.device)
     mean = total / counts if grid != "symmetric" else torch.zeros_like(low)
     variance = square / counts - mean.square()
-    table = torch.tensor(_SPAN_OF_NORMAL, dtype=low.dtype, device=low.device)
+    table = torch.tensor(native.SPAN_OF_NORMAL, dtype=low.dtype, device=low.device)
     below = (bits - 1).clamp(0, len(table) - 2).floor()
     index = below.long()
     span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
     reach = variance.clamp(min=0).sqrt() * span / 2
     low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
     return (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
-
-
-@functools.cache
-def _spans() -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(_SPAN_OF_NORMAL)
 
 
 def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:

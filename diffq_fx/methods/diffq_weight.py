@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.kernels import add_noise, learned_factor, least_error_range, normal_range, round_in_range, step_of_logits
+from diffq_fx.kernels import OnePass, add_noise, learned_factor, least_error_range, normal_range, round_in_range, step_of_logits
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -40,6 +40,17 @@ class DiffQWeight(GridQuantizer):
         self.config = config
         self.compression: Compression | None = None
         self.index = 0  # among the model's learned weights
+        self.one_pass = OnePass(
+            axis=spec.axis,
+            groups=spec.bits_layout,
+            ranges=spec.range_layout,
+            grid=spec.grid,
+            clips=config.clips,
+            min_bits=config.min_bits,
+            max_bits=config.max_bits,
+            gain=config.bits_gain,
+            gaussian=config.noise == "gaussian",
+        )
         self.source = (weight,)  # in a tuple: a parameter would become one of this module's own
         bits = torch.full(spec.bits_layout.shape, float(config.init_bits), device=weight.device)
         self.logits = nn.Parameter(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain))
@@ -94,6 +105,8 @@ class DiffQWeight(GridQuantizer):
         return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
 
     def _noisy(self, weight: Tensor) -> Tensor:
+        if self.one_pass.takes(weight, self.logits):
+            return self.one_pass(weight, self.logits, self.clip)
         spec, config = self.spec, self.config
         limits = {"min_bits": config.min_bits, "max_bits": config.max_bits, "gain": config.bits_gain}
         step = step_of_logits(self.logits, self.span_in_training(weight), unmoved=self.clip, **limits)

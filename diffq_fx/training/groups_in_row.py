@@ -3,7 +3,7 @@
 Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,15 +135,17 @@ class FlatGroups:
             ]
         return self._segments[key]
 
-    def limits(self, tensors: Sequence[Tensor], few_row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def limits(
+        self, tensors: Sequence[Tensor], few_row: Tensor | None = None, known: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of each weight, shape (W,): a kernel for each large weight, a few for all small ones.
 
-        ``few_row`` is what the small ones gave as a row, where that is at hand.
+        ``few_row`` is what the small ones gave as a row, ``known`` the limits of large ones, where these are at hand.
         """
         low_W, high_W = torch.empty_like(self.groups_W), torch.empty_like(self.groups_W)
         for i, count in enumerate(self.counts):
             if count >= _LARGE:
-                low_W[i], high_W[i] = torch.aminmax(tensors[i])
+                low_W[i], high_W[i] = known[i] if known and i in known else torch.aminmax(tensors[i])
         if len(self._few):
             few = [tensor for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]
             row = _flatten_dense_tensors(few).float() if few_row is None else few_row.float()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffq_fx.kernels import bits_of_logits, size_and_growth, slope_of_size
+from diffq_fx.kernels import bits_of_logits, size_of_logits, slope_of_size
 from diffq_fx.training.groups_in_row import FlatGroups
 
 MIB_BITS = 8 * 2**20
@@ -72,14 +72,16 @@ class SizeOfLogits:
 
     def total(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Size in bits, and how fast it grows when all logits grow together, both 0-d."""
-        rows = [(segment, segment.gather(logits)) for segment in self.groups.segments()]
-        low_W, high_W = self.groups.limits(logits, next((row for segment, row in rows if segment.has_few), None))
-        size = self.groups.coding_bits_between(self._bits_and_slope(low_W)[0].round(), self._bits_and_slope(high_W)[0].round()).double()
-        size += self.groups.fixed_bits
+        size = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         growth = torch.zeros_like(size)
-        for segment, row in rows:
+        limits: dict[int, tuple[Tensor, Tensor]] = {}
+        few_row = None
+        for segment in self.groups.segments():
+            row = segment.gather(logits)
+            few_row = row if segment.has_few else few_row
             if self.measure.linear:
-                part, slope = size_and_growth(segment.values, row, **self._limits)
+                part, slope, low, high = size_of_logits(segment.values, row, **self._limits)
+                limits |= {} if segment.has_few else {segment.weights[0]: (low, high)}
                 size += part
                 growth += slope
                 continue
@@ -87,13 +89,17 @@ class SizeOfLogits:
                 part, slope = self._size_and_slope(segment.values[tile], row[tile])
                 size += part
                 growth += slope.sum()
+        low_W, high_W = self.groups.limits(logits, few_row, limits)
+        size += self.groups.coding_bits_between(*(self._bits_and_slope(limit_W)[0].round() for limit_W in (low_W, high_W)))
+        size += self.groups.fixed_bits
         return size, growth
 
-    def slope(self, values_N: Tensor, logits_N: Tensor) -> Tensor:
-        """Derivative of the size in each of these logits."""
+    def slope(self, values_N: Tensor, logits_N: Tensor, times: Tensor | None = None) -> Tensor:
+        """Derivative of the size, ``times`` a 0-d tensor, in each of these logits."""
         if self.measure.linear:
-            return slope_of_size(values_N, logits_N, **self._limits)
-        return self._size_and_slope(values_N, logits_N)[1]
+            return slope_of_size(values_N, logits_N, **self._limits, times=times)
+        slope = self._size_and_slope(values_N, logits_N)[1]
+        return slope if times is None else slope.mul_(times)
 
     @property
     def _limits(self) -> dict[str, float]:
@@ -122,11 +128,8 @@ class _DifferentiableSize(torch.autograd.Function):
         logits = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(logits)
         for segment in ctx.size_of.groups.segments():
-            row = segment.gather(logits)
-            into = torch.empty_like(row)
-            for tile in segment.tiles():
-                torch.mul(ctx.size_of.slope(segment.values[tile], row[tile]), grad, out=into[tile])
-            for i, own in zip(segment.weights, segment.split(into, logits), strict=True):
+            slope = ctx.size_of.slope(segment.values, segment.gather(logits), grad)
+            for i, own in zip(segment.weights, segment.split(slope, logits), strict=True):
                 grads[i] = own
         return None, *grads
 
