@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffq_fx import functional
 from diffq_fx.functional import Grid, QuantParams, quant_params
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.kernels import least_error_range
@@ -15,6 +16,10 @@ from diffq_fx.weights import WeightSpec
 
 _STARTS = ("least_error", "mean")
 _LEARNED = ("logarithm", "step")
+_FINENESS = 0.06
+"""Of the search for the first step, as a part of the step."""
+_GAIN = 10.0
+"""How much faster the logarithm of a step moves than ``moved``: Adam at a rate of 1e-3 changes a step by 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +30,7 @@ class LSQ(FixedBits):
 
     Differs from the paper: the step is learned by its logarithm and starts where the squared rounding error is least. The paper has
     ``start="mean", learned="step"`` and SGD. Adam moves every parameter by up to its rate, whatever the gradient: at 1e-3 it changes a step
-    of 0.01 by a tenth in one step, its logarithm by a thousandth. With SGD both forms move alike.
+    of 0.01 by a tenth at once and one of 1 hardly; by its logarithm both change by a hundredth. With SGD both forms move alike.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
@@ -65,7 +70,7 @@ class LSQWeight(FixedBitsQuantizer):
     """Rounding with a trainable step per group.
 
     Parameters:
-        moved: float32, shape of the spec's ``scale_layout``: how far each step, or its logarithm, has moved from its start.
+        moved: float32, shape of the spec's ``scale_layout``: how far each step, or a tenth of its logarithm, has moved from its start.
 
     Buffers:
         start: float32, the same shape, positive: the steps at the start.
@@ -142,26 +147,39 @@ def least_error_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
         True
     """
     width = torch.full((1, 1), bits, dtype=torch.int32, device=rows_OI.device)
-    low, high = least_error_range(rows_OI, layout, width, layout, "symmetric")
-    return quant_params(low, high, width, "symmetric").scale
+    widest = quant_params(*functional.weight_range(rows_OI, layout, "symmetric"), width, "symmetric").scale
+    best = quant_params(*least_error_range(rows_OI, layout, width, layout, "symmetric"), width, "symmetric").scale
+    # Ranges that span the weights have one level more above zero than LSQ: its largest level may want a larger step than they have.
+    most = (2**bits - 1) / (2**bits - 2)
+    least = _rounding_error(rows_OI, best, layout, bits)
+    for factor in torch.arange(1 + _FINENESS, most + _FINENESS, _FINENESS).clamp(max=most).tolist():
+        error = _rounding_error(rows_OI, widest * factor, layout, bits)
+        best, least = torch.where(error < least, widest * factor, best), torch.minimum(error, least)
+    return best
+
+
+def _rounding_error(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """Squared error of each group, shape (R, C)."""
+    step_OI, half = layout.expand(step), 2 ** (bits - 1)
+    return layout.sum(((rows_OI / step_OI).round_().clamp_(-half, half - 1).mul_(step_OI) - rows_OI).square())
 
 
 class _StepOfLogarithm(torch.autograd.Function):
-    """``start exp(moved)``; in the backward the step's own gradient, relative to the step.
+    """``start exp(gain moved)``; in the backward ``dL/ds / (gain s)`` for the loss L, and not the derivative ``dL/ds gain s``.
 
-    For the loss L ``dL/ds / s`` and not ``dL/ds s``: gradient descent then changes the step as if it moved the step itself.
+    Gradient descent then changes the step as if it moved the step itself.
     """
 
     @staticmethod
     def forward(ctx: Any, moved: Tensor, start: Tensor) -> Tensor:
-        step = start * moved.exp()
+        step = start * (_GAIN * moved).exp()
         ctx.save_for_backward(step)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (step,) = ctx.saved_tensors
-        return grad / step, None
+        return grad / (_GAIN * step), None
 
 
 class _LearnedStep(torch.autograd.Function):

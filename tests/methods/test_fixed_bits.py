@@ -186,12 +186,12 @@ def test_lsq_step_trains_whatever_its_sign(learned):
     expected = model(x)
     assert torch.equal(model.eval()(x), expected)
     with torch.no_grad():
-        quantizer.moved.fill_(math.log(2)) if learned == "logarithm" else quantizer.moved.copy_(-3 * quantizer.start)
+        quantizer.moved.fill_(math.log(2) / 10) if learned == "logarithm" else quantizer.moved.copy_(-3 * quantizer.start)
     torch.testing.assert_close(quantizer.step(), 2 * quantizer.start)
     assert not torch.equal(model(x), expected), "eval() kept the weight of the old step"
 
 
-def test_lsq_by_its_logarithm_changes_a_step_by_the_rate_under_adam_and_as_the_papers_under_sgd():
+def test_lsq_by_its_logarithm_changes_all_steps_alike_under_adam_and_as_the_paper_under_sgd():
     def moved(optimizer, learned, rate, size):
         torch.manual_seed(0)
         net = nn.Linear(16, 8)
@@ -204,7 +204,7 @@ def test_lsq_by_its_logarithm_changes_a_step_by_the_rate_under_adam_and_as_the_p
         return model.weight_quantizer.step().detach() / model.weight_quantizer.start - 1
 
     for size in (1.0, 0.01):
-        assert float(moved(torch.optim.Adam, "logarithm", 1e-3, size).abs().max()) == pytest.approx(1e-3, rel=0.01)
+        assert float(moved(torch.optim.Adam, "logarithm", 1e-3, size).abs().max()) == pytest.approx(1e-2, rel=0.02)
         by_step, by_logarithm = (moved(torch.optim.SGD, learned, 1e-6, size) for learned in ("step", "logarithm"))
         assert bool((by_step != 0).all())
         torch.testing.assert_close(by_step, by_logarithm, rtol=0.02, atol=1e-6)
@@ -419,6 +419,25 @@ def test_mappings_that_cannot_work(mapping, error, match):
     with pytest.raises(error, match=match):
         prepare(net, TOKENS, mapping)
     assert set(dir(net)) == before
+
+
+@pytest.mark.parametrize("method", [STE(bits=4, group_size=4), LSQ(bits=4, group_size=4), QuantNoise(bits=4, group_size=4)], ids=str)
+def test_a_group_size_that_does_not_divide_has_a_short_last_group_and_its_scale_is_counted(method):
+    model = prepare(nn.Linear(10, 6, bias=False), torch.zeros(1, 10), method)
+    (weight,) = bits_report(model).weights
+    scales, zero_points = 6 * 3, 6 * 3 * 4 * (model.weight_quantizer.spec.grid == "affine")
+    assert model_size(model, exact=True) * 8 * 2**20 == pytest.approx(60 * 4 + scales * 32 + zero_points + 8)
+    assert weight.payload_bits == 60 * 4
+
+
+@pytest.mark.parametrize("method", [STE(bits=3), LSQ(bits=3), QuantNoise(bits=3), QuantNoise(bits=3, range="least_error")], ids=str)
+def test_a_constant_weight(method):
+    net = nn.Linear(8, 4, bias=False)
+    nn.init.constant_(net.weight, 0.25)
+    model = prepare(net, torch.zeros(1, 8), method)
+    model(torch.ones(1, 8)).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    torch.testing.assert_close(convert(model)(torch.ones(1, 8)), net(torch.ones(1, 8)), rtol=0.05, atol=0)
 
 
 def test_settings_that_are_lists():
