@@ -30,13 +30,13 @@ from diffq_fx.demo.run import export_float
 from diffq_fx.export import export_onnx, session_options
 from diffq_fx.methods import LC, Method, ProductQuantization
 
-ROUNDS = 9
-MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "encoder (6 x 384, 8192 tokens, 32 rows)": (
         lambda: Transformer(8192, 384, 12, 6, causal=False),
         torch.randint(8192, (1, 32)),
+        60,
     ),
-    "ResNet-18 (224 x 224)": (ResNet18, torch.randn(1, 3, 224, 224)),
+    "ResNet-18 (224 x 224)": (ResNet18, torch.randn(1, 3, 224, 224), 9),
 }
 METHODS: dict[str, Method] = {
     "LC, K=16": LC(entries=16),
@@ -54,7 +54,7 @@ def load(path: Path, options: onnxruntime.SessionOptions, without: Sequence[str]
 
 def build(title: str, folder: Path) -> None:
     """Write the float file and one for each method."""
-    make, example = MODELS[title]
+    make, example, _ = MODELS[title]
     torch.manual_seed(0)
     model = make().eval()
     export_float(model, example, folder / f"{title}.onnx")
@@ -66,7 +66,7 @@ def build(title: str, folder: Path) -> None:
 
 def race(title: str, folder: Path) -> list[tuple[str, ...]]:
     """One row for each method: files, loads, latencies."""
-    example = MODELS[title][1]
+    _, example, rounds = MODELS[title]
     float_path = folder / f"{title}.onnx"
     rows = []
     for name in METHODS:
@@ -81,7 +81,7 @@ def race(title: str, folder: Path) -> list[tuple[str, ...]]:
         once, each = (np.asarray(steps[key]()[0]) for key in ("at load", "per run"))
         if np.abs(once - each).max() > 1e-4 * np.abs(once).max():
             raise RuntimeError(f"{title}, {name}: the two forms differ.")
-        seconds = interleaved(steps, ROUNDS, warm_up=3)
+        seconds = interleaved(steps, rounds, warm_up=3)
         slower = [quartiles(seconds[key], seconds["float"]) for key in ("at load", "per run", "float, nothing folded")]
         sizes = " / ".join(f"{each.stat().st_size / 2**20:.2f}" for each in (float_path, path))
         loads = " / ".join(f"{loaded[key][1]:.0f}" for key in ("float", "at load", "per run"))
