@@ -99,8 +99,8 @@ def systems() -> Iterator[System]:
         yield System("direct compression", f"K={entries}", lambda start, method=method: start.direct(method))
     for entries in (4, 2):
         yield System("iterated direct compression", f"K={entries}", lambda start, k=entries: start.iterated(LC(entries=k)))
-    yield System("LC, quadratic penalty", "K=2", lambda start: start.lc(LC(entries=2), augmented=False))
+    yield System("LC (quadratic penalty)", "K=2", lambda start: start.lc(LC(entries=2), augmented=False))
     yield System("LC", "scaled_ternary", lambda start: start.lc(LC(codebook="scaled_ternary")))
-    yield System(f"LC, {LONG_LC} epochs", "K=2", lambda start: start.lc(LC(entries=2), epochs=LONG_LC))
+    yield System(f"LC ({LONG_LC} epochs)", "K=2", lambda start: start.lc(LC(entries=2), epochs=LONG_LC))
     for entries, block in _BLOCKS:
         yield System("iPQ + int8", f"K={entries}, blocks of {block}", lambda start, k=entries, d=block: start.ipq(k, d))

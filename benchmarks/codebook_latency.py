@@ -34,9 +34,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "encoder (6 x 384, 8192 tokens, 32 rows)": (
         lambda: Transformer(8192, 384, 12, 6, causal=False),
         torch.randint(8192, (1, 32)),
-        60,
+        30,
     ),
-    "ResNet-18 (224 x 224)": (ResNet18, torch.randn(1, 3, 224, 224), 9),
+    "ResNet-18 (224 x 224)": (ResNet18, torch.randn(1, 3, 224, 224), 6),
 }
 METHODS: dict[str, Method] = {
     "LC, K=16": LC(entries=16),
