@@ -164,9 +164,10 @@ def draw(rows: dict[tuple[str, str], list[Point]], path: Path) -> None:
     longer = rows["float", "trained on as long"]
     mean = statistics.mean(point["error"] for point in longer)
     axes.axhline(mean, color="grey", linestyle=":", label=f"float ({longer[0]['mib']:.2f} MiB), trained on as long")
-    axes.set(xlabel="exact size in MiB, all that is stored included", ylabel="test error in %", xscale="log")
-    ticks = (0.03, 0.05, 0.1, 0.2)
-    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.set(xlabel="exact size in MiB, all that is stored included", ylabel="test error in %", xscale="log", yscale="log")
+    axes.minorticks_off()
+    for set_ticks, ticks in ((axes.set_xticks, (0.03, 0.05, 0.1, 0.2)), (axes.set_yticks, (2, 2.5, 3, 4, 6, 10))):
+        set_ticks(ticks, labels=[str(tick) for tick in ticks])
     axes.legend(fontsize=8)
     axes.set_title("LeNet300 on MNIST")
     figure.tight_layout()
