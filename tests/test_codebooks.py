@@ -69,7 +69,7 @@ def test_levels_of_values_with_fewer_distinct_ones_than_entries():
 def test_an_empty_cluster_is_filled_again():
     values = torch.cat([torch.randn(100), torch.randn(100) + 50])
     found = levels(values, 3, start=torch.tensor([-1000.0, 0.0, 1.0]))
-    assert error(values, found) < 300
+    assert error(values, found) < 1.2 * error(values, optimal_levels(values, 3)), "two entries alone have 1.5 times as much"
 
 
 def brute_scale(values, base):

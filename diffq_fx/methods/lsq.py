@@ -2,22 +2,35 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.functional import Grid, QuantParams
+from diffq_fx import functional
+from diffq_fx.functional import Grid, QuantParams, quant_params
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.kernels import least_error_range
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
+
+_STARTS = ("least_error", "mean")
+_LEARNED = ("logarithm", "step")
+_FINENESS = 0.06
+"""Of the search for the first step, as a part of the step."""
+_GAIN = 10.0
+"""How much faster the logarithm of a step moves than ``moved``: Adam at a rate of 1e-3 changes a step by 1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LSQ(FixedBits):
-    """Learned step size quantization: ``clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s``, s trainable.
+    """Learned step size quantization: ``clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s``, s trainable (Esser et al., arXiv:1902.08153).
 
     The steps are parameters of the prepared model and train with any optimizer over its ``parameters()``.
+
+    Differs from the paper: the step is learned by its logarithm and starts where the squared rounding error is least. The paper has
+    ``start="mean", learned="step"`` and SGD. Adam moves every parameter by up to its rate, whatever the gradient: at 1e-3 it changes a step
+    of 0.01 by a tenth at once and one of 1 hardly; by its logarithm both change by a hundredth. With SGD both forms move alike.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
@@ -29,7 +42,19 @@ class LSQ(FixedBits):
         ValueError: LSQ: bits must be a whole number from 2 to 16, got 1.
     """
 
+    start: Literal["least_error", "mean"] = "least_error"
+    """Where steps start: at the least squared rounding error of the weights, or at the paper's ``2 mean|w| / sqrt(2^(b-1) - 1)``."""
+    learned: Literal["logarithm", "step"] = "logarithm"
+    """What of a step the optimizer moves."""
+
     least_bits: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        super().__post_init__()
+        for name, allowed in (("start", _STARTS), ("learned", _LEARNED)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"LSQ: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
@@ -38,46 +63,55 @@ class LSQ(FixedBits):
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "LSQWeight":
         """Make the quantizer of one weight; its step starts from the weight."""
-        return LSQWeight(spec, self.bits, weight)
+        return LSQWeight(spec, self, weight)
 
 
 class LSQWeight(FixedBitsQuantizer):
     """Rounding with a trainable step per group.
 
     Parameters:
-        step: float32, shape of the spec's ``scale_layout``; its absolute value counts, so that no optimizer step can turn the grid over.
+        moved: float32, shape of the spec's ``scale_layout``: how far each step, or a tenth of its logarithm, has moved from its start.
+
+    Buffers:
+        start: float32, the same shape, positive: the steps at the start.
     """
 
-    step: nn.Parameter
+    moved: nn.Parameter
+    start: Tensor
 
-    def __init__(self, spec: WeightSpec, bits: int, weight: Tensor) -> None:
-        super().__init__(spec, bits, weight.device)
-        self.bits = bits
+    def __init__(self, spec: WeightSpec, config: LSQ, weight: Tensor) -> None:
+        super().__init__(spec, config.bits, weight.device)
+        self.config = config
         rows_OI = to_rows(weight.detach(), spec.axis).float()
-        self.step = nn.Parameter(initial_step(rows_OI, spec.scale_layout, bits))
+        start = (least_error_step if config.start == "least_error" else mean_step)(rows_OI, spec.scale_layout, config.bits)
+        self.register_buffer("start", start)
+        self.moved = nn.Parameter(torch.zeros_like(start))
+
+    def step(self) -> Tensor:
+        """The steps, shape of the spec's ``scale_layout``, positive wherever training takes ``moved``; differentiable in it."""
+        if self.config.learned == "logarithm":
+            return _StepOfLogarithm.apply(self.moved, self.start)
+        return (self.start + self.moved).abs().clamp(min=torch.finfo(torch.float32).tiny)
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight, differentiable in the weight and the step."""
         spec = self.spec
         rows_OI = to_rows(weight, spec.axis)
-        rounded_OI = learned_step(rows_OI, self._positive_step(), spec.scale_layout, self.bits)
+        rounded_OI = learned_step(rows_OI, self.step(), spec.scale_layout, self.config.bits)
         return from_rows(rounded_OI, spec.shape, spec.axis).contiguous()
-
-    def _positive_step(self) -> Tensor:
-        return self.step.abs().clamp(min=torch.finfo(torch.float32).tiny)
 
     def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
         """The learned steps, whatever the weight."""
-        step = self._positive_step().detach()
-        return QuantParams(step, torch.full_like(step, 2 ** (self.bits - 1), dtype=torch.int32), None)
+        step = self.step().detach()
+        return QuantParams(step, torch.full_like(step, 2 ** (self.config.bits - 1), dtype=torch.int32), None)
 
     def state_key(self) -> tuple[Any, ...]:
         """Changes with the step."""
-        return (self.step._version, self.step.data_ptr())
+        return (self.moved._version, self.moved.data_ptr(), self.start._version)
 
 
-def initial_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
-    """Step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153).
+def mean_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """The paper's step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153).
 
     Args:
         rows_OI: weight rows, shape (O, I).
@@ -88,12 +122,64 @@ def initial_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
         float32, shape (R, C); 1 for a group of zeros.
 
     Example:
-        >>> initial_step(torch.tensor([[1.0, -3.0]]), GroupLayout.of(1, 2, "channel"), 2)
+        >>> mean_step(torch.tensor([[1.0, -3.0]]), GroupLayout.of(1, 2, "channel"), 2)
         tensor([[4.]])
     """
     mean = layout.sum(rows_OI.abs()) / layout.counts().to(rows_OI.device)
     step = 2 * mean / math.sqrt(2 ** (bits - 1) - 1)
     return torch.where(step > 0, step, torch.ones_like(step))
+
+
+def least_error_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """The step with the smallest ``||clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s - w||^2``, by search.
+
+    Args:
+        rows_OI: weight rows, shape (O, I).
+        layout: the groups that share a step.
+        bits: width, 2 or more.
+
+    Returns:
+        float32, shape (R, C); 1 for a group of zeros.
+
+    Example:
+        >>> rows = torch.tensor([[-0.5] * 9 + [0.5] * 9 + [2.0]])  # one outlier
+        >>> 0.4 < float(least_error_step(rows, GroupLayout.of(1, 19, "channel"), 2)) < 0.6
+        True
+    """
+    width = torch.full((1, 1), bits, dtype=torch.int32, device=rows_OI.device)
+    widest = quant_params(*functional.weight_range(rows_OI, layout, "symmetric"), width, "symmetric").scale
+    best = quant_params(*least_error_range(rows_OI, layout, width, layout, "symmetric"), width, "symmetric").scale
+    # Ranges that span the weights have one level more above zero than LSQ: its largest level may want a larger step than they have.
+    most = (2**bits - 1) / (2**bits - 2)
+    least = _rounding_error(rows_OI, best, layout, bits)
+    for factor in torch.arange(1 + _FINENESS, most + _FINENESS, _FINENESS).clamp(max=most).tolist():
+        error = _rounding_error(rows_OI, widest * factor, layout, bits)
+        best, least = torch.where(error < least, widest * factor, best), torch.minimum(error, least)
+    return best
+
+
+def _rounding_error(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) -> Tensor:
+    """Squared error of each group, shape (R, C)."""
+    step_OI, half = layout.expand(step), 2 ** (bits - 1)
+    return layout.sum(((rows_OI / step_OI).round_().clamp_(-half, half - 1).mul_(step_OI) - rows_OI).square())
+
+
+class _StepOfLogarithm(torch.autograd.Function):
+    """``start exp(gain moved)``; in the backward ``dL/ds / (gain s)`` for the loss L, and not the derivative ``dL/ds gain s``.
+
+    Gradient descent then changes the step as if it moved the step itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, moved: Tensor, start: Tensor) -> Tensor:
+        step = start * (_GAIN * moved).exp()
+        ctx.save_for_backward(step)
+        return step
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (step,) = ctx.saved_tensors
+        return grad / (_GAIN * step), None
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -36,6 +36,10 @@ class ProductQuantization(Method):
     assigns the codes; from then on the entries of the codebook train in place of the weight. Without the driver, ``convert`` clusters the
     weights as they are then.
 
+    The noise turns each block ``w_i`` with probability p (``rate``) into: "exact", ``c_k`` with ``k = argmin_k ||w_i - c_k||``, the nearest
+    entry of the codebook; "mean", ``(1/n) sum_j w_j`` over the n blocks of the weight; "proxy", 0, while the other blocks become
+    ``w_i / (1 - p)``. The gradient passes straight through; the weights themselves are never written.
+
     Raises:
         ValueError: a setting is out of its range, with the value found.
 
@@ -54,7 +58,7 @@ class ProductQuantization(Method):
     """D: weights along the inputs that one code stands for; a short last block of a row is filled up with zeros. "auto": one kernel for
     convolutions (9 for 3x3), 4 for pointwise ones, 8 for all others."""
     noise: Literal["exact", "mean", "proxy"] = "exact"
-    """What a noised block becomes: its nearest entry, the mean of all blocks, or zero (with the others divided by ``1 - rate``)."""
+    """What a noised block becomes, see above: its nearest entry, the mean of all blocks, or zero."""
     rate: float = 0.1
     """Probability that a block is noised in a forward; 0 trains in float."""
     update_every: int = 200

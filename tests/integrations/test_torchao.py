@@ -10,6 +10,7 @@ from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, quantize
 
 from diffq_fx import ConversionError, DiffQConfig, PreparationError, bits_report, convert, prepare
 from diffq_fx.integrations.torchao import PrepareConfig, prepare_marked, to_torchao
+from diffq_fx.kernels import build
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 
 
@@ -142,16 +143,24 @@ def test_learned_bits_of_diffq():
     torch.testing.assert_close(to_torchao(converted).model(X), converted(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_inference(dtype):
-    net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8)).to(dtype)
+def test_compiled_inference(dtype, backend):
+    if backend == "inductor" and build.library() is None:
+        pytest.skip("no C compiler")
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).to(dtype)
     x = X.to(dtype)
-    converted = convert(prepare(net, x, STE(bits=4)))
-    model = to_torchao(converted).model
+    mapping = {"0": STE(bits=8, group_size="tensor"), "2": STE(bits=4), "4": LSQ(bits=3, group_size=8)}
+    converted = convert(prepare(net, x, mapping))
+    result = to_torchao(converted)
+    assert result.mapped == ("0.weight", "2.weight", "4.weight")
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     with torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), converted(x), rtol=tolerance, atol=tolerance)
+        compiled = torch.compile(result.model, backend=backend, fullgraph=True)
+        for model in (result.model, compiled):
+            torch.testing.assert_close(model(x), converted(x), rtol=tolerance, atol=tolerance)
+    torch._dynamo.reset()
 
 
 def test_a_wrong_scale_would_be_seen():

@@ -21,7 +21,7 @@ from diffq_fx import (
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import least_error_range
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
-from diffq_fx.methods.lsq import initial_step, learned_step
+from diffq_fx.methods.lsq import learned_step, least_error_step, mean_step
 
 METHODS = {
     "STE": STE(bits=3),
@@ -32,6 +32,7 @@ METHODS = {
     "LSQ": LSQ(bits=2),
     "LSQ tensor": LSQ(bits=3, group_size="tensor"),
     "LSQ blocks": LSQ(bits=4, group_size=4),
+    "LSQ of the paper": LSQ(bits=3, start="mean", learned="step"),
     "QuantNoise": QuantNoise(bits=4, rate=0.5),
     "QuantNoise histogram": QuantNoise(bits=3, rate=0.3, range="least_error", group_size="tensor"),
     "QuantNoise histogram channel": QuantNoise(bits=3, rate=0.3, range="least_error", block_size=3, grid="symmetric"),
@@ -149,28 +150,77 @@ def test_lsq_step_gradient_by_finite_differences():
     torch.testing.assert_close(found.squeeze(), expected)
 
 
-def test_lsq_starts_from_the_papers_step():
+def test_lsq_starts_from_the_papers_step_where_it_is_asked_to():
     rows = torch.randn(6, 11)
-    step = initial_step(rows, GroupLayout.of(6, 11, 4), 3)
+    step = mean_step(rows, GroupLayout.of(6, 11, 4), 3)
     assert step.shape == (6, 3)
     torch.testing.assert_close(step[2, 2], 2 * rows[2, 8:].abs().mean() / math.sqrt(3))
-    model = prepare(nn.Linear(11, 6), torch.zeros(1, 11), LSQ(bits=4, group_size="tensor"))
-    torch.testing.assert_close(model.weight_quantizer.step, 2 * model.weight.abs().mean().reshape(1, 1) / math.sqrt(7))
+    model = prepare(nn.Linear(11, 6), torch.zeros(1, 11), LSQ(bits=4, group_size="tensor", start="mean"))
+    torch.testing.assert_close(model.weight_quantizer.step(), 2 * model.weight.abs().mean().reshape(1, 1) / math.sqrt(7))
 
 
-def test_lsq_step_trains_and_a_negative_one_changes_nothing():
-    model = prepare(nn.Linear(16, 8), torch.zeros(1, 16), LSQ(bits=3))
-    step = model.weight_quantizer.step
-    assert any(step is p for p in model.parameters())
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 32])
+def test_lsq_starts_where_the_rounding_error_is_least(group_size, bits):
+    rows = torch.distributions.Laplace(0, 0.02).sample((6, 64))
+    layout = GroupLayout.of(6, 64, group_size)
+
+    def error(step):
+        step_OI, half = layout.expand(step), 2 ** (bits - 1)
+        rounded = (rows / step_OI).round().clamp(-half, half - 1) * step_OI
+        return layout.sum((rounded - rows).square())
+
+    found = error(least_error_step(rows, layout, bits))
+    largest = rows.abs().max() / (2 ** (bits - 1) - 1)
+    best = torch.stack([error(torch.full(layout.shape, float(step))) for step in torch.linspace(0.01, 1, 400) * largest]).amin(0)
+    assert float(found.sum()) <= 1.08 * float(best.sum())
+    assert float(found.sum()) < float(error(mean_step(rows, layout, bits)).sum())
+
+
+@pytest.mark.parametrize("learned", ["logarithm", "step"])
+def test_lsq_step_trains_whatever_its_sign(learned):
+    model = prepare(nn.Linear(16, 8), torch.zeros(1, 16), LSQ(bits=3, learned=learned))
+    quantizer = model.weight_quantizer
+    assert any(quantizer.moved is p for p in model.parameters())
     x = torch.randn(4, 16)
     expected = model(x)
-    with torch.no_grad():
-        step.neg_()
-    assert torch.equal(model(x), expected)
     assert torch.equal(model.eval()(x), expected)
     with torch.no_grad():
-        step.mul_(2)
+        quantizer.moved.fill_(math.log(2) / 10) if learned == "logarithm" else quantizer.moved.copy_(-3 * quantizer.start)
+    torch.testing.assert_close(quantizer.step(), 2 * quantizer.start)
     assert not torch.equal(model(x), expected), "eval() kept the weight of the old step"
+
+
+def test_lsq_by_its_logarithm_changes_all_steps_alike_under_adam_and_as_the_paper_under_sgd():
+    def moved(optimizer, learned, rate, size):
+        torch.manual_seed(0)
+        net = nn.Linear(16, 8)
+        net.weight.data.mul_(size)
+        x = torch.randn(4, 16)
+        model = prepare(net, x, LSQ(bits=3, learned=learned))
+        optimizer = optimizer(model.parameters(), lr=rate)
+        model(x).square().sum().backward()
+        optimizer.step()
+        return model.weight_quantizer.step().detach() / model.weight_quantizer.start - 1
+
+    for size in (1.0, 0.01):
+        assert float(moved(torch.optim.Adam, "logarithm", 1e-3, size).abs().max()) == pytest.approx(1e-2, rel=0.02)
+        by_step, by_logarithm = (moved(torch.optim.SGD, learned, 1e-6, size) for learned in ("step", "logarithm"))
+        assert bool((by_step != 0).all())
+        torch.testing.assert_close(by_step, by_logarithm, rtol=0.02, atol=1e-6)
+    assert float(moved(torch.optim.Adam, "step", 1e-3, 0.01).abs().max()) > 0.3
+
+
+def test_lsq_goes_on_from_its_state():
+    x = torch.randn(4, 16)
+    trained, fresh = (prepare(nn.Linear(16, 8), x, LSQ(bits=2)) for _ in range(2))
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.1)
+    trained(x).square().sum().backward()
+    optimizer.step()
+    before = fresh.eval()(x)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(x), trained.eval()(x))
+    assert not torch.equal(fresh(x), before)
 
 
 def test_lsq_of_a_zero_weight():
@@ -178,7 +228,7 @@ def test_lsq_of_a_zero_weight():
     nn.init.zeros_(net.weight)
     model = prepare(net, torch.zeros(1, 4), LSQ(bits=2))
     model(torch.ones(1, 4)).sum().backward()
-    assert torch.isfinite(model.weight_quantizer.step.grad).all()
+    assert torch.isfinite(model.weight_quantizer.moved.grad).all()
     assert not convert(model)(torch.ones(1, 4)).any()
 
 
@@ -332,6 +382,8 @@ def test_the_size_target_counts_what_other_methods_take():
         (lambda: STE(bits=2.5), "STE: bits must be a whole number from 1 to 16, got 2.5"),
         (lambda: LSQ(bits=1), "LSQ: bits must be a whole number from 2 to 16, got 1"),
         (lambda: LSQ(group_size=1), "LSQ: group_size=1 would store a scale for every weight"),
+        (lambda: LSQ(start="max"), "LSQ: start must be one of"),
+        (lambda: LSQ(learned="log"), "LSQ: learned must be one of"),
         (lambda: STE(group_size="row"), 'STE: group_size must be "tensor", "channel" or a number'),
         (lambda: STE(grid="log"), "STE: grid must be one of"),
         (lambda: STE(rest_dtype="int8"), "STE: rest_dtype must be one of"),
@@ -367,6 +419,25 @@ def test_mappings_that_cannot_work(mapping, error, match):
     with pytest.raises(error, match=match):
         prepare(net, TOKENS, mapping)
     assert set(dir(net)) == before
+
+
+@pytest.mark.parametrize("method", [STE(bits=4, group_size=4), LSQ(bits=4, group_size=4), QuantNoise(bits=4, group_size=4)], ids=str)
+def test_a_group_size_that_does_not_divide_has_a_short_last_group_and_its_scale_is_counted(method):
+    model = prepare(nn.Linear(10, 6, bias=False), torch.zeros(1, 10), method)
+    (weight,) = bits_report(model).weights
+    scales, zero_points = 6 * 3, 6 * 3 * 4 * (model.weight_quantizer.spec.grid == "affine")
+    assert model_size(model, exact=True) * 8 * 2**20 == pytest.approx(60 * 4 + scales * 32 + zero_points + 8)
+    assert weight.payload_bits == 60 * 4
+
+
+@pytest.mark.parametrize("method", [STE(bits=3), LSQ(bits=3), QuantNoise(bits=3), QuantNoise(bits=3, range="least_error")], ids=str)
+def test_a_constant_weight(method):
+    net = nn.Linear(8, 4, bias=False)
+    nn.init.constant_(net.weight, 0.25)
+    model = prepare(net, torch.zeros(1, 8), method)
+    model(torch.ones(1, 8)).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    torch.testing.assert_close(convert(model)(torch.ones(1, 8)), net(torch.ones(1, 8)), rtol=0.05, atol=0)
 
 
 def test_settings_that_are_lists():

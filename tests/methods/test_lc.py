@@ -178,6 +178,38 @@ def test_the_augmented_lagrangian_meets_the_codebook_and_beats_direct_compressio
     assert all(w.bits == {entries // 2: w.numel} for w in result.weights)
 
 
+@pytest.mark.parametrize(
+    ("method", "container", "operator"),
+    [
+        (LC(codebook="binary"), "INT2", "DequantizeLinear"),
+        (LC(codebook="scaled_binary"), "INT2", "DequantizeLinear"),
+        (LC(codebook="ternary"), "INT2", "DequantizeLinear"),
+        (LC(codebook="scaled_ternary"), "INT2", "DequantizeLinear"),
+        (LC(codebook="powers_of_two", smallest_power=2), "INT4", "DequantizeLinear"),
+        (LC(codebook="powers_of_two", smallest_power=5), "UINT4", "Gather"),
+        (LC(entries=2), "UINT2", "Gather"),
+        (LC(entries=16), "UINT4", "Gather"),
+        (LC(entries=17), "UINT8", "Gather"),
+    ],
+    ids=str,
+)
+def test_what_a_codebook_is_in_onnx(method, container, operator, tmp_path):
+    """Integers where they are exact and no wider than the codes, else the codes and a Gather; parity is checked by the export."""
+    onnx = pytest.importorskip("onnx")
+    from diffq_fx.export import export_onnx
+
+    x = torch.randn(2, 16)
+    model = prepare(nn.Linear(16, 8), x, method)
+    direct_compression(model)
+    result = export_onnx(convert(model), x, tmp_path / "codes.onnx", layout="qdq")
+    graph = onnx.load(result.path).graph
+    stored = max(graph.initializer, key=lambda each: torch.Size(each.dims).numel())
+    assert onnx.TensorProto.DataType.Name(stored.data_type) == container
+    assert torch.Size(stored.dims).numel() == 128
+    assert operator in {node.op_type for node in graph.node}
+    assert result.max_abs_error < 1e-5
+
+
 def test_resuming_gives_what_an_uninterrupted_run_gives(task):
     _, batches, _, _ = task
 

@@ -379,6 +379,18 @@ def test_more_entries_than_blocks():
         prepare(nn.Linear(16, 4), torch.zeros(1, 16), ProductQuantization(entries=9))
 
 
+def test_a_block_size_that_does_not_divide_is_filled_up_and_counted():
+    net, x = nn.Linear(10, 6, bias=False), torch.zeros(1, 10)
+    model = prepare(net, x, ProductQuantization(entries=4, block_size=4))
+    blocks = to_blocks(net.weight.detach(), 0, 4)
+    assert blocks.shape == (18, 4)  # three blocks in each row of ten
+    assert not blocks.reshape(6, 12)[:, 10:].any()
+    assert convert(model).weight_quantized().shape == (6, 10)
+    (weight,) = bits_report(model).weights
+    assert weight.payload_bits == 18 * 2, "codes of the blocks that are filled up are counted"
+    assert weight.scale_bits == 4 * 4 * 32, "and so are entries of the whole block's length"
+
+
 def test_a_constant_weight():
     net = nn.Linear(16, 8)
     nn.init.constant_(net.weight, 0.25)

@@ -1,0 +1,106 @@
+"""The systems that methods.py compares, each at its settings."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from _mnist import Mnist
+from torch import nn
+
+from diffq_fx import DiffQConfig, model_size, prepare
+from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
+from diffq_fx.training.ipq import IPQ
+from diffq_fx.training.lc import LCLoop, geometric_schedule
+from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
+
+LONG_LC = 40
+"""LC needs many L steps at one bit a weight: the paper has 40 of 20 epochs each."""
+_MU_END = 30.0
+_BLOCKS = ((256, 2), (64, 2), (256, 4), (256, 8))
+"""Entries and block size of iPQ at 4, 3, 2 and 1 bits a weight."""
+Made = tuple[nn.Module, str]
+"""A prepared model after training, and a note."""
+
+
+@dataclass(frozen=True)
+class System:
+    """One row: a method at one setting."""
+
+    name: str
+    setting: str
+    make: Callable[["Start"], Made]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a system begins with."""
+
+    task: Mnist
+    float_model: nn.Module
+    mu_start: float
+
+    def prepared(self, method: Method | dict[str, Method]) -> nn.Module:
+        """A copy of the float model under a method."""
+        return prepare(copy.deepcopy(self.float_model), self.task.example, method)
+
+    def trained(self, method: Method) -> Made:
+        """Prepare and train."""
+        model = self.prepared(method)
+        self.task.fit(model, self.task.epochs)
+        return model, ""
+
+    def diffq(self, bits: int) -> Made:
+        """Learned bits at the exact size of uniform quantization with this many."""
+        target = model_size(self.prepared(STE(bits=bits)), exact=True)
+        return self.trained(DiffQConfig(target_mib=float(target), training_steps=self.task.steps))
+
+    def lc(self, method: LC, *, augmented: bool = True, epochs: int | None = None) -> Made:
+        """One epoch for each L step; mu rises to the same end whatever their number."""
+        model, steps = self.prepared(method), epochs or self.task.epochs
+        schedule = geometric_schedule(self.mu_start, (_MU_END / self.mu_start) ** (1 / (steps - 1)), steps)
+        history = LCLoop(model, self.task.l_step(), schedule=schedule, augmented=augmented).run()
+        return model, f"distance {history[-1].distance:.1e}, counted {counted_ratio(model):.1f}x"
+
+    def direct(self, method: LC) -> Made:
+        """One C step."""
+        model = self.prepared(method)
+        direct_compression(model)
+        return model, ""
+
+    def iterated(self, method: LC) -> Made:
+        """C steps and training from the compressed weights in turn."""
+        model = self.prepared(method)
+        iterated_direct_compression(model, self.task.l_step(), iterations=self.task.epochs)
+        return model, ""
+
+    def ipq(self, entries: int, block: int) -> Made:
+        """A quarter of the epochs after each of three groups of weights, the others before under noise."""
+        small = ProductQuantization(entries=16, block_size=4, entry_dtype="int8", noise="proxy", rate=0.05)
+        large = ProductQuantization(entries=entries, block_size=block, entry_dtype="int8", noise="proxy", rate=0.05)
+        model = self.prepared({"4": small, "*": large})  # the last layer has too few blocks for the large codebook
+        epochs = max(self.task.epochs // 4, 1)
+        self.task.fit(model, max(self.task.epochs - 3 * epochs, 1))
+        IPQ(model, [["0"], ["2"], ["4"]], lambda model, stage: self.task.fit(model, epochs)).run()
+        return model, ""
+
+
+def systems() -> Iterator[System]:
+    """All rows, in the table's order."""
+    for bits in (8, 4, 3, 2):
+        name = f"{bits} bits"
+        yield System("rounding alone", name, lambda start, bits=bits: (start.prepared(STE(bits=bits)), ""))
+        for title, method in (("STE", STE(bits=bits)), ("LSQ", LSQ(bits=bits)), ("Quant-Noise", QuantNoise(bits=bits))):
+            yield System(title, name, lambda start, method=method: start.trained(method))
+        if bits < 8:
+            yield System("DiffQ", f"size of {name}", lambda start, bits=bits: start.diffq(bits))
+    for entries in (16, 8, 4, 2):
+        method = LC(entries=entries)
+        yield System("LC", f"K={entries}", lambda start, method=method: start.lc(method))
+        yield System("direct compression", f"K={entries}", lambda start, method=method: start.direct(method))
+    for entries in (4, 2):
+        yield System("iterated direct compression", f"K={entries}", lambda start, k=entries: start.iterated(LC(entries=k)))
+    yield System("LC (quadratic penalty)", "K=2", lambda start: start.lc(LC(entries=2), augmented=False))
+    yield System("LC", "scaled_ternary", lambda start: start.lc(LC(codebook="scaled_ternary")))
+    yield System(f"LC ({LONG_LC} epochs)", "K=2", lambda start: start.lc(LC(entries=2), epochs=LONG_LC))
+    for entries, block in _BLOCKS:
+        yield System("iPQ + int8", f"K={entries}, blocks of {block}", lambda start, k=entries, d=block: start.ipq(k, d))
