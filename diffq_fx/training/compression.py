@@ -41,7 +41,12 @@ class Compression(nn.Module):
     stretch: Tensor
 
     def __init__(
-        self, method: MethodChoice, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest_numel: int
+        self,
+        method: MethodChoice,
+        quantizers: Sequence[WeightQuantizer],
+        skipped: Sequence[SkippedWeight],
+        rest_numel: int,
+        buffer_bits: int = 0,
     ) -> None:
         super().__init__()
         self.method = method
@@ -50,7 +55,7 @@ class Compression(nn.Module):
         self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
         self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
         self.skipped = tuple(skipped)
-        self.rest_numel = rest_numel
+        self.rest_numel, self.buffer_bits = rest_numel, buffer_bits
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
@@ -132,8 +137,9 @@ class Compression(nn.Module):
 
     @property
     def rest_bits(self) -> int:
-        """Size of what is not quantized, in bits."""
-        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
+        """Size of what is not quantized, in bits: parameters, as the paper counts; where the size is that of a packed file, buffers too."""
+        in_file = self.buffer_bits if self.learned and self.config.size == "entropy" else 0
+        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32) + in_file
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""

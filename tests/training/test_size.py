@@ -242,6 +242,22 @@ def test_no_noise_of_widths_that_rounding_cannot_choose():
     assert DiffQConfig().min_bits == 1
 
 
+def test_buffers_count_where_the_size_is_that_of_a_file():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64)
+            self.register_buffer("scratch", torch.zeros(1000), persistent=False)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    rests = {}
+    for size in ("bits", "entropy"):
+        rests[size] = prepare_diffq(Net(), torch.randn(2, 8, 9, 9), DiffQConfig(size=size)).compression.rest_bits
+    assert rests == {"bits": 32 * 3 * 64, "entropy": 32 * 3 * 64 + 32 * 2 * 64 + 64}
+
+
 def test_more_entropy_bits_than_the_target_are_never_chosen():
     for target in (2.5, 3, 3.5, 5):
         model = prepare_diffq(nn.Linear(300, 200), torch.zeros(1, 300), DiffQConfig(target_bits=target, size="entropy"))
