@@ -197,14 +197,32 @@ def test_depthwise_convolutions_have_zero_points_of_zero(bits, grid, is_exact, d
     assert levels_in(path)["weight.levels"][0].endswith("4" if bits == 4 else "8"), "the learned levels are in the file"
 
 
+@pytest.mark.parametrize(("channels", "is_deep"), [(16, False), (28, False), (32, True)])
+@pytest.mark.parametrize(("bits", "grid"), [(4, "affine"), (8, "affine"), (4, "symmetric"), (8, "symmetric")])
+@pytest.mark.parametrize("group", ["channel", "tensor"])
+def test_zero_points_choose_the_kernel_that_is_faster_for_the_size(channels, is_deep, bits, grid, group, path):
+    """Filters of 256 inputs and more are faster as a product of matrices, which onnxruntime takes where a zero point is not 0."""
+    x = torch.randn(2, channels, 9, 9)
+    model = Conv(F.conv2d, (24, channels, 3, 3), bits, grid=grid, group=group, ranges=group).eval()
+    result = export_onnx(model, x, path, activations="int8", calibration=[x])
+    assert (result.weights[0].rule, result.max_relative_error < 1e-5) == ("int8", True)
+    ops, (found,) = run_optimized(path, x)
+    assert ops.count("QLinearConv") == 1
+    weight, steps, zero_points = _int8_filters(path)
+    assert zero_points.any() == is_deep
+    is_exact = is_deep or bits == 4 or grid == "symmetric"
+    assert (np.abs(weight - model.weight().detach().numpy()) <= (1e-6 if is_exact else 0.5 + 1e-5) * steps).all()
+    assert int8_error(found, model(x)) < 0.02
+
+
 def _int8_filters(path):
     """The weight that the one QLinearConv of an optimized file multiplies with, its steps and its zero points."""
     graph = onnx.load(path.with_suffix(".optimized")).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     (node,) = [node for node in graph.node if node.op_type == "QLinearConv"]
     levels, steps, zero_points = (values[name] for name in node.input[3:6])
-    steps = np.abs(steps).reshape(-1, *[1] * (levels.ndim - 1))
-    return levels * steps, steps, zero_points
+    steps, zero_points = (each.reshape(-1, *[1] * (levels.ndim - 1)) for each in (np.abs(steps), zero_points))
+    return (levels.astype(np.float32) - zero_points) * steps, steps, zero_points
 
 
 @pytest.mark.parametrize(("groups", "is_int8"), [(1, True), (2, True), (4, False), (32, False)])

@@ -18,7 +18,7 @@ from diffq_fx.export.onnx.layout.int8 import (
     conv_refusal,
     emit_int8_filters,
     find_rounded,
-    is_depthwise,
+    is_centred,
     round_values,
     without_empty_scales,
 )
@@ -152,7 +152,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: 
             emit_rows(stored, gather)
         rules.append("rows")
     if plan.convolutions and not request.twin:
-        filters = emit_int8_filters(stored, centred=_is_centred(plan))
+        filters = emit_int8_filters(stored, centred=is_centred(plan.table, plan.convolutions))
         for node in plan.convolutions:
             node.replace_input_with(1, filters)
         rules.append("int8")
@@ -220,10 +220,6 @@ def _float_readers(plan: WeightPlan) -> list[str]:
     return list(dict.fromkeys((*gathers, *convolutions, *plan.uses.others)))
 
 
-def _is_centred(plan: WeightPlan) -> bool:
-    return any(is_depthwise(plan.table, node) for node in plan.convolutions)
-
-
 def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     remarks = []
     if stored.storage.width is None:
@@ -233,9 +229,9 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     widths = sorted({fusion.bits for fusion in plan.fusions if fusion.mode == "bytes" and fusion.bits > plan.storage.widest})
     if widths:
         remarks.append(f"computed with {widths[0]} bits: predicted to be the fastest at the example's size")
-    if _is_centred(plan) and (uneven := int((plan.table.int8_stretch > 1).sum())):
+    if plan.convolutions and is_centred(plan.table, plan.convolutions) and (uneven := int((plan.table.int8_stretch > 1).sum())):
         remarks.append(
             f"levels of {uneven} channels lie unevenly about zero and are rounded anew when the file is loaded, to steps up to "
-            f'{plan.table.int8_stretch.max():.2f} times as wide: onnxruntime is slow for zero points in groups; grid="symmetric" avoids it'
+            f'{plan.table.int8_stretch.max():.2f} times as wide: onnxruntime is fast here for zero points of 0; grid="symmetric" avoids it'
         )
     return tuple(remarks)

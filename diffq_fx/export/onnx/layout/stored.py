@@ -94,16 +94,32 @@ class StoredTable:
         return None if self.zero_point is None or self.table.fits_int8_centred else self._as_int8(self.zero_point, "zero_point")
 
     @cached_property
-    def int8_centred(self) -> tuple[ir.Value, ir.Value]:
+    def int8_moved(self) -> tuple[ir.Value, ir.Value | None]:
+        """All levels as int8 and zero points that are not all 0, of the scales' shape; None where the levels leave no room to move them."""
+        levels = self.levels_as(ir.DataType.INT8 if self._fits_int8 else ir.DataType.UINT8)
+        if self.zero_point is not None:
+            return self._as_int8(levels, "levels.moved"), self._as_int8(self.zero_point, "zero_point")
+        limits, rows = np.iinfo(np.int8), None if self.table.is_per_tensor else 1
+        low, high = (np.atleast_2d(find(self.table.levels, axis=rows, keepdims=True)) for find in (np.min, np.max))
+        moves = np.where(high < limits.max, 1, np.where(low > limits.min, -1, 0)).astype(np.int8)
+        if not moves.any():
+            return levels, None
+        zero_point = self.emit.initializer(f"{self.name}.moves", self.table.stored_groups(moves, self.storage.form))
+        wide = [self.cast(value, ir.DataType.INT16, f"{value.name}.int16") for value in (levels, zero_point)]
+        moved = self.emit.op("Add", wide, f"{self.name}.levels.moved")
+        return self.cast(moved, ir.DataType.INT8, f"{self.name}.levels.moved.int8"), zero_point
+
+    @cached_property
+    def int8_centred(self) -> tuple[ir.Value, None, ir.Value]:
         """All levels as int8 about zero points of 0, and their scales: rounded anew, to a wider step, in the rows that do not fit."""
         if self.zero_point is None or self.table.fits_int8_centred:
-            return self.int8_levels, self.scale
+            return self.int8_levels, None, self.scale
         stretch = self.emit.initializer(f"{self.name}.stretch", self.table.stored_groups(self.table.int8_stretch, self.storage.form))
         zero_point = self.cast(self.zero_point, ir.DataType.FLOAT, f"{self.name}.zero_point.float")
         centred = self.emit.op("Sub", [self.levels_as(ir.DataType.FLOAT), zero_point], f"{self.name}.centred")
         steps = self.emit.op("Div", [centred, stretch], f"{self.name}.stretched")
         levels = self.cast(self.emit.op("Round", [steps], f"{self.name}.rounded"), ir.DataType.INT8, f"{self.name}.levels.int8")
-        return levels, self.emit.op("Mul", [self.scale, stretch], f"{self.name}.scale.stretched")
+        return levels, None, self.emit.op("Mul", [self.scale, stretch], f"{self.name}.scale.stretched")
 
     @property
     def _fits_int8(self) -> bool:
