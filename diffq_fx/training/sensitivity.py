@@ -17,8 +17,9 @@ from diffq_fx.training.allocation import common_shift
 if TYPE_CHECKING:
     from diffq_fx.training.compression import Compression
 
-_SHARE_OF_WHOLE = 0.1
-"""How much of a group's mean square is that of its whole weight: a row that had no gradient yet, as of a rare token, is not worthless."""
+_STEPS_OF_DOUBT = 2.0
+"""What is known of the whole weight counts for a group as much as this many steps with a gradient of its own: of the rows of an
+embedding most have had none yet, and they are not worthless."""
 _INSIDE = 0.05
 """Bits that stay between a group and the limits, where its gradient would vanish."""
 
@@ -30,6 +31,7 @@ class Sensitivity:
         self.compression = compression
         self.steps = 0
         self.squares: list[Tensor] = []
+        self.seen: list[Tensor] = []
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -42,10 +44,12 @@ class Sensitivity:
             layout, grad = quantizer.spec.bits_layout, quantizer.source[0].grad
             if len(self.squares) <= i:
                 self.squares.append(torch.zeros(layout.shape, device=quantizer.logits.device))
+                self.seen.append(torch.zeros(layout.shape, device=quantizer.logits.device))
             if grad is not None and not grad.is_sparse:
                 square_OI = to_rows(grad, quantizer.spec.axis).float().square()
                 mean = layout.sum(square_OI) / layout.counts().to(square_OI.device)
                 self.squares[i] += mean.nan_to_num_(0, 0, 0)
+                self.seen[i] += mean > 0
 
     @torch.no_grad()
     def move_bits(self, budget: int) -> bool:
@@ -55,7 +59,7 @@ class Sensitivity:
             return False
         groups = compression.groups()
         asked_T = torch.cat([self._asked(i).reshape(-1) for i in range(len(self.squares))])
-        self.squares = []
+        self.squares, self.seen = [], []
         if not bool(torch.isfinite(asked_T).any()):
             return False  # no gradient reached any weight
         asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
@@ -74,6 +78,6 @@ class Sensitivity:
         spec, square = quantizer.spec, self.squares[index]
         counts = spec.bits_layout.counts().to(square.device)
         whole = (square * counts).sum() / counts.sum()
-        square = torch.lerp(square, whole, _SHARE_OF_WHOLE)
+        square = torch.lerp(whole, square, self.seen[index] / (self.seen[index] + _STEPS_OF_DOUBT))
         span = quantizer.span_in_training(quantizer.source[0]).expand_as(square)
         return torch.log2(span * square.sqrt())

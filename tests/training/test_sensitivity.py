@@ -78,5 +78,21 @@ def test_a_row_with_hardly_a_gradient_yet_is_not_worthless():
         optimizer.step()
     (quantizer,) = model.compression.learned
     bits = quantizer.bits().detach().flatten()
-    for others in (bits[32:48], bits[48:]):
-        assert 0.5 < float(bits[:32].mean() - others.mean()) < 3
+    assert 0.5 < float(bits[:32].mean() - bits[32:48].mean()) < 3
+    assert 0.1 < float(bits[:32].mean() - bits[48:].mean()) < 0.5, "nothing is known of rows without any gradient but their weight's mean"
+
+
+def test_more_steps_with_a_gradient_leave_less_doubt():
+    differences = []
+    for steps in (2, 20):
+        torch.manual_seed(0)
+        model = prepare_diffq(nn.Embedding(64, 32), torch.zeros(2, dtype=torch.long), DiffQConfig(target_bits=5, sensitivity_steps=steps))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+        loud = torch.cat([torch.ones(32), torch.full((32,), 1e-3)]).view(64, 1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(torch.arange(64)).square() * loud).sum().backward()
+            optimizer.step()
+        bits = model.compression.learned[0].bits().detach().flatten()
+        differences.append(float(bits[:32].mean() - bits[32:].mean()))
+    assert 0.5 < differences[0] < 1.2 < differences[1]
