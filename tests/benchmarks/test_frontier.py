@@ -190,3 +190,19 @@ def test_a_quick_run_of_each_task(name, tmp_path):
     assert all(point["quick"] for point in points)
     assert points[1]["mib"] < points[0]["mib"] / 4
     assert points[2]["mib"] <= points[2]["budget_mib"] == points[1]["mib"]
+
+
+def test_budgets_are_met_and_the_report_says_how_nearly(tiny, tmp_path, monkeypatch):
+    from benchmarks.frontier import budgets
+
+    monkeypatch.setattr(budgets, "SETTINGS", (("bits", 4, 1.0), ("bits", 4, 1e4)))
+    arguments = ["budgets", "tiny", "--data", str(tmp_path), "--results", str(tmp_path), "--threads", "1"]
+    main(arguments)
+    points = [json.loads(line) for line in (tmp_path / "budgets_tiny.jsonl").read_text().splitlines()]
+    assert len(points) == 2 * len(budgets.BITS)
+    assert all(-0.05 < point["off"] <= 0 for point in points), "576 weights: one channel's bit is 1 to 3 % of the size"
+    (report,) = tmp_path.glob("budgets_tiny*.md")
+    rows = [line.split(" | ") for line in report.read_text().splitlines() if line.startswith("| bits | 4 ")]
+    assert [row[-2] for row in rows] == ["yes", "yes"]
+    main(arguments)  # nothing is missing any more
+    assert len((tmp_path / "budgets_tiny.jsonl").read_text().splitlines()) == len(points)
