@@ -18,6 +18,8 @@ _STARTS = ("least_error", "mean")
 _LEARNED = ("logarithm", "step")
 _FINENESS = 0.06
 """Of the search for the first step, as a part of the step."""
+_FURTHEST = 20.0
+"""Logarithm of what a step may grow or shrink by."""
 _GAIN = 10.0
 """How much faster the logarithm of a step moves than ``moved``: Adam at a rate of 1e-3 changes a step by 1 %."""
 
@@ -30,7 +32,7 @@ class LSQ(FixedBits):
 
     Differs from the paper: the step is learned by its logarithm and starts where the squared rounding error is least. The paper has
     ``start="mean", learned="step"`` and SGD. Adam moves every parameter by up to its rate, whatever the gradient: at 1e-3 it changes a step
-    of 0.01 by a tenth at once and one of 1 hardly; by its logarithm both change by a hundredth. With SGD both forms move alike.
+    of 0.01 by a tenth at once and one of 1 hardly; by its logarithm both change by a hundredth.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
@@ -90,7 +92,7 @@ class LSQWeight(FixedBitsQuantizer):
     def step(self) -> Tensor:
         """The steps, shape of the spec's ``scale_layout``, positive wherever training takes ``moved``; differentiable in it."""
         if self.config.learned == "logarithm":
-            return _StepOfLogarithm.apply(self.moved, self.start)
+            return self.start * (_GAIN * self.moved).clamp(-_FURTHEST, _FURTHEST).exp()
         return (self.start + self.moved).abs().clamp(min=torch.finfo(torch.float32).tiny)
 
     def training_weight(self, weight: Tensor) -> Tensor:
@@ -162,24 +164,6 @@ def _rounding_error(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: in
     """Squared error of each group, shape (R, C)."""
     step_OI, half = layout.expand(step), 2 ** (bits - 1)
     return layout.sum(((rows_OI / step_OI).round_().clamp_(-half, half - 1).mul_(step_OI) - rows_OI).square())
-
-
-class _StepOfLogarithm(torch.autograd.Function):
-    """``start exp(gain moved)``; in the backward ``dL/ds / (gain s)`` for the loss L, and not the derivative ``dL/ds gain s``.
-
-    Gradient descent then changes the step as if it moved the step itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, moved: Tensor, start: Tensor) -> Tensor:
-        step = start * (_GAIN * moved).exp()
-        ctx.save_for_backward(step)
-        return step
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (step,) = ctx.saved_tensors
-        return grad / (_GAIN * step), None
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -114,8 +114,9 @@ class Compression(nn.Module):
         self._known = int(self.steps), True
         self._allocated_from = self._logits_key()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f"{prefix}stretch", torch.ones(()))  # a state from before it was kept
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._known = None
 
     @property

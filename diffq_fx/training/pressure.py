@@ -30,7 +30,6 @@ from diffq_fx.training.sensitivity import Sensitivity
 from diffq_fx.training.size import MIB_BITS, SizeOfLogits
 
 if TYPE_CHECKING:
-    from diffq_fx.methods.diffq_weight import DiffQWeight
     from diffq_fx.training.compression import Compression
 
 _GRADIENT_RMS = 1e-3
@@ -137,19 +136,25 @@ class SizePressure:
                 grad.mul_(factor).addcmul_(slope, onto)
         for segment, _, grad in rows:
             segment.scatter_(grad, own)
-        if config.size == "entropy":
-            worth = (0.0 if self.lambda_per_bit is None else self.lambda_per_bit) if config.penalty is None else config.penalty / MIB_BITS
-            self._shorten_code([self.compression.learned[i] for i in held], scale * worth)
 
-    def _shorten_code(self, quantizers: Sequence["DiffQWeight"], worth: Tensor | float) -> None:
-        """Add the gradient of the code's length, times what a bit is worth, to those of the weights."""
-        trained = [(w, grad) for quantizer in quantizers if (grad := (w := quantizer.source[0]).grad) is not None and not grad.is_sparse]
-        if not trained:
+    @torch.no_grad()
+    def shorten_code(self, optimizer: Optimizer, held: set[int]) -> None:
+        """Add the gradient of the code's length, times what a bit is worth, to those of the weights that ``optimizer`` is about to use."""
+        compression = self.compression
+        if not compression.learned or compression.config.size != "entropy" or compression.frozen:
             return
+        penalty, quantizers = compression.config.penalty, [q for q in compression.learned if id(q.source[0]) in held]
+        worth = self.lambda_per_bit if penalty is None else torch.tensor(penalty / MIB_BITS)
+        trained = [w for q in quantizers if (w := q.source[0]).requires_grad and w.grad is not None and not w.grad.is_sparse]
+        if not trained or worth is None:
+            return
+        scale = getattr(optimizer, "grad_scale", None)
+        worth = worth.clamp(min=0) * (1.0 if scale is None else scale)  # one noisy step may say that more bits do harm
         with torch.enable_grad():
             length = expected_code_length(quantizers)
-        for (_, grad), slope in zip(trained, torch.autograd.grad(length, [weight for weight, _ in trained]), strict=True):
-            grad.add_((slope * worth).to(grad.dtype))
+        for weight, slope in zip(trained, torch.autograd.grad(length, trained), strict=True):
+            if (grad := weight.grad) is not None:
+                grad.add_((slope * worth).to(grad.dtype))
 
     def _multiplier_and_factor(
         self, optimizer: Optimizer, tiles: Iterable[tuple[Tensor, Tensor]], scale: Tensor | float
@@ -214,8 +219,11 @@ def _watch(pressure: SizePressure) -> None:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _holders(optimizer: Optimizer) -> Iterator[tuple[SizePressure, list[int]]]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _holders(held: set[int]) -> Iterator[tuple[SizePressure, list[int]]]:
     for pressure in list(_live):
         indices = [i for i, logits in enumerate(pressure.compression.logits) if id(logits) in held]
         if indices:
@@ -223,10 +231,13 @@ def _holders(optimizer: Optimizer) -> Iterator[tuple[SizePressure, list[int]]]:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for pressure, indices in _holders(optimizer):
+    held = _held(optimizer)
+    for pressure, indices in _holders(held):
         pressure.before_step(optimizer, indices)
+    for pressure in list(_live):  # the weights may be another optimizer's than the bits
+        pressure.shorten_code(optimizer, held)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for pressure, indices in _holders(optimizer):
+    for pressure, indices in _holders(_held(optimizer)):
         pressure.after_step(indices)

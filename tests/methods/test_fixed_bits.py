@@ -191,7 +191,7 @@ def test_lsq_step_trains_whatever_its_sign(learned):
     assert not torch.equal(model(x), expected), "eval() kept the weight of the old step"
 
 
-def test_lsq_by_its_logarithm_changes_all_steps_alike_under_adam_and_as_the_paper_under_sgd():
+def test_lsq_by_its_logarithm_changes_all_steps_alike_under_adam():
     def moved(optimizer, learned, rate, size):
         torch.manual_seed(0)
         net = nn.Linear(16, 8)
@@ -205,10 +205,24 @@ def test_lsq_by_its_logarithm_changes_all_steps_alike_under_adam_and_as_the_pape
 
     for size in (1.0, 0.01):
         assert float(moved(torch.optim.Adam, "logarithm", 1e-3, size).abs().max()) == pytest.approx(1e-2, rel=0.02)
-        by_step, by_logarithm = (moved(torch.optim.SGD, learned, 1e-6, size) for learned in ("step", "logarithm"))
-        assert bool((by_step != 0).all())
-        torch.testing.assert_close(by_step, by_logarithm, rtol=0.02, atol=1e-6)
     assert float(moved(torch.optim.Adam, "step", 1e-3, 0.01).abs().max()) > 0.3
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_lsq_trains_under_plain_gradient_descent(rate, bits):
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 64), torch.randn(256, 4)
+    model = prepare(nn.Linear(64, 4), x[:1], LSQ(bits=bits))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.85 * losses[0]
 
 
 def test_lsq_goes_on_from_its_state():

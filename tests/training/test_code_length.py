@@ -100,6 +100,43 @@ def test_the_pressure_reaches_the_weights(aim):
         torch.testing.assert_close(weight.grad, slope * worth)
 
 
+@pytest.mark.parametrize("weights_first", [True, False])
+@pytest.mark.parametrize("grad_scale", [None, 1024.0])
+def test_weights_of_another_optimizer_get_it_when_that_one_steps(weights_first, grad_scale):
+    model = laplace_weights(penalty=5.0)
+    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    before = [weight.detach().clone() for weight in weights]
+    slopes = torch.autograd.grad(expected_code_length(model.compression.learned), weights)
+    fused = grad_scale is not None
+    optimizers = [torch.optim.SGD(weights, lr=1.0, fused=fused), torch.optim.SGD(model.compression.logits, lr=1e-3)]
+    if fused:  # as GradScaler tells a fused optimizer, which divides by it
+        optimizers[0].grad_scale, optimizers[0].found_inf = torch.tensor(grad_scale), torch.tensor(0.0)
+    for weight, logits in zip(weights, model.compression.logits, strict=True):
+        weight.grad, logits.grad = torch.zeros_like(weight), torch.full_like(logits, -1.0)
+    for optimizer in optimizers if weights_first else optimizers[::-1]:
+        optimizer.step()
+    for weight, old, slope in zip(weights, before, slopes, strict=True):
+        torch.testing.assert_close(old - weight.detach(), slope * (5 / 2**23), rtol=1e-2, atol=1e-7)
+
+
+def test_a_weight_that_does_not_train_any_more_is_left_alone():
+    model = laplace_weights(penalty=5.0)
+    first, second = (quantizer.source[0] for quantizer in model.compression.learned)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    first.requires_grad_(False)
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert not first.grad.any()
+    assert second.grad.any()
+
+
+def test_a_state_from_before_the_ranges_could_stretch_loads():
+    model, fresh = laplace_weights(target_bits=4), laplace_weights(target_bits=4)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("stretch")}
+    assert len(state) < len(model.state_dict())
+    fresh.load_state_dict(state)
+
+
 def test_a_penalty_presses_on_the_measured_size():
     model = laplace_weights(penalty=5.0)
     assert model.compression.bits_saved > 0

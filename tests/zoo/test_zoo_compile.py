@@ -7,7 +7,7 @@ import torch
 
 from diffq_fx import freeze_bits, prepare_diffq
 from diffq_fx.kernels import build
-from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
+from zoo.checks import loss_of, prepared, run, tensors_in, trained
 from zoo.models import BY_NAME
 
 
@@ -60,7 +60,9 @@ def test_the_same_seed_draws_the_same_noise_compiled():
     entry = BY_NAME["tied"]
     model = prepared(entry)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    assert_same(run(compiled, entry, "train", seed=4), run(model, entry, "train", seed=4))
+    found, expected = run(compiled, entry, "train", seed=4), run(model, entry, "train", seed=4)
+    for each, wanted in zip(tensors_in(found), tensors_in(expected), strict=True):  # eager makes range, step and noise in one kernel
+        torch.testing.assert_close(each, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

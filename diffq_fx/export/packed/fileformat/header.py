@@ -315,6 +315,8 @@ def _small_from_json(value: Any, section: Any, entry: Entry | None) -> tuple[tup
         at += size
     if not at and entry is None:
         return tuple(tensors), None
+    if not at:
+        raise PackedFileError("the file holds small tensors, and the header describes none")
     if not is_integers(section, 1 << 48) or len(section) != 2:
         raise PackedFileError("the section of the small tensors is not described")
     if entry is None or (entry.dtype, entry.shape) != ("U8", (small_size(section[0], at),)):
