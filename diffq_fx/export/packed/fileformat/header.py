@@ -315,11 +315,9 @@ def _small_from_json(value: Any, section: Any, entry: Entry | None) -> tuple[tup
         at += size
     if not at and entry is None:
         return tuple(tensors), None
-    if not at:
-        raise PackedFileError("the file holds small tensors, and the header describes none")
     if not is_integers(section, 1 << 48) or len(section) != 2:
         raise PackedFileError("the section of the small tensors is not described")
-    if entry is None or (entry.dtype, entry.shape) != ("U8", (small_size(section[0], at),)):
+    if entry is None or not at or (entry.dtype, entry.shape) != ("U8", (small_size(section[0], at),)):
         raise PackedFileError(f"the header describes {at} bytes of small tensors, which the file does not hold")
     return tuple(tensors), SmallTensors(at, section[0], _crc(section[1]), entry.start, entry.stop)
 
