@@ -107,9 +107,9 @@ def is_depthwise(table: WeightTable, node: ir.Node) -> bool:
 def is_centred(table: WeightTable, nodes: Sequence[ir.Node]) -> bool:
     """Whether the filters of integer convolutions shall have zero points of 0, and so onnxruntime's (1.31) kernel for these.
 
-    Any other zero point sends them to its product of matrices, which is 1.05 to 2.2 times as fast for filters of 256 inputs and
-    more, and 0.45 to 0.95 times for those of fewer (on a processor with AMX; elsewhere the two are nearer to each other).
-    Levels of 8 bits that lie unevenly about zero are rounded anew for it, which is left where it would cost much.
+    Any other zero point sends them to its product of matrices, which is faster for filters of many inputs and slower for those of
+    few: ``benchmarks/integer_convolutions.py`` measures both, and its result is that of a processor with AMX. Levels of 8 bits that
+    lie unevenly about zero are rounded anew for zero points of 0, which is left where it would cost much.
     """
     if any(is_depthwise(table, node) for node in nodes):
         return True

@@ -86,19 +86,25 @@ class StoredTable:
             wide = [self.cast(self.levels_as(ir.DataType.INT16), ir.DataType.INT16, f"{self.name}.levels.int16")]
             wide.append(self.cast(self.zero_point, ir.DataType.INT16, f"{self.name}.zero_point.int16"))
             return self.cast(self.emit.op("Sub", wide, f"{self.name}.centred"), ir.DataType.INT8, f"{self.name}.levels.int8")
-        return self._as_int8(self.levels_as(ir.DataType.INT8 if self._fits_int8 else ir.DataType.UINT8), "levels")
+        return self._int8_as_learned[0]
 
     @cached_property
     def int8_zero_point(self) -> ir.Value | None:
         """The zero points of :attr:`int8_levels`, of the scales' shape; None where they are 0."""
-        return None if self.zero_point is None or self.table.fits_int8_centred else self._as_int8(self.zero_point, "zero_point")
+        return None if self.zero_point is None or self.table.fits_int8_centred else self._int8_as_learned[1]
+
+    @cached_property
+    def _int8_as_learned(self) -> tuple[ir.Value, ir.Value | None]:
+        """All levels as int8 about the learned zero points, and these as int8; None on the symmetric grid."""
+        levels = self._as_int8(self.levels_as(ir.DataType.INT8 if self._fits_int8 else ir.DataType.UINT8), "levels")
+        return levels, None if self.zero_point is None else self._as_int8(self.zero_point, "zero_point")
 
     @cached_property
     def int8_moved(self) -> tuple[ir.Value, ir.Value | None]:
         """All levels as int8 and zero points that are not all 0, of the scales' shape; None where the levels leave no room to move them."""
-        levels = self.levels_as(ir.DataType.INT8 if self._fits_int8 else ir.DataType.UINT8)
-        if self.zero_point is not None:
-            return self._as_int8(levels, "levels.moved"), self._as_int8(self.zero_point, "zero_point")
+        levels, zero_point = self._int8_as_learned
+        if zero_point is not None:
+            return levels, zero_point
         limits, rows = np.iinfo(np.int8), None if self.table.is_per_tensor else 1
         low, high = (np.atleast_2d(find(self.table.levels, axis=rows, keepdims=True)) for find in (np.min, np.max))
         moves = np.where(high < limits.max, 1, np.where(low > limits.min, -1, 0)).astype(np.int8)
