@@ -225,6 +225,16 @@ def test_lsq_trains_under_plain_gradient_descent(rate, bits):
     assert losses[-1] < 0.85 * losses[0]
 
 
+@pytest.mark.parametrize("moved", [-50.0, 50.0])
+def test_a_step_of_lsq_stays_finite_wherever_training_takes_it(moved):
+    model = prepare(nn.Linear(16, 8), torch.randn(4, 16), LSQ(bits=2))
+    with torch.no_grad():
+        model.weight_quantizer.moved.fill_(moved)
+    step = model.weight_quantizer.step()
+    assert bool(torch.isfinite(step).all())
+    assert bool((step > 0).all())
+
+
 def test_lsq_goes_on_from_its_state():
     x = torch.randn(4, 16)
     trained, fresh = (prepare(nn.Linear(16, 8), x, LSQ(bits=2)) for _ in range(2))

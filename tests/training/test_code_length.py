@@ -119,6 +119,16 @@ def test_weights_of_another_optimizer_get_it_when_that_one_steps(weights_first, 
         torch.testing.assert_close(old - weight.detach(), slope * (5 / 2**23), rtol=1e-2, atol=1e-7)
 
 
+def test_a_step_that_says_more_bits_do_harm_does_not_lengthen_the_code():
+    model = laplace_weights(target_bits=3)
+    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    for weight, logits in zip(weights, model.compression.logits, strict=True):
+        weight.grad, logits.grad = torch.zeros_like(weight), torch.ones_like(logits)
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert float(model.compression.lambda_per_bit) < 0
+    assert not any(weight.grad.any() for weight in weights)
+
+
 def test_a_weight_that_does_not_train_any_more_is_left_alone():
     model = laplace_weights(penalty=5.0)
     first, second = (quantizer.source[0] for quantizer in model.compression.learned)
