@@ -157,7 +157,7 @@ def tasks(quick: bool = False) -> dict[str, tuple[Callable[[], nn.Module], Tenso
     def square(output: Tensor) -> Tensor:
         return output.square().mean()
 
-    small, large = (3, 2) if quick else (9, 5)
+    small, large = (5, 3) if quick else (25, 13)
     return {
         "ResNet-18, batch 32": (ResNet18, image(32), square, small),
         "ResNet-18, batch 128": (ResNet18, image(128), square, large),
