@@ -4,7 +4,7 @@ Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Segment:
     counts: tuple[int, ...]
     values: Tensor
     """Stored values per group, shape (N,); a view of one number where all groups have as many."""
+    _opened: list[Tensor] = field(default_factory=list, repr=False)
+    """The row of :meth:`open` and each weight's part of it, made when it is first needed."""
 
     @property
     def has_few(self) -> bool:
@@ -82,11 +84,24 @@ class Segment:
         """A row as one tensor per weight of the segment, views of the row in the shapes of ``tensors``."""
         return _unflatten_dense_tensors(row_N, [tensors[i] for i in self.weights])
 
-    def scatter_(self, row_N: Tensor, tensors: Sequence[Tensor]) -> None:
-        """Write a row that :meth:`gather` gave, and that was changed in place, back to where it came from."""
+    def open(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same as :meth:`gather`, to be changed in place until :meth:`close` writes it back; one row of a segment at a time."""
+        if len(self.weights) == 1:
+            return self.gather(tensors)
         own = [tensors[i] for i in self.weights]
-        if len(own) > 1 or row_N.data_ptr() != own[0].data_ptr():
-            torch._foreach_copy_(own, _unflatten_dense_tensors(row_N, own))  # pyright: ignore[reportPrivateImportUsage]
+        if not self._opened:  # 300 views take longer to make than all the rest
+            row_N = _flatten_dense_tensors(own)
+            self._opened[:] = [row_N, *_unflatten_dense_tensors(row_N, own)]
+        torch._foreach_copy_(self._opened[1:], own)  # pyright: ignore[reportPrivateImportUsage]
+        return self._opened[0]
+
+    def close(self, row_N: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Write what :meth:`open` gave back to where it came from."""
+        own = [tensors[i] for i in self.weights]
+        if len(own) > 1:
+            torch._foreach_copy_(own, self._opened[1:])  # pyright: ignore[reportPrivateImportUsage]
+        elif row_N.data_ptr() != own[0].data_ptr():
+            own[0].copy_(row_N.view_as(own[0]))
 
     def tiles(self) -> Iterator[slice]:
         """The row in pieces that stay in the cache; on a GPU in one piece."""
@@ -110,9 +125,8 @@ class FlatGroups:
         self.num_weights = sum(spec.numel for spec in specs)
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
         few = [i for i, count in enumerate(self.counts) if count < _LARGE]
-        few_counts = torch.tensor([self.counts[i] for i in few], dtype=torch.int64)
         self._few = torch.tensor(few, dtype=torch.int64, device=device)
-        self._place_in_few = torch.repeat_interleave(torch.arange(len(few)), few_counts).to(device)
+        self._counts_of_few = torch.tensor([self.counts[i] for i in few], dtype=torch.int64, device=device)
 
     @property
     def values_T(self) -> Tensor:
@@ -149,9 +163,8 @@ class FlatGroups:
         if len(self._few):
             few = [tensor for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]
             row = _flatten_dense_tensors(few).float() if few_row is None else few_row.float()
-            empty = row.new_zeros(len(self._few))
-            low_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amin", include_self=False)
-            high_W[self._few] = empty.scatter_reduce(0, self._place_in_few, row, "amax", include_self=False)
+            low_W[self._few] = torch.segment_reduce(row, "min", lengths=self._counts_of_few, unsafe=True)
+            high_W[self._few] = torch.segment_reduce(row, "max", lengths=self._counts_of_few, unsafe=True)
         return low_W, high_W
 
     def coding_bits(self, width_T: Tensor) -> Tensor:

@@ -105,12 +105,12 @@ class SizePressure:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
         """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
-        config, logits = self.compression.config, self.compression.logits
-        idle = [q.logits if self.compression.frozen else q.clip for i in held if (q := self.compression.learned[i])]
-        for parameter in idle:
-            if parameter is not None:
-                parameter.grad = None  # so that no momentum and no decay moves it either
-        if self.compression.frozen:
+        config, logits, frozen = self.compression.config, self.compression.logits, self.compression.frozen
+        for i in held:
+            idle = self.compression.learned[i]._parameters.get("logits" if frozen else "clip")
+            if idle is not None:
+                idle.grad = None  # so that no momentum and no decay moves it either
+        if frozen:
             return
         if held[0] == 0:  # of several optimizers one counts
             self.sensitivity.observe()
@@ -124,7 +124,7 @@ class SizePressure:
         scale = 1.0 if scale is None else scale
         size_of = self.compression.size_of_logits()
         own = [grads.get(i, each) for i, each in enumerate(logits)]
-        rows = [(segment, segment.gather(logits), segment.gather(own)) for segment in size_of.groups.segments(tuple(grads))]
+        rows = [(segment, segment.gather(logits), segment.open(own)) for segment in size_of.groups.segments(tuple(grads))]
         if config.penalty is not None:
             for grad, slope in _tiles(size_of, rows):
                 grad.add_(slope * (scale * config.penalty / MIB_BITS))
@@ -135,7 +135,7 @@ class SizePressure:
             for grad, slope in _tiles(size_of, rows):
                 grad.mul_(factor).addcmul_(slope, onto)
         for segment, _, grad in rows:
-            segment.scatter_(grad, own)
+            segment.close(grad, own)
 
     @torch.no_grad()
     def shorten_code(self, optimizer: Optimizer, held: set[int]) -> None:
@@ -190,14 +190,15 @@ class SizePressure:
     def _shift(self, budget: int) -> None:
         compression = self.compression
         size_of, logits = compression.size_of_logits(), compression.logits
-        size, slope = size_of.total(logits)
+        segments = size_of.groups.segments()
+        rows = [segment.open(logits) for segment in segments]
+        size, slope = size_of.total(logits, rows)
         gain = compression.config.bits_gain
         shift = ((budget - size) / slope.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / gain, _LARGEST_SHIFT / gain)
-        for segment in size_of.groups.segments():
-            row = segment.gather(logits)
+        for segment, row in zip(segments, rows, strict=True):
             for tile in segment.tiles():
                 row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / gain, _LOGIT_LIMIT / gain)
-            segment.scatter_(row, logits)
+            segment.close(row, logits)
 
 
 def _tiles(size_of: SizeOfLogits, rows: Sequence[tuple[Segment, Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -70,14 +70,14 @@ class SizeOfLogits:
         """Size in bits, 0-d, differentiable in the logits, without a device sync."""
         return _DifferentiableSize.apply(self, *logits)
 
-    def total(self, logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Size in bits, and how fast it grows when all logits grow together, both 0-d."""
+    def total(self, logits: Sequence[Tensor], rows: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Size in bits, and how fast it grows when all logits grow together, both 0-d; ``rows`` are those of the segments, if at hand."""
         size = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         growth = torch.zeros_like(size)
         limits: dict[int, tuple[Tensor, Tensor]] = {}
         few_row = None
-        for segment in self.groups.segments():
-            row = segment.gather(logits)
+        for i, segment in enumerate(self.groups.segments()):
+            row = segment.gather(logits) if rows is None else rows[i]
             few_row = row if segment.has_few else few_row
             if self.measure.linear:
                 part, slope, low, high = size_of_logits(segment.values, row, **self._limits)
