@@ -7,7 +7,7 @@ to a weight in training, how it is rounded, how it is stored). No pass, capture 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class Method(ABC):
     """Weights with fewer elements stay in float."""
     rest_dtype: Literal["float32", "float16"] = "float32"
     """What is not quantized is counted and exported in this type."""
+
+    whole_model: ClassVar[tuple[str, ...]] = ()
+    """Settings that all configs of the class in one mapping must agree on; the others may differ from weight to weight."""
 
     @property
     @abstractmethod

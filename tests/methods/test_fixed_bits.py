@@ -434,7 +434,16 @@ def test_settings_out_of_range(make, match):
         ({"*": "STE"}, TypeError, r"expected a method .* got '\*': 'STE'"),
         ({"head": STE, "*": LSQ()}, TypeError, "expected a method"),
         ({"head": STE(rest_dtype="float16"), "*": LSQ()}, ValueError, "all methods of a mapping need the same rest_dtype"),
-        ({"head": DiffQConfig(target_bits=3), "*": DiffQConfig()}, ValueError, "all weights with trainable bits share one size"),
+        (
+            {"head": DiffQConfig(target_bits=3), "*": DiffQConfig()},
+            ValueError,
+            r"target_bits concerns the whole model: give each DiffQConfig of the mapping the same, got \{'head': 3, '\*': 4\.0\}",
+        ),
+        (
+            {"head": DiffQConfig(training_steps=10), "norm": STE(), "*": DiffQConfig(training_steps=20)},
+            ValueError,
+            r"training_steps concerns the whole model: .* got \{'head': 10, '\*': 20\}",
+        ),
     ],
 )
 def test_mappings_that_cannot_work(mapping, error, match):
