@@ -57,6 +57,21 @@ class Method(ABC):
             raise TypeError(f"{name}: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
 
 
+def check_whole(method: str, setting: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number within its limits.
+
+    Example:
+        >>> check_whole("LC", "entries", 2.5, 1)
+        Traceback (most recent call last):
+        ...
+        ValueError: LC: entries must be a whole number of at least 1, got 2.5.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{method}: {setting} must be a whole number {limits}, got {value!r}.")
+
+
 def check_group(method: str, setting: str, size: Any) -> None:
     """Refuse a group size that is none.
 
