@@ -117,6 +117,9 @@ def systems() -> Iterator[System]:
             yield System(title, name, lambda start, method=method: start.trained(method))
         if bits < 8:
             yield System("DiffQ", f"size of {name}", lambda start, bits=bits: start.diffq(bits))
+    for bits in (3, 2):
+        for title, method in (("STE", STE(bits=bits, group_size="tensor")), ("LSQ", LSQ(bits=bits, group_size="tensor"))):
+            yield System(f"{title} per layer", f"{bits} bits", lambda start, method=method: start.trained(method))
     for entries in (16, 8, 4, 2):
         method = LC(entries=entries)
         yield System("LC", f"K={entries}", lambda start, method=method: start.lc(method))

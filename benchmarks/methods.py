@@ -161,7 +161,11 @@ def draw(rows: dict[tuple[str, str], list[Point]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    names = [name for name in dict.fromkeys(name for name, _ in rows) if name not in ("float", "rounding alone", "direct compression")]
+    names = [
+        name
+        for name in dict.fromkeys(name for name, _ in rows)
+        if name not in ("float", "rounding alone", "direct compression") and "layer" not in name
+    ]
     for name, marker in zip(names, "osD^vP*Xp<>", strict=False):
         found = sorted((own for key, own in rows.items() if key[0] == name), key=lambda own: own[0]["mib"])
         errors = [[point["error"] for point in own] for own in found]
