@@ -164,7 +164,7 @@ def draw(rows: dict[tuple[str, str], list[Point]], path: Path) -> None:
     names = [
         name
         for name in dict.fromkeys(name for name, _ in rows)
-        if name not in ("float", "rounding alone", "direct compression") and "layer" not in name
+        if name not in ("float", "rounding alone", "direct compression") and not name.endswith("per layer")
     ]
     for name, marker in zip(names, "osD^vP*Xp<>", strict=False):
         found = sorted((own for key, own in rows.items() if key[0] == name), key=lambda own: own[0]["mib"])
