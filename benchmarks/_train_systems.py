@@ -9,7 +9,7 @@ import torch
 from _models import ResNet18, language_model, minilm_size
 from torch import Tensor, nn
 
-from diffq_fx import DiffQConfig, prepare_diffq
+from diffq_fx import DiffQConfig, prepare_diffq, recompute_weights
 
 Step = Callable[[], None]
 Loss = Callable[[Tensor], Tensor]
@@ -106,10 +106,27 @@ def ours(**settings: object) -> Callable[[nn.Module, Tensor, Loss], Step]:
     return lambda model, inputs, loss_of: training_step(prepare_diffq(model, inputs[:1], DiffQConfig(**settings)), inputs, loss_of)
 
 
+def recomputing(make: Callable[[nn.Module, Tensor, Loss], Step]) -> Callable[[nn.Module, Tensor, Loss], Step]:
+    """The same steps with the weights made again in the backward."""
+
+    def made(model: nn.Module, inputs: Tensor, loss_of: Loss) -> Step:
+        step = make(model, inputs, loss_of)
+
+        def within() -> None:
+            with recompute_weights():
+                step()
+
+        return within
+
+    return made
+
+
 NOISE = {"sensitivity_steps": 1}  # the look at the gradients of the first steps is over after the warm-up
 SYSTEMS: dict[str, Callable[[nn.Module, Tensor, Loss], Step]] = {
     "ours, per channel (default), noise": ours(**NOISE),
     "ours, per channel (default), rounding": ours(noise_steps=1, **NOISE),  # the noise is over after the warm-up
+    "ours, per channel, noise, recompute_weights()": recomputing(ours(**NOISE)),
+    "ours, per channel, rounding, recompute_weights()": recomputing(ours(noise_steps=1, **NOISE)),
     "ours, g=8, noise": ours(group_size=8, target_bits=5, **NOISE),
     "ours, g=1, noise": ours(group_size=1, target_bits=6, **NOISE),
     "diffq 0.2.4, g=8": lambda model, inputs, loss_of: diffq_step(model, inputs, loss_of, 8),
@@ -140,7 +157,7 @@ def tasks(quick: bool = False) -> dict[str, tuple[Callable[[], nn.Module], Tenso
     def square(output: Tensor) -> Tensor:
         return output.square().mean()
 
-    small, large = (3, 2) if quick else (9, 5)
+    small, large = (5, 3) if quick else (25, 13)
     return {
         "ResNet-18, batch 32": (ResNet18, image(32), square, small),
         "ResNet-18, batch 128": (ResNet18, image(128), square, large),

@@ -92,11 +92,14 @@ def report_steps(records: list[dict]) -> None:
     cells = {(r["task"], r["system"]): quartiles(r["seconds"], r["plain"]) for r in records}
     names = [name for name in tasks() if any(name == task for task, _ in cells)]
     plain = {name: statistics.median(t for r in records if r["task"] == name for t in r["plain"]) for name in names}
-    rows = [["plain", *(f"1 ({plain[name]:.2f} s)" for name in names)]]
+    rounds = {system: sorted({len(r["seconds"]) for r in records if r["system"] == system}) for system in SYSTEMS}
+    rows = [["plain", *(f"1 ({plain[name]:.2f} s)" for name in names), ""]]
     for system in SYSTEMS:
         found = [cells.get((name, system)) for name in names]
-        rows.append([system, *("" if cell is None else f"{cell[1]:.3f} [{cell[0]:.3f}, {cell[2]:.3f}]" for cell in found)])
-    body = "Step time over the plain step, each system in turns with a plain step of its own.\n\n" + markdown_table(["", *names], rows)
+        shown = ("" if cell is None else f"{cell[1]:.3f} [{cell[0]:.3f}, {cell[2]:.3f}]" for cell in found)
+        rows.append([system, *shown, ", ".join(map(str, rounds[system]))])
+    table = markdown_table(["", *names, "rounds"], rows)
+    body = f"Step time over the plain step, each system in turns with a plain step of its own.\n\n{table}"
     command = "python benchmarks/train_step.py --part step"
     path = write_result("train_step", "Training with noise: step", body, PACKAGES, command=command)
     _plot_steps(cells, names, path.with_suffix(".png"))

@@ -17,6 +17,7 @@ from diffq_fx.errors import (
 )
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.recompute import recompute_weights
 from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -38,6 +39,7 @@ __all__ = [
     "freeze_bits",
     "distillation_loss",
     "reestimate_batch_norm",
+    "recompute_weights",
     "convert_diffq",
     "convert",
     "bits_report",

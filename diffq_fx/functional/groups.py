@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 1 << 17
+TILE = 1 << 18
 """Elements that are worked on at a time on a CPU: many enough for the cost of a call not to show, few enough to stay in the cache."""
 GroupKind = Literal["tensor", "channel", "block"]
 GroupSize = int | Literal["tensor", "channel"]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffq_fx.functional.groups import TILE
 from diffq_fx.kernels import memory, native
+from diffq_fx.kernels.derivatives import first_alone
 
 
 class _StepOfLogits(torch.autograd.Function):
@@ -22,32 +23,32 @@ class _StepOfLogits(torch.autograd.Function):
         empty = torch.empty if native.recorded() else memory.empty
         step = empty(shape, dtype=dtype, device=logits.device)
         for rows in _tiles(shape, logits.device):
-            _, levels = _share_and_levels(_rows_of(logits, rows), *ctx.bits)
+            share = torch.sigmoid_(_rows_of(logits, rows) * gain)
+            levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
             step[rows] = _rows_of(span, rows) / levels.sub_(1)
-        ctx.save_for_backward(logits, step)
+        ctx.save_for_backward(logits, span, step)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, step = ctx.saved_tensors
-        min_bits, max_bits, gain = ctx.bits
-        slope = gain * (max_bits - min_bits) * math.log(2)
-        if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
-            grad, step = (grad * step).sum_to_size(logits.shape), torch.ones_like(logits)
-        grad_logits = torch.empty_like(logits)
-        for rows in _tiles(logits.shape, logits.device):
-            share, levels = _share_and_levels(logits[rows], *ctx.bits)
-            # d step / d l = step * -ln 2 * levels / (levels - 1) * db/dl
-            into = torch.mul(grad[rows], step[rows], out=grad_logits[rows] if grad.dtype == logits.dtype else None)
-            into.mul_(levels).div_(levels.sub_(1)).mul_(share).mul_(share.sub_(1)).mul_(slope)
-            grad_logits[rows] = into
+        grad_logits = first_alone(lambda *given: _slope_of_step(*given, *ctx.bits), grad, *ctx.saved_tensors)
         return grad_logits, None, ctx.unmoved, None, None, None
 
 
-def _share_and_levels(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """``sigmoid(gain l)`` and ``2^b``, fresh tensors."""
-    share = torch.sigmoid_(logits * gain)
-    return share, (share * (max_bits - min_bits)).add_(min_bits).exp2_()
+def _slope_of_step(grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    """``d step / d l = -ln 2 step levels / (levels - 1) db/dl`` times ``grad``, where ``levels / (levels - 1) = 1 + step / span``."""
+    factor = -gain * (max_bits - min_bits) * math.log(2)
+    inverse = torch.where(span > 0, span, 1).reciprocal_()
+    if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
+        grad = (grad * step).addcmul_(grad * step, step * inverse).sum_to_size(logits.shape)
+    grad_logits, one = torch.empty_like(logits), step.new_ones(())
+    for rows in _tiles(logits.shape, logits.device):
+        into = grad[rows]
+        if logits.shape == step.shape:
+            into = torch.addcmul(one, step[rows], _rows_of(inverse, rows)).mul_(into).mul_(step[rows])
+        share = torch.sigmoid_(logits[rows] * gain)
+        torch.mul(torch.ops.aten.sigmoid_backward(into.to(share.dtype), share), factor, out=grad_logits[rows])
+    return grad_logits
 
 
 def _tiles(shape: torch.Size, device: torch.device) -> list[slice]:
@@ -129,13 +130,15 @@ def size_of_logits(
     """
     if native.takes_size(values, logits):
         return native.size(values, logits, min_bits, max_bits, gain)
-    size, growth = (torch.zeros((), dtype=torch.float64, device=logits.device) for _ in range(2))
+    # sum n b = b_min sum n + (b_max - b_min) sum n s, and sum n db/dl = gain (b_max - b_min) (sum n s - sum n s^2), with s the sigmoid
+    total, first, second = (torch.zeros((), dtype=torch.float64, device=logits.device) for _ in range(3))
     for tile in _row_tiles(logits):
-        bits, slope = bits_of_logits(logits[tile], min_bits=min_bits, max_bits=max_bits, gain=gain)
-        size += torch.dot(values[tile], bits)
-        growth += torch.dot(values[tile], slope)
+        share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
+        total += count.sum()
+        first += torch.dot(count, share)
+        second += torch.dot(count * share, share)
     low, high = torch.aminmax(logits)
-    return size, growth, low.double(), high.double()
+    return min_bits * total + (max_bits - min_bits) * first, gain * (max_bits - min_bits) * (first - second), low.double(), high.double()
 
 
 def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float, times: Tensor | None = None) -> Tensor:
@@ -148,9 +151,10 @@ def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: 
     if native.takes_size(values, logits):
         return native.slope_of_size(values, logits, 1.0 if times is None else float(times), min_bits, max_bits, gain)
     slopes = memory.empty(logits.shape, logits.dtype, logits.device)
+    factor = gain * (max_bits - min_bits) * (1.0 if times is None else times)
     for tile in _row_tiles(logits):
-        slope = bits_of_logits(logits[tile], min_bits=min_bits, max_bits=max_bits, gain=gain)[1]
-        torch.mul(slope, values[tile] if times is None else values[tile] * times, out=slopes[tile])
+        share = torch.sigmoid_(logits[tile] * gain)
+        torch.mul(torch.ops.aten.sigmoid_backward(values[tile].to(share.dtype), share), factor, out=slopes[tile])
     return slopes
 
 

@@ -8,6 +8,7 @@ Differs from the paper: the range is a constant of the step, so the gradient of 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout, scale_layout_of
 from diffq_fx.kernels import eager, native
+from diffq_fx.kernels.derivatives import first_alone
 
 
 def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -83,13 +85,16 @@ class _AddNoise(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
         noisy, kept = _add(weight, step, axis, block, gaussian)
         ctx.save_for_backward(kept, step)
-        ctx.settings = (axis, block, gaussian)
+        ctx.settings = {"axis": axis, "block": block, "gaussian": gaussian}
         return noisy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, step = ctx.saved_tensors
-        return grad, _reduce(grad, kept, step, *ctx.settings) if ctx.needs_input_grad[1] else None, None, None, None
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            grad_step = first_alone(partial(_reduce, **ctx.settings), grad, kept, step)
+        return grad, grad_step, None, None, None
 
 
 def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: bool = False) -> Tensor:

@@ -6,6 +6,7 @@ read once. No step is kept for the backward, only the length of each range.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffq_fx.functional.grid import Grid
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import native
+from diffq_fx.kernels.derivatives import first_alone
 
 
 @dataclass(frozen=True)
@@ -74,5 +76,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, span = ctx.saved_tensors
-        grad_logits = native.noisy_backward(grad, logits, span, ctx.seed, ctx.settings) if ctx.needs_input_grad[1] else None
+        grad_logits = None
+        if ctx.needs_input_grad[1]:
+            grad_logits = first_alone(partial(native.noisy_backward, seed=ctx.seed, settings=ctx.settings), grad, logits, span)
         return grad, grad_logits, ctx.unmoved, None

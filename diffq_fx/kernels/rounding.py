@@ -1,5 +1,6 @@
 """True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout, to_rows
 from diffq_fx.kernels import native
+from diffq_fx.kernels.derivatives import first_alone
 
 _CLIP_GAIN = 10.0
 """How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
@@ -48,17 +50,33 @@ class _RoundInRange(torch.autograd.Function):
         weight, rounded, logits, clip, scale, span = ctx.saved_tensors
         grad_clip = None
         if clip is not None and ctx.needs_input_grad[3]:
-            grad_OI, weight_OI, rounded_OI = (to_rows(each, ctx.axis) for each in (grad, weight, rounded))
-            slope = _slope_of_range(grad_OI, weight_OI, rounded_OI, scale, ctx.groups)
-            step = scale
-            for axis, size in enumerate(clip.shape):
-                if size == 1 < step.shape[axis]:
-                    slope, step = slope.sum(axis, keepdim=True), step.amax(axis, keepdim=True)
-            steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
-            lsq_scale = (ctx.ranges.counts().to(step.device) * steps_in_range).rsqrt()
-            grad_clip = (slope * lsq_scale / (step.square() * _CLIP_GAIN)).to(clip.dtype)
+            slope = partial(_slope_of_clip, axis=ctx.axis, groups=ctx.groups, ranges=ctx.ranges)
+            grad_clip = first_alone(slope, grad, weight, rounded, clip, scale, span)
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
         return grad, None, torch.zeros_like(logits), grad_clip, None, None, None, None, None
+
+
+def _slope_of_clip(
+    grad: Tensor,
+    weight: Tensor,
+    rounded: Tensor,
+    clip: Tensor,
+    scale: Tensor,
+    span: Tensor,
+    *,
+    axis: int,
+    groups: GroupLayout,
+    ranges: GroupLayout,
+) -> Tensor:
+    """The gradient of ``clip`` as :func:`round_in_range` has it."""
+    slope = _slope_of_range(to_rows(grad, axis), to_rows(weight, axis), to_rows(rounded, axis), scale, groups)
+    step = scale
+    for along, size in enumerate(clip.shape):
+        if size == 1 < step.shape[along]:
+            slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
+    steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
+    lsq_scale = (ranges.counts().to(step.device) * steps_in_range).rsqrt()
+    return (slope * lsq_scale / (step.square() * _CLIP_GAIN)).to(clip.dtype)
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:

@@ -18,8 +18,8 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Te
         Four tensors of shape (R, C); NaN in all of them where a weight of the group is NaN.
 
     Example:
-        >>> [each.item() for each in statistics(torch.tensor([[1.0, -2.0, 3.0]]), GroupLayout.of(1, 3, "tensor"))]
-        [-2.0, 3.0, 2.0, 14.0]
+        >>> [each.item() for each in statistics(torch.tensor([[1.0, -2.0, 2.0]]), GroupLayout.of(1, 3, "tensor"))]
+        [-2.0, 2.0, 1.0, 9.0]
     """
     rows_OI = rows_OI.detach()
     if native.takes_rows(rows_OI):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
+from diffq_fx.methods.recompute import active
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
@@ -130,6 +131,11 @@ class WeightQuantizer(nn.Module, ABC):
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight that the layer trains with; differentiable in the weight and the method's parameters."""
 
+    @property
+    def can_make_again(self) -> bool:
+        """Whether ``training_weight`` gives the same again for the same random state, as :class:`~diffq_fx.recompute_weights` needs it."""
+        return True
+
     @abstractmethod
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """What the converted model will compute with: exactly ``store(weight)()``, in operations a compiler can trace."""
@@ -151,7 +157,8 @@ class WeightQuantizer(nn.Module, ABC):
         if self._stand_in is not None:
             return self._stand_in()
         if self.training:
-            return self.training_weight(weight)
+            recompute = None if torch.compiler.is_compiling() else active()
+            return self.training_weight(weight) if recompute is None else recompute.make(self, weight)
         rounded = self._rounded_weight(weight)
         return straight_through(weight, rounded) if torch.is_grad_enabled() and weight.requires_grad else rounded
 

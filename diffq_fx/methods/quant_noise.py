@@ -94,6 +94,11 @@ class QuantNoiseWeight(FixedBitsQuantizer):
             return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.config.grid)
         return super().range_of(rows_OI, bits)
 
+    @property
+    def can_make_again(self) -> bool:
+        """A range that is held for some forwards may be another one in the backward."""
+        return self.config.range == "minmax"
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight with random blocks rounded, straight-through."""
         source = weight.detach()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from diffq_fx import DiffQConfig, convert_diffq, model_size, prepare_diffq
+from diffq_fx import DiffQConfig, DiffQError, convert_diffq, model_size, prepare_diffq
+from diffq_fx.kernels import build
 
 
 def make(scope="auto", **settings):
@@ -146,3 +147,28 @@ def test_the_loss_falls_as_with_the_formulas_written_out():
     spread = 3 * (statistics.stdev(ours) + statistics.stdev(reference)) / len(ours) ** 0.5
     assert abs(statistics.mean(ours) - statistics.mean(reference)) < spread
     assert statistics.mean(plain) < statistics.mean(reference) - spread
+
+
+@pytest.mark.parametrize("kernels", ["C", "torch"])
+def test_second_derivatives_are_those_of_the_weights_and_an_error_for_the_bits(kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr(build, "library", lambda: None)
+    model = make()
+
+    def first(names):
+        torch.manual_seed(7)
+        loss = (model(X).tanh() ** 3).sum()
+        return torch.autograd.grad(loss, [dict(model.named_parameters())[name] for name in names], create_graph=True)
+
+    weight, bits = "0.weight", next(name for name, _ in model.named_parameters() if name.endswith("logits"))
+    (gradient,) = first([weight])
+    (second,) = torch.autograd.grad(gradient.square().sum(), model.get_parameter(weight))  # differentiated twice is the weight alone
+    torch.manual_seed(7)
+    noisy = [q(model.get_parameter(q.spec.name)).detach().requires_grad_() for q in model.compression.quantizers]
+    hidden = F.relu(F.linear(X, noisy[0], model.get_parameter("0.bias")))
+    loss = (F.linear(hidden, noisy[1], model.get_parameter("2.bias")).tanh() ** 3).sum()
+    (expected,) = torch.autograd.grad(loss, noisy[0], create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), noisy[0])[0])
+    both = first([weight, bits])
+    with pytest.raises(DiffQError, match="second derivative through the bits"):
+        both[1].square().sum().backward()
