@@ -4,17 +4,23 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from _mnist import Mnist
 from torch import nn
 
 from diffq_fx import DiffQConfig, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ
-from diffq_fx.training.lc import LCLoop, geometric_schedule
+from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
 from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
 
-LONG_LC = 40
-"""LC needs many L steps at one bit a weight: the paper has 40 of 20 epochs each."""
+SLOW_LC = "LC (slow schedule)"
+SLOW_STEPS, SLOW_EPOCHS = 40, 5
+"""L steps and their epochs; the authors' LeNet300 has 40 of 20 epochs each."""
+_SLOW_MU = 4 * 9e-5
+"""Where mu starts: L steps of a quarter of the epochs have the weights move as far under four times the authors' mu."""
+_SLOW_TAIL = 10
+"""At most so many steps with a doubled mu at the end, until the weights meet their codebook."""
 _MU_END = 30.0
 _BLOCKS = ((256, 2), (64, 2), (256, 4), (256, 8))
 """Entries and block size of iPQ at 4, 3, 2 and 1 bits a weight."""
@@ -54,12 +60,30 @@ class Start:
         target = model_size(self.prepared(STE(bits=bits)), exact=True)
         return self.trained(DiffQConfig(target_mib=float(target), training_steps=self.task.steps))
 
-    def lc(self, method: LC, *, augmented: bool = True, epochs: int | None = None) -> Made:
+    def lc(self, method: LC, *, augmented: bool = True) -> Made:
         """One epoch for each L step; mu rises to the same end whatever their number."""
-        model, steps = self.prepared(method), epochs or self.task.epochs
+        model, steps = self.prepared(method), self.task.epochs
         schedule = geometric_schedule(self.mu_start, (_MU_END / self.mu_start) ** (1 / (steps - 1)), steps)
         history = LCLoop(model, self.task.l_step(), schedule=schedule, augmented=augmented).run()
         return model, f"distance {history[-1].distance:.1e}, counted {counted_ratio(model):.1f}x"
+
+    def slow_l_step(self) -> Callable[[nn.Module, LStep], None]:
+        """The authors' L step, of fewer epochs."""
+        return self.task.l_step(epochs=SLOW_EPOCHS, first_rate=0.09, decay=0.98)
+
+    def slow_lc(self, method: LC) -> Made:
+        """The authors' schedule, ``mu_k = mu_0 1.1^k``, in fewer epochs."""
+        model, schedule = self.prepared(method), geometric_schedule(_SLOW_MU, 1.1, SLOW_STEPS)
+        history = LCLoop(model, self.slow_l_step(), schedule=schedule + geometric_schedule(2 * schedule[-1], 2.0, _SLOW_TAIL)).run()
+        epochs = SLOW_EPOCHS * len(history)
+        return model, f"{epochs} epochs, distance {history[-1].distance:.1e}, counted {counted_ratio(model):.1f}x"
+
+    def slow_float(self) -> nn.Module:
+        """The float model after the same L steps without a penalty."""
+        model, train = copy.deepcopy(self.float_model), self.slow_l_step()
+        for index in range(SLOW_STEPS):
+            train(model, LStep(index, 0.0, lambda: torch.zeros(())))
+        return model
 
     def direct(self, method: LC) -> Made:
         """One C step."""
@@ -93,6 +117,9 @@ def systems() -> Iterator[System]:
             yield System(title, name, lambda start, method=method: start.trained(method))
         if bits < 8:
             yield System("DiffQ", f"size of {name}", lambda start, bits=bits: start.diffq(bits))
+    for bits in (3, 2):
+        for title, method in (("STE", STE(bits=bits, group_size="tensor")), ("LSQ", LSQ(bits=bits, group_size="tensor"))):
+            yield System(f"{title} per layer", f"{bits} bits", lambda start, method=method: start.trained(method))
     for entries in (16, 8, 4, 2):
         method = LC(entries=entries)
         yield System("LC", f"K={entries}", lambda start, method=method: start.lc(method))
@@ -101,6 +128,7 @@ def systems() -> Iterator[System]:
         yield System("iterated direct compression", f"K={entries}", lambda start, k=entries: start.iterated(LC(entries=k)))
     yield System("LC (quadratic penalty)", "K=2", lambda start: start.lc(LC(entries=2), augmented=False))
     yield System("LC", "scaled_ternary", lambda start: start.lc(LC(codebook="scaled_ternary")))
-    yield System(f"LC ({LONG_LC} epochs)", "K=2", lambda start: start.lc(LC(entries=2), epochs=LONG_LC))
+    for entries in (4, 2):
+        yield System(SLOW_LC, f"K={entries}", lambda start, k=entries: start.slow_lc(LC(entries=k)))
     for entries, block in _BLOCKS:
         yield System("iPQ + int8", f"K={entries}, blocks of {block}", lambda start, k=entries, d=block: start.ipq(k, d))

@@ -89,16 +89,17 @@ class Mnist:
                 optimizer.step()
                 scheduler.step()
 
-    def l_step(self) -> Callable[[nn.Module, LStep], None]:
-        """The paper's L step, one epoch of it: SGD with momentum, a falling rate below 1/mu."""
+    def l_step(self, *, epochs: int = 1, first_rate: float = 0.1, decay: float = 0.95) -> Callable[[nn.Module, LStep], None]:
+        """The paper's L step: SGD with momentum, a rate that falls from one to the next and stays below 1/mu."""
 
         def run(model: nn.Module, step: LStep) -> None:
-            rate = min(0.1 * 0.95**step.index, step.largest_rate)
+            rate = min(first_rate * decay**step.index, step.largest_rate)
             optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
             model.train()
-            for x, y in self.batches():
-                optimizer.zero_grad()
-                (F.cross_entropy(model(x), y) + step.penalty()).backward()
-                optimizer.step()
+            for _ in range(epochs):
+                for x, y in self.batches():
+                    optimizer.zero_grad()
+                    (F.cross_entropy(model(x), y) + step.penalty()).backward()
+                    optimizer.step()
 
         return run

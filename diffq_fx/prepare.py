@@ -286,8 +286,9 @@ def _check_target(compression: Compression, caller: str) -> None:
     else:
         asked, unit = f"target_bits={config.target_bits}", "bits a weight, scales included"
         low, high = smallest / weights, largest / weights
+    widths = " and ".join(f"from {each.limits.min_bits:g} to {each.limits.max_bits:g}" for each in compression.groups().alike)
     raise ValueError(
-        f"{caller}: {asked} cannot be reached with widths from {config.min_bits:g} to {config.max_bits:g} bits: the {weights} weights take"
+        f"{caller}: {asked} cannot be reached with widths {widths} bits: the {weights} weights take"
         f" from {low:.4g} to {high:.4g} {unit}.\n"
         "  Change the target, min_bits or max_bits, or use larger groups (group_size, range_per) for smaller scales."
     )

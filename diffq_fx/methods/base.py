@@ -7,7 +7,7 @@ to a weight in training, how it is rounded, how it is stored). No pass, capture 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ class Method(ABC):
     rest_dtype: Literal["float32", "float16"] = "float32"
     """What is not quantized is counted and exported in this type."""
 
+    whole_model: ClassVar[tuple[str, ...]] = ()
+    """Settings that all configs of the class in one mapping must agree on; the others may differ from weight to weight."""
+
     @property
     @abstractmethod
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
@@ -53,6 +56,21 @@ class Method(ABC):
             raise ValueError(f"{name}: min_size must not be negative, got {self.min_size}.")
         if isinstance(self.exclude, str):
             raise TypeError(f"{name}: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+
+
+def check_whole(method: str, setting: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number within its limits.
+
+    Example:
+        >>> check_whole("LC", "entries", 2.5, 1)
+        Traceback (most recent call last):
+        ...
+        ValueError: LC: entries must be a whole number of at least 1, got 2.5.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{method}: {setting} must be a whole number {limits}, got {value!r}.")
 
 
 def check_group(method: str, setting: str, size: Any) -> None:

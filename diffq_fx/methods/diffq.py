@@ -6,7 +6,7 @@ of each group: ``b = b_min + sigmoid(l) (b_max - b_min)``, l trainable. In eval(
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -33,6 +33,9 @@ class DiffQConfig(Method):
 
     Give at most one of ``target_bits``, ``target_mib`` and ``penalty``; with ``target_bits=None`` and no other there is no
     pressure on the size but what you add to the loss yourself (``penalty * model_size(model)``).
+
+    Several configs in one mapping of names to methods share one size. They may differ in what concerns a weight alone (groups, ranges,
+    grid, noise, limits of the widths, clipping), not in the settings of ``whole_model``.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
@@ -84,6 +87,11 @@ class DiffQConfig(Method):
     """Optimizer steps that the whole training will make; if given, noise takes what ``rounding_share`` leaves, not ``noise_steps``."""
     rounding_share: float = 0.8
     """The part of ``training_steps`` with final bits and true rounding, 0 to 1."""
+
+    whole_model: ClassVar[tuple[str, ...]] = (
+        *("target_bits", "target_mib", "penalty", "size", "bits_gain"),
+        *("sensitivity_steps", "noise_steps", "training_steps", "rounding_share"),
+    )
 
     @staticmethod
     def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":

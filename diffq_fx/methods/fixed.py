@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, check_group
+from diffq_fx.methods.base import Method, check_group, check_whole
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -27,8 +27,7 @@ class FixedBits(Method):
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the setting and the value."""
         name = type(self).__name__
-        if not isinstance(self.bits, int) or not self.least_bits <= self.bits <= 16:
-            raise ValueError(f"{name}: bits must be a whole number from {self.least_bits} to 16, got {self.bits}.")
+        check_whole(name, "bits", self.bits, self.least_bits, 16)
         check_group(name, "group_size", self.group_size)
         if self.group_size == 1:
             raise ValueError(f"{name}: group_size=1 would store a scale for every weight; use a larger block.")

@@ -15,7 +15,7 @@ from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import nearest
 from diffq_fx.functional.codebooks import KINDS, CodebookKind, fit
 from diffq_fx.functional.groups import GroupSize, to_rows
-from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.base import Method, WeightQuantizer, check_whole
 from diffq_fx.methods.mapping import unique
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint
 from diffq_fx.storage.footprint import Footprint
@@ -64,10 +64,8 @@ class LC(Method):
                 raise ValueError('LC: learn_scale is for entries of your own; "scaled_binary" and "scaled_ternary" learn theirs.')
         else:
             self._check_own()
-        if not isinstance(self.entries, int) or not 1 <= self.entries <= _MOST_ENTRIES:
-            raise ValueError(f"LC: entries must be a whole number from 1 to {_MOST_ENTRIES}, got {self.entries}.")
-        if not isinstance(self.smallest_power, int) or not 0 <= self.smallest_power <= 30:
-            raise ValueError(f"LC: smallest_power must be a whole number from 0 to 30, got {self.smallest_power}.")
+        check_whole("LC", "entries", self.entries, 1, _MOST_ENTRIES)
+        check_whole("LC", "smallest_power", self.smallest_power, 0, 30)
         self.check_common()
 
     def _check_own(self) -> None:

@@ -46,7 +46,7 @@ class MethodChoice:
 
         Raises:
             TypeError: it is no method, or a mapping of something else.
-            ValueError: the mapping is empty, or its methods disagree about ``rest_dtype``.
+            ValueError: the mapping is empty, or its methods disagree about a setting of the whole model.
 
         Example:
             >>> from diffq_fx import DiffQConfig
@@ -65,6 +65,14 @@ class MethodChoice:
         dtypes = {pattern: each.rest_dtype for pattern, each in entries}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"{caller}: all methods of a mapping need the same rest_dtype, got {dtypes}.")
+        for kind in dict.fromkeys(type(each) for _, each in entries):
+            for setting in kind.whole_model:
+                found = {pattern: getattr(each, setting) for pattern, each in entries if type(each) is kind}
+                if len(set(found.values())) > 1:
+                    name = kind.__name__
+                    raise ValueError(
+                        f"{caller}: {setting} concerns the whole model: give each {name} of the mapping the same, got {found}."
+                    )
         return MethodChoice(entries)
 
     def entry_for(self, names: Sequence[str]) -> tuple[str, Method] | None:

@@ -16,7 +16,7 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, WeightQuantizer, straight_through
+from diffq_fx.methods.base import Method, WeightQuantizer, check_whole, straight_through
 from diffq_fx.methods.quant_noise import check_rate, noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.storage.footprint import Footprint
@@ -72,17 +72,15 @@ class ProductQuantization(Method):
         """Refuse what cannot work, naming the setting and the value."""
         name = "ProductQuantization"
         check_rate(name, self.rate)
-        if not isinstance(self.entries, int) or not 1 <= self.entries <= _MOST_ENTRIES:
-            raise ValueError(f"{name}: entries must be a whole number from 1 to {_MOST_ENTRIES}, got {self.entries}.")
-        if self.block_size != "auto" and (not isinstance(self.block_size, int) or self.block_size < 1):
-            raise ValueError(f'{name}: block_size must be "auto" or at least 1, got {self.block_size!r}.')
+        check_whole(name, "entries", self.entries, 1, _MOST_ENTRIES)
+        if self.block_size != "auto":
+            check_whole(name, 'block_size (or "auto")', self.block_size, 1)
         choices = {"noise": ("exact", "mean", "proxy"), "entry_dtype": ("float32", "float16", "int8")}
         for setting, allowed in choices.items():
             if getattr(self, setting) not in allowed:
                 raise ValueError(f"{name}: {setting} must be one of {allowed}, got {getattr(self, setting)!r}.")
         for setting in ("update_every", "iterations"):
-            if getattr(self, setting) < 1:
-                raise ValueError(f"{name}: {setting} must be at least 1, got {getattr(self, setting)}.")
+            check_whole(name, setting, getattr(self, setting), 1)
         self.check_common()
 
     @property

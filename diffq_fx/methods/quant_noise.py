@@ -14,12 +14,12 @@ from diffq_fx import functional
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.kernels import least_error_range
-from diffq_fx.methods.base import straight_through
+from diffq_fx.methods.base import check_whole, straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 
 
-def check_rate(method: str, rate: float) -> None:
+def check_rate(method: str, rate: Any) -> None:
     """Refuse a rate that is no probability.
 
     Example:
@@ -28,8 +28,8 @@ def check_rate(method: str, rate: float) -> None:
         ...
         ValueError: QuantNoise: rate must be from 0 to 1, got 1.5.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"{method}: rate must be from 0 to 1, got {rate}.")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise ValueError(f"{method}: rate must be from 0 to 1, got {rate!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,7 @@ class QuantNoise(FixedBits):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"QuantNoise: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("block_size", "range_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"QuantNoise: {name} must be at least 1, got {getattr(self, name)}.")
+            check_whole("QuantNoise", name, getattr(self, name), 1)
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, functional.Grid]:

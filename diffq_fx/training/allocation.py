@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +17,15 @@ _MANY_GROUPS = 1 << 17
 _BINS = 1 << 14
 
 
-def allocate_widths(groups: FlatGroups, bits_T: Tensor, widths: Sequence[int], budget_bits: int, measure: SizeMeasure) -> Tensor:
+def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int, measure: SizeMeasure) -> Tensor:
     """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it.
 
     Every group gets the allowed width below its bits; the budget's remainder goes, one allowed width up each, to the groups that are
     furthest on the way there. Where the trained bits are off the budget they are first shifted together until they meet it.
 
     Args:
-        groups: the model's groups.
+        groups: the model's groups, and the widths that they may have.
         bits_T: trained bits, fractional.
-        widths: the widths allowed, rising.
         budget_bits: size that must not be exceeded, where the widths allow.
         measure: what counts as size.
 
@@ -37,11 +37,12 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, widths: Sequence[int], b
     coding = float(groups.coding_bits(bits_T.round()))
     # What the coding of the widths takes depends on the widths: search the payload that leaves just enough for it.
     most = budget_bits - groups.fixed_bits
-    least = most - groups.num_groups * math.ceil(math.log2(1 + widths[-1] - widths[0]))
-    payload, best = most - coding, torch.full_like(bits, widths[0])
+    parts = [Part(alike.of(values), alike.of(bits), alike.limits.widths[0], alike.limits.widths[-1]) for alike in groups.alike]
+    least = most - sum(math.ceil(math.log2(1 + part.high - part.low)) * len(part.bits) for part in parts)
+    payload, best = most - coding, groups.by_limits(lambda own, limits: torch.full_like(own, limits.widths[0]), bits)
     for _ in range(_PAYLOAD_ROUNDS):
-        shifted = bits + common_shift(values, bits, payload, widths[0], widths[-1])
-        width = _largest_remainder(shifted.clamp(widths[0], widths[-1]), values, payload, widths)
+        shifted = bits + common_shift(parts, payload)
+        width = _largest_remainder(groups, shifted, values, payload)
         exact = measure.exact_bits(groups, width.to(bits_T.device))
         if exact <= budget_bits:
             least, best = payload, width
@@ -64,32 +65,52 @@ def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:
     return ladder[(bits_T.unsqueeze(1) - ladder).abs().argmin(1)].to(torch.int32)
 
 
-def common_shift(values: Tensor, bits: Tensor, payload: float, low: float, high: float) -> float:
+@dataclass(frozen=True)
+class Part:
+    """Groups whose bits stay between the same limits: their stored values, and their bits, float64."""
+
+    values: Tensor
+    bits: Tensor
+    low: float
+    high: float
+
+    def total(self, shift: float) -> float:
+        """What they take with all their bits shifted."""
+        return float(torch.dot(self.values, (self.bits + shift).clamp(self.low, self.high)))
+
+    def histogram(self) -> "Part":
+        """Many groups as a few that take the same, nearly."""
+        if len(self.bits) <= _MANY_GROUPS:
+            return self
+        least, most = self.bits.aminmax()
+        place = ((self.bits - least) * (_BINS / (most - least).clamp(min=1e-9))).long().clamp_(max=_BINS - 1)
+        values = torch.bincount(place, self.values, minlength=_BINS)
+        bits = torch.bincount(place, self.values * self.bits, minlength=_BINS) / values.clamp(min=1e-9)
+        return Part(values[values > 0], bits[values > 0], self.low, self.high)
+
+
+def common_shift(parts: Sequence[Part], payload: float) -> float:
     """The shift of all bits at which the clamped total meets ``payload``, by bisection; of many groups it looks at a fine histogram.
 
     Example:
-        >>> round(common_shift(torch.ones(2).double(), torch.tensor([3.0, 5.0]).double(), 6, 1, 8), 6)
+        >>> part = Part(torch.ones(2).double(), torch.tensor([3.0, 5.0]).double(), 1, 8)
+        >>> round(common_shift([part], 6), 6)
         -1.0
     """
-    if len(bits) > _MANY_GROUPS:
-        least, most = bits.aminmax()
-        place = ((bits - least) * (_BINS / (most - least).clamp(min=1e-9))).long().clamp_(max=_BINS - 1)
-        total = torch.bincount(place, values, minlength=_BINS)
-        bits = torch.bincount(place, values * bits, minlength=_BINS) / total.clamp(min=1e-9)
-        values, bits = total[total > 0], bits[total > 0]
-    left, right = low - float(bits.max()), high - float(bits.min())
+    parts = [part.histogram() for part in parts]
+    left = min(part.low - float(part.bits.max()) for part in parts)
+    right = max(part.high - float(part.bits.min()) for part in parts)
     for _ in range(50):
         middle = (left + right) / 2
-        total = float(torch.dot(values, (bits + middle).clamp(low, high)))
-        left, right = (middle, right) if total < payload else (left, middle)
+        left, right = (middle, right) if sum(part.total(middle) for part in parts) < payload else (left, middle)
     return left
 
 
-def _largest_remainder(bits: Tensor, values: Tensor, payload: float, widths: Sequence[int]) -> Tensor:
+def _largest_remainder(groups: FlatGroups, bits: Tensor, values: Tensor, payload: float) -> Tensor:
     """The allowed width below each group's bits, then one width up by falling share of the way, while the payload holds it."""
-    ladder = torch.tensor(widths, dtype=bits.dtype)
-    below = (torch.bucketize(bits, ladder, right=True) - 1).clamp(min=0)
-    width, above = ladder[below], ladder[(below + 1).clamp(max=len(widths) - 1)]
+    width = groups.by_limits(lambda own, limits: _on_ladder(own, limits.widths, -1), bits)
+    above = groups.by_limits(lambda own, limits: _on_ladder(own, limits.widths, 0), width)
+    bits = torch.minimum(torch.maximum(bits, width), above)
     cost = values * (above - width)
     room = payload - float(torch.dot(values, width))
     order = torch.argsort((bits - width) / (above - width).clamp(min=1), descending=True, stable=True)
@@ -102,3 +123,9 @@ def _largest_remainder(bits: Tensor, values: Tensor, payload: float, widths: Seq
             width[group] = above[group]
             room -= float(cost[group])
     return width
+
+
+def _on_ladder(bits: Tensor, widths: Sequence[int], places: int) -> Tensor:
+    """The first allowed width above each group's bits, or so many places further, within the ladder."""
+    ladder = torch.tensor(widths, dtype=bits.dtype)
+    return ladder[(torch.bucketize(bits, ladder, right=True) + places).clamp(0, len(widths) - 1)]

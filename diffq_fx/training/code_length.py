@@ -44,7 +44,7 @@ def laplace_entropy(step: Tensor) -> Tensor:
 
     Example:
         >>> [round(h.item(), 2) for h in laplace_entropy(torch.tensor([0.01, 1.0, 30.0]))]
-        [9.09, 2.5, 0.0]
+        [9.09, 2.48, 0.0]
     """
     step = step.clamp(max=_WIDEST_STEP)
     beyond_zero = torch.exp(-step / 2)  # the share of levels that are not 0; of these e^-r of each next size

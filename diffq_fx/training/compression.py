@@ -11,11 +11,11 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.diffq_weight import DiffQWeight
-from diffq_fx.methods.mapping import MethodChoice, unique
+from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.code_length import expected_code_length
 from diffq_fx.training.entropy import bits_saved
-from diffq_fx.training.groups_in_row import FlatGroups
+from diffq_fx.training.groups_in_row import FlatGroups, WidthLimits
 from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits
 from diffq_fx.weights import SkippedWeight
@@ -64,12 +64,6 @@ class Compression(nn.Module):
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
-        configs = unique(quantizer.config for quantizer in self.learned)
-        if len(configs) > 1:
-            raise ValueError(
-                "prepare: all weights with trainable bits share one size and so one DiffQConfig; the mapping has "
-                f"{len(configs)} different ones: {configs}."
-            )
         device = self.learned[0].logits.device if self.learned else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("bits_frozen", torch.zeros((), dtype=torch.bool, device=device))
@@ -121,7 +115,7 @@ class Compression(nn.Module):
 
     @property
     def config(self) -> DiffQConfig:
-        """The settings of the trainable bits."""
+        """The settings of the trainable bits that the whole model shares; those of one weight are in its quantizer's config."""
         if not self.learned:
             raise PreparationError(f"no weight of this model has trainable bits: it was prepared with {self.method.name}.")
         return self.learned[0].config
@@ -150,20 +144,19 @@ class Compression(nn.Module):
         """The groups of all learned weights in one row, made once per device."""
         device = self.learned[0].logits.device
         if self._groups is None or self._groups.device != device:
-            specs = [quantizer.spec for quantizer in self.learned]
-            self._groups = FlatGroups(specs, device, in_containers=self.config.size == "container")
+            specs, configs = zip(*((quantizer.spec, quantizer.config) for quantizer in self.learned), strict=True)
+            limits = [WidthLimits(config.min_bits, config.max_bits, config.allowed_widths) for config in configs]
+            self._groups = FlatGroups(specs, device, limits=limits, in_containers=self.config.size == "container")
         return self._groups
 
     def bits_T(self) -> Tensor:
         """Bits of every group as trained, shape (T,)."""
-        logits_T = torch.cat([logits.detach().reshape(-1) for logits in self.logits])
-        config = self.config
-        return functional.bits_from_logits(logits_T, config.min_bits, config.max_bits, config.bits_gain)
+        logits_T, gain = torch.cat([logits.detach().reshape(-1) for logits in self.logits]), self.config.bits_gain
+        return self.groups().by_limits(lambda own, to: functional.bits_from_logits(own, to.min_bits, to.max_bits, gain), logits_T)
 
     def size_of_logits(self) -> SizeOfLogits:
         """The size of the quantized weights as a function of the logits."""
-        config = self.config
-        return SizeOfLogits(self.groups(), self.measure, config.min_bits, config.max_bits, config.bits_gain)
+        return SizeOfLogits(self.groups(), self.measure, self.config.bits_gain)
 
     def expected_bits(self) -> Tensor:
         """Differentiable size of the whole model in bits, 0-d."""
@@ -224,9 +217,10 @@ class Compression(nn.Module):
     def reachable_bits(self) -> tuple[int, int]:
         """Smallest and largest exact size of the quantized weights that the limits of the widths allow."""
         groups = self.groups()
-        smallest, *_, largest = self.config.allowed_widths
-        values_T = groups.values_T
-        low, high = (self.measure.exact_bits(groups, torch.full_like(values_T, width)) for width in (smallest, largest))
+        ends_T = (
+            groups.by_limits(lambda own, limits, end=end: torch.full_like(own, limits.widths[end]), groups.values_T) for end in (0, -1)
+        )
+        low, high = (self.measure.exact_bits(groups, end_T) for end_T in ends_T)
         return low, high
 
     def _logits_key(self) -> tuple[Any, ...]:
@@ -246,18 +240,17 @@ class Compression(nn.Module):
 
     def _rounded_bits(self) -> Tensor:
         """The whole widths of all groups, within the target where there is one, shape (T,)."""
-        groups, bits_T, widths = self.groups(), self.bits_T(), self.config.allowed_widths
-        budget = self.budget_bits()
+        groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits()
         if budget is None or self.frozen:
-            return nearest_widths(bits_T, widths)
-        width_T = allocate_widths(groups, bits_T, widths, budget, self.measure)
+            return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
+        width_T = allocate_widths(groups, bits_T, budget, self.measure)
         if self.config.size == "entropy":
             target = budget - self.bits_saved
             for _ in range(_CODING_ROUNDS):  # what coding saves depends on the widths, and the other way round
                 saved = self._saved_at(width_T)
                 if 0 <= target + saved - self.measure.exact_bits(groups, width_T) <= _CLOSE_ENOUGH * target:
                     break
-                width_T = allocate_widths(groups, bits_T, widths, target + saved, self.measure)
+                width_T = allocate_widths(groups, bits_T, target + saved, self.measure)
         return width_T
 
     def refresh(self, quantizer: DiffQWeight) -> None:

@@ -3,7 +3,8 @@
 Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,9 +60,36 @@ def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Weights that are worked on together: one with many groups, or all those with few."""
+class WidthLimits:
+    """Between which widths the bits of a weight move in training, and which ones rounding may choose, rising."""
 
+    min_bits: float = 1
+    max_bits: float = 16
+    widths: tuple[int, ...] = tuple(range(1, 17))
+
+
+@dataclass(frozen=True)
+class Alike:
+    """All weights with the same limits."""
+
+    limits: WidthLimits
+    weights: tuple[int, ...]
+    index: Tensor
+    """The same on the device."""
+    places: tuple[slice, ...]
+    """Where their groups are in the row of all groups."""
+    num_values: int
+
+    def of(self, row_T: Tensor) -> Tensor:
+        """Their part of a row: a view where these are all weights."""
+        return row_T[self.places[0]] if len(self.places) == 1 else torch.cat([row_T[place] for place in self.places])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Weights that are worked on together: one with many groups, or all those with few and the same limits."""
+
+    limits: WidthLimits
     weights: tuple[int, ...]
     counts: tuple[int, ...]
     values: Tensor
@@ -112,19 +140,30 @@ class Segment:
 class FlatGroups:
     """The groups of all weights of a model; with ``in_containers`` as an ONNX file stores them, whose containers say how wide they are."""
 
-    def __init__(self, specs: Sequence[WeightSpec], device: torch.device, *, in_containers: bool = False) -> None:
+    def __init__(
+        self,
+        specs: Sequence[WeightSpec],
+        device: torch.device,
+        *,
+        limits: Sequence[WidthLimits] | None = None,
+        in_containers: bool = False,
+    ) -> None:
         self.in_containers = in_containers
+        self._limits = [WidthLimits()] * len(specs) if limits is None else list(limits)
         costs = [(container_costs if in_containers else bit_costs)(spec) for spec in specs]
         self.counts = [values.numel() for values, _ in costs]
         self._values = [_one_number_if_equal(values.reshape(-1).to(device, torch.float32)) for values, _ in costs]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
         self.device = device
         self.num_groups = sum(self.counts)
-        self.num_values = sum(int(values.sum()) for values, _ in costs)
+        num_values = [int(values.sum()) for values, _ in costs]
+        self.num_values = sum(num_values)
         self.fixed_bits = sum(fixed for _, fixed in costs)
         self.num_weights = sum(spec.numel for spec in specs)
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
-        few = [i for i, count in enumerate(self.counts) if count < _LARGE]
+        self.alike = [self._alike(own, num_values) for own in dict.fromkeys(self._limits)]
+        few = [i for alike in self.alike for i in alike.weights if self.counts[i] < _LARGE]  # in the order of the segments
+        self._few_weights = few
         self._few = torch.tensor(few, dtype=torch.int64, device=device)
         self._counts_of_few = torch.tensor([self.counts[i] for i in few], dtype=torch.int64, device=device)
 
@@ -133,14 +172,37 @@ class FlatGroups:
         """Stored values of every group, float32."""
         return torch.cat(self._values)
 
+    def _alike(self, limits: WidthLimits, num_values: Sequence[int]) -> Alike:
+        weights = [i for i, own in enumerate(self._limits) if own == limits]
+        ends = [0, *itertools.accumulate(self.counts)]
+        places: list[slice] = []
+        for i in weights:
+            start = places.pop().start if places and places[-1].stop == ends[i] else ends[i]
+            places.append(slice(start, ends[i + 1]))
+        index = torch.tensor(weights, dtype=torch.int64, device=self.device)
+        return Alike(limits, tuple(weights), index, tuple(places), sum(num_values[i] for i in weights))
+
+    def by_limits(self, function: Callable[[Tensor, WidthLimits], Tensor], row_T: Tensor) -> Tensor:
+        """A function of one value per group, and of the limits, for all groups: one call for all weights with the same limits."""
+        if len(self.alike) == 1:
+            return function(row_T, self.alike[0].limits)
+        found = [function(alike.of(row_T), alike.limits) for alike in self.alike]
+        result_T = found[0].new_empty(row_T.shape)
+        for alike, own in zip(self.alike, found, strict=True):
+            for place, piece in zip(alike.places, own.split([place.stop - place.start for place in alike.places]), strict=True):
+                result_T[place] = piece
+        return result_T
+
     def segments(self, weights: Sequence[int] | None = None) -> list[Segment]:
         """The segments of these weights, by default of all."""
         key = tuple(range(len(self.counts)) if weights is None else weights)
         if key not in self._segments:
-            few = tuple(i for i in key if self.counts[i] < _LARGE)
-            runs: list[tuple[int, ...]] = [(i,) for i in key if self.counts[i] >= _LARGE] + ([few] if few else [])
+            asked = set(key)
+            few = [tuple(i for i in alike.weights if i in asked and self.counts[i] < _LARGE) for alike in self.alike]
+            runs: list[tuple[int, ...]] = [(i,) for i in key if self.counts[i] >= _LARGE] + [run for run in few if run]
             self._segments[key] = [
                 Segment(
+                    self._limits[run[0]],
                     run,
                     tuple(self.counts[i] for i in run),
                     self._values[run[0]] if len(run) == 1 else torch.cat([self._values[i] for i in run]),
@@ -161,8 +223,7 @@ class FlatGroups:
             if count >= _LARGE:
                 low_W[i], high_W[i] = known[i] if known and i in known else torch.aminmax(tensors[i])
         if len(self._few):
-            few = [tensor for tensor, count in zip(tensors, self.counts, strict=True) if count < _LARGE]
-            row = _flatten_dense_tensors(few).float() if few_row is None else few_row.float()
+            row = (_flatten_dense_tensors([tensors[i] for i in self._few_weights]) if few_row is None else few_row).float()
             low_W[self._few] = torch.segment_reduce(row, "min", lengths=self._counts_of_few, unsafe=True)
             high_W[self._few] = torch.segment_reduce(row, "max", lengths=self._counts_of_few, unsafe=True)
         return low_W, high_W

@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from diffq_fx import functional
 from diffq_fx.kernels import moments
+from diffq_fx.training.allocation import Part, common_shift
 from diffq_fx.training.code_length import expected_code_length
 from diffq_fx.training.groups_in_row import Segment
 from diffq_fx.training.sensitivity import Sensitivity
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 _GRADIENT_RMS = 1e-3
 """The bits' gradient is brought to this size, so that a plain SGD moves them as an Adam would, whatever the scale of the loss."""
+
+_ROUNDING = 1e-6
+"""What the projection leaves of a gradient below this share of it is rounding: of one group for the whole model nothing else is left."""
 
 _LOGIT_LIMIT = 6.0
 """``|gain * logit|`` stays below this: further out the sigmoid's slope is too small for a group ever to come back."""
@@ -96,11 +100,14 @@ class SizePressure:
             compression.measure_coding()
 
     def _start_at(self, budget: int) -> None:
-        compression, config, groups = self.compression, self.compression.config, self.compression.groups()
-        bits = torch.tensor((budget - groups.fixed_bits) / groups.num_values).clamp(config.min_bits, config.max_bits)
-        logit = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
-        for logits in compression.logits:
-            logits.fill_(float(logit))
+        compression, groups = self.compression, self.compression.groups()
+        parts = [(alike.limits, torch.tensor([float(alike.num_values)]).double()) for alike in groups.alike]
+        zero = torch.zeros(1, dtype=torch.float64)
+        same_bits = common_shift([Part(values, zero, own.min_bits, own.max_bits) for own, values in parts], budget - groups.fixed_bits)
+        for quantizer in compression.learned:
+            config = quantizer.config
+            bits = torch.tensor(same_bits).clamp(config.min_bits, config.max_bits)
+            quantizer.logits.fill_(float(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)))
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
@@ -169,7 +176,8 @@ class SizePressure:
         total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))
         multiplier = total.g / total.n.clamp(min=1e-30)
         square = (total.gg - 2 * multiplier * total.gn + multiplier**2 * total.nn) / total.count
-        return multiplier.float(), (_GRADIENT_RMS / square.clamp(min=1e-60).sqrt()).float()
+        square = torch.maximum(square, total.gg * (_ROUNDING**2 / total.count)).clamp(min=1e-60)
+        return multiplier.float(), (_GRADIENT_RMS / square.sqrt()).float()
 
     @torch.no_grad()
     def after_step(self, held: Sequence[int]) -> None:
@@ -205,7 +213,7 @@ def _tiles(size_of: SizeOfLogits, rows: Sequence[tuple[Segment, Tensor, Tensor]]
     """Pieces of the gradients, to be read or changed in place, and the derivative of the size in the same logits."""
     for segment, row, grad in rows:
         for tile in segment.tiles():
-            yield grad[tile], size_of.slope(segment.values[tile], row[tile])
+            yield grad[tile], size_of.slope(segment, row, tile)
 
 
 _live: "weakref.WeakSet[SizePressure]" = weakref.WeakSet()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.training.allocation import common_shift
+from diffq_fx.training.allocation import Part, common_shift
 
 if TYPE_CHECKING:
     from diffq_fx.training.compression import Compression
@@ -63,12 +63,16 @@ class Sensitivity:
         if not bool(torch.isfinite(asked_T).any()):
             return False  # no gradient reached any weight
         asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
-        coding = float(groups.coding_bits((asked_T - asked_T.mean() + config.min_bits).clamp(config.min_bits, config.max_bits).round()))
+        lowest, centred_T = min(alike.limits.min_bits for alike in groups.alike), asked_T - asked_T.mean()
+        guess_T = groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), centred_T + lowest)
+        coding = float(groups.coding_bits(guess_T.round()))
         values_T, bits_T = groups.values_T.double().cpu(), asked_T.double().cpu()
-        shift = common_shift(values_T, bits_T, budget - groups.fixed_bits - coding, config.min_bits, config.max_bits)
-        bits_T = (asked_T + shift).clamp(config.min_bits + _INSIDE, config.max_bits - _INSIDE)
+        parts = [Part(each.of(values_T), each.of(bits_T), each.limits.min_bits, each.limits.max_bits) for each in groups.alike]
+        bits_T = asked_T + common_shift(parts, budget - groups.fixed_bits - coding)
         for quantizer, bits in zip(compression.learned, groups.split(bits_T), strict=True):
-            logits = functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)
+            own = quantizer.config
+            bits = bits.clamp(own.min_bits + _INSIDE, own.max_bits - _INSIDE)
+            logits = functional.logits_from_bits(bits, own.min_bits, own.max_bits, own.bits_gain)
             quantizer.logits.copy_(logits.view_as(quantizer.logits))
         return True
 
@@ -79,5 +83,7 @@ class Sensitivity:
         counts = spec.bits_layout.counts().to(square.device)
         whole = (square * counts).sum() / counts.sum()
         square = torch.lerp(whole, square, self.seen[index] / (self.seen[index] + _STEPS_OF_DOUBT))
-        span = quantizer.span_in_training(quantizer.source[0]).expand_as(square)
-        return torch.log2(span * square.sqrt())
+        span = quantizer.span_in_training(quantizer.source[0])
+        if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
+            span = span.square().mean().sqrt()
+        return torch.log2(span.expand_as(square) * square.sqrt())

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from diffq_fx.kernels import bits_of_logits, size_of_logits, slope_of_size
-from diffq_fx.training.groups_in_row import FlatGroups
+from diffq_fx.training.groups_in_row import FlatGroups, Segment, WidthLimits
 
 MIB_BITS = 8 * 2**20
 """Bits in one MiB."""
+_ALL = slice(None)
 
 
 class SizeMeasure(ABC):
@@ -62,8 +63,6 @@ class SizeOfLogits:
 
     groups: FlatGroups
     measure: SizeMeasure
-    min_bits: float
-    max_bits: float
     gain: float
 
     def __call__(self, logits: Sequence[Tensor]) -> Tensor:
@@ -75,41 +74,48 @@ class SizeOfLogits:
         size = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         growth = torch.zeros_like(size)
         limits: dict[int, tuple[Tensor, Tensor]] = {}
-        few_row = None
+        few_rows = []
         for i, segment in enumerate(self.groups.segments()):
             row = segment.gather(logits) if rows is None else rows[i]
-            few_row = row if segment.has_few else few_row
+            few_rows += [row] if segment.has_few else []
             if self.measure.linear:
-                part, slope, low, high = size_of_logits(segment.values, row, **self._limits)
+                part, slope, low, high = size_of_logits(segment.values, row, **self._settings(segment.limits))
                 limits |= {} if segment.has_few else {segment.weights[0]: (low, high)}
                 size += part
                 growth += slope
                 continue
             for tile in segment.tiles():
-                part, slope = self._size_and_slope(segment.values[tile], row[tile])
+                part, slope = self._size_and_slope(segment.limits, segment.values[tile], row[tile])
                 size += part
                 growth += slope.sum()
+        few_row = torch.cat(few_rows) if len(few_rows) > 1 else next(iter(few_rows), None)
         low_W, high_W = self.groups.limits(logits, few_row, limits)
-        size += self.groups.coding_bits_between(*(self._bits_and_slope(limit_W)[0].round() for limit_W in (low_W, high_W)))
+        size += self.groups.coding_bits_between(*(self._bits_of_each(limit_W).round() for limit_W in (low_W, high_W)))
         size += self.groups.fixed_bits
         return size, growth
 
-    def slope(self, values_N: Tensor, logits_N: Tensor, times: Tensor | None = None) -> Tensor:
-        """Derivative of the size, ``times`` a 0-d tensor, in each of these logits."""
+    def slope(self, segment: Segment, row_N: Tensor, tile: slice = _ALL, times: Tensor | None = None) -> Tensor:
+        """Derivative of the size, ``times`` a 0-d tensor, in a piece of a segment's row of logits."""
         if self.measure.linear:
-            return slope_of_size(values_N, logits_N, **self._limits, times=times)
-        slope = self._size_and_slope(values_N, logits_N)[1]
+            return slope_of_size(segment.values[tile], row_N[tile], **self._settings(segment.limits), times=times)
+        slope = self._size_and_slope(segment.limits, segment.values[tile], row_N[tile])[1]
         return slope if times is None else slope.mul_(times)
 
-    @property
-    def _limits(self) -> dict[str, float]:
-        return {"min_bits": self.min_bits, "max_bits": self.max_bits, "gain": self.gain}
+    def _settings(self, limits: WidthLimits) -> dict[str, float]:
+        return {"min_bits": limits.min_bits, "max_bits": limits.max_bits, "gain": self.gain}
 
-    def _bits_and_slope(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return bits_of_logits(logits, **self._limits)
+    def _bits_of_each(self, logits_W: Tensor) -> Tensor:
+        """The bits of one logit of each weight."""
+        alike = self.groups.alike
+        if len(alike) == 1:
+            return bits_of_logits(logits_W, **self._settings(alike[0].limits))[0]
+        bits_W = torch.empty_like(logits_W)
+        for each in alike:
+            bits_W[each.index] = bits_of_logits(logits_W[each.index], **self._settings(each.limits))[0]
+        return bits_W
 
-    def _size_and_slope(self, values_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
-        bits, slope = self._bits_and_slope(logits_N)
+    def _size_and_slope(self, limits: WidthLimits, values_N: Tensor, logits_N: Tensor) -> tuple[Tensor, Tensor]:
+        bits, slope = bits_of_logits(logits_N, **self._settings(limits))
         size, slope_of_bits = self.measure.size_and_slope(values_N, bits)
         return size, slope.mul_(slope_of_bits)
 
@@ -128,7 +134,7 @@ class _DifferentiableSize(torch.autograd.Function):
         logits = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * len(logits)
         for segment in ctx.size_of.groups.segments():
-            slope = ctx.size_of.slope(segment.values, segment.gather(logits), grad)
+            slope = ctx.size_of.slope(segment, segment.gather(logits), times=grad)
             for i, own in zip(segment.weights, segment.split(slope, logits), strict=True):
                 grads[i] = own
         return None, *grads

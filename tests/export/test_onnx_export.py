@@ -83,6 +83,14 @@ def test_input_without_batch(path):
     assert shapes(path) == [["batch", 3, 16], [3, 3]]
 
 
+def test_an_example_that_is_a_view_of_a_larger_tensor(path):
+    tokens = torch.randint(9, (3, 7))
+    model = nn.Sequential(nn.Embedding(9, 16), Linear(16, 8, 4)).eval()
+    result = export_onnx(model, tokens[:, :-1], path)  # what is trained on: all tokens but the last
+    assert result.max_abs_error < 1e-5
+    assert isinstance(shapes(path)[0][0], str)
+
+
 def test_batch_that_the_model_fixes_is_reported(path):
     class Fixed(nn.Module):
         def __init__(self):

@@ -417,7 +417,10 @@ def test_the_size_target_counts_what_other_methods_take():
         (lambda: QuantNoise(rate=float("nan")), "QuantNoise: rate must be from 0 to 1, got nan"),
         (lambda: QuantNoise(range="max"), "QuantNoise: range must be one of"),
         (lambda: QuantNoise(grid="float"), "QuantNoise: grid must be one of"),
-        (lambda: QuantNoise(block_size=0), "QuantNoise: block_size must be at least 1, got 0"),
+        (lambda: QuantNoise(block_size=0), "QuantNoise: block_size must be a whole number of at least 1, got 0"),
+        (lambda: QuantNoise(rate="half"), "QuantNoise: rate must be from 0 to 1, got 'half'"),
+        (lambda: QuantNoise(range_every=2.5), "QuantNoise: range_every must be a whole number of at least 1, got 2.5"),
+        (lambda: STE(bits=True), "STE: bits must be a whole number from 1 to 16, got True"),
     ],
 )
 def test_settings_out_of_range(make, match):
@@ -434,7 +437,16 @@ def test_settings_out_of_range(make, match):
         ({"*": "STE"}, TypeError, r"expected a method .* got '\*': 'STE'"),
         ({"head": STE, "*": LSQ()}, TypeError, "expected a method"),
         ({"head": STE(rest_dtype="float16"), "*": LSQ()}, ValueError, "all methods of a mapping need the same rest_dtype"),
-        ({"head": DiffQConfig(target_bits=3), "*": DiffQConfig()}, ValueError, "all weights with trainable bits share one size"),
+        (
+            {"head": DiffQConfig(target_bits=3), "*": DiffQConfig()},
+            ValueError,
+            r"target_bits concerns the whole model: give each DiffQConfig of the mapping the same, got \{'head': 3, '\*': 4\.0\}",
+        ),
+        (
+            {"head": DiffQConfig(training_steps=10), "norm": STE(), "*": DiffQConfig(training_steps=20)},
+            ValueError,
+            r"training_steps concerns the whole model: .* got \{'head': 10, '\*': 20\}",
+        ),
     ],
 )
 def test_mappings_that_cannot_work(mapping, error, match):

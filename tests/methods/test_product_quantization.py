@@ -403,10 +403,10 @@ def test_a_constant_weight():
     [
         (dict(rate=1.5), "rate must be from 0 to 1, got 1.5"),
         (dict(entries=0), "entries must be a whole number from 1 to 65536, got 0"),
-        (dict(block_size=0), 'block_size must be "auto" or at least 1, got 0'),
+        (dict(block_size=0), r'block_size \(or "auto"\) must be a whole number of at least 1, got 0'),
         (dict(noise="uniform"), "noise must be one of"),
         (dict(entry_dtype="int4"), "entry_dtype must be one of"),
-        (dict(update_every=0), "update_every must be at least 1, got 0"),
+        (dict(update_every=0), "update_every must be a whole number of at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range(settings, match):

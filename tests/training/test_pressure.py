@@ -1,6 +1,7 @@
 """The size meets its target whatever the user's loop does, and the bits go where the loss wants them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -298,3 +299,18 @@ def test_convert_says_that_no_pressure_reached_the_model():
 def test_size_and_report_need_a_prepared_model():
     with pytest.raises(diffq_fx.PreparationError, match=r"model_size: the Linear is not prepared\. Call prepare_diffq"):
         model_size(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
+def test_one_width_for_the_whole_model_stays_where_the_target_has_it(optimizer):
+    torch.manual_seed(0)
+    model = prepare_diffq(nn.Linear(32, 16), torch.zeros(1, 32), DiffQConfig(group_size="tensor", target_bits=6, noise_steps=None))
+    (quantizer,), optimizer = model.compression.learned, optimizer(model.parameters(), lr=1e-2)
+    before = quantizer.bits().item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(torch.randn(4, 32)).square().mean().backward()
+        optimizer.step()
+        assert quantizer.logits.grad.abs().item() < 1e-3, "the projection leaves nothing but rounding"
+    assert quantizer.bits().item() == pytest.approx(before, abs=0.01)
+    assert model_size(model, exact=True) * 2**23 <= 6 * 512 + 16 * 32

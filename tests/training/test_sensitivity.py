@@ -96,3 +96,11 @@ def test_more_steps_with_a_gradient_leave_less_doubt():
         bits = model.compression.learned[0].bits().detach().flatten()
         differences.append(float(bits[:32].mean() - bits[32:].mean()))
     assert 0.5 < differences[0] < 1.2 < differences[1]
+
+
+@pytest.mark.parametrize("range_per", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
+def test_bits_move_whatever_shares_a_width_and_a_range(group_size, range_per):
+    model = trained(30, sensitivity_steps=5, group_size=group_size, range_per=range_per, max_bits=12)
+    assert float(bits_of(model, "loud.weight").min()) > float(bits_of(model, "quiet.weight").max()) + 4
+    assert model_size(model, exact=True) <= (model.compression.budget_bits() + model.compression.rest_bits) / 2**23

@@ -10,8 +10,8 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, model_size, prepare_diffq
 from diffq_fx.export.packed import save_packed
-from diffq_fx.training.allocation import allocate_widths, common_shift
-from diffq_fx.training.groups_in_row import FlatGroups, bit_costs
+from diffq_fx.training.allocation import Part, allocate_widths, common_shift
+from diffq_fx.training.groups_in_row import FlatGroups, WidthLimits, bit_costs
 from diffq_fx.training.size import BitPackedSize, SizeOfLogits
 from diffq_fx.weights import WeightSpec
 
@@ -90,16 +90,21 @@ SPECS = {
 }
 
 
+LIMITS = [WidthLimits(2, 8), WidthLimits(1.5, 4), WidthLimits(2, 8), WidthLimits(3, 16)]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["same limits", "own limits"])
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
-def test_size_and_gradient_against_the_formula(specs):
+def test_size_and_gradient_against_the_formula(specs, mixed):
     """Worked out in one row, in tiles and in closed form, against one weight after the other by autograd."""
-    groups = FlatGroups(specs, torch.device("cpu"))
+    limits = LIMITS[: len(specs)] if mixed else [WidthLimits(2, 8)] * len(specs)
+    groups = FlatGroups(specs, torch.device("cpu"), limits=limits)
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(s.bits_layout.shape, generator=generator).requires_grad_() for s in specs]
-    size_of = SizeOfLogits(groups, BitPackedSize(), 2, 8, 1.5)
+    size_of = SizeOfLogits(groups, BitPackedSize(), 1.5)
     expected = torch.zeros((), dtype=torch.float64)
-    for each, s in zip(logits, specs, strict=True):
-        bits = 2 + 6 * torch.sigmoid(1.5 * each.double())
+    for each, s, own in zip(logits, specs, limits, strict=True):
+        bits = own.min_bits + (own.max_bits - own.min_bits) * torch.sigmoid(1.5 * each.double())
         values, fixed = bit_costs(s)
         width = bits.detach().round()
         coding = width.numel() * math.ceil(math.log2(1 + int(width.max()) - int(width.min())))
@@ -125,12 +130,13 @@ def test_more_bits_are_more_bytes():
 @pytest.mark.parametrize("spread", [0.0, 1.5])
 @pytest.mark.parametrize("off", [-2.0, 0.0, 2.0])
 def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
-    groups = FlatGroups([spec(shape=(200, 50)), spec(shape=(100, 300), group_size=20)], torch.device("cpu"))
+    limits = [WidthLimits(2, 8, tuple(range(2, 9)))] * 2
+    groups = FlatGroups([spec(shape=(200, 50)), spec(shape=(100, 300), group_size=20)], torch.device("cpu"), limits=limits)
     generator = torch.Generator().manual_seed(1)
     bits = (target + off + spread * torch.randn(groups.values_T.shape, generator=generator)).clamp(2, 8)
     budget = int(target * groups.num_weights)
     measure = BitPackedSize()
-    widths = allocate_widths(groups, bits, range(2, 9), budget, measure)
+    widths = allocate_widths(groups, bits, budget, measure)
     assert int(widths.min()) >= 2
     assert int(widths.max()) <= 8
     exact = measure.exact_bits(groups, widths)
@@ -142,18 +148,18 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
 
 
 def test_allocation_keeps_the_order_of_the_bits():
-    groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"))
+    groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"), limits=[WidthLimits(2, 8, tuple(range(2, 9)))])
     bits = torch.linspace(2, 8, 64)
-    widths = allocate_widths(groups, bits, range(2, 9), int(6.5 * groups.num_weights), BitPackedSize())
+    widths = allocate_widths(groups, bits, int(6.5 * groups.num_weights), BitPackedSize())
     assert bool((widths[1:] >= widths[:-1]).all())
 
 
 @pytest.mark.parametrize("target", [2.9, 3.7, 5.0])
 def test_allocation_on_container_widths(target):
-    groups = FlatGroups([spec(shape=(400, 30))], torch.device("cpu"))
+    groups = FlatGroups([spec(shape=(400, 30))], torch.device("cpu"), limits=[WidthLimits(2, 8, (2, 4, 8))])
     bits = torch.rand(400, generator=torch.Generator().manual_seed(2)) * 6 + 2
     measure, budget = BitPackedSize(), int(target * groups.num_weights) + groups.fixed_bits
-    widths = allocate_widths(groups, bits, (2, 4, 8), budget, measure)
+    widths = allocate_widths(groups, bits, budget, measure)
     assert set(widths.tolist()) <= {2, 4, 8}
     assert 0.99 * budget <= measure.exact_bits(groups, widths) <= budget
     order = torch.argsort(bits)
@@ -318,5 +324,8 @@ def test_the_shift_of_many_groups_is_that_of_each_looked_at():
     bits = torch.randn(300_000, generator=generator).double() * 3 + 4
     values = torch.randint(1, 9, bits.shape, generator=generator).double()
     payload = 3.3 * float(values.sum())
-    shift = common_shift(values, bits, payload, 1, 8)
+    shift = common_shift([Part(values, bits, 1, 8)], payload)
     assert float(torch.dot(values, (bits + shift).clamp(1, 8))) == pytest.approx(payload, rel=1e-4)
+    parts = [Part(values[:200_000], bits[:200_000], 1, 4), Part(values[200_000:], bits[200_000:], 2, 8)]  # the second too small for it
+    shift = common_shift(parts, payload)
+    assert sum(part.total(shift) for part in parts) == pytest.approx(payload, rel=1e-4)

@@ -49,6 +49,10 @@ class Example:
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Example(args, kwargs)
 
+    def on_its_own(self) -> "Example":
+        """Views of larger tensors as copies: torch.export guards the sizes of the larger ones too, and torch.onnx fails on that."""
+        return self.map(lambda tensor: tensor.clone() if tensor._is_view() else tensor)
+
     def replace(self, tensors: list[Tensor]) -> "Example":
         """Replace all tensors, in their order."""
         remaining = iter(tensors)

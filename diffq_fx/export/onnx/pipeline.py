@@ -75,7 +75,7 @@ def export_file(
     Raises:
         ExportError: Any of the steps fails; the target is as it was.
     """
-    example = Example.of(example_inputs)
+    example = Example.of(example_inputs).on_its_own()
     try:
         with draft_folder(path) as folder:
             weights = weights_by_initializer(converted)
