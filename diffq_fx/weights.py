@@ -1,6 +1,6 @@
 """What the library knows about one weight: the frozen facts that every pass, method and exporter agrees on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,6 +27,18 @@ class WeightSpec:
     grid: Grid = "affine"
     consumer: str = ""
     """What reads the weight: a function of the graph ("linear", "conv2d") or a module that is called whole ("LSTM")."""
+    bits_layout: GroupLayout = field(init=False, repr=False, compare=False)
+    """The groups that share a number of bits."""
+    range_layout: GroupLayout = field(init=False, repr=False, compare=False)
+    """The groups that share a range."""
+    scale_layout: GroupLayout = field(init=False, repr=False, compare=False)
+    """The groups that share a scale: the finer of the two, since ``scale = range / (2^bits - 1)``."""
+
+    def __post_init__(self) -> None:
+        """Work out the layouts once: training asks for them at every step."""
+        bits, ranges = (GroupLayout.of(self.rows, self.columns, size) for size in (self.group_size, self.range_size))
+        for name, layout in (("bits_layout", bits), ("range_layout", ranges), ("scale_layout", combine(bits, ranges))):
+            object.__setattr__(self, name, layout)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,21 +59,6 @@ class WeightSpec:
     def numel(self) -> int:
         """Number of weights."""
         return torch.Size(self.shape).numel()
-
-    @property
-    def bits_layout(self) -> GroupLayout:
-        """The groups that share a number of bits."""
-        return GroupLayout.of(self.rows, self.columns, self.group_size)
-
-    @property
-    def range_layout(self) -> GroupLayout:
-        """The groups that share a range."""
-        return GroupLayout.of(self.rows, self.columns, self.range_size)
-
-    @property
-    def scale_layout(self) -> GroupLayout:
-        """The groups that share a scale: the finer of the two, since ``scale = range / (2^bits - 1)``."""
-        return combine(self.bits_layout, self.range_layout)
 
 
 @dataclass(frozen=True)

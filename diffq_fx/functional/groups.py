@@ -24,7 +24,7 @@ GroupSize = int | Literal["tensor", "channel"]
 
 def to_rows(weight: Tensor, axis: int) -> Tensor:
     """View (or copy, where strides demand it) a weight as rows, shape (O, I)."""
-    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
+    return (weight.movedim(axis, 0) if axis else weight).reshape(weight.shape[axis], -1)
 
 
 def from_rows(rows_OI: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:

@@ -75,8 +75,9 @@ def _slope_of_clip(
         if size == 1 < step.shape[along]:
             slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
     steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
-    lsq_scale = (ranges.counts().to(step.device) * steps_in_range).rsqrt()
-    return (slope * lsq_scale / (step.square() * _CLIP_GAIN)).to(clip.dtype)
+    counts = ranges.counts().to(step.device) if ranges.columns % ranges.block else ranges.rows * ranges.columns / ranges.num_groups
+    lsq_scale = (counts * steps_in_range).rsqrt_()
+    return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:
