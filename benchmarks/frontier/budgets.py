@@ -19,6 +19,8 @@ from diffq_fx import DiffQConfig, model_size, prepare
 BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 SETTINGS = (("bits", 10, 1.0), ("bits", 40, 1.0), ("bits", 10, 1e-4), ("bits", 10, 1e4), ("entropy", 10, 1.0), ("entropy", 40, 1.0))
 """What the target holds, steps of the whole training, and what the loss is multiplied with."""
+_WIDEST_CODED = 10
+"""Coded levels of 8 bits take less than 8."""
 
 
 def budgets(asked: argparse.Namespace) -> None:
@@ -44,7 +46,8 @@ def budgets(asked: argparse.Namespace) -> None:
 def _measure(task: Task, size: str, steps: int, scale: float, bits: float) -> Point:
     target = budget_mib(task, bits)
     torch.manual_seed(0)
-    config = DiffQConfig(target_mib=target, training_steps=steps, size=size)  # pyright: ignore[reportArgumentType]
+    most = _WIDEST_CODED if size == "entropy" else 8
+    config = DiffQConfig(target_mib=target, training_steps=steps, size=size, max_bits=most)  # pyright: ignore[reportArgumentType]
     model = prepare(copy.deepcopy(task.float_model), task.example, config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
     batches, sizes = task.batches(0), []
@@ -63,7 +66,8 @@ def _report(task: Task, points: list[Point], results: Path) -> Path:
     table = markdown_table(header, _rows(points))
     worst = max(abs(point["off"]) for point in points)
     body = (
-        f"Exact size over the target, less 1, in %: whole widths, as convert uses them. AdamW, rate {task.rate:g}. "
+        f"Exact size over the target, less 1, in %: whole widths, of up to 8 bits or, where they are coded, {_WIDEST_CODED}, as convert "
+        f"uses them. AdamW, rate {task.rate:g}. "
         f"The furthest off is {100 * worst:.2f} %.\n\n{table}"
     )
     return write_result(

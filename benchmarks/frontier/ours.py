@@ -149,9 +149,9 @@ OURS: dict[str, System] = {
         summary="ours, bits moved by their own gradient alone",
         is_default=False,
     ),
-    "ours-rounding": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, rounding_share=0.9)),
-        summary="ours, true rounding in nine tenths of the steps",
+    "ours-noise-fifth": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, rounding_share=0.8)),
+        summary="ours, noise in a fifth of the steps",
         is_default=False,
     ),
     "ours-distilled": System(

@@ -85,8 +85,8 @@ class DiffQConfig(Method):
     """Optimizer steps with noise; then the bits are final and training rounds truly. None: noise to the end. Without a target None."""
     training_steps: int | None = None
     """Optimizer steps that the whole training will make; if given, noise takes what ``rounding_share`` leaves, not ``noise_steps``."""
-    rounding_share: float = 0.8
-    """The part of ``training_steps`` with final bits and true rounding, 0 to 1."""
+    rounding_share: float = 0.9
+    """The part of ``training_steps`` with final bits and true rounding, 0 to 1; the first step always has noise."""
 
     whole_model: ClassVar[tuple[str, ...]] = (
         *("target_bits", "target_mib", "penalty", "size", "bits_gain"),
@@ -184,7 +184,7 @@ class DiffQConfig(Method):
     def freeze_step(self) -> int | None:
         """The optimizer step after which the bits are final; None where nothing says when."""
         if self.training_steps is not None:
-            return round(self.training_steps * (1 - self.rounding_share))
+            return max(round(self.training_steps * (1 - self.rounding_share)), 1)  # the bits move before they are final
         return self.noise_steps if self.has_target else None
 
     @property

@@ -1,8 +1,10 @@
 """Where the bits should go, from what the first steps of training tell: they would take long to find it by gradient steps alone.
 
-At small noise the loss grows with the noise of a weight by half its curvature, and the curvature is in proportion to the mean square of its
-gradient (the empirical Fisher information). A group of n weights with range R and b bits then adds ``n F R^2 4^-b`` to the
-loss and ``n b`` to the size. Under a target for the size the least loss has the same slope in every group: ``b = log2(R sqrt(F)) + c``.
+At small noise the loss grows by half the curvature H of a weight times the variance of its noise. A group of n weights with range R and
+b bits then adds ``n H R^2 4^-b`` to the loss and ``n b`` to the size. Under a target the least loss has the same slope in every group:
+``b = log2(R sqrt(H)) + c``. The curvature shows in the gradient: under noise of b0 bits, the same in all groups, a weight is off by
+about ``R 2^-b0``, and its gradient by H times that. With F the mean square of the gradient, H is in proportion to ``sqrt(F) / R``, so
+that ``b = log2(R sqrt(F)) / 2 + c``.
 """
 
 from typing import TYPE_CHECKING
@@ -77,7 +79,7 @@ class Sensitivity:
         return True
 
     def _asked(self, index: int) -> Tensor:
-        """``log2(R sqrt(F))`` of each group of a weight; minus infinity where nothing depends on it."""
+        """``log2(R sqrt(F)) / 2`` of each group of a weight; minus infinity where nothing depends on it."""
         quantizer = self.compression.learned[index]
         spec, square = quantizer.spec, self.squares[index]
         counts = spec.bits_layout.counts().to(square.device)
@@ -86,4 +88,4 @@ class Sensitivity:
         span = quantizer.span_in_training(quantizer.source[0])
         if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
             span = span.square().mean().sqrt()
-        return torch.log2(span.expand_as(square) * square.sqrt())
+        return torch.log2(span.expand_as(square) * square.sqrt()) / 2

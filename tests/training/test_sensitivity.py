@@ -12,7 +12,7 @@ X = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
 
 
 class TwoHeads(nn.Module):
-    """Two layers of the same weights, of which one counts a hundred times as much."""
+    """Two layers of the same weights, of which one counts a hundred times as much, and one that nothing depends on."""
 
     def __init__(self):
         super().__init__()
@@ -24,16 +24,16 @@ class TwoHeads(nn.Module):
         return self.loud(x), self.quiet(x), self.unused(x)
 
 
-def trained(steps, *, scale=1.0, optimizer=lambda p: torch.optim.SGD(p, lr=1e-9), **settings):
+def trained(steps, *, scale=1.0, target_bits=5, **settings):
     torch.manual_seed(0)
     net = TwoHeads()
-    model = prepare_diffq(net, X[:2], DiffQConfig(target_bits=5, noise_steps=None, **settings))
+    model = prepare_diffq(net, X[:2], DiffQConfig(target_bits=target_bits, noise_steps=None, **settings))
     goal = copy.deepcopy(net)
-    optimizer = optimizer(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     for _ in range(steps):
         optimizer.zero_grad()
         (loud, quiet, unused), (a, b, _) = model(X), goal(X)
-        (scale * ((loud - a).square().mean() + 1e-4 * (quiet - b).square().mean()) + 0 * unused.sum()).backward()
+        (scale * ((loud - a).square().mean() + 1e-2 * (quiet - b).square().mean()) + 0 * unused.sum()).backward()
         optimizer.step()
     return model
 
@@ -43,14 +43,22 @@ def bits_of(model, name):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_every_group_gets_the_bits_that_its_gradient_asks_for(scale):
-    # The squared error's gradient is in proportion to the noise times its weight in the loss: the same range, 1e-4 times the curvature.
-    # Its gradient's mean square is then 1e-8 times as large, and 13.3 bits lie between them: more than the limits allow.
-    model = trained(5, scale=scale, sensitivity_steps=5)
+@pytest.mark.parametrize("target", [3.5, 5])
+def test_every_group_gets_the_bits_that_its_curvature_asks_for(scale, target):
+    # The same range and 1e-2 times the curvature: the least loss at a size has log2(1e-2) / 2 = -3.32 bits.
+    model = trained(5, scale=scale, sensitivity_steps=5, target_bits=target)
     loud, quiet = bits_of(model, "loud.weight"), bits_of(model, "quiet.weight")
-    assert float(loud.min()) > float(quiet.max()) + 4
-    assert float(bits_of(model, "unused.weight").max()) < 2
+    assert float(loud.mean() - quiet.mean()) == pytest.approx(3.32, abs=0.15)
+    assert float(loud.std()) < 0.3, "the channels of one layer count as much as each other"
+    assert float(bits_of(model, "unused.weight").max()) < float(quiet.min()) + 0.1
     assert model_size(model).item() * 2**23 == pytest.approx(model.compression.budget_bits() + model.compression.rest_bits, rel=0.01)
+
+
+@pytest.mark.parametrize("training_steps", [1, 3, 40])
+def test_the_bits_move_before_they_are_final_however_short_the_training(training_steps):
+    model = trained(max(training_steps // 10, 1), training_steps=training_steps, target_bits=3.5)
+    assert model.compression.frozen
+    assert float(bits_of(model, "loud.weight").mean()) > float(bits_of(model, "quiet.weight").mean()) + 2.5
 
 
 def test_before_that_all_groups_have_the_bits_that_meet_the_target():
@@ -95,12 +103,12 @@ def test_more_steps_with_a_gradient_leave_less_doubt():
             optimizer.step()
         bits = model.compression.learned[0].bits().detach().flatten()
         differences.append(float(bits[:32].mean() - bits[32:].mean()))
-    assert 0.5 < differences[0] < 1.2 < differences[1]
+    assert 0.25 < differences[0] < 0.6 < differences[1]
 
 
 @pytest.mark.parametrize("range_per", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
 def test_bits_move_whatever_shares_a_width_and_a_range(group_size, range_per):
     model = trained(30, sensitivity_steps=5, group_size=group_size, range_per=range_per, max_bits=12)
-    assert float(bits_of(model, "loud.weight").min()) > float(bits_of(model, "quiet.weight").max()) + 4
+    assert float(bits_of(model, "loud.weight").min()) > float(bits_of(model, "quiet.weight").max()) + 2
     assert model_size(model, exact=True) <= (model.compression.budget_bits() + model.compression.rest_bits) / 2**23
