@@ -68,9 +68,9 @@ def test_the_operator_is_registered_as_torch_expects():
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_pieces_of_a_large_weight_begin_on_whole_bytes(bits):
     """Rows of odd length: worked out piece by piece, the weight is that of all levels at once."""
-    spec = WeightSpec(name="w", shape=(5001, 51), axis=0)
+    spec = WeightSpec(name="w", shape=(9001, 51), axis=0)
     levels = torch.randint(2**bits, spec.shape, dtype=torch.int32)
-    params = functional.QuantParams(torch.rand(5001, 1) + 0.5, torch.randint(2**bits, (5001, 1), dtype=torch.int32), None)
-    stored = IntegerWeight(spec, levels, params, torch.full((5001, 1), bits))
+    params = functional.QuantParams(torch.rand(9001, 1) + 0.5, torch.randint(2**bits, (9001, 1), dtype=torch.int32), None)
+    stored = IntegerWeight(spec, levels, params, torch.full((9001, 1), bits))
     assert len(list(spec.scale_layout.row_slices())) > 1
     assert torch.equal(stored(), functional.dequantize(levels, params, spec.scale_layout))

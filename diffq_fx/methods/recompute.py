@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.errors import DiffQError
+from diffq_fx.kernels.native import is_plain
 
 if TYPE_CHECKING:
     from diffq_fx.methods.base import WeightQuantizer
@@ -32,7 +33,9 @@ class _Made:
 
     def is_stored_in(self, tensor: Tensor) -> bool:
         result = self.result()
-        return result is not None and _address(result) == _address(tensor) and result._version == self.result_version
+        if result is None or not is_plain(tensor):  # a tensor of a subclass may have no memory of its own
+            return False
+        return _address(result) == _address(tensor) and result._version == self.result_version
 
     def again(self) -> Tensor:
         if _versions(self.quantizer, self.weight) != self.versions:
@@ -103,7 +106,8 @@ class recompute_weights(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
 
     def make(self, quantizer: "WeightQuantizer", weight: Tensor) -> Tensor:
         """The weight to train with, which autograd will not keep."""
-        if weight.numel() < _WORTH_MAKING or not quantizer.can_make_again or not torch.is_grad_enabled():
+        worth = weight.numel() >= _WORTH_MAKING and quantizer.can_make_again and is_plain(weight)
+        if not worth or not torch.is_grad_enabled():
             return quantizer.training_weight(weight)
         state, self._making = _random_state(weight.device), []
         try:

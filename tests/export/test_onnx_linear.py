@@ -1,5 +1,7 @@
 """The rule ``linear``: what onnxruntime fuses, and that it computes the same."""
 
+import dataclasses
+
 import numpy as np
 import onnx
 import pytest
@@ -212,7 +214,7 @@ def test_weight_with_many_products_is_shared_in_float(path, tmp_path):
 def test_model_in_half_precision_is_folded(path):
     layer = Linear(512, 512, 4)
     spec = layer.weight.spec
-    layer.weight.spec = type(spec)(**{**spec.__dict__, "dtype": torch.float16})
+    layer.weight.spec = dataclasses.replace(spec, dtype=torch.float16)
     layer.half()
     result = export_onnx(layer.eval(), torch.randn(1, 512).half(), path)
     assert "torch.float16" in result.weights[0].reason
