@@ -280,6 +280,7 @@ def _check_target(compression: Compression, caller: str) -> None:
     smallest, largest = compression.reachable_bits()
     if smallest <= budget <= largest:
         return
+    smallest, largest = (max(size - compression.bits_saved, 0) for size in (smallest, largest))
     if config.target_mib is not None:
         asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
         low, high = (mib(size + compression.rest_bits + compression.fixed_bits()) for size in (smallest, largest))

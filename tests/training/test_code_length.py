@@ -1,6 +1,7 @@
 """The expected length of the code of the levels, and what its gradient does to weights."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -162,3 +163,10 @@ def test_a_constant_channel_takes_no_code():
     (grad,) = torch.autograd.grad(expected_code_length(model.compression.learned), weight)
     assert bool(torch.isfinite(grad).all())
     assert not grad[3:5].any()
+
+
+def test_a_target_that_coded_levels_cannot_fill_is_refused_with_what_they_take():
+    model = torch.nn.Linear(256, 256, bias=False)
+    with pytest.raises(ValueError, match=r"target_bits=9 cannot be reached .* take from .* to ([0-9.]+) bits a weight") as caught:
+        prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=9, size="entropy"))
+    assert float(re.search(r"to ([0-9.]+) bits a weight", str(caught.value))[1]) < 8
