@@ -30,6 +30,10 @@ class _Made:
     versions: tuple[int, ...]
     result: weakref.ref[Tensor] = field(repr=False)
     result_version: int
+    users: int = 0
+    """How many saved tensors lie in the result."""
+    asked: int = 0
+    _kept: Tensor | None = field(default=None, repr=False)
 
     def is_stored_in(self, tensor: Tensor) -> bool:
         result = self.result()
@@ -44,6 +48,12 @@ class _Made:
                 "the forward computed with cannot be made again. Call backward() before optimizer.step() and before weights are loaded, "
                 "or train without recompute_weights()."
             )
+        result = self._make() if self._kept is None else self._kept
+        self.asked += 1
+        self._kept = result if self.asked % self.users else None  # the next one who needs it follows soon: a layer, then its quantizer
+        return result
+
+    def _make(self) -> Tensor:
         now = _random_state(self.weight.device)
         _set_random_state(self.weight.device, self.random_state)
         try:
@@ -120,11 +130,13 @@ class recompute_weights(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
         self._live.append(made)
         for saved in inside:  # what the quantizer itself keeps of its result
             if isinstance(saved.source, Tensor) and made.is_stored_in(saved.source):
-                saved.source = made
+                saved.source, made.users = made, made.users + 1
         return result
 
     def _pack(self, tensor: Tensor) -> _Saved:
         made = next((each for each in self._live if each.is_stored_in(tensor)), None)
+        if made is not None:
+            made.users += 1
         saved = _Saved(made or tensor, tensor._version, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if self._making is not None:
             self._making.append(saved)

@@ -105,6 +105,16 @@ def test_a_training_takes_the_same_course():
         assert torch.equal(one, other), name
 
 
+def test_a_weight_is_made_again_once_in_a_backward():
+    model = make(METHODS["noise"])
+    freeze_bits(model)
+    quantizer = next(q for q in model.compression.quantizers if q.spec.name == "first.weight")  # two layers and its own backward need it
+    calls, training_weight = [], quantizer.training_weight
+    quantizer.training_weight = lambda weight: (calls.append(1), training_weight(weight))[1]
+    gradients(model, recompute_weights())
+    assert len(calls) == 2  # one forward, one backward
+
+
 def kept_bytes(model, monkeypatch):
     """Bytes that autograd holds after a forward and that are no parameters."""
     kept, pack = {}, recompute_weights._pack
