@@ -133,8 +133,11 @@ class WeightQuantizer(nn.Module, ABC):
 
     @property
     def can_make_again(self) -> bool:
-        """Whether ``training_weight`` gives the same again for the same random state, as :class:`~diffq_fx.recompute_weights` needs it."""
-        return True
+        """Whether ``training_weight`` changes nothing and gives the same again for the same random state.
+
+        :class:`~diffq_fx.recompute_weights` makes the weights of no other method again.
+        """
+        return False
 
     @abstractmethod
     def rounded_weight(self, weight: Tensor) -> Tensor:

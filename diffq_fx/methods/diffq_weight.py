@@ -98,6 +98,11 @@ class DiffQWeight(GridQuantizer):
             self.get_buffer("range_low").copy_(low)
             self.get_buffer("range_high").copy_(high)
 
+    @property
+    def can_make_again(self) -> bool:
+        """What it is made of is the weight, the method's parameters and the random state alone."""
+        return True
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
         if isinstance(weight, nn.Parameter) and weight is not self.source[0] and not torch.compiler.is_compiling():

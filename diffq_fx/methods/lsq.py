@@ -95,6 +95,11 @@ class LSQWeight(FixedBitsQuantizer):
             return self.start * (_GAIN * self.moved).clamp(-_FURTHEST, _FURTHEST).exp()
         return (self.start + self.moved).abs().clamp(min=torch.finfo(torch.float32).tiny)
 
+    @property
+    def can_make_again(self) -> bool:
+        """What it is made of is the weight, the method's parameters and the random state alone."""
+        return True
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight, differentiable in the weight and the step."""
         spec = self.spec

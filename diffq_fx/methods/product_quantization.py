@@ -147,6 +147,11 @@ class ProductWeight(WeightQuantizer):
         self.is_assigned = bool(state)
         self.centroids.requires_grad_(self.is_assigned)
 
+    @property
+    def can_make_again(self) -> bool:
+        """Noise of the nearest entries moves the codebook every some forwards; without noise it is the weight itself."""
+        return self.is_assigned or (self.config.rate > 0 and self.config.noise != "exact")
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight with some blocks noised, straight-through; the codebook's own weight once its codes are assigned."""
         spec = self.spec

@@ -50,6 +50,11 @@ class STE(FixedBits):
 class STEWeight(FixedBitsQuantizer):
     """True rounding in training and in eval; the gradient of the weight is the identity."""
 
+    @property
+    def can_make_again(self) -> bool:
+        """What it is made of is the weight, the method's parameters and the random state alone."""
+        return True
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight."""
         return straight_through(weight, self.rounded_weight(weight.detach()))

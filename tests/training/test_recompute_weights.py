@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, DiffQError, freeze_bits, prepare, prepare_diffq, recompute_weights
 from diffq_fx.kernels import build
-from diffq_fx.methods import LSQ, STE, QuantNoise
+from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 
 
 class Mixed(nn.Module):
@@ -38,6 +38,10 @@ METHODS = {
     "STE": STE(bits=3),
     "Quant-Noise": QuantNoise(bits=3, rate=0.5),
     "Quant-Noise, held ranges": QuantNoise(bits=3, rate=0.5, range="least_error"),
+    "exact noise of a codebook": ProductQuantization(entries=16, update_every=2),
+    "mean noise of a codebook": ProductQuantization(entries=16, noise="mean"),
+    "a codebook without noise": ProductQuantization(entries=16, rate=0),
+    "LC": LC(entries=4),
 }
 
 
@@ -88,8 +92,9 @@ def test_a_backward_may_come_twice():
     assert_same(gradients(copy.deepcopy(model), recompute_weights(), backwards=2), gradients(model, backwards=2))
 
 
-def test_a_training_takes_the_same_course():
-    plain, again = make(METHODS["noise"]), make(METHODS["noise"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_training_takes_the_same_course(method):
+    plain, again = make(method), make(method)
     for model, remake in ((plain, False), (again, True)):
         torch.manual_seed(3)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -184,12 +189,23 @@ def test_a_weight_that_its_layer_changes_in_place_is_kept(monkeypatch):
         torch.manual_seed(1)
         noisy = quantizer(weight)
         noisy.mul_(2)
-        return torch.autograd.grad((torch.ones(2, 128).requires_grad_() @ noisy).sin().sum(), [weight, quantizer.logits])
+        x = torch.ones(2, 128, requires_grad=True)  # its gradient is what needs the changed weight
+        return torch.autograd.grad((x @ noisy).sin().sum(), [x, weight, quantizer.logits])
 
     expected = run()
     with recompute_weights():
         found = run()
     assert all(map(torch.equal, found, expected))
+
+
+def test_tensors_without_memory_of_their_own_are_kept():
+    model = make(METHODS["noise"])
+    rows = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged, requires_grad=True)
+    with recompute_weights():
+        noisy = model.compression.quantizers[0](model.get_parameter("convolution.weight"))  # alive while the other is saved
+        loss = noisy.sum() + (rows * rows).values().sum()
+    loss.backward()
+    assert bool((rows.grad.values() == 2).all())
 
 
 def test_hooks_inside_it_are_called():
