@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --part kernels       # the ways to make the noise that were weighed
     python benchmarks/train_step.py --part eval          # forward in eval(), after the first
     python benchmarks/train_step.py --part memory        # peak memory of training steps
+    python benchmarks/train_step.py --part size          # size and pressure on the bits of 300 weights
     python benchmarks/train_step.py --part growth        # prepare, one transform, convert from 1 M to 300 M weights
     python benchmarks/train_step.py --part step          # whole training steps; with --seconds 100 a part of them at each call
 
@@ -131,7 +132,7 @@ def _plot_steps(cells: dict[tuple[str, str], tuple[float, float, float]], names:
 def main() -> None:
     """Run one part and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["step", "transform", "kernels", "eval", "memory", "growth"], required=True)
+    parser.add_argument("--part", choices=["step", "transform", "kernels", "eval", "memory", "growth", "size"], required=True)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     parser.add_argument("--systems", default="", help="only those with this in their name; for --part step")
     parser.add_argument("--task", default="", help="only those with this in their name; for --part step")
@@ -153,6 +154,10 @@ def main() -> None:
         body = memory(arguments.quick)
     elif part == "eval":
         body = part_eval(arguments.quick)
+    elif part == "size":
+        from _train_size import part_size
+
+        body = part_size(arguments.quick)
     else:
         from _train_transform import part_kernels, part_transform
 

@@ -255,8 +255,7 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
-    rest = sum(p.numel() for key, p in plan.parameters.items() if key not in plan.specs)
-    compression = Compression(choice, quantizers, plan.skipped, rest, _buffer_bits(model, quantizers))
+    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers))
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
     for quantizer in quantizers:
@@ -264,11 +263,16 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
     return compression
 
 
-def _buffer_bits(model: nn.Module, quantizers: list[WeightQuantizer]) -> int:
-    """What the model's own buffers take in a file."""
-    ours = {id(buffer) for quantizer in quantizers for buffer in quantizer.buffers()}
-    kept = model.state_dict().keys()
-    return sum(8 * each.numel() * each.element_size() for name, each in model.named_buffers() if name in kept and id(each) not in ours)
+def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantizer]) -> list[tuple[nn.Module, str]]:
+    """Where the parameters and buffers are that stay as they are and belong to the model's state, each once."""
+    known = {id(plan.parameters[key]) for key in plan.specs}
+    known.update(id(tensor) for quantizer in quantizers for tensor in (*quantizer.parameters(), *quantizer.buffers()))
+    kept, places = model.state_dict().keys(), []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in kept and id(tensor) not in known:
+            known.add(id(tensor))
+            places.append(owner_of(model, name))
+    return places
 
 
 def _check_target(compression: Compression, caller: str) -> None:

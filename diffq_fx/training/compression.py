@@ -14,7 +14,7 @@ from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.code_length import expected_code_length
-from diffq_fx.training.entropy import bits_saved
+from diffq_fx.training.entropy import bits_saved, rest_in_file
 from diffq_fx.training.groups_in_row import FlatGroups, WidthLimits
 from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits
@@ -45,8 +45,7 @@ class Compression(nn.Module):
         method: MethodChoice,
         quantizers: Sequence[WeightQuantizer],
         skipped: Sequence[SkippedWeight],
-        rest_numel: int,
-        buffer_bits: int = 0,
+        rest: Sequence[tuple[nn.Module, str]] = (),
     ) -> None:
         super().__init__()
         self.method = method
@@ -55,13 +54,15 @@ class Compression(nn.Module):
         self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
         self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
         self.skipped = tuple(skipped)
-        self.rest_numel, self.buffer_bits = rest_numel, buffer_bits
+        self.rest = tuple(rest)  # where parameters and buffers are that are not quantized: moving a model to a device makes new buffers
+        self.rest_numel = sum(getattr(module, name).numel() for module, name in rest if name in module._parameters)
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.penalized = False  # whether model_size was ever part of a loss
         self.bits_saved = 0  # by entropy coding, where that is the size to hold
         self.measure: SizeMeasure = BitPackedSize()
+        self._rest_in_file: int | None = None  # bits, found anew whenever the coding is measured
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
         device = self.learned[0].logits.device if self.learned else None
@@ -132,9 +133,18 @@ class Compression(nn.Module):
 
     @property
     def rest_bits(self) -> int:
-        """Size of what is not quantized, in bits: parameters, as the paper counts; where the size is that of a packed file, buffers too."""
-        in_file = self.buffer_bits if self.learned and self.config.size == "entropy" else 0
-        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32) + in_file
+        """Size of what is not quantized, in bits: parameters, as the paper counts; or what it takes in a packed file, buffers too."""
+        if self.learned and self.config.size == "entropy":
+            if self._rest_in_file is None:
+                self._rest_in_file = rest_in_file(self._rest_tensors())
+            return self._rest_in_file
+        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
+
+    def _rest_tensors(self) -> list[Tensor]:
+        """Parameters and buffers that are not quantized, as convert leaves them."""
+        halves = self.method.rest_dtype == "float16"
+        tensors = ((cast("Tensor", getattr(module, name)), name in module._parameters) for module, name in self.rest)
+        return [tensor.half() if halves and is_parameter and tensor.dtype == torch.float32 else tensor for tensor, is_parameter in tensors]
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""
@@ -163,14 +173,16 @@ class Compression(nn.Module):
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return torch.tensor(float(other))
-        size = self.size_of_logits()(self.logits) + (other - self.bits_saved)
+        logits, size_of = self.logits, self.size_of_logits()
+        size = (size_of(logits) if torch.is_grad_enabled() else size_of.total(logits)[0].float()) + (other - self.bits_saved)
         if self.config.size == "entropy" and torch.is_grad_enabled():  # what is saved is measured; how it grows with the weights is not
             length = expected_code_length(self.learned)
             size = size + (length - length.detach())
         return size
 
     def exact_bits(self) -> int:
-        """Size of the whole model in bits with the widths that eval() and convert use."""
+        """Size of the whole model in bits with the widths that eval() and convert use, and what is not quantized as it is now."""
+        self._rest_in_file = None
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return other
@@ -187,6 +199,7 @@ class Compression(nn.Module):
         """Find what entropy coding saves at the bits of this moment, where that is the size to hold."""
         if not self.learned or self.config.size != "entropy":
             return
+        self._rest_in_file = None
         bits_T, values_T = self.bits_T(), self.groups().values_T
         below_T = bits_T.floor().clamp(min=1)
         share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
@@ -196,6 +209,7 @@ class Compression(nn.Module):
     @torch.no_grad()
     def hold_coded_size(self) -> None:
         """Stretch all ranges so that the levels take the target again: steps that are 1 % longer save 0.014 bits a weight."""
+        self._rest_in_file = None
         budget = self.budget_bits()
         if budget is None:
             return

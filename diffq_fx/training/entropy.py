@@ -1,5 +1,6 @@
-"""What an entropy coder saves: the bits that levels are stored in, less the length of their code."""
+"""What a packed file takes: what an entropy coder saves of levels and scales, and what all that is not quantized takes in it."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -7,17 +8,63 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
+from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import to_rows
+from diffq_fx.storage.packing import SMALL_BYTES
 
 if TYPE_CHECKING:
     from diffq_fx.methods.diffq_weight import DiffQWeight
 
+_HEADER_BITS = 8 * 1200
+"""What names, shapes and checksums take: of some dozens of weights about as much."""
+_ITEM = 4
+"""Bytes of a number: those at the same place in all numbers have one model, since the highest are much alike."""
+_TABLE_BITS = 4
+
+
+@torch.no_grad()
+def coded_bits(tensors: Sequence[Tensor]) -> int:
+    """Bits of numbers of four bytes in order-0 entropy code, ``sum_k min(n H_k + t u_k, 8 n)`` over the places k of a byte.
+
+    The code needs a table of the u different bytes, of t = 4 bits each.
+
+    Args:
+        tensors: of any types and shapes; their bytes are taken one after the other.
+
+    Returns:
+        Bits.
+
+    Example:
+        >>> coded_bits([torch.linspace(1, 2, 1000)]), coded_bits([torch.ones(1000)])
+        (23538, 16)
+    """
+    pieces = [tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu() for tensor in tensors]
+    data = torch.cat([torch.zeros(0, dtype=torch.uint8), *pieces])
+    counts = torch.stack([torch.bincount(data[place::_ITEM], minlength=256).double() for place in range(_ITEM)])
+    coded = torch.stack([_code_length(each) for each in counts]) + _TABLE_BITS * (counts > 0).sum(1)
+    return round(float(torch.minimum(coded, 8 * counts.sum(1)).sum()))
+
+
+@torch.no_grad()
+def rest_in_file(tensors: Sequence[Tensor]) -> int:
+    """Bits of what is not quantized in a packed file: small tensors coded, large ones as they are, and the file's header.
+
+    Args:
+        tensors: parameters and buffers.
+
+    Returns:
+        Bits.
+    """
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size < SMALL_BYTES]
+    return coded_bits(small) + 8 * sum(size for size in sizes if size >= SMALL_BYTES) + _HEADER_BITS
+
 
 @torch.no_grad()
 def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) -> int:
-    """Bits that order-0 entropy coding of the levels takes off bit packing, ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
+    """Bits that order-0 entropy coding of levels and scales takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
 
-    Each weight has one model for each width b, of levels relative to their zero point, as
+    Each weight has one model for each width b, of levels relative to their zero point, and all scales have one for each byte, about as
     :func:`~diffq_fx.export.packed.save_packed` codes them.
 
     Args:
@@ -27,10 +74,28 @@ def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) ->
     Returns:
         Bits, 0 or more.
     """
-    return round(sum(_saved(quantizer, width.view(quantizer.width.shape)) for quantizer, width in zip(quantizers, widths, strict=True)))
+    saved, scales = 0.0, []
+    for quantizer, width in zip(quantizers, widths, strict=True):
+        own, params = _saved(quantizer, width.view(quantizer.width.shape))
+        saved += own
+        scales += _of_ranges(quantizer, params, width.view(quantizer.width.shape))
+    return round(saved) + 8 * sum(scale.numel() * scale.element_size() for scale in scales) - coded_bits(scales)
 
 
-def _saved(quantizer: "DiffQWeight", width: Tensor) -> float:
+def _of_ranges(quantizer: "DiffQWeight", params: QuantParams, width: Tensor) -> list[Tensor]:
+    """What a file holds of each range: its extent, of which the scales of all widths follow, and its offset where the grid has one."""
+    rows, columns = quantizer.spec.range_layout.shape
+    extent = params.scale * (torch.exp2(width) - 1)
+    return [each[:rows, :columns].float() for each in (extent, params.offset) if each is not None]
+
+
+def _code_length(counts: Tensor) -> Tensor:
+    """Bits of the order-0 entropy code of values that occur so often, one model for each row, 0-d."""
+    return -torch.special.xlogy(counts, counts / counts.sum(-1, keepdim=True).clamp(min=1)).sum() / math.log(2)
+
+
+def _saved(quantizer: "DiffQWeight", width: Tensor) -> tuple[float, QuantParams]:
+    """Bits that coding takes off the levels of one weight, and its scales."""
     spec = quantizer.spec
     rows_OI, layout = to_rows(quantizer.source[0].detach(), spec.axis), spec.scale_layout
     params = quantizer.params(rows_OI, width)
@@ -46,7 +111,5 @@ def _saved(quantizer: "DiffQWeight", width: Tensor) -> float:
         index = ((width_PI << largest) + levels_PI).reshape(-1)
         counts += torch.bincount(index, minlength=len(counts))
     counts = counts.view(largest + 1, -1)
-    totals = counts.sum(1, keepdim=True)
-    code = -torch.special.xlogy(counts, counts / totals.clamp(min=1)).sum() / torch.log(torch.tensor(2.0))
-    packed = (totals[:, 0] * torch.arange(largest + 1, device=counts.device)).sum()
-    return float((packed - code).clamp(min=0))
+    packed = (counts.sum(1) * torch.arange(largest + 1, device=counts.device)).sum()
+    return float((packed - _code_length(counts)).clamp(min=0)), params

@@ -94,6 +94,8 @@ class Segment:
     counts: tuple[int, ...]
     values: Tensor
     """Stored values per group, shape (N,); a view of one number where all groups have as many."""
+    columns: int | None = None
+    """Groups in a row of each weight, where they all have as many: one call then puts them side by side."""
     _opened: list[Tensor] = field(default_factory=list, repr=False)
     """The row of :meth:`open` and each weight's part of it, made when it is first needed."""
 
@@ -106,7 +108,8 @@ class Segment:
         """One value per group of each weight of the model, as a row: a view where the segment is one weight."""
         if len(self.weights) == 1:
             return tensors[self.weights[0]].reshape(-1)
-        return _flatten_dense_tensors([tensors[i] for i in self.weights])
+        own = [tensors[i] for i in self.weights]
+        return _flatten_dense_tensors(own) if self.columns is None else torch.cat(own).reshape(-1)  # a third of the time
 
     def split(self, row_N: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A row as one tensor per weight of the segment, views of the row in the shapes of ``tensors``."""
@@ -120,7 +123,10 @@ class Segment:
         if not self._opened:  # 300 views take longer to make than all the rest
             row_N = _flatten_dense_tensors(own)
             self._opened[:] = [row_N, *_unflatten_dense_tensors(row_N, own)]
-        torch._foreach_copy_(self._opened[1:], own)  # pyright: ignore[reportPrivateImportUsage]
+        elif self.columns is None:
+            torch._foreach_copy_(self._opened[1:], own)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            torch.cat(own, out=self._opened[0].view(-1, self.columns))
         return self._opened[0]
 
     def close(self, row_N: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -152,6 +158,7 @@ class FlatGroups:
         self._limits = [WidthLimits()] * len(specs) if limits is None else list(limits)
         costs = [(container_costs if in_containers else bit_costs)(spec) for spec in specs]
         self.counts = [values.numel() for values, _ in costs]
+        self._columns = [spec.bits_layout.shape[1] for spec in specs]
         self._values = [_one_number_if_equal(values.reshape(-1).to(device, torch.float32)) for values, _ in costs]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
         self.device = device
@@ -206,6 +213,7 @@ class FlatGroups:
                     run,
                     tuple(self.counts[i] for i in run),
                     self._values[run[0]] if len(run) == 1 else torch.cat([self._values[i] for i in run]),
+                    self._columns[run[0]] if len({self._columns[i] for i in run}) == 1 else None,
                 )
                 for run in runs
             ]

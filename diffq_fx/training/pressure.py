@@ -44,7 +44,7 @@ _LOGIT_LIMIT = 6.0
 
 _CODING_ROUNDS = 3
 _CODING_EVERY = 50
-"""Steps after which it is found again what entropy coding saves, where that is the size to hold."""
+"""Steps after which it is found again what entropy coding saves, where that is the size to hold; a tenth of a training if that is less."""
 
 _LARGEST_SHIFT = 0.5
 """Largest common shift of ``gain * logit`` in one step."""
@@ -113,8 +113,9 @@ class SizePressure:
     def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
         """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
         config, logits, frozen = self.compression.config, self.compression.logits, self.compression.frozen
+        learned, idles = self.compression.learned, "logits" if frozen else "clip"
         for i in held:
-            idle = self.compression.learned[i]._parameters.get("logits" if frozen else "clip")
+            idle = learned[i]._parameters.get(idles)
             if idle is not None:
                 idle.grad = None  # so that no momentum and no decay moves it either
         if frozen:
@@ -123,7 +124,7 @@ class SizePressure:
             self.sensitivity.observe()
         if config.penalty is None and self.compression.budget_bits() is None:
             return
-        grads: dict[int, Tensor] = {i: grad for i in held if (grad := logits[i].grad) is not None}
+        grads = {i: grad for i in held if (grad := logits[i].grad) is not None}
         if not grads:
             return
         # A fused optimizer divides by GradScaler's scale itself, later.
@@ -186,14 +187,18 @@ class SizePressure:
         frozen, budget = compression.frozen, compression.budget_bits()
         if not frozen:
             moved = budget is not None and held[0] == 0 and self.sensitivity.move_bits(budget)
-            if moved or compression.progress[0] % _CODING_EVERY == 0:
+            if moved or self._measures_now():
                 compression.measure_coding()
             if budget is not None:
                 self._shift(compression.budget_bits() or budget)
-        elif held[0] == 0 and compression.config.size == "entropy" and compression.progress[0] % _CODING_EVERY == 0:
+        elif held[0] == 0 and compression.config.size == "entropy" and self._measures_now():
             compression.hold_coded_size()
         if held[0] == 0:
             compression.count_step()
+
+    def _measures_now(self) -> bool:
+        every = min(_CODING_EVERY, max((self.compression.config.training_steps or 10 * _CODING_EVERY) // 10, 1))
+        return self.compression.progress[0] % every == 0
 
     def _shift(self, budget: int) -> None:
         compression = self.compression

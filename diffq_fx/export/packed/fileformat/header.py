@@ -19,14 +19,13 @@ from diffq_fx.export.packed.kinds import kind_of_name
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_reading import shard_size
 from diffq_fx.export.packed.shards import SECTIONS, ShardHead, Span
+from diffq_fx.storage.packing import SMALL_BYTES
 from diffq_fx.weights import WeightSpec
 
 _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
 _MOST_CRC = 1 << 32
-SMALL_BYTES = 1 << 16
-"""Plain tensors with fewer bytes lie together in one tensor of the container, coded."""
 _SMALL_PER_BYTE = 128
 _ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")
 """What no weight leaves to the defaults of its kind."""
