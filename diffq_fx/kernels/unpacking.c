@@ -3,8 +3,9 @@
 //
 // Compiled without contraction of a * b + c, so that every weight is bit by bit what torch's operations make.
 
-#include <stdint.h>
 #include <string.h>
+
+#include "inline.h"
 
 #define AHEAD 512 // codes of a stream that are unpacked at a time: those of all classes stay in the cache
 
@@ -34,8 +35,6 @@ typedef struct {
     uint8_t *codes8;
     uint16_t *codes16;
 } Part;
-
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 // Vectors of GCC and Clang, which make the most of numbers of 16 bits; a compiler left to itself would take 32.
 typedef uint8_t Bytes __attribute__((vector_size(32)));
