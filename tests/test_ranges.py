@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, functional, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import build, learned_factor, least_error_range, native, normal_range, round_in_range
+from diffq_fx.kernels import RoundInRange, build, learned_factor, least_error_range, native, normal_range
 from diffq_fx.kernels.native import SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
@@ -72,7 +72,7 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     low, high = torch.full((6, 1), -1.2), torch.full((6, 1), 1.0)
     params = functional.quant_params(low, high, bits, "affine")
     rounded = functional.dequantize(functional.quantize(weight.detach(), params, bits, layout), params, layout)
-    out = round_in_range(weight, rounded, torch.zeros(6, 1), clip, params.scale, high - low, axis=0, groups=layout, ranges=layout)
+    out = RoundInRange(axis=0, groups=layout, ranges=layout)(weight, rounded, torch.zeros(6, 1), clip, params.scale, high - low)
     out.backward(grad)
     assert torch.equal(weight.grad, grad)
     scale, zero = params.scale, params.zero_point

@@ -5,11 +5,12 @@ from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import add_noise
 from diffq_fx.kernels.one_pass import OnePass
 from diffq_fx.kernels.ranges import least_error_range, normal_range
-from diffq_fx.kernels.rounding import learned_factor, round_in_range
+from diffq_fx.kernels.rounding import RoundInRange, learned_factor
 from diffq_fx.kernels.statistics import extremes, statistics
 
 __all__ = [
     "OnePass",
+    "RoundInRange",
     "add_noise",
     "bits_of_logits",
     "extremes",
@@ -18,7 +19,6 @@ __all__ = [
     "moments",
     "normal_range",
     "release",
-    "round_in_range",
     "size_of_logits",
     "slope_of_size",
     "statistics",

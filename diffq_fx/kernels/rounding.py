@@ -1,6 +1,6 @@
 """True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
 
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,59 +25,77 @@ def learned_factor(clip: Tensor) -> Tensor:
     return torch.exp(_CLIP_GAIN * clip)
 
 
+@dataclass(frozen=True)
+class RoundInRange:
+    """Train with a truly rounded weight and, with ``clip``, its range: LSQ's gradient (arXiv:1902.08153) for a range with a zero point.
+
+    The rounded weight is on a grid that is proportional to ``e = exp(gain * clip)``. Backward, for the weight: 1; for the range:
+    ``d rounded / d ln e = rounded - w`` within the range, ``rounded`` for weights clipped to its ends. The sum is scaled
+    as LSQ scales that of its step s, ``1 / sqrt(n P)`` for n weights and P steps in the range, and taken relative to s.
+
+    Differs from the paper: the step is learned by its logarithm, so that a grid of 8 bits moves at the pace of one of 2 bits,
+    and a clipped weight keeps its gradient.
+
+    Example:
+        >>> layout, clip = GroupLayout.of(1, 2, "channel"), torch.zeros(1, 1, requires_grad=True)
+        >>> weight, rounded = torch.tensor([[0.4, 9.0]], requires_grad=True), torch.tensor([[0.0, 3.0]])  # 9 is clipped
+        >>> round_in_range = RoundInRange(axis=0, groups=layout, ranges=layout)
+        >>> round_in_range(weight, rounded, torch.zeros(1, 1), clip, torch.ones(1, 1), torch.full((1, 1), 3.0)).sum().backward()
+        >>> weight.grad, bool(clip.grad > 0)
+        (tensor([[1., 1.]]), True)
+    """
+
+    axis: int
+    """Of the output channels."""
+    groups: GroupLayout
+    """The groups that have a scale."""
+    ranges: GroupLayout
+    """The groups that share a range."""
+
+    def __call__(self, weight: Tensor, rounded: Tensor, logits: Tensor, clip: Tensor | None, scale: Tensor, span: Tensor) -> Tensor:
+        """The values of ``rounded``, differentiable in weight and ``clip``.
+
+        Args:
+            weight: float, any shape.
+            rounded: its rounded values, the same shape.
+            logits: of the bits; they get a gradient of zero.
+            clip: shape of ``ranges``; None for a range that is not learned.
+            scale: shape of ``groups``.
+            span: high - low of each range, shape of ``ranges``.
+        """
+        return _RoundInRange.apply(self, weight, rounded, logits, clip, scale, span)
+
+    def slope_of_clip(self, grad: Tensor, weight: Tensor, rounded: Tensor, clip: Tensor, scale: Tensor, span: Tensor) -> Tensor:
+        """The gradient of ``clip``, without autograd."""
+        rows = (to_rows(each, self.axis) for each in (grad, weight, rounded))
+        slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups), scale
+        for along, size in enumerate(clip.shape):
+            if size == 1 < step.shape[along]:
+                slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
+        steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
+        ranges = self.ranges
+        counts = ranges.counts().to(step.device) if ranges.columns % ranges.block else ranges.rows * ranges.columns / ranges.num_groups
+        lsq_scale = (counts * steps_in_range).rsqrt_()
+        return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
+
+
 class _RoundInRange(torch.autograd.Function):
     """The rounded weight; its gradient goes to the weight as it is and to the range in closed form."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        rounded: Tensor,
-        logits: Tensor,
-        clip: Tensor | None,
-        scale: Tensor,
-        span: Tensor,
-        axis: int,
-        groups: GroupLayout,
-        ranges: GroupLayout,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, rounded, logits, clip, scale, span)
-        ctx.axis, ctx.groups, ctx.ranges = axis, groups, ranges
+    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, rounded: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.kernel = kernel
+        ctx.save_for_backward(weight, rounded, *others)
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, rounded, logits, clip, scale, span = ctx.saved_tensors
         grad_clip = None
-        if clip is not None and ctx.needs_input_grad[3]:
-            slope = partial(_slope_of_clip, axis=ctx.axis, groups=ctx.groups, ranges=ctx.ranges)
-            grad_clip = first_alone(slope, grad, weight, rounded, clip, scale, span)
+        if clip is not None and ctx.needs_input_grad[4]:
+            grad_clip = first_alone(ctx.kernel.slope_of_clip, grad, weight, rounded, clip, scale, span)
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
-        return grad, None, torch.zeros_like(logits), grad_clip, None, None, None, None, None
-
-
-def _slope_of_clip(
-    grad: Tensor,
-    weight: Tensor,
-    rounded: Tensor,
-    clip: Tensor,
-    scale: Tensor,
-    span: Tensor,
-    *,
-    axis: int,
-    groups: GroupLayout,
-    ranges: GroupLayout,
-) -> Tensor:
-    """The gradient of ``clip`` as :func:`round_in_range` has it."""
-    slope = _slope_of_range(to_rows(grad, axis), to_rows(weight, axis), to_rows(rounded, axis), scale, groups)
-    step = scale
-    for along, size in enumerate(clip.shape):
-        if size == 1 < step.shape[along]:
-            slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
-    steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
-    counts = ranges.counts().to(step.device) if ranges.columns % ranges.block else ranges.rows * ranges.columns / ranges.num_groups
-    lsq_scale = (counts * steps_in_range).rsqrt_()
-    return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
+        return None, grad, None, torch.zeros_like(logits), grad_clip, None, None
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:
@@ -87,49 +105,3 @@ def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scal
     error_OI = (rounded_OI.to(scale.dtype)).sub(weight_OI)
     clipped_OI = error_OI.abs() > groups.expand(scale) * (0.5 * _JUST_BEYOND)
     return groups.sum(torch.where(clipped_OI, rounded_OI, error_OI).mul_(grad_OI))
-
-
-def round_in_range(
-    weight: Tensor,
-    rounded: Tensor,
-    logits: Tensor,
-    clip: Tensor | None,
-    scale: Tensor,
-    span: Tensor,
-    *,
-    axis: int,
-    groups: GroupLayout,
-    ranges: GroupLayout,
-) -> Tensor:
-    """Train with a truly rounded weight and, with ``clip``, its range: LSQ's gradient (arXiv:1902.08153) for a range with a zero point.
-
-    Forward ``rounded``, on a grid that is proportional to ``e = exp(gain * clip)``. Backward, for the weight: 1; for the range:
-    ``d rounded / d ln e = rounded - w`` within the range, ``rounded`` for weights clipped to its ends. The sum is scaled
-    as LSQ scales that of its step s, ``1 / sqrt(n P)`` for n weights and P steps in the range, and taken relative to s.
-
-    Differs from the paper: the step is learned by its logarithm, so that a grid of 8 bits moves at the pace of one of 2 bits,
-    and a clipped weight keeps its gradient.
-
-    Args:
-        weight: float, any shape.
-        rounded: its rounded values, the same shape.
-        logits: of the bits; they get a gradient of zero.
-        clip: shape of ``ranges``; None for a range that is not learned.
-        scale: shape of ``groups``.
-        span: high - low of each range, shape of ``ranges``.
-        axis: of the output channels.
-        groups: the groups that have a scale.
-        ranges: the groups that share a range.
-
-    Returns:
-        The values of ``rounded``.
-
-    Example:
-        >>> layout, clip = GroupLayout.of(1, 2, "channel"), torch.zeros(1, 1, requires_grad=True)
-        >>> weight, rounded = torch.tensor([[0.4, 9.0]], requires_grad=True), torch.tensor([[0.0, 3.0]])  # 9 is clipped
-        >>> groups = {"axis": 0, "groups": layout, "ranges": layout}
-        >>> round_in_range(weight, rounded, torch.zeros(1, 1), clip, torch.ones(1, 1), torch.full((1, 1), 3.0), **groups).sum().backward()
-        >>> weight.grad, bool(clip.grad > 0)
-        (tensor([[1., 1.]]), True)
-    """
-    return _RoundInRange.apply(weight, rounded, logits, clip, scale, span, axis, groups, ranges)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.kernels import OnePass, add_noise, learned_factor, least_error_range, normal_range, round_in_range, step_of_logits
+from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_range, step_of_logits
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -22,7 +22,7 @@ class DiffQWeight(GridQuantizer):
     Parameters:
         logits: float32, shape of the spec's ``bits_layout``; see :func:`diffq_fx.functional.bits_from_logits`.
         clip: float32, shape of the spec's ``range_layout``: how far the range has moved since the bits became final; see
-            :func:`diffq_fx.kernels.round_in_range`. None without learned clipping.
+            :func:`diffq_fx.kernels.RoundInRange`. None without learned clipping.
 
     Buffers:
         width: int32, the shape of ``logits``: the rounded bits, set for the whole model at once so that the size meets its target.
@@ -142,8 +142,8 @@ class DiffQWeight(GridQuantizer):
         low, high = self.range_of(to_rows(weight, spec.axis), self.width)
         params = functional.quant_params(low, high, self.width, spec.grid)
         rounded = self.round_to(weight.detach(), params)
-        layouts = {"axis": spec.axis, "groups": spec.scale_layout, "ranges": spec.range_layout}
-        return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low, **layouts)
+        round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout)
+        return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low)
 
     def rounded_bits(self) -> Tensor:
         """Bits of each group as the converted model has them."""
