@@ -16,7 +16,7 @@ lambda) the hook adds ``penalty * dM/dl`` once per step.
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,15 @@ class _GradientSums:
     gn: Tensor
     nn: Tensor
     count: int
+
+
+class HeldBits(NamedTuple):
+    """The bits of one prepared model that an optimizer holds, looked up once a step: to find 300 takes as long as to move them."""
+
+    weights: Sequence[int]
+    """Indices of the weights whose logits it holds, rising."""
+    logits: Sequence[Tensor]
+    """The logits of all weights of the model."""
 
 
 class SizePressure:
@@ -110,21 +119,20 @@ class SizePressure:
             quantizer.logits.fill_(float(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain)))
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, held: Sequence[int]) -> None:
+    def before_step(self, optimizer: Optimizer, held: HeldBits) -> None:
         """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
-        config, logits, frozen = self.compression.config, self.compression.logits, self.compression.frozen
-        learned, idles = self.compression.learned, "logits" if frozen else "clip"
-        for i in held:
-            idle = learned[i]._parameters.get(idles)
+        config, learned, frozen, logits = self.compression.config, self.compression.learned, self.compression.frozen, held.logits
+        for i in held.weights:
+            idle = logits[i] if frozen else learned[i]._parameters.get("clip")
             if idle is not None:
                 idle.grad = None  # so that no momentum and no decay moves it either
         if frozen:
             return
-        if held[0] == 0:  # of several optimizers one counts
+        if held.weights[0] == 0:  # of several optimizers one counts
             self.sensitivity.observe()
         if config.penalty is None and self.compression.budget_bits() is None:
             return
-        grads = {i: grad for i in held if (grad := logits[i].grad) is not None}
+        grads = {i: grad for i in held.weights if (grad := logits[i].grad) is not None}
         if not grads:
             return
         # A fused optimizer divides by GradScaler's scale itself, later.
@@ -181,28 +189,28 @@ class SizePressure:
         return multiplier.float(), (_GRADIENT_RMS / square.sqrt()).float()
 
     @torch.no_grad()
-    def after_step(self, held: Sequence[int]) -> None:
+    def after_step(self, held: HeldBits) -> None:
         """Shift all logits together so that the size is the one to hold."""
-        compression = self.compression
+        compression, is_first = self.compression, held.weights[0] == 0
         frozen, budget = compression.frozen, compression.budget_bits()
         if not frozen:
-            moved = budget is not None and held[0] == 0 and self.sensitivity.move_bits(budget)
+            moved = budget is not None and is_first and self.sensitivity.move_bits(budget)
             if moved or self._measures_now():
                 compression.measure_coding()
             if budget is not None:
-                self._shift(compression.budget_bits() or budget)
-        elif held[0] == 0 and compression.config.size == "entropy" and self._measures_now():
+                self._shift(compression.budget_bits() or budget, held.logits)
+        elif is_first and compression.config.size == "entropy" and self._measures_now():
             compression.hold_coded_size()
-        if held[0] == 0:
+        if is_first:
             compression.count_step()
 
     def _measures_now(self) -> bool:
         every = min(_CODING_EVERY, max((self.compression.config.training_steps or 10 * _CODING_EVERY) // 10, 1))
         return self.compression.progress[0] % every == 0
 
-    def _shift(self, budget: int) -> None:
+    def _shift(self, budget: int, logits: Sequence[Tensor]) -> None:
         compression = self.compression
-        size_of, logits = compression.size_of_logits(), compression.logits
+        size_of = compression.size_of_logits()
         segments = size_of.groups.segments()
         rows = [segment.open(logits) for segment in segments]
         size, slope = size_of.total(logits, rows)
@@ -223,6 +231,8 @@ def _tiles(size_of: SizeOfLogits, rows: Sequence[tuple[Segment, Tensor, Tensor]]
 
 _live: "weakref.WeakSet[SizePressure]" = weakref.WeakSet()
 _hooks: list[Any] = []
+_stepping: "weakref.WeakKeyDictionary[Optimizer, list[tuple[SizePressure, HeldBits]]]" = weakref.WeakKeyDictionary()
+"""What the optimizers hold that are within a step."""
 
 
 def _watch(pressure: SizePressure) -> None:
@@ -233,25 +243,23 @@ def _watch(pressure: SizePressure) -> None:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _holders(held: set[int]) -> Iterator[tuple[SizePressure, list[int]]]:
+def _holders(held: set[int]) -> Iterator[tuple[SizePressure, HeldBits]]:
     for pressure in list(_live):
-        indices = [i for i, logits in enumerate(pressure.compression.logits) if id(logits) in held]
-        if indices:
-            yield pressure, indices
+        every = pressure.compression.logits
+        weights = [i for i, logits in enumerate(every) if id(logits) in held]
+        if weights:
+            yield pressure, HeldBits(weights, every)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = _held(optimizer)
-    for pressure, indices in _holders(held):
-        pressure.before_step(optimizer, indices)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _stepping[optimizer] = list(_holders(held))
+    for pressure, bits in _stepping[optimizer]:
+        pressure.before_step(optimizer, bits)
     for pressure in list(_live):  # the weights may be another optimizer's than the bits
         pressure.shorten_code(optimizer, held)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for pressure, indices in _holders(_held(optimizer)):
-        pressure.after_step(indices)
+    for pressure, bits in _stepping.pop(optimizer, ()):
+        pressure.after_step(bits)
