@@ -255,7 +255,8 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
-    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers))
+    owners = [owner_of(model, quantizer.spec.name) for quantizer in quantizers]
+    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers), owners)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
     for quantizer in quantizers:

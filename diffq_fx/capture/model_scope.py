@@ -41,6 +41,7 @@ def _unpickle(body: dict[str, Any], imports: str, name: str, calls: list[tuple[s
     source = nn.Module()
     source.__dict__.update(body)
     model = CapturedModel(source, graph, name)
+    model._modules.update(source._modules)  # fx makes new containers; the compression knows those that were saved
     graft(source, model)
     return model
 
