@@ -259,9 +259,17 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
     compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers), owners)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
+    model.register_load_state_dict_post_hook(_round_what_was_loaded)
     for quantizer in quantizers:
         quantizer.train(model.training)
     return compression
+
+
+def _round_what_was_loaded(model: nn.Module, _: Any) -> None:
+    """A compiled eval() takes the widths as they are."""
+    compression = vars(model).get(CHILD)
+    if isinstance(compression, Compression) and not model.training:
+        compression.eval()
 
 
 def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantizer]) -> list[tuple[nn.Module, str]]:

@@ -29,9 +29,10 @@ class Net(nn.Module):
         self.first, self.norm, self.last = nn.Linear(64, 256), nn.BatchNorm1d(256), nn.Linear(256, 32)
         self.inner = nn.Module()
         self.inner.register_buffer("offset", torch.zeros(256))
+        self.scale = nn.Parameter(torch.ones(32))  # a parameter of the whole model itself
 
     def forward(self, x):
-        return self.last((self.norm(self.first(x)) + self.inner.offset).relu())
+        return self.scale * self.last((self.norm(self.first(x)) + self.inner.offset).relu())
 
 
 def make(seed=0, **settings):
@@ -50,6 +51,10 @@ def train(model, optimizer, steps, after=lambda: None):
         (model(x) - x[:, :32]).square().mean().backward()
         optimizer.step()
         after()
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
 
 
 def assert_same_state(found, expected):
@@ -95,6 +100,24 @@ def test_weights_that_were_put_in_place_of_others_are_the_ones_that_count(settin
 
 
 @every_size
+@pytest.mark.parametrize("final", [False, True], ids=["noise", "final bits"])
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+def test_a_compiled_model_in_eval_follows_what_is_loaded(settings, final, way):
+    torch._dynamo.reset()
+    model = make(**settings)
+    train(model, adam(model), 25)
+    if final:
+        freeze_bits(model)
+    other = way(make(1, **settings).eval())
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(X)
+        compiled.load_state_dict({f"_orig_mod.{name}": each for name, each in model.state_dict().items()})
+        torch.testing.assert_close(compiled(X), model.eval()(X))
+    torch._dynamo.reset()
+
+
+@every_size
 def test_looking_at_the_size_changes_no_training(settings):
     model, looked_at = make(**settings), make(**settings)
     for each, look in ((model, lambda: None), (looked_at, lambda: model_size(looked_at, exact=True))):
@@ -104,7 +127,7 @@ def test_looking_at_the_size_changes_no_training(settings):
 
 
 @every_size
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_a_copy_trains_as_the_model_and_counts_what_is_its_own(settings, way):
     model = make(**settings)
     train(model, adam(model), 3)
