@@ -22,6 +22,8 @@ class CapturedModel(fx.GraphModule):
         """Copy the graph and everything that the module holds."""
         copied = cast("CapturedModel", super().__deepcopy__(memo))
         type(copied).__name__ = type(self).__name__  # fx makes a class for each instance, and names the copy's anew
+        for registry in ("_parameters", "_buffers"):  # the compression knows these and not those that fx made
+            copied.__dict__[registry] = memo[id(getattr(self, registry))]
         graft(self, copied, lambda value: copy.deepcopy(value, memo))
         return copied
 
@@ -43,6 +45,7 @@ class CapturedModel(fx.GraphModule):
         source.__dict__.update(body)
         self.__init__(source, graph, name)
         self._modules.update(source._modules)  # fx makes new containers; the compression knows those that were saved
+        self._parameters, self._buffers = source._parameters, source._buffers
         self._load_state_dict_post_hooks = source._load_state_dict_post_hooks
         graft(source, self)
 

@@ -20,6 +20,9 @@ from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits
 from diffq_fx.weights import SkippedWeight
 
+Place = tuple[dict[str, Any], str]
+"""Where a module keeps a parameter or a buffer, and its name there. Not the module: in a pickle it would come before what it is made of."""
+
 _CODING_ROUNDS = 8
 _CLOSE_ENOUGH = 2e-3
 _LARGEST_STRETCH = 0.1
@@ -47,8 +50,8 @@ class Compression(nn.Module):
         method: MethodChoice,
         quantizers: Sequence[WeightQuantizer],
         skipped: Sequence[SkippedWeight],
-        rest: Sequence[tuple[nn.Module, str]] = (),
-        owners: Sequence[tuple[nn.Module, str]] = (),
+        rest: Sequence[Place] = (),
+        weights: Sequence[Place] = (),
     ) -> None:
         super().__init__()
         self.method = method
@@ -57,9 +60,10 @@ class Compression(nn.Module):
         self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
         self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
         self.skipped = tuple(skipped)
-        self.rest = tuple(rest)  # where parameters and buffers are that are not quantized: moving a model to a device makes new buffers
-        self.owners = tuple(owners)  # where the weight of each quantizer is: load_state_dict(assign=True) puts another there
-        self.rest_numel = sum(getattr(module, name).numel() for module, name in rest if name in module._parameters)
+        # Places and not tensors: moving a model makes new buffers, load_state_dict(assign=True) new parameters.
+        self.rest = tuple(rest)  # what is not quantized
+        self.weights = tuple(weights)  # that of each quantizer
+        self.rest_numel = sum(each.numel() for registry, name in rest if isinstance(each := registry[name], nn.Parameter))
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
@@ -141,8 +145,8 @@ class Compression(nn.Module):
 
     def find_weights(self) -> None:
         """Take up the weights that the model has now, should they be others than those of the latest forward."""
-        for quantizer, (owner, name) in zip(self.quantizers, self.owners, strict=True):
-            weight = owner._parameters.get(name)
+        for quantizer, (registry, name) in zip(self.quantizers, self.weights, strict=True):
+            weight = registry.get(name)
             if isinstance(quantizer, DiffQWeight) and type(weight) is nn.Parameter and weight is not quantizer.source[0]:
                 quantizer.source = (weight,)
 
@@ -191,8 +195,8 @@ class Compression(nn.Module):
         if not self.learned or self.config.size != "entropy":
             return self.rest_bits
         halves, same = self.method.rest_dtype == "float16", not _is_one_of_several()
-        parameters = [each for module, name in self.rest if (each := module._parameters.get(name)) is not None]
-        buffers = [cast("Tensor", getattr(module, name)) for module, name in self.rest if name not in module._parameters]
+        tensors = [each for registry, name in self.rest if (each := registry.get(name)) is not None]
+        parameters, buffers = ([each for each in tensors if isinstance(each, nn.Parameter) == kind] for kind in (True, False))
         kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
         return rest_in_file([*kept, *buffers]) if same else rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
 

@@ -30,9 +30,10 @@ class Net(nn.Module):
         self.inner = nn.Module()
         self.inner.register_buffer("offset", torch.zeros(256))
         self.scale = nn.Parameter(torch.ones(32))  # a parameter of the whole model itself
+        self.register_buffer("shift", torch.zeros(32))
 
     def forward(self, x):
-        return self.scale * self.last((self.norm(self.first(x)) + self.inner.offset).relu())
+        return self.shift + self.scale * self.last((self.norm(self.first(x)) + self.inner.offset).relu())
 
 
 def make(seed=0, **settings):
@@ -137,8 +138,10 @@ def test_a_copy_trains_as_the_model_and_counts_what_is_its_own(settings, way):
         torch.manual_seed(4)
         train(each, adam(each), 3)
     assert_same_state(twin, model)
-    before = model_size(twin, exact=True)
     twin._apply(lambda tensor: tensor.clone())  # as a move to a device does: the buffers are others from now on
+    own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
+    assert all(id(registry[name]) in own for registry, name in (*twin.compression.rest, *twin.compression.weights))
+    before = model_size(twin, exact=True)
     twin.get_buffer("inner.offset").normal_()
     assert (model_size(twin, exact=True) > before) == (settings.get("size") == "entropy")
 
