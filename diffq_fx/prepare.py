@@ -27,7 +27,7 @@ from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.compression import Compression
+from diffq_fx.training.compression import Compression, Place
 from diffq_fx.training.model_size import find_compression
 from diffq_fx.training.size import mib
 
@@ -255,15 +255,24 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
-    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers))
+    weights = [_place_of(model, quantizer.spec.name) for quantizer in quantizers]
+    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers), weights)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
+    model.register_load_state_dict_post_hook(_round_what_was_loaded)
     for quantizer in quantizers:
         quantizer.train(model.training)
     return compression
 
 
-def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantizer]) -> list[tuple[nn.Module, str]]:
+def _round_what_was_loaded(model: nn.Module, _: Any) -> None:
+    """A compiled eval() takes the widths as they are."""
+    compression = vars(model).get(CHILD)
+    if isinstance(compression, Compression) and not model.training:
+        compression.eval()
+
+
+def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantizer]) -> list[Place]:
     """Where the parameters and buffers are that stay as they are and belong to the model's state, each once."""
     known = {id(plan.parameters[key]) for key in plan.specs}
     known.update(id(tensor) for quantizer in quantizers for tensor in (*quantizer.parameters(), *quantizer.buffers()))
@@ -271,8 +280,13 @@ def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantize
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in kept and id(tensor) not in known:
             known.add(id(tensor))
-            places.append(owner_of(model, name))
+            places.append(_place_of(model, name))
     return places
+
+
+def _place_of(model: nn.Module, name: str) -> Place:
+    owner, attribute = owner_of(model, name)
+    return (owner._parameters if attribute in owner._parameters else owner._buffers), attribute
 
 
 def _check_target(compression: Compression, caller: str) -> None:

@@ -125,10 +125,20 @@ def test_short_last_block_gets_its_own_step():
     assert noisy[0, 4] != 0
 
 
-def test_the_operator_is_registered_as_torch_expects():
-    weight, step = torch.randn(4, 6, requires_grad=True), torch.ones(4, 1, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(("axis", "block"), [(0, 6), (0, 4), (0, 1), (1, 3)])
+def test_the_operators_are_registered_as_torch_expects(dtype, contiguous, axis, block):
+    weight = torch.randn(4, 6, dtype=dtype)
+    weight = (weight if contiguous else weight.t().contiguous().t()).requires_grad_()
+    layout = GroupLayout.of(weight.shape[axis], weight.shape[1 - axis], block)
+    step = torch.ones(layout.shape, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, 0, 6, False), test_utils=checks)
+    torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, axis, layout.block, False), test_utils=checks)
+    noisy, kept = torch.ops.diffq_fx.add_noise(weight, step, axis, layout.block, False)
+    grad = torch.randn_like(noisy)
+    of_grad = (grad, kept, step.detach(), axis, layout.block, False)
+    torch.library.opcheck(torch.ops.diffq_fx.reduce_noise.default, of_grad, test_utils=checks)
 
 
 @pytest.mark.parametrize("gaussian", [False, True])

@@ -22,27 +22,36 @@ class CapturedModel(fx.GraphModule):
         """Copy the graph and everything that the module holds."""
         copied = cast("CapturedModel", super().__deepcopy__(memo))
         type(copied).__name__ = type(self).__name__  # fx makes a class for each instance, and names the copy's anew
+        for registry in ("_parameters", "_buffers"):  # the compression knows these and not those that fx made
+            copied.__dict__[registry] = memo[id(getattr(self, registry))]
         graft(self, copied, lambda value: copy.deepcopy(value, memo))
         return copied
 
     def __reduce__(self) -> Any:
-        """Pickle as fx does, and keep what fx drops."""
+        """Pickle as fx does, and keep what fx drops; the body is a state, since the compression in it may refer to the model."""
         _, (body, imports) = super().__reduce__()
-        return _unpickle, (body, imports, type(self).__name__, _calls(self.graph))
+        return _empty, (), (body, imports, type(self).__name__, _calls(self.graph))
+
+    def __setstate__(self, state: tuple[dict[str, Any], str, str, list[tuple[str, str]]]) -> None:
+        """Restore: a pickle holds code, and fx makes the graph again by tracing it; that must give the graph that was saved."""
+        body, imports, name, calls = state
+        graph = cast(fx.Graph, reduce_graph_module(dict(body), imports).graph)
+        if _calls(graph) != calls:
+            raise CaptureError(
+                f"the graph of the saved {name} cannot be made again. "
+                "Save its state_dict() instead, and load it into a model prepared anew."
+            )
+        source = nn.Module()
+        source.__dict__.update(body)
+        self.__init__(source, graph, name)
+        self._modules.update(source._modules)  # fx makes new containers; the compression knows those that were saved
+        self._parameters, self._buffers = source._parameters, source._buffers
+        self._load_state_dict_post_hooks = source._load_state_dict_post_hooks
+        graft(source, self)
 
 
-def _unpickle(body: dict[str, Any], imports: str, name: str, calls: list[tuple[str, str]]) -> CapturedModel:
-    """A pickle holds code, and fx makes the graph again by tracing it; that must give the graph that was saved."""
-    graph = cast(fx.Graph, reduce_graph_module(dict(body), imports).graph)
-    if _calls(graph) != calls:
-        raise CaptureError(
-            f"the graph of the saved {name} cannot be made again. Save its state_dict() instead, and load it into a model prepared anew."
-        )
-    source = nn.Module()
-    source.__dict__.update(body)
-    model = CapturedModel(source, graph, name)
-    graft(source, model)
-    return model
+def _empty() -> CapturedModel:
+    return CapturedModel.__new__(CapturedModel)
 
 
 def _calls(graph: fx.Graph) -> list[tuple[str, str]]:

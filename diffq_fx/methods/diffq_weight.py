@@ -156,6 +156,11 @@ class DiffQWeight(GridQuantizer):
         moved = tuple(None if each is None else each._version for each in (self.clip, self.stretch))
         return (self.width._version, self.width.data_ptr(), self.frozen, moved)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.compression is not None:
+            self.compression.note_loaded()
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""
         if name == "compression":

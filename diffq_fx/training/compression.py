@@ -20,6 +20,9 @@ from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits
 from diffq_fx.weights import SkippedWeight
 
+Place = tuple[dict[str, Any], str]
+"""Where a module keeps a parameter or a buffer, and its name there. Not the module: in a pickle it would come before what it is made of."""
+
 _CODING_ROUNDS = 8
 _CLOSE_ENOUGH = 2e-3
 _LARGEST_STRETCH = 0.1
@@ -34,18 +37,21 @@ class Compression(nn.Module):
         bits_frozen: bool, 0-d: whether the widths are final and training rounds truly.
         stretch: float32, 0-d: what all ranges are multiplied with where the entropy-coded size is to hold: once the widths are final
             weights train on, and the length of their code changes.
+        coding: int64, shape (2,): bits that entropy coding saves and bits of what is not quantized, in a file, as last measured.
     """
 
     steps: Tensor
     bits_frozen: Tensor
     stretch: Tensor
+    coding: Tensor
 
     def __init__(
         self,
         method: MethodChoice,
         quantizers: Sequence[WeightQuantizer],
         skipped: Sequence[SkippedWeight],
-        rest: Sequence[tuple[nn.Module, str]] = (),
+        rest: Sequence[Place] = (),
+        weights: Sequence[Place] = (),
     ) -> None:
         super().__init__()
         self.method = method
@@ -54,22 +60,25 @@ class Compression(nn.Module):
         self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
         self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
         self.skipped = tuple(skipped)
-        self.rest = tuple(rest)  # where parameters and buffers are that are not quantized: moving a model to a device makes new buffers
-        self.rest_numel = sum(getattr(module, name).numel() for module, name in rest if name in module._parameters)
+        # Places and not tensors: moving a model makes new buffers, load_state_dict(assign=True) new parameters.
+        self.rest = tuple(rest)  # what is not quantized
+        self.weights = tuple(weights)  # that of each quantizer
+        self.rest_numel = sum(each.numel() for registry, name in rest if isinstance(each := registry[name], nn.Parameter))
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.penalized = False  # whether model_size was ever part of a loss
-        self.bits_saved = 0  # by entropy coding, where that is the size to hold
         self.measure: SizeMeasure = BitPackedSize()
-        self._rest_in_file: int | None = None  # bits, found anew whenever the coding is measured
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
         device = self.learned[0].logits.device if self.learned else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("bits_frozen", torch.zeros((), dtype=torch.bool, device=device))
         self.register_buffer("stretch", torch.ones((), device=device))
-        self._known: tuple[int, bool] | None = None  # the buffers as Python values, so that no step waits for a device
+        self.register_buffer("coding", torch.zeros(2, dtype=torch.int64, device=device))
+        self._known: tuple[int, bool, int, int] | None = None  # the buffers as Python values, so that no step waits for a device
+        self._known_from: tuple[int, ...] = ()
+        self._is_loaded = False  # whether a state was loaded since the widths were last worked out: they are no part of it
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
         self.pressure = SizePressure(self)
@@ -77,21 +86,45 @@ class Compression(nn.Module):
 
     @property
     def progress(self) -> tuple[int, bool]:
-        """Steps so far, and whether the bits are final, without a device sync."""
-        if self._known is None:
-            self._known = int(self.steps), bool(self.bits_frozen)
-        return self._known
+        """Steps so far, and whether the bits are final, without a device sync in training."""
+        return self._values()[:2]
 
     @property
     def frozen(self) -> bool:
         """Whether the widths are final: training rounds truly and the bits do not move."""
         return self.progress[1]
 
+    @property
+    def bits_saved(self) -> int:
+        """Bits that entropy coding saves as last measured; 0 where that is not the size to hold."""
+        return self._values()[2]
+
+    def _values(self) -> tuple[int, bool, int, int]:
+        if self._known is None:
+            self._known = int(self.steps), bool(self.bits_frozen), int(self.coding[0]), int(self.coding[1])
+            self._known_from = self._buffer_versions()
+        return self._known
+
+    def _set_values(self, steps: int, frozen: bool, saved: int, rest: int) -> None:
+        values, buffers = (steps, frozen, saved, rest), (self.steps, self.bits_frozen, *self.coding)
+        for buffer, value, old in zip(buffers, values, self._values(), strict=True):
+            if value != old:
+                buffer.fill_(value)
+        self._known, self._known_from = values, self._buffer_versions()
+
+    def _read_again(self) -> None:
+        """Follow the buffers where another has written to them, as the moving average of a model's state does."""
+        if self.steps.device.type != "meta" and self._known is not None and self._known_from != self._buffer_versions():
+            self._known = None
+            self._values()
+
+    def _buffer_versions(self) -> tuple[int, ...]:
+        return self.steps._version, self.bits_frozen._version, self.coding._version
+
     def count_step(self) -> None:
         """Note an optimizer step of the bits; the one that ends the noise freezes them."""
-        steps, frozen = self.progress
-        self.steps += 1
-        self._known = steps + 1, frozen
+        steps, frozen, *coding = self._values()
+        self._set_values(steps + 1, frozen, *coding)
         freeze_step = self.config.freeze_step
         if freeze_step is not None and steps + 1 >= freeze_step and not frozen:
             self.freeze()
@@ -101,18 +134,34 @@ class Compression(nn.Module):
         """Round the bits for good; from now on training rounds the weights truly."""
         if self.frozen:
             return
+        self.find_weights()
         self.allocate()
         for quantizer in self.learned:
             quantizer.keep_range()
             quantizer.keep_bits()
-        self.bits_frozen.fill_(True)
-        self._known = int(self.steps), True
+        steps, _, *coding = self._values()
+        self._set_values(steps, True, *coding)
         self._allocated_from = self._logits_key()
 
+    def find_weights(self) -> None:
+        """Take up the weights that the model has now, should they be others than those of the latest forward."""
+        for quantizer, (registry, name) in zip(self.quantizers, self.weights, strict=True):
+            weight = registry.get(name)
+            if isinstance(quantizer, DiffQWeight) and type(weight) is nn.Parameter and weight is not quantizer.source[0]:
+                quantizer.source = (weight,)
+
+    def note_loaded(self) -> None:
+        """Find everything anew: a state was loaded into the model or a part of it."""
+        self._allocated_from, self._is_loaded = (), True
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict.setdefault(f"{prefix}stretch", torch.ones(()))  # a state from before it was kept
+        for name, default in (("stretch", torch.ones(())), ("coding", self.coding)):  # a state from before they were kept
+            state_dict.setdefault(f"{prefix}{name}", default)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.note_loaded()
         self._known = None
+        if self.steps.device.type != "meta":
+            self._values()  # now, since a compiled forward could not
 
     @property
     def config(self) -> DiffQConfig:
@@ -135,16 +184,21 @@ class Compression(nn.Module):
     def rest_bits(self) -> int:
         """Size of what is not quantized, in bits: parameters, as the paper counts; or what it takes in a packed file, buffers too."""
         if self.learned and self.config.size == "entropy":
-            if self._rest_in_file is None:
-                self._rest_in_file = rest_in_file(self._rest_tensors())
-            return self._rest_in_file
+            return self._values()[3]
         return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
 
-    def _rest_tensors(self) -> list[Tensor]:
-        """Parameters and buffers that are not quantized, as convert leaves them."""
-        halves = self.method.rest_dtype == "float16"
-        tensors = ((cast("Tensor", getattr(module, name)), name in module._parameters) for module, name in self.rest)
-        return [tensor.half() if halves and is_parameter and tensor.dtype == torch.float32 else tensor for tensor, is_parameter in tensors]
+    def rest_bits_now(self) -> int:
+        """The same, measured: what is not quantized changes in training too, and so does what it takes in a file.
+
+        Ranks gather statistics of their own in buffers. They must hold the same size, so in a process group buffers count as uncoded.
+        """
+        if not self.learned or self.config.size != "entropy":
+            return self.rest_bits
+        halves, same = self.method.rest_dtype == "float16", not _is_one_of_several()
+        tensors = [each for registry, name in self.rest if (each := registry.get(name)) is not None]
+        parameters, buffers = ([each for each in tensors if isinstance(each, nn.Parameter) == kind] for kind in (True, False))
+        kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
+        return rest_in_file([*kept, *buffers]) if same else rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""
@@ -182,10 +236,10 @@ class Compression(nn.Module):
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use, and what is not quantized as it is now."""
-        self._rest_in_file = None
-        other = self.fixed_bits() + self.rest_bits
+        other = self.fixed_bits() + self.rest_bits_now()
         if not self.learned:
             return other
+        self.find_weights()
         self.allocate()
         width_T = torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
         return self.measure.exact_bits(self.groups(), width_T) - self._saved_at(width_T) + other
@@ -199,17 +253,19 @@ class Compression(nn.Module):
         """Find what entropy coding saves at the bits of this moment, where that is the size to hold."""
         if not self.learned or self.config.size != "entropy":
             return
-        self._rest_in_file = None
+        self.find_weights()
         bits_T, values_T = self.bits_T(), self.groups().values_T
         below_T = bits_T.floor().clamp(min=1)
         share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
         below, above = (self._saved_at(width_T.to(torch.int32)) for width_T in (below_T, below_T + 1))
-        self.bits_saved = round(below + float(share) * (above - below))
+        steps, frozen, *_ = self._values()
+        self._set_values(steps, frozen, round(below + float(share) * (above - below)), self.rest_bits_now())
 
     @torch.no_grad()
     def hold_coded_size(self) -> None:
         """Stretch all ranges so that the levels take the target again: steps that are 1 % longer save 0.014 bits a weight."""
-        self._rest_in_file = None
+        steps, frozen, saved, _ = self._values()
+        self._set_values(steps, frozen, saved, self.rest_bits_now())
         budget = self.budget_bits()
         if budget is None:
             return
@@ -218,12 +274,17 @@ class Compression(nn.Module):
         bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
         self.stretch.mul_(2**bits_a_weight)
 
-    def budget_bits(self) -> int | None:
-        """Target for the weights with trainable bits before entropy coding, in bits; None without a target."""
+    def budget_bits(self, *, measured: bool = False) -> int | None:
+        """Target for the weights with trainable bits before entropy coding, in bits; None without a target.
+
+        ``measured``: with what is not quantized as it is now. Training holds the size at the latest measurement; to look at the size of
+        a model, which one rank alone may do, is not to make one.
+        """
         if not self.learned:
             return None
         if self.config.target_mib is not None:
-            return int(self.config.target_mib * MIB_BITS) - self.rest_bits - self.fixed_bits() + self.bits_saved
+            rest = self.rest_bits_now() if measured else self.rest_bits
+            return int(self.config.target_mib * MIB_BITS) - rest - self.fixed_bits() + self.bits_saved
         if self.config.target_bits is not None:
             return int(self.config.target_bits * self.groups().num_weights) + self.bits_saved
         return None
@@ -243,9 +304,17 @@ class Compression(nn.Module):
     @torch.no_grad()
     def allocate(self) -> None:
         """Round the bits of all weights, within the target where there is one; does nothing if no logit has changed."""
+        self._read_again()
         key = self._logits_key()
         if not self.learned or key == self._allocated_from:
             return
+        if self.frozen and not self._is_loaded:  # final: an average over a training may have final widths beside logits from before
+            for quantizer in self.learned:
+                quantizer.keep_bits()
+            self._allocated_from = self._logits_key()
+            return
+        self.find_weights()
+        self._is_loaded = False
         groups, width_T = self.groups(), self._rounded_bits()
         for quantizer, width in zip(self.learned, groups.split(width_T), strict=True):
             if not torch.equal(quantizer.width.reshape(-1), width):
@@ -254,7 +323,7 @@ class Compression(nn.Module):
 
     def _rounded_bits(self) -> Tensor:
         """The whole widths of all groups, within the target where there is one, shape (T,)."""
-        groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits()
+        groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits(measured=True)
         if budget is None or self.frozen:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
         width_T = allocate_widths(groups, bits_T, budget, self.measure)
@@ -274,6 +343,7 @@ class Compression(nn.Module):
 
     def train(self, mode: bool = True) -> "Compression":
         """Round the bits when the model goes to eval(), so that no forward has to."""
+        self._read_again()
         if self.learned and self.learned[0].logits.device.type != "meta" and (not mode or self.frozen):
             self.allocate()
         if not mode:
@@ -287,6 +357,10 @@ class Compression(nn.Module):
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
         return f"{len(self.quantizers)} weights, {self.scope} scope"
+
+
+def _is_one_of_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _key(logits: Tensor) -> tuple[int, int]:

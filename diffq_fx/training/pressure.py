@@ -179,7 +179,11 @@ class SizePressure:
         parts = [(moments(g, n), g.numel()) for g, n in tiles]
         g, n, gg, gn, nn = torch.stack([sums for sums, _ in parts]).sum(0).unbind()
         count = sum(numel for _, numel in parts)
-        own = _GradientSums(g / scale, n, gg / (scale * scale), gn / scale, nn, count)
+        sums = torch.stack([g / scale, n, gg / (scale * scale), gn / scale, nn])
+        old = self._sums.get(optimizer)
+        last = torch.zeros_like(sums) if old is None else torch.stack([old.g, old.n, old.gg, old.gn, old.nn])
+        g, n, gg, gn, nn = torch.where(torch.isfinite(sums).all(), sums, last).unbind()  # a fused optimizer skips such a step itself
+        own = _GradientSums(g, n, gg, gn, nn, count)
         self._sums[optimizer] = own
         others = [sums for other, sums in self._sums.items() if other is not optimizer]
         total = _GradientSums(*(getattr(own, k) + sum(getattr(o, k) for o in others) for k in ("g", "n", "gg", "gn", "nn", "count")))

@@ -1,10 +1,12 @@
 """Weights made again in the backward: the same gradients, less memory, and an error where they cannot be made again."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diffq_fx import DiffQConfig, DiffQError, freeze_bits, prepare, prepare_diffq, recompute_weights
 from diffq_fx.kernels import build
@@ -85,6 +87,97 @@ def test_gradients_are_the_same_with_final_bits():
     model = make(METHODS["noise"])
     freeze_bits(model)
     assert_same(gradients(copy.deepcopy(model), recompute_weights()), gradients(model))
+
+
+def plainly(model):
+    return model(X)
+
+
+def kept_elsewhere(model):
+    with torch.autograd.graph.save_on_cpu():
+        return model(X)
+
+
+def in_half(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(X).float()
+
+
+def checkpointed(model, reentrant=False, inside=plainly):
+    x = torch.ones(1, requires_grad=True)
+    return checkpoint(lambda x: inside(model) * x, x, use_reentrant=reentrant)
+
+
+def made_again(model):
+    with recompute_weights():
+        return model(X)
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        return torch.compile(model, fullgraph=True, backend="aot_eager")(X)
+
+
+TOGETHER = {
+    "checkpointing": (checkpointed, plainly),
+    "reentrant checkpointing": (lambda model: checkpointed(model, reentrant=True), plainly),
+    "within checkpointing": (lambda model: checkpointed(model, inside=made_again), plainly),
+    "within reentrant checkpointing": (lambda model: checkpointed(model, reentrant=True, inside=made_again), plainly),
+    "autocast": (in_half, in_half),
+    "checkpointing and autocast": (lambda model: checkpointed(model, inside=in_half), in_half),
+    "save_on_cpu": (kept_elsewhere, plainly),
+    "compile": (compiled, compiled),
+}
+
+
+@pytest.mark.parametrize("kernels", ["C", "torch"])
+@pytest.mark.parametrize("final", [False, True], ids=["noise", "rounding"])
+@pytest.mark.parametrize(
+    ("run", "reference"), [pytest.param(*pair, id=name, marks=[pytest.mark.slow] * (name == "compile")) for name, pair in TOGETHER.items()]
+)
+def test_with_what_else_keeps_less(run, reference, final, kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr(build, "library", lambda: None)
+    model = make(METHODS["noise"])
+    if final:
+        freeze_bits(model)
+    found = [gradients_of(run, copy.deepcopy(model), within) for within in (False, True)]
+    expected = gradients_of(reference, model)
+    for each in found:
+        assert each.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(each[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def gradients_of(run, model, within=None):
+    torch.manual_seed(7)
+    if within is None:
+        run(model).square().sum().backward()
+    else:
+        with recompute_weights():
+            loss = run(model).square().sum()
+            if within:
+                loss.backward()
+        if not within:
+            loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_accumulation_with_backwards_in_another_order():
+    model = make(METHODS["noise"])
+
+    def accumulated(model, context):
+        torch.manual_seed(7)
+        losses = []
+        for _ in range(3):
+            with context():
+                losses.append(model(X).square().sum())
+        for loss in reversed(losses):
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same(accumulated(copy.deepcopy(model), recompute_weights), accumulated(model, contextlib.nullcontext))
 
 
 def test_a_backward_may_come_twice():
