@@ -27,7 +27,8 @@ from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.compression import Compression, Place
+from diffq_fx.training.coded_size import Place
+from diffq_fx.training.compression import Compression
 from diffq_fx.training.model_size import find_compression
 from diffq_fx.training.size import mib
 
@@ -298,7 +299,7 @@ def _check_target(compression: Compression, caller: str) -> None:
     smallest, largest = compression.reachable_bits()
     if smallest <= budget <= largest:
         return
-    smallest, largest = (max(size - compression.bits_saved, 0) for size in (smallest, largest))
+    smallest, largest = (max(size - compression.known.bits_saved, 0) for size in (smallest, largest))
     if config.target_mib is not None:
         asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
         low, high = (mib(size + compression.rest_bits + compression.fixed_bits()) for size in (smallest, largest))

@@ -14,36 +14,16 @@ from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.training.allocation import allocate_widths, nearest_widths
 from diffq_fx.training.code_length import expected_code_length
-from diffq_fx.training.entropy import bits_saved, rest_in_file
+from diffq_fx.training.coded_size import CodedSize, Place
 from diffq_fx.training.groups_in_row import FlatGroups, WidthLimits
 from diffq_fx.training.pressure import SizePressure
 from diffq_fx.training.size import MIB_BITS, BitPackedSize, SizeMeasure, SizeOfLogits
+from diffq_fx.training.state import TrainingState
 from diffq_fx.weights import SkippedWeight
 
-Place = tuple[dict[str, Any], str]
-"""Where a module keeps a parameter or a buffer, and its name there. Not the module: in a pickle it would come before what it is made of."""
 
-_CODING_ROUNDS = 8
-_CLOSE_ENOUGH = 2e-3
-_LARGEST_STRETCH = 0.1
-"""Bits a weight that the steps of all weights may gain or lose at once."""
-
-
-class Compression(nn.Module):
-    """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
-
-    Buffers:
-        steps: int64, 0-d: optimizer steps that the bits have made.
-        bits_frozen: bool, 0-d: whether the widths are final and training rounds truly.
-        stretch: float32, 0-d: what all ranges are multiplied with where the entropy-coded size is to hold: once the widths are final
-            weights train on, and the length of their code changes.
-        coding: int64, shape (2,): bits that entropy coding saves and bits of what is not quantized, in a file, as last measured.
-    """
-
-    steps: Tensor
-    bits_frozen: Tensor
-    stretch: Tensor
-    coding: Tensor
+class Compression(TrainingState):
+    """What a prepared model knows about its own compression; the model holds it as its child ``compression``."""
 
     def __init__(
         self,
@@ -53,16 +33,15 @@ class Compression(nn.Module):
         rest: Sequence[Place] = (),
         weights: Sequence[Place] = (),
     ) -> None:
-        super().__init__()
+        learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
+        super().__init__(learned[0].logits.device if learned else None)
         self.method = method
         # Tuples, since the quantizers are children of the modules whose weights they quantize.
         self.quantizers = tuple(quantizers)
         self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
-        self.learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
+        self.learned = learned
         self.skipped = tuple(skipped)
-        # Places and not tensors: moving a model makes new buffers, load_state_dict(assign=True) new parameters.
-        self.rest = tuple(rest)  # what is not quantized
-        self.weights = tuple(weights)  # that of each quantizer
+        self.rest, self.weights = tuple(rest), tuple(weights)  # what is not quantized; the weight of each quantizer
         self.rest_numel = sum(each.numel() for registry, name in rest if isinstance(each := registry[name], nn.Parameter))
         self.scope = ""
         self.scope_reason = ""
@@ -71,60 +50,17 @@ class Compression(nn.Module):
         self.measure: SizeMeasure = BitPackedSize()
         self._groups: FlatGroups | None = None
         self._allocated_from: tuple[Any, ...] = ()
-        device = self.learned[0].logits.device if self.learned else None
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("bits_frozen", torch.zeros((), dtype=torch.bool, device=device))
-        self.register_buffer("stretch", torch.ones((), device=device))
-        self.register_buffer("coding", torch.zeros(2, dtype=torch.int64, device=device))
-        self._known: tuple[int, bool, int, int] | None = None  # the buffers as Python values, so that no step waits for a device
-        self._known_from: tuple[int, ...] = ()
         self._is_loaded = False  # whether a state was loaded since the widths were last worked out: they are no part of it
         for index, quantizer in enumerate(self.learned):
             quantizer.compression, quantizer.index = self, index
+        self.coded = CodedSize(self)
         self.pressure = SizePressure(self)
         self.pressure.start()
 
-    @property
-    def progress(self) -> tuple[int, bool]:
-        """Steps so far, and whether the bits are final, without a device sync in training."""
-        return self._values()[:2]
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the widths are final: training rounds truly and the bits do not move."""
-        return self.progress[1]
-
-    @property
-    def bits_saved(self) -> int:
-        """Bits that entropy coding saves as last measured; 0 where that is not the size to hold."""
-        return self._values()[2]
-
-    def _values(self) -> tuple[int, bool, int, int]:
-        if self._known is None:
-            self._known = int(self.steps), bool(self.bits_frozen), int(self.coding[0]), int(self.coding[1])
-            self._known_from = self._buffer_versions()
-        return self._known
-
-    def _set_values(self, steps: int, frozen: bool, saved: int, rest: int) -> None:
-        values, buffers = (steps, frozen, saved, rest), (self.steps, self.bits_frozen, *self.coding)
-        for buffer, value, old in zip(buffers, values, self._values(), strict=True):
-            if value != old:
-                buffer.fill_(value)
-        self._known, self._known_from = values, self._buffer_versions()
-
-    def _read_again(self) -> None:
-        """Follow the buffers where another has written to them, as the moving average of a model's state does."""
-        if self.steps.device.type != "meta" and self._known is not None and self._known_from != self._buffer_versions():
-            self._known = None
-            self._values()
-
-    def _buffer_versions(self) -> tuple[int, ...]:
-        return self.steps._version, self.bits_frozen._version, self.coding._version
-
     def count_step(self) -> None:
         """Note an optimizer step of the bits; the one that ends the noise freezes them."""
-        steps, frozen, *coding = self._values()
-        self._set_values(steps + 1, frozen, *coding)
+        steps, frozen = self.progress
+        self.note(steps=steps + 1)
         freeze_step = self.config.freeze_step
         if freeze_step is not None and steps + 1 >= freeze_step and not frozen:
             self.freeze()
@@ -139,8 +75,7 @@ class Compression(nn.Module):
         for quantizer in self.learned:
             quantizer.keep_range()
             quantizer.keep_bits()
-        steps, _, *coding = self._values()
-        self._set_values(steps, True, *coding)
+        self.note(frozen=True)
         self._allocated_from = self._logits_key()
 
     def find_weights(self) -> None:
@@ -155,13 +90,8 @@ class Compression(nn.Module):
         self._allocated_from, self._is_loaded = (), True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, default in (("stretch", torch.ones(())), ("coding", self.coding)):  # a state from before they were kept
-            state_dict.setdefault(f"{prefix}{name}", default)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.note_loaded()
-        self._known = None
-        if self.steps.device.type != "meta":
-            self._values()  # now, since a compiled forward could not
 
     @property
     def config(self) -> DiffQConfig:
@@ -182,23 +112,10 @@ class Compression(nn.Module):
 
     @property
     def rest_bits(self) -> int:
-        """Size of what is not quantized, in bits: parameters, as the paper counts; or what it takes in a packed file, buffers too."""
+        """Size of what is not quantized, in bits: parameters, as the paper counts; or, with buffers, what it takes in a file as last measured."""
         if self.learned and self.config.size == "entropy":
-            return self._values()[3]
+            return self.known.rest_bits
         return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
-
-    def rest_bits_now(self) -> int:
-        """The same, measured: what is not quantized changes in training too, and so does what it takes in a file.
-
-        Ranks gather statistics of their own in buffers. They must hold the same size, so in a process group buffers count as uncoded.
-        """
-        if not self.learned or self.config.size != "entropy":
-            return self.rest_bits
-        halves, same = self.method.rest_dtype == "float16", not _is_one_of_several()
-        tensors = [each for registry, name in self.rest if (each := registry.get(name)) is not None]
-        parameters, buffers = ([each for each in tensors if isinstance(each, nn.Parameter) == kind] for kind in (True, False))
-        kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
-        return rest_in_file([*kept, *buffers]) if same else rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""
@@ -218,6 +135,10 @@ class Compression(nn.Module):
         logits_T, gain = torch.cat([logits.detach().reshape(-1) for logits in self.logits]), self.config.bits_gain
         return self.groups().by_limits(lambda own, to: functional.bits_from_logits(own, to.min_bits, to.max_bits, gain), logits_T)
 
+    def width_T(self) -> Tensor:
+        """The whole widths of every group as last worked out, shape (T,)."""
+        return torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
+
     def size_of_logits(self) -> SizeOfLogits:
         """The size of the quantized weights as a function of the logits."""
         return SizeOfLogits(self.groups(), self.measure, self.config.bits_gain)
@@ -228,7 +149,7 @@ class Compression(nn.Module):
         if not self.learned:
             return torch.tensor(float(other))
         logits, size_of = self.logits, self.size_of_logits()
-        size = (size_of(logits) if torch.is_grad_enabled() else size_of.total(logits)[0].float()) + (other - self.bits_saved)
+        size = (size_of(logits) if torch.is_grad_enabled() else size_of.total(logits)[0].float()) + (other - self.known.bits_saved)
         if self.config.size == "entropy" and torch.is_grad_enabled():  # what is saved is measured; how it grows with the weights is not
             length = expected_code_length(self.learned)
             size = size + (length - length.detach())
@@ -236,43 +157,13 @@ class Compression(nn.Module):
 
     def exact_bits(self) -> int:
         """Size of the whole model in bits with the widths that eval() and convert use, and what is not quantized as it is now."""
-        other = self.fixed_bits() + self.rest_bits_now()
+        other = self.fixed_bits() + self.coded.rest_bits()
         if not self.learned:
             return other
         self.find_weights()
         self.allocate()
-        width_T = torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
-        return self.measure.exact_bits(self.groups(), width_T) - self._saved_at(width_T) + other
-
-    def _saved_at(self, width_T: Tensor) -> int:
-        """What entropy coding takes off these widths with the weights as they are; 0 where that is not the size to hold."""
-        return bits_saved(self.learned, self.groups().split(width_T)) if self.config.size == "entropy" else 0
-
-    @torch.no_grad()
-    def measure_coding(self) -> None:
-        """Find what entropy coding saves at the bits of this moment, where that is the size to hold."""
-        if not self.learned or self.config.size != "entropy":
-            return
-        self.find_weights()
-        bits_T, values_T = self.bits_T(), self.groups().values_T
-        below_T = bits_T.floor().clamp(min=1)
-        share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
-        below, above = (self._saved_at(width_T.to(torch.int32)) for width_T in (below_T, below_T + 1))
-        steps, frozen, *_ = self._values()
-        self._set_values(steps, frozen, round(below + float(share) * (above - below)), self.rest_bits_now())
-
-    @torch.no_grad()
-    def hold_coded_size(self) -> None:
-        """Stretch all ranges so that the levels take the target again: steps that are 1 % longer save 0.014 bits a weight."""
-        steps, frozen, saved, _ = self._values()
-        self._set_values(steps, frozen, saved, self.rest_bits_now())
-        budget = self.budget_bits()
-        if budget is None:
-            return
-        groups, width_T = self.groups(), torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
-        excess = self.measure.exact_bits(groups, width_T) - self._saved_at(width_T) - (budget - self.bits_saved)
-        bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
-        self.stretch.mul_(2**bits_a_weight)
+        width_T = self.width_T()
+        return self.measure.exact_bits(self.groups(), width_T) - self.coded.saved_at(width_T) + other
 
     def budget_bits(self, *, measured: bool = False) -> int | None:
         """Target for the weights with trainable bits before entropy coding, in bits; None without a target.
@@ -283,10 +174,10 @@ class Compression(nn.Module):
         if not self.learned:
             return None
         if self.config.target_mib is not None:
-            rest = self.rest_bits_now() if measured else self.rest_bits
-            return int(self.config.target_mib * MIB_BITS) - rest - self.fixed_bits() + self.bits_saved
+            rest = self.coded.rest_bits() if measured else self.rest_bits
+            return int(self.config.target_mib * MIB_BITS) - rest - self.fixed_bits() + self.known.bits_saved
         if self.config.target_bits is not None:
-            return int(self.config.target_bits * self.groups().num_weights) + self.bits_saved
+            return int(self.config.target_bits * self.groups().num_weights) + self.known.bits_saved
         return None
 
     def reachable_bits(self) -> tuple[int, int]:
@@ -304,7 +195,7 @@ class Compression(nn.Module):
     @torch.no_grad()
     def allocate(self) -> None:
         """Round the bits of all weights, within the target where there is one; does nothing if no logit has changed."""
-        self._read_again()
+        self.read_again()
         key = self._logits_key()
         if not self.learned or key == self._allocated_from:
             return
@@ -326,15 +217,7 @@ class Compression(nn.Module):
         groups, bits_T, budget = self.groups(), self.bits_T(), self.budget_bits(measured=True)
         if budget is None or self.frozen:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
-        width_T = allocate_widths(groups, bits_T, budget, self.measure)
-        if self.config.size == "entropy":
-            target = budget - self.bits_saved
-            for _ in range(_CODING_ROUNDS):  # what coding saves depends on the widths, and the other way round
-                saved = self._saved_at(width_T)
-                if 0 <= target + saved - self.measure.exact_bits(groups, width_T) <= _CLOSE_ENOUGH * target:
-                    break
-                width_T = allocate_widths(groups, bits_T, target + saved, self.measure)
-        return width_T
+        return self.coded.fitted(allocate_widths(groups, bits_T, budget, self.measure), bits_T, budget)
 
     def refresh(self, quantizer: DiffQWeight) -> None:
         """Allocate again if the logits of this quantizer are not those of the last allocation."""
@@ -343,7 +226,7 @@ class Compression(nn.Module):
 
     def train(self, mode: bool = True) -> "Compression":
         """Round the bits when the model goes to eval(), so that no forward has to."""
-        self._read_again()
+        self.read_again()
         if self.learned and self.learned[0].logits.device.type != "meta" and (not mode or self.frozen):
             self.allocate()
         if not mode:
@@ -357,10 +240,6 @@ class Compression(nn.Module):
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
         return f"{len(self.quantizers)} weights, {self.scope} scope"
-
-
-def _is_one_of_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _key(logits: Tensor) -> tuple[int, int]:

@@ -102,11 +102,11 @@ class SizePressure:
         if not compression.learned:
             return
         if compression.budget_bits() is None:
-            compression.measure_coding()
+            compression.coded.measure()
             return
         for _ in range(_CODING_ROUNDS if compression.config.size == "entropy" else 1):
             self._start_at(compression.budget_bits() or 0)
-            compression.measure_coding()
+            compression.coded.measure()
 
     def _start_at(self, budget: int) -> None:
         compression, groups = self.compression, self.compression.groups()
@@ -200,11 +200,11 @@ class SizePressure:
         if not frozen:
             moved = budget is not None and is_first and self.sensitivity.move_bits(budget)
             if moved or self._measures_now():
-                compression.measure_coding()
+                compression.coded.measure()
             if budget is not None:
                 self._shift(compression.budget_bits() or budget, held.logits)
-        elif is_first and compression.config.size == "entropy" and self._measures_now():
-            compression.hold_coded_size()
+        elif is_first and self._measures_now():
+            compression.coded.hold()
         if is_first:
             compression.count_step()
 

@@ -35,7 +35,7 @@ def measured_bits(compression):
     compression.allocate()
     widths = [quantizer.width.double() for quantizer in compression.learned]
     packed = sum(float((w * q.spec.bits_layout.counts()).sum()) for q, w in zip(compression.learned, widths, strict=True))
-    return packed - compression._saved_at(torch.cat([w.flatten() for w in widths]).int())
+    return packed - compression.coded.saved_at(torch.cat([w.flatten() for w in widths]).int())
 
 
 @pytest.mark.parametrize("bits", [3, 5])
@@ -150,7 +150,7 @@ def test_a_state_from_before_the_ranges_could_stretch_loads():
 
 def test_a_penalty_presses_on_the_measured_size():
     model = laplace_weights(penalty=5.0)
-    assert model.compression.bits_saved > 0
+    assert model.compression.known.bits_saved > 0
     assert float(model_size(model).detach()) == pytest.approx(model_size(model, exact=True), rel=0.02)
 
 

@@ -285,7 +285,7 @@ def test_the_file_is_measured_on_the_model_as_it_is_now():
         before = each.compression.rest_bits
         each._apply(lambda tensor: tensor.clone())  # as a move to a device does: the buffers are others from now on
         each.get_submodule("1").running_mean.normal_()
-        each.compression.measure_coding()
+        each.compression.coded.measure()
         assert each.compression.rest_bits > before + 64 * 16
 
 
