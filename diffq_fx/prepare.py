@@ -297,9 +297,8 @@ def _check_target(compression: Compression, caller: str) -> None:
         return
     config, weights = compression.config, compression.groups().num_weights
     smallest, largest = compression.reachable_bits()
-    if smallest <= budget <= largest:
+    if smallest <= budget - compression.known.bits_saved <= largest:
         return
-    smallest, largest = (max(size - compression.known.bits_saved, 0) for size in (smallest, largest))
     if config.target_mib is not None:
         asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
         low, high = (mib(size + compression.rest_bits + compression.fixed_bits()) for size in (smallest, largest))

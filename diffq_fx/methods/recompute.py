@@ -84,8 +84,8 @@ class recompute_weights(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
     Enter it for the forward; the backward may come after it. Like torch's ``save_on_cpu`` it is made of
     ``torch.autograd.graph.saved_tensors_hooks``, of which the innermost pair alone is called: such hooks around it see nothing, and
     ``torch.func`` does not go with it. Under autocast layers keep their half-precision copy as ever, and graphs of ``torch.compile``
-    what the compiler chose. Small weights are kept, and those of methods that hold something over from one forward to the next
-    (``QuantNoise(range="least_error")``, ``ProductQuantization(noise="exact")``).
+    what the compiler chose: enter it around the compiled model, not within. Small weights are kept, and those of methods that
+    hold something over from one forward to the next (``QuantNoise(range="least_error")``, ``ProductQuantization(noise="exact")``).
 
     Raises:
         DiffQError: in the backward, where a weight or its bits changed since the forward.

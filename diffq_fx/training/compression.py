@@ -112,7 +112,7 @@ class Compression(TrainingState):
 
     @property
     def rest_bits(self) -> int:
-        """Size of what is not quantized, in bits: parameters, as the paper counts; or, with buffers, what it takes in a file as last measured."""
+        """Size of what is not quantized, in bits: parameters, as the paper counts; or what all takes in a file, as last measured."""
         if self.learned and self.config.size == "entropy":
             return self.known.rest_bits
         return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
@@ -181,12 +181,12 @@ class Compression(TrainingState):
         return None
 
     def reachable_bits(self) -> tuple[int, int]:
-        """Smallest and largest exact size of the quantized weights that the limits of the widths allow."""
+        """Smallest and largest exact size of the quantized weights that the limits of the widths allow, as the weights are now."""
         groups = self.groups()
         ends_T = (
             groups.by_limits(lambda own, limits, end=end: torch.full_like(own, limits.widths[end]), groups.values_T) for end in (0, -1)
         )
-        low, high = (self.measure.exact_bits(groups, end_T) for end_T in ends_T)
+        low, high = (self.measure.exact_bits(groups, end_T) - self.coded.saved_at(end_T.int()) for end_T in ends_T)
         return low, high
 
     def _logits_key(self) -> tuple[Any, ...]:

@@ -175,3 +175,8 @@ def test_a_target_out_of_reach_is_refused_with_what_coded_levels_take():
             prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=9, size=size))
         most[size] = float(re.search(r"to ([0-9.]+) bits a weight", str(caught.value))[1])
     assert most["entropy"] < most["bits"] - 0.5
+    with pytest.raises(ValueError, match="cannot be reached"):  # within reach before coding, not after it
+        prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["entropy"] + 0.1, size="entropy"))
+    held = prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["entropy"] - 0.1, size="entropy")).eval()
+    found = model_size(held, exact=True) * 2**23 - held.compression.rest_bits
+    assert found / 256**2 == pytest.approx(most["entropy"] - 0.1, rel=0.01)
