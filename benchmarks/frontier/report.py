@@ -114,7 +114,7 @@ def _note(points: list[Point]) -> str:
 
 
 def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
-    """The systems that run by default, near the float model's score; what lies further off is an arrow at the edge with its score."""
+    """Default systems at the number of steps that most have, near float's score; what lies further off is an arrow at the edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,8 +122,9 @@ def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 5))
     lines: dict[str, list[tuple[float, float, float]]] = {}
-    for (system, *_), found in groups.items():
-        if system in SYSTEMS and not SYSTEMS[system].is_default:
+    usual = statistics.mode([steps for _, _, steps, *_ in groups if steps] or [0])
+    for (system, _, steps, *_), found in groups.items():
+        if steps not in (0, usual) or (system in SYSTEMS and not SYSTEMS[system].is_default):
             continue
         scores = [point["score"] for point in found]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
@@ -137,11 +138,11 @@ def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
         sizes, scores, spreads = zip(*near, strict=True) if near else ((), (), ())
         axes.errorbar(sizes, scores, spreads, label=name, capsize=2, markersize=5, **style)
         for mib, score, _ in (point for point in lines[name] if point not in near):
-            axes.annotate(f"{score:.1f}", (mib, edge), (0, 14), textcoords="offset points", ha="center", color=style["color"], fontsize=8)
+            axes.annotate(f"{score:.1f}", (mib, edge), (0, 10), textcoords="offset points", rotation=60, color=style["color"], fontsize=8)
             axes.plot([mib], [edge], marker=11, color=style["color"], clip_on=False)
     for name in (name for name in lines if name.startswith("float")):
         axes.axhline(lines[name][0][1], color="grey", linestyle=":" if name == "float-trained" else "--", label=name)
-    axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=kind.name, xscale="log")
+    axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=f"{kind.name}, {usual} steps", xscale="log")
     axes.set_ylim(
         *((edge, None) if sign > 0 else (edge, min(score for line in lines.values() for _, score, _ in line) - 0.05 * best * sign))
     )
