@@ -11,12 +11,13 @@ from diffq_fx import functional
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.storage.packing import SMALL_BYTES
+from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:
     from diffq_fx.methods.diffq_weight import DiffQWeight
 
-_HEADER_BITS = 8 * 1200
-"""What names, shapes and checksums take: of some dozens of weights about as much."""
+_HEADER_BITS, _ENTRY_BITS = 8 * 800, 28
+"""What a file says of itself, and about what the name and shape of each tensor adds: both are deflated."""
 _ITEM = 4
 """Bytes of a number: those at the same place in all numbers have one model, since the highest are much alike."""
 _TABLE_BITS = 4
@@ -57,15 +58,15 @@ def rest_in_file(tensors: Sequence[Tensor]) -> int:
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size < SMALL_BYTES]
-    return coded_bits(small) + 8 * sum(size for size in sizes if size >= SMALL_BYTES) + _HEADER_BITS
+    return coded_bits(small) + 8 * sum(size for size in sizes if size >= SMALL_BYTES) + _HEADER_BITS + _ENTRY_BITS * len(sizes)
 
 
 @torch.no_grad()
 def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) -> int:
-    """Bits that order-0 entropy coding of levels and scales takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
+    """Bits that order-0 entropy coding takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
 
-    Each weight has one model for each width b, of levels relative to their zero point, and all scales have one for each byte, about as
-    :func:`~diffq_fx.export.packed.save_packed` codes them.
+    Each weight has one model for each width b, of levels relative to their zero point; all scales have one for each byte, and all widths
+    have one, about as :func:`~diffq_fx.export.packed.save_packed` codes them.
 
     Args:
         quantizers: of the weights, which are rounded as they are now.
@@ -77,9 +78,16 @@ def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) ->
     saved, scales = 0.0, []
     for quantizer, width in zip(quantizers, widths, strict=True):
         own, params = _saved(quantizer, width.view(quantizer.width.shape))
-        saved += own
+        saved += own + _ends_saved(quantizer.spec, width)
         scales += _of_ranges(quantizer, params, width.view(quantizer.width.shape))
+    saved += _widths_saved([width.reshape(-1) for width in widths])
     return round(saved) + 8 * sum(scale.numel() * scale.element_size() for scale in scales) - coded_bits(scales)
+
+
+def _widths_saved(widths: Sequence[Tensor]) -> float:
+    """Bits that coding takes off the widths, of which bit packing has as many for each as tell those of its weight apart."""
+    packed = sum(width.numel() * int(width.max() - width.min()).bit_length() for width in widths)
+    return packed - float(_code_length(torch.bincount(torch.cat(list(widths)).long()).double()))
 
 
 def _of_ranges(quantizer: "DiffQWeight", params: QuantParams, width: Tensor) -> list[Tensor]:
@@ -87,6 +95,16 @@ def _of_ranges(quantizer: "DiffQWeight", params: QuantParams, width: Tensor) -> 
     rows, columns = quantizer.spec.range_layout.shape
     extent = params.scale * (torch.exp2(width) - 1)
     return [each[:rows, :columns].float() for each in (extent, params.offset) if each is not None]
+
+
+def _ends_saved(spec: WeightSpec, width: Tensor) -> int:
+    """Bits of the second ends of ranges with several widths: in a file such a range has a zero point for each width that occurs in it."""
+    ranges = spec.range_layout.num_groups
+    if spec.grid != "affine" or spec.bits_layout.num_groups <= ranges:
+        return 0
+    width_RG = width.reshape(ranges, -1).long()
+    occurs = torch.zeros(ranges, int(width_RG.max()) + 1, dtype=torch.int64, device=width.device).scatter_(1, width_RG, 1)
+    return 32 * ranges - int((occurs * torch.arange(occurs.shape[1], device=width.device)).sum())
 
 
 def _code_length(counts: Tensor) -> Tensor:
