@@ -73,7 +73,7 @@ def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) ->
         widths: whole widths, for each quantizer the shape of its ``bits_layout``.
 
     Returns:
-        Bits, 0 or more.
+        Bits; below 0 where the code of the widths takes more than it saves elsewhere.
     """
     saved, scales = 0.0, []
     for quantizer, width in zip(quantizers, widths, strict=True):

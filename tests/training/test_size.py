@@ -290,16 +290,16 @@ def test_the_file_is_measured_on_the_model_as_it_is_now():
 
 
 @pytest.mark.parametrize(
-    ("layer", "settings"),
+    ("layer", "settings", "within"),
     [
-        ((32, 2000), {}),  # a scale for each 32 weights
-        ((256, 400), {"group_size": 8}),  # several widths in a range
-        ((256, 400), {"group_size": 8, "range_per": "tensor"}),
-        ((256, 400), {"group_size": "tensor"}),
-        ((64, 64), {}),  # the header shows
+        ((32, 2000), {}, 0.015),  # a scale for each 32 weights
+        ((256, 400), {"group_size": 8}, 0.01),  # several widths in a range: without its ends 0.012 off, without the widths 0.019
+        ((256, 400), {"group_size": 8, "range_per": "tensor"}, 0.006),
+        ((256, 400), {"group_size": "tensor"}, 0.006),
+        ((64, 64), {}, 0.01),  # the header shows
     ],
 )
-def test_all_that_a_file_holds_is_predicted(layer, settings, tmp_path):
+def test_all_that_a_file_holds_is_predicted(layer, settings, within, tmp_path):
     torch.manual_seed(0)
     model = prepare_diffq(nn.Linear(*layer), torch.zeros(1, layer[0]), DiffQConfig(size="entropy", target_bits=5, **settings))
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_all_that_a_file_holds_is_predicted(layer, settings, tmp_path):
     predicted = model_size(model, exact=True) * 2**20
     with pytest.warns(DiffQWarning, match="never"):
         path = save_packed(convert_diffq(model), tmp_path / "m.safetensors")
-    assert path.stat().st_size == pytest.approx(predicted, rel=0.02)
+    assert path.stat().st_size == pytest.approx(predicted, rel=within)
 
 
 @pytest.mark.parametrize("numbers", [torch.rand(700) + 1, torch.randn(20_000), torch.randn(30, 50).half(), torch.ones(500), torch.zeros(0)])
