@@ -6,14 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding import unpacking
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.classes import BIN_BITS, ClassTable, bins_in
 from diffq_fx.export.packed.coding.source import Source
 from diffq_fx.export.packed.coding.streams import decode_block, decode_bytes
 from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.export.packed.kinds.decoded import DecodedPart, SortedPart, SortedTile, StreamedPart
-from diffq_fx.export.packed.shards import Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of, tiles_of_part
-from diffq_fx.kernels import unpacking
+from diffq_fx.export.packed.kinds.decoded import DecodedPart
+from diffq_fx.export.packed.shards import Part, ShardHead, Span, counts_of_part, grouping_of, least_bytes, parts_of
 
 
 def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
@@ -86,35 +86,17 @@ class DecodedShard:
 
     def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
-        return self._sorted_parts() if unpacking.library() is None else self._streamed_parts()
+        streams = unpacking.Streams([stream.planes() for stream in self._streams], [stream.count for stream in self._streams])
+        first = np.zeros(len(self._streams), np.int64)
+        for index, (part, widths, bins) in enumerate(zip(self._parts, self._widths, self._bins, strict=True)):
+            grouping, present = grouping_of(part, widths, bins, self._table), self._present(index)
+            yield part, DecodedPart(part.shape[0], widths, present, self._integers[index], self._floats[index], streams, first, grouping)
+            first = first + self._counts[index]
 
     def _present(self, index: int) -> NDArray[np.uint8]:
         """The widths of a part's groups."""
         pairs = zip(self._table.classes, self._counts[index].tolist(), strict=True)
         return np.array(sorted({each.width for each, count in pairs if count}), np.uint8)
-
-    def _streamed_parts(self) -> Iterator[tuple[Part, DecodedPart]]:
-        streams = unpacking.Streams([stream.planes() for stream in self._streams], [stream.count for stream in self._streams])
-        first = np.zeros(len(self._streams), np.int64)
-        for index, (part, widths, bins) in enumerate(zip(self._parts, self._widths, self._bins, strict=True)):
-            grouping = grouping_of(part, widths, bins, self._table)
-            yield (
-                part,
-                StreamedPart(
-                    part.shape[0], widths, self._present(index), self._integers[index], self._floats[index], streams, first, grouping
-                ),
-            )
-            first = first + self._counts[index]
-
-    def _sorted_parts(self) -> Iterator[tuple[Part, DecodedPart]]:
-        streams, classes = [stream.reading() for stream in self._streams], self._table.classes
-        for index, (part, widths, bins) in enumerate(zip(self._parts, self._widths, self._bins, strict=True)):
-            tiles = []
-            for tile in tiles_of_part(part, widths, bins, self._table):
-                present = [(i, count) for i, count in enumerate(tile.counts(len(classes)).tolist()) if count]
-                runs = [(classes[i].width, streams[i].take(count).reshape(-1, tile.length)) for i, count in present]
-                tiles.append(SortedTile(tile.columns, tile.length, runs, tile.place()))
-            yield part, SortedPart(part.shape[0], widths, self._present(index), self._integers[index], self._floats[index], tiles)
 
 
 def _some_codes_are_too_high(packed: PackedWeight) -> bool:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.export.packed.coding.classes import ClassTable, CodeClass
+from diffq_fx.export.packed.coding.unpacking import Grouping, count_cells
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels.unpacking import Grouping, count_cells
 
 WEIGHTS_PER_BYTE = 128
 """A shard has at least a byte for so many weights."""
@@ -100,15 +100,6 @@ class Tile:
     def counts(self, number: int) -> NDArray[np.int64]:
         """Codes of each of so many classes."""
         return np.bincount(self.classes, minlength=number) * self.length
-
-    def place(self) -> NDArray[np.int64] | None:
-        """Where each group lies in that order, shape (n,); None where they are in it."""
-        order = self.order()
-        if order is None:
-            return None
-        place = np.empty_like(order)
-        place[order] = np.arange(len(order))
-        return place
 
     def order(self) -> NDArray[np.int64] | None:
         """The groups in the order of their classes, shape (n,); None where they are in it."""

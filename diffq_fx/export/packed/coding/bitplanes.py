@@ -70,14 +70,13 @@ def pack_plane(values: NDArray[np.uint8], bits: int) -> bytes:
     return packed.tobytes()
 
 
-def unpack(data: bytes | memoryview, width: int, count: int, some: slice = slice(None)) -> Values:
-    """Undo :func:`pack`, for all values or a few of them.
+def unpack(data: bytes | memoryview, width: int, count: int) -> Values:
+    """Undo :func:`pack`.
 
     Args:
         data: exactly ``packed_size(count, width)`` bytes.
         width: 1 to 16.
         count: number of values.
-        some: which of them, without a step.
 
     Returns:
         Shape (n,), uint8 up to 8 bits, else uint16.
@@ -85,15 +84,13 @@ def unpack(data: bytes | memoryview, width: int, count: int, some: slice = slice
     Example:
         >>> unpack(bytes.fromhex("dd22"), 2, 8)
         array([1, 2, 3, 0, 1, 2, 3, 0], dtype=uint8)
-        >>> unpack(bytes.fromhex("dd22"), 2, 8, slice(1, 4))
-        array([2, 3, 0], dtype=uint8)
     """
     raw, kind = np.frombuffer(data, np.uint8), np.uint8 if width <= 8 else np.uint16
     values: Values | None = None
     start = 0
     for first, bits in planes_of(width):
         stop = start + -(-count * bits // 8)
-        plane = unpack_plane(raw[start:stop], bits, count, some).astype(kind, copy=False)
+        plane = unpack_plane(raw[start:stop], bits, count).astype(kind, copy=False)
         values = plane if values is None else values | (plane << kind(first))
         start = stop
     return np.zeros(0, kind) if values is None else values

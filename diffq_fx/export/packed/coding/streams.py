@@ -32,7 +32,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding import ans, deflate
 from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, planes_of, unpack, unpack_plane
 from diffq_fx.export.packed.coding.source import Source
-from diffq_fx.kernels.unpacking import Plane
+from diffq_fx.export.packed.coding.unpacking import Plane
 
 STORED, DEFLATE, ANS = 0, 1, 2
 
@@ -49,8 +49,6 @@ _SHORT = 1 << 9
 """Values of a stream that the slower coder does not take long for."""
 _ITEM = 4
 """Bytes of the numbers that :func:`encode_bytes` expects: each place in them is a stream, since the highest bytes are much alike."""
-_AT_ONCE = 1 << 17
-"""Values that are unpacked at once."""
 _CODERS = {DEFLATE: deflate, ANS: ans}
 
 
@@ -167,40 +165,17 @@ class DecodedStream:
             at += size
         return found if self._high_bytes is None else [*found, Plane(self._high_bytes, self._plane, self._low)]
 
-    def reading(self) -> "_Reading":
-        """A reader of the values, from the first one on."""
-        return _Reading(self)
-
-    def values(self, some: slice = slice(None)) -> Values:
-        """The values or some of them, made anew at each call: uint8 up to 8 bits, else uint16."""
+    def values(self) -> Values:
+        """The values, made anew at each call: uint8 up to 8 bits, else uint16."""
         kind = np.uint8 if self._width <= 8 else np.uint16
         if self._high_bytes is None:
-            return unpack(self._low_bytes, self._width, self.count, some)
-        high = unpack_plane(self._high_bytes, self._plane, self.count, some).astype(kind, copy=False)
+            return unpack(self._low_bytes, self._width, self.count)
+        high = unpack_plane(self._high_bytes, self._plane, self.count).astype(kind, copy=False)
         if not self._low:
             return high
         values = high << kind(self._low)
-        values |= unpack(self._low_bytes, self._low, self.count, some).astype(kind, copy=False)
+        values |= unpack(self._low_bytes, self._low, self.count).astype(kind, copy=False)
         return values
-
-
-class _Reading:
-    """Takes the values of a stream in order. They are unpacked many at once: small calls of numpy keep other threads from theirs."""
-
-    def __init__(self, stream: DecodedStream) -> None:
-        self._stream = stream
-        self._values = stream.values(slice(0))
-        self._at, self._next = 0, 0
-
-    def take(self, count: int) -> Values:
-        """The next values."""
-        if self._at + count > len(self._values):
-            first = self._next - len(self._values) + self._at
-            self._next = first + max(count, _AT_ONCE)
-            self._values, self._at = self._stream.values(slice(first, self._next)), 0
-            self._next = first + len(self._values)
-        self._at += count
-        return self._values[self._at - count : self._at]
 
 
 def decode_block(source: Source, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:

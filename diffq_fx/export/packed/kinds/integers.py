@@ -16,16 +16,16 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.coding import unpacking
 from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.coding.unpacking import Grid
 from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, bytes_of, tensor_of
 from diffq_fx.export.packed.kinds import integer_scales as grids
 from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes, SortedPart, StreamedPart
-from diffq_fx.export.packed.kinds.integer_arithmetic import dequantize_coded, dequantize_offset, dequantize_plain, unfold
+from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
 from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels.unpacking import Grid
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.weights import WeightSpec
 
@@ -158,16 +158,12 @@ class PackedIntegers(PackedWeight):
     def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """``(level - zero_point) * scale``, or ``level * scale + offset`` on the float grid."""
         with np.errstate(all="ignore"):  # infinite scales are the file's to have
-            if self.scale_dtype != torch.float32:
+            in_place = out is None or out.flags.c_contiguous
+            if self.scale_dtype != torch.float32 or not (in_place and self._one_grid_for_a_group()) or unpacking.library() is None:
                 return self._exact_rows(part.assembled())
             rows = np.empty((part.rows, self._layout.columns), np.float32) if out is None else out
             follows_from_width = self.scale == "extents" and self._range_layout.kind == "tensor"
-            if isinstance(part, StreamedPart) and rows.flags.c_contiguous and self._one_grid_for_a_group():
-                part.fill(self._grid_by_width(part) if follows_from_width else self._grid(self._params(part), part.widths), rows)
-            elif isinstance(part, SortedPart) and follows_from_width:
-                self._fill_by_width(part, rows)
-            else:
-                self._fill(part, rows)
+            part.fill(self._grid_by_width(part) if follows_from_width else self._grid(self._params(part), part.widths), rows)
         return torch.from_numpy(rows) if out is None else None
 
     def _one_grid_for_a_group(self) -> bool:
@@ -175,55 +171,15 @@ class PackedIntegers(PackedWeight):
         return self._scale_layout.shape[1] == 1 or self._scale_layout.block == self._layout.block
 
     def _exact_rows(self, part: PartCodes) -> Tensor:
-        """The weights of a part where scales are not float32."""
+        """The weights of a part as the stored weight computes them: where there is no kernel for it."""
         params, layout = self._params(part), self._scale_layout
         layout = GroupLayout(len(part.codes), self._layout.columns, layout.kind, layout.block)
         return functional.dequantize(torch.from_numpy(self._levels(part, params).astype(np.int32)), params, layout)
 
-    def _fill(self, decoded: DecodedPart, rows: NDArray[np.float32]) -> None:
-        """Dequantize a part row by row."""
-        part = decoded.assembled()
-        params = self._params(part)
-        each, kind = np.broadcast_to(part.widths, tuple(params.scale.shape)), part.codes.dtype
-        centres, top = self._expand(grids.centres(params, each).astype(kind)), self._expand(grids.masks(each, kind))
-        scale = self._expand(grids.array_of(params.scale))
-        if params.zero_point is None:
-            dequantize_offset(unfold(part.codes, centres, top), scale, self._expand(grids.array_of(params.offset)), rows)
-        elif self.zero_point == "plain":
-            dequantize_plain(unfold(part.codes, centres, top), self._expand(grids.array_of(params.zero_point)), scale, rows)
-        else:
-            dequantize_coded(unfold(part.codes, centres, top), centres, scale, int(part.widths.max()), rows)
-
-    def _fill_by_width(self, part: SortedPart, rows: NDArray[np.float32]) -> None:
-        """Dequantize a part, whose scales and zero points follow from the width alone, while its groups are sorted by width."""
-        widths, params = self._params_by_width(part)
-        centres, top = grids.centres(params, widths[None])[0], grids.masks(widths, np.int64)
-        scale, offset = params.scale.numpy()[0], None if params.offset is None else params.offset.numpy()[0]
-        for tile in part.tiles:
-            values, at = np.empty((sum(len(codes) for _, codes in tile.runs), tile.length), np.float32), 0
-            for width, codes in tile.runs:
-                i, kind, flat = int(np.searchsorted(widths, width)), codes.dtype.type, values[at : at + len(codes)].reshape(-1)
-                centre = kind(centres[i])
-                levels = unfold(codes.reshape(-1), centre, kind(top[i]))
-                if offset is not None:
-                    dequantize_offset(levels, scale[i], offset[i], flat)
-                else:
-                    dequantize_coded(levels, centre, scale[i], width, flat)
-                at += len(codes)
-            if tile.place is not None and values.size == rows.size and rows.flags.c_contiguous:
-                np.take(values, tile.place, 0, rows.reshape(-1, tile.length), "clip")  # "raise" would make a copy
-            else:
-                rows[:, tile.columns] = tile.rows(values).reshape(part.rows, -1)
-
-    def _params_by_width(self, part: DecodedPart) -> tuple[NDArray[np.uint8], QuantParams]:
-        """The widths of a part's groups, and scales, zero points and offsets of shape (1, n) that follow from them."""
+    def _grid_by_width(self, part: DecodedPart) -> Grid:
+        """The grid of a part whose scales and zero points follow from the width alone."""
         widths = part.present
-        return widths, self._params(replace(part, widths=widths[None]), (1, len(widths)))
-
-    def _grid_by_width(self, part: StreamedPart) -> Grid:
-        """The grid of a part, by width."""
-        widths, params = self._params_by_width(part)
-        found = self._grid(params, widths[None])
+        found = self._grid(self._params(replace(part, widths=widths[None]), (1, len(widths))), widths[None])
 
         def by_width(values: NDArray[Any] | None) -> NDArray[Any] | None:
             if values is None:
@@ -267,9 +223,13 @@ class PackedIntegers(PackedWeight):
         return QuantParams(scale, zero_point, offset)
 
     def _levels(self, part: PartCodes, params: QuantParams) -> Values:
-        """Levels, shape (O, I), in the type of the codes."""
+        """Levels, shape (O, I), in the type of the codes: ``centre + 0, -1, 1, -2, ... mod 2^b``."""
         each, kind = np.broadcast_to(part.widths, tuple(params.scale.shape)), part.codes.dtype
-        return unfold(part.codes, self._expand(grids.centres(params, each).astype(kind)), self._expand(grids.masks(each, kind)))
+        levels = part.codes >> kind.type(1)
+        levels ^= -(part.codes & kind.type(1))  # unsigned: 0, 1, 2, 3 are 0, -1, 1, -2
+        levels += self._expand(grids.centres(params, each).astype(kind))
+        levels &= self._expand(grids.masks(each, kind))
+        return levels
 
     def restore(self, parts: Iterable[PartCodes]) -> IntegerWeight:
         """The integers of all parts."""

@@ -1,4 +1,4 @@
-"""Codes of a packed file to weights in one pass over memory, in C where a compiler is at hand; the packed file's own numpy does the same.
+"""Codes of a packed file in the order of their weight: in C in one pass over memory, up to the float weights; with numpy the codes alone.
 
 ``unpacking.c`` reads from several streams at once, each of them a stack of bit planes; ``docs/packed-format.md`` has the terms.
 """
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffq_fx.export.packed.coding.bitplanes import unpack_plane
 from diffq_fx.kernels import build
 
-_SOURCE = Path(__file__).with_name("unpacking.c")
+_SOURCE = Path(build.__file__).with_name("unpacking.c")
 _FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=off -fwrapv -fno-math-errno -fno-trapping-math -shared -fPIC".split()
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")
@@ -54,10 +55,17 @@ class Streams:
 
     def __init__(self, planes: Sequence[Sequence[Plane]], counts: Sequence[int]) -> None:
         flat = [plane for of_class in planes for plane in of_class]
-        self._kept = [plane.data for plane in flat]
+        self._by_class = planes
         self.planes = (_Plane * max(len(flat), 1))(*[_Plane(p.data.ctypes.data, len(p.data), p.bits, p.shift) for p in flat])
         self.first_plane = np.cumsum([0, *[len(of_class) for of_class in planes]], dtype=np.int32)
         self.counts = np.array(counts, np.int64)
+
+    def values(self, index: int, first: int, count: int) -> NDArray[np.uint16]:
+        """Some values of a class, unpacked with numpy."""
+        values, some = np.zeros(count, np.uint16), slice(first, first + count)
+        for plane in self._by_class[index]:
+            values |= unpack_plane(plane.data, plane.bits, int(self.counts[index]), some).astype(np.uint16) << np.uint16(plane.shift)
+        return values
 
 
 class Grouping(NamedTuple):
@@ -120,7 +128,7 @@ def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
 
 
 def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid: Grid | None, out: NDArray[Any]) -> None:
-    """Fill rows with codes, or where a grid is given with weights.
+    """Fill rows with codes, or where a grid is given, which takes the kernel, with weights.
 
     The level of a code is ``centre + 0, -1, 1, -2, ... mod 2^b``, its weight ``(level - zero_point) * scale``, or
     ``level * scale + offset``.
@@ -133,11 +141,14 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
         out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
 
     Raises:
-        RuntimeError: there is no kernel: see :func:`library`.
+        RuntimeError: there is a grid and no kernel: see :func:`library`.
     """
     loaded = library()
     if loaded is None:
-        raise RuntimeError("the C kernel, which was to unpack a file, cannot be loaded.")
+        if grid is not None:
+            raise RuntimeError("the C kernel, which was to unpack a file, cannot be loaded.")
+        _put_in_order(streams, first, grouping, out)
+        return
     ahead = int(loaded.diffq_fx_codes_ahead())
     number = len(streams.counts)
     by_width = grid is not None and grid.scale.ndim == 1
@@ -160,6 +171,22 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
     pointers = {name: value.ctypes.data for name, value in fields.items()}
     part = _Part(planes=ctypes.cast(streams.planes, ctypes.c_void_p), **pointers, **sizes)
     loaded.diffq_fx_unpack(ctypes.byref(part))
+
+
+def _put_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping, out: NDArray[Any]) -> None:
+    """Fill rows with codes, class by class: the whole blocks of all rows, then the shorter blocks at their ends."""
+    rows, columns, block, widths, bins, classes = grouping
+    of_group = np.broadcast_to(classes[widths, bins.reshape(-1, 1)], (rows, -(-columns // block)))
+    at, whole = first.copy(), columns // block
+    for groups, length in ((slice(0, whole), block), (slice(whole, None), columns % block)):
+        some = of_group[:, groups] if length else of_group[:, :0]
+        tile = np.empty((*some.shape, length), out.dtype)
+        for index in np.unique(some).tolist():
+            is_here = some == index
+            count = int(is_here.sum()) * length
+            tile[is_here] = streams.values(index, int(at[index]), count).reshape(-1, length)
+            at[index] += count
+        out[:, groups.start * block : groups.start * block + tile.shape[1] * length] = tile.reshape(rows, -1)
 
 
 def _strides(values: NDArray[Any]) -> tuple[int, int]:
