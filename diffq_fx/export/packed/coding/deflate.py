@@ -34,7 +34,7 @@ def encode(data: NDArray[np.uint8]) -> bytes:
         (1139, True)
     """
     coder = zlib.compressobj(wbits=_WINDOW_BITS, memLevel=_MOST_MEMORY, strategy=zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(np.ascontiguousarray(data)) + coder.flush()
+    return coder.compress(np.ascontiguousarray(data).data) + coder.flush()
 
 
 def decode(data: memoryview, size: int) -> NDArray[np.uint8]:

@@ -186,7 +186,7 @@ def _put_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping
             count = int(is_here.sum()) * length
             tile[is_here] = streams.values(index, int(at[index]), count).reshape(-1, length)
             at[index] += count
-        out[:, groups.start * block : groups.start * block + tile.shape[1] * length] = tile.reshape(rows, -1)
+        out[:, groups.start * block : groups.start * block + some.shape[1] * length] = tile.reshape(rows, -1)
 
 
 def _strides(values: NDArray[Any]) -> tuple[int, int]:
