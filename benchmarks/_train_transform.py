@@ -13,7 +13,7 @@ from _train_systems import Step, interleaved, ratio
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
-from diffq_fx.kernels import add_noise, build
+from diffq_fx.kernels import add_noise, extension
 
 MILLIONS = 8 * 1024 * 1024 / 1e6
 
@@ -111,7 +111,7 @@ def _kernels(name: str, groups: int, quick: bool) -> str:
         return add_noise(weight, step, axis=0, block=1024 // groups)
 
     def without_compiler() -> None:
-        with mock.patch.object(build, "library", return_value=None):
+        with mock.patch.object(extension, "kernels", return_value=None):
             over(ours)()
 
     torch._dynamo.reset()

@@ -76,7 +76,7 @@ def main() -> None:
 
     ones = lambda like, *args, **kwargs: torch.ones_like(like)  # noqa: E731
     fixed = mock.patch("diffq_fx.kernels.eager._in_steps", lambda noise, gaussian, dtype: torch.full(noise.shape, 0.5, dtype=dtype))
-    with mock.patch.object(torch, "randn_like", ones), fixed, mock.patch("diffq_fx.kernels.build.library", return_value=None):
+    with mock.patch.object(torch, "randn_like", ones), fixed, mock.patch("diffq_fx.kernels.extension.kernels", return_value=None):
         theirs.train(), ours.train()
         noisy = seen_weights(theirs, names, example), our_weights(ours)
     theirs.eval(), ours.eval()

@@ -9,7 +9,7 @@ from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import (
     add_noise,
     bits_of_logits,
-    build,
+    extension,
     extremes,
     moments,
     native,
@@ -27,9 +27,9 @@ BITS = {"min_bits": 2, "max_bits": 8, "gain": 3.0}
 @pytest.fixture(params=["native", "torch"])
 def backend(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(build, "library", lambda: None)
-    elif build.library() is None:
-        pytest.skip("no C compiler is at hand")
+        monkeypatch.setattr(extension, "kernels", lambda: None)
+    elif extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     return request.param
 
 
@@ -128,8 +128,8 @@ def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, g
 )
 @pytest.mark.parametrize("columns", [5000, 4090, 12])
 def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypatch):
-    if build.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     if group_size == 1 and settings.get("range_per") == "group":
         pytest.skip("no such setting")
     weight, upstream = torch.randn(5, columns, requires_grad=True), torch.randn(5, columns)
@@ -159,8 +159,8 @@ def _spec(config, rows, columns):
 
 
 def test_one_pass_leaves_alone_what_it_cannot_do():
-    if build.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     config = DiffQConfig()
     weight = torch.randn(4, 8)
     quantizer = config.make_quantizer(_spec(config, 4, 8), weight)
@@ -193,8 +193,8 @@ class Elsewhere(torch.Tensor):
 
 def test_kernels_leave_alone_what_is_not_a_plain_tensor_in_memory():
     rows = torch.randn(ROWS, COLUMNS)
-    if build.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     assert native.takes_rows(rows)
     assert not native.takes_rows(rows.as_subclass(Elsewhere))
     assert not native.takes_rows(rows.double())

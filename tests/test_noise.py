@@ -8,7 +8,7 @@ from scipy import stats
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import add_noise, build, memory, release, step_of_logits
+from diffq_fx.kernels import add_noise, extension, memory, release, step_of_logits
 
 N = 200_000
 
@@ -17,9 +17,9 @@ N = 200_000
 def backend(request, monkeypatch):
     """Everything holds for the C kernel and for torch's own operations."""
     if request.param == "torch":
-        monkeypatch.setattr(build, "library", lambda: None)
-    elif build.library() is None:
-        pytest.skip("no C compiler is at hand")
+        monkeypatch.setattr(extension, "kernels", lambda: None)
+    elif extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     return request.param
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, functional, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import RoundInRange, build, learned_factor, least_error_range, native, normal_range
+from diffq_fx.kernels import RoundInRange, extension, learned_factor, least_error_range, native, normal_range
 from diffq_fx.kernels.native import SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     torch.manual_seed(0)
     columns = 3000  # enough that the kernel is worth its call
     weight, grad = torch.randn(6, columns, requires_grad=True), torch.randn(6, columns)
-    assert native.takes_rows(weight, grad) == (by == "kernel" and build.library() is not None)
+    assert native.takes_rows(weight, grad) == (by == "kernel" and extension.kernels() is not None)
     layout, clip, bits = GroupLayout.of(6, columns, "channel"), torch.zeros(6, 1, requires_grad=True), torch.full((6, 1), 2)
     low, high = torch.full((6, 1), -1.2), torch.full((6, 1), 1.0)
     params = functional.quant_params(low, high, bits, "affine")

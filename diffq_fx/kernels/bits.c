@@ -4,9 +4,10 @@
 // `values` is how many stored values take a group's width; a stride of zero shares one number.
 
 #include "inline.h"
+#include "kernel.h"
 
 // b and db/dl.
-void diffq_fx_bits(const float *logits, float *bits, float *slope, int64_t count, float min_bits, float bits_range, float gain, int threads) {
+static void bits_of(const float *logits, float *bits, float *slope, int64_t count, float min_bits, float bits_range, float gain, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < count; i++) {
         float share = sigmoid_of(gain * logits[i]);
@@ -15,7 +16,6 @@ void diffq_fx_bits(const float *logits, float *bits, float *slope, int64_t count
     }
 }
 
-#define PART 16384 // groups whose sums are one result: so these do not depend on the number of threads
 #define RUN 512    // groups that are summed in single precision
 
 ALWAYS_INLINE void size_of(const float *restrict logits, const float *restrict values, int64_t stride, int64_t count, float min_bits,
@@ -41,7 +41,7 @@ ALWAYS_INLINE void size_of(const float *restrict logits, const float *restrict v
 }
 
 // parts has four elements for each PART of the groups: the sum of values * b, that of values * db/dl, the smallest and the largest logit.
-void diffq_fx_size(const float *logits, const float *values, int64_t stride, double *parts, int64_t count, float min_bits, float bits_range,
+static void size(const float *logits, const float *values, int64_t stride, double *parts, int64_t count, float min_bits, float bits_range,
                    float gain, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t left = 0; left < count; left += PART) {
@@ -55,7 +55,7 @@ void diffq_fx_size(const float *logits, const float *values, int64_t stride, dou
 }
 
 // slope = times * values * db/dl
-void diffq_fx_slope_of_size(const float *logits, const float *values, int64_t stride, float *restrict slope, int64_t count, float times,
+static void slope_of_size(const float *logits, const float *values, int64_t stride, float *restrict slope, int64_t count, float times,
                             float bits_range, float gain, int threads) {
     float factor = times * gain * bits_range;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -76,7 +76,7 @@ void diffq_fx_slope_of_size(const float *logits, const float *values, int64_t st
 }
 
 // parts has five elements for each PART of the groups: the sums of g, n, g g, g n and n n.
-void diffq_fx_moments(const float *grad, const float *slope, double *parts, int64_t count, int threads) {
+static void moments(const float *grad, const float *slope, double *parts, int64_t count, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t left = 0; left < count; left += PART) {
         int64_t end = left + PART < count ? left + PART : count;
@@ -93,3 +93,16 @@ void diffq_fx_moments(const float *grad, const float *slope, double *parts, int6
         sums[0] = g1, sums[1] = n1, sums[2] = gg, sums[3] = gn, sums[4] = nn;
     }
 }
+
+CALL(bits_of, P(0), P(1), P(2), N(3), R(4), R(5), R(6), N(7))
+CALL(size, P(0), P(1), N(2), P(3), N(4), R(5), R(6), R(7), N(8))
+CALL(slope_of_size, P(0), P(1), N(2), P(3), N(4), R(5), R(6), R(7), N(8))
+CALL(moments, P(0), P(1), P(2), N(3), N(4))
+
+TABLE(bits) = {
+    {"bits", "iiiifffi", call_bits_of},
+    {"size", "iiiiifffi", call_size},
+    {"slope_of_size", "iiiiifffi", call_slope_of_size},
+    {"moments", "iiiii", call_moments},
+    {0},
+};

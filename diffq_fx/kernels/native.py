@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import build, memory
+from diffq_fx.kernels import extension, memory
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
 
 if TYPE_CHECKING:
@@ -21,21 +21,19 @@ SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431,
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""
 _WORTH_THREADS = 1 << 14
-_PART = 1 << 14
-"""Groups whose sums are one result of a kernel; the same number stands in ``bits.c``."""
 
 
 def takes(weight: Tensor, axis: int) -> bool:
     """Whether the kernel can work on this weight here."""
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and axis == 0 and weight.is_contiguous() and weight.numel() > 0
-    return fits and build.library() is not None
+    return fits and extension.kernels() is not None
 
 
 def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tuple[Tensor, Tensor]:
     """Noisy weight, and the seed of its noise: int64, shape (1,)."""
     seed = draw_seed()
     out, step = memory.empty(weight.shape, weight.dtype, weight.device), step.float().contiguous()
-    build.loaded_library().diffq_fx_add_noise(
+    extension.loaded().add_noise(
         weight.data_ptr(),
         step.data_ptr(),
         out.data_ptr(),
@@ -52,7 +50,7 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
     """Sum over each group of ``grad * noise``, the noise made again from its seed; like ``step``."""
     grad = grad.float().contiguous()
     sums = memory.empty((layout.rows, -(-layout.columns // layout.block)), torch.float32, grad.device)
-    build.loaded_library().diffq_fx_reduce_noise(
+    extension.loaded().reduce_noise(
         grad.data_ptr(), sums.data_ptr(), layout.rows, layout.columns, layout.block, *_draw(int(seed), gaussian, grad.numel())
     )
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
@@ -62,7 +60,7 @@ def noisy(weight: Tensor, logits: Tensor, settings: "OnePass") -> tuple[Tensor, 
     """Noisy weight, the length of each range and the seed of the noise."""
     seed, groups = draw_seed(), settings.groups
     out, span = memory.empty(weight.shape, weight.dtype, weight.device), memory.empty(settings.ranges.shape, torch.float32, weight.device)
-    build.loaded_library().diffq_fx_noisy(
+    extension.loaded().noisy(
         weight.data_ptr(),
         logits.data_ptr(),
         _spans().data_ptr() if settings.clips else None,
@@ -86,7 +84,7 @@ def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: int, settin
     """Gradient of the logits, the noise made again from its seed."""
     grad, groups = grad.contiguous(), settings.groups
     grad_logits = memory.empty(logits.shape, logits.dtype, logits.device)
-    build.loaded_library().diffq_fx_noisy_backward(
+    extension.loaded().noisy_backward(
         *(each.data_ptr() for each in (grad, logits, span, grad_logits)),
         groups.rows,
         groups.columns,
@@ -112,7 +110,7 @@ def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor
     scale, zero_point, top = (each.expand(scale.shape).float().contiguous() for each in (scale, zero_point, top))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]
     pointers = (each.data_ptr() for each in (weight, scale, zero_point, top, out))
-    build.loaded_library().diffq_fx_round(*pointers, layout.rows, layout.columns, layout.block, stride, _threads(weight.numel()))
+    extension.loaded().round(*pointers, layout.rows, layout.columns, layout.block, stride, _threads(weight.numel()))
     return out
 
 
@@ -125,7 +123,7 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
     """Smallest and largest weight, sum and sum of squares of each group of a layout of channels or blocks, shape (4, R, C)."""
     results = rows_OI.new_empty(4, layout.rows, -(-layout.columns // layout.block))
     pointers = (each.data_ptr() for each in (rows_OI, results))
-    build.loaded_library().diffq_fx_statistics(*pointers, *rows_OI.shape, layout.block, _threads(rows_OI.numel()))
+    extension.loaded().statistics(*pointers, *rows_OI.shape, layout.block, _threads(rows_OI.numel()))
     return results
 
 
@@ -135,7 +133,7 @@ def rounding_errors(rows_OI: Tensor, scale_KRC: Tensor, zero_point_KRC: Tensor, 
     grids, _, blocks = scale_KRC.shape
     top = top.expand(scale_KRC.shape[1:]).float().contiguous()
     errors = torch.empty(grids, layout.rows, blocks)
-    build.loaded_library().diffq_fx_rounding_errors(
+    extension.loaded().rounding_errors(
         *(each.data_ptr() for each in (rows_OI, scale_KRC, zero_point_KRC, top, errors)),
         grids,
         layout.rows,
@@ -154,16 +152,14 @@ def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: T
     sums = grad_OI.new_empty(layout.rows, -(-layout.columns // layout.block))
     stride = 0 if layout.kind == "tensor" else scale.shape[1]
     pointers = (each.data_ptr() for each in (grad_OI, weight_OI, rounded_OI, scale, sums))
-    build.loaded_library().diffq_fx_range_slope(
-        *pointers, layout.rows, layout.columns, layout.block, stride, reach, _threads(grad_OI.numel())
-    )
+    extension.loaded().range_slope(*pointers, layout.rows, layout.columns, layout.block, stride, reach, _threads(grad_OI.numel()))
     return sums.sum().view(1, 1) if layout.kind == "tensor" else sums
 
 
 def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
-    return not recorded() and fits and is_plain(logits) and build.library() is not None
+    return not recorded() and fits and is_plain(logits) and extension.kernels() is not None
 
 
 def recorded() -> bool:
@@ -179,7 +175,7 @@ def is_plain(tensor: Tensor) -> bool:
 def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
     """Bits of the logits and their derivative."""
     bits, slope = torch.empty_like(logits), torch.empty_like(logits)
-    build.loaded_library().diffq_fx_bits(
+    extension.loaded().bits(
         logits.data_ptr(), bits.data_ptr(), slope.data_ptr(), logits.numel(), min_bits, max_bits - min_bits, gain, _threads(logits.numel())
     )
     return bits, slope
@@ -192,8 +188,8 @@ def takes_size(values: Tensor, logits: Tensor) -> bool:
 
 def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of ``values * b``, that of its derivative in each logit, the smallest and the largest logit, float64, 0-d."""
-    parts = torch.empty(-(-logits.numel() // _PART), 4, dtype=torch.float64)
-    build.loaded_library().diffq_fx_size(
+    parts = torch.empty(-(-logits.numel() // extension.loaded().PART), 4, dtype=torch.float64)
+    extension.loaded().size(
         logits.data_ptr(),
         values.data_ptr(),
         values.stride()[0],
@@ -211,7 +207,7 @@ def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain:
 def slope_of_size(values: Tensor, logits: Tensor, times: float, min_bits: float, max_bits: float, gain: float) -> Tensor:
     """Derivative of ``times`` the size in each logit."""
     slope = memory.empty(logits.shape, logits.dtype, logits.device)
-    build.loaded_library().diffq_fx_slope_of_size(
+    extension.loaded().slope_of_size(
         logits.data_ptr(),
         values.data_ptr(),
         values.stride()[0],
@@ -232,9 +228,9 @@ def takes_moments(grad: Tensor, slope: Tensor) -> bool:
 
 def moments(grad: Tensor, slope: Tensor) -> Tensor:
     """The sums of g, n, g^2, g n and n^2 over gradient g and slope n, float64, shape (5,)."""
-    parts = torch.empty(-(-grad.numel() // _PART), 5, dtype=torch.float64)
+    parts = torch.empty(-(-grad.numel() // extension.loaded().PART), 5, dtype=torch.float64)
     pointers = (each.data_ptr() for each in (grad, slope, parts))
-    build.loaded_library().diffq_fx_moments(*pointers, grad.numel(), _threads(grad.numel()))
+    extension.loaded().moments(*pointers, grad.numel(), _threads(grad.numel()))
     return parts.sum(0)
 
 

@@ -6,6 +6,7 @@
 // A weight is O rows of I columns, contiguous; there is one step or logit for each `block` columns of a row.
 
 #include "inline.h"
+#include "kernel.h"
 
 #define CHUNK 2048 // weights whose noise is made at a time: it stays in the nearest cache
 
@@ -117,7 +118,7 @@ static void sum_row(const float *grad, float *sums, int64_t first, int64_t colum
 }
 
 // w + step n. The steps of a row begin at step[row * row_stride]: a stride of zero shares one step.
-void diffq_fx_add_noise(const float *weight, const float *step, float *out, int64_t rows, int64_t columns, int64_t block,
+static void add_noise(const float *weight, const float *step, float *out, int64_t rows, int64_t columns, int64_t block,
                         int64_t row_stride, uint64_t seed, const float *table, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -132,7 +133,7 @@ void diffq_fx_add_noise(const float *weight, const float *step, float *out, int6
 }
 
 // Sum of grad * n over each block of each row.
-void diffq_fx_reduce_noise(const float *grad, float *sums, int64_t rows, int64_t columns, int64_t block, uint64_t seed, const float *table,
+static void reduce_noise(const float *grad, float *sums, int64_t rows, int64_t columns, int64_t block, uint64_t seed, const float *table,
                            int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -143,7 +144,7 @@ void diffq_fx_reduce_noise(const float *grad, float *sums, int64_t rows, int64_t
 // w + step n with everything that the step is made of: step = span / (2^b - 1) with the bits b = min_bits + sigmoid(gain l) bits_range of each
 // block and the length of its range (see range_of), which is kept in `span`: one for each block if `own_ranges`, else one for each row, which
 // suits the widest of its blocks.
-void diffq_fx_noisy(const float *weight, const float *logits, const float *spans, float *out, float *span, int64_t rows, int64_t columns,
+static void noisy(const float *weight, const float *logits, const float *spans, float *out, float *span, int64_t rows, int64_t columns,
                     int64_t block, int own_ranges, int with_zero, int symmetric, float min_bits, float bits_range, float gain, uint64_t seed,
                     const float *table, int threads) {
     int64_t blocks = (columns + block - 1) / block, ranges = own_ranges ? blocks : 1, range = own_ranges ? block : columns;
@@ -169,7 +170,7 @@ void diffq_fx_noisy(const float *weight, const float *logits, const float *spans
 }
 
 // d loss / d l = -span ln 2 levels / (levels - 1)^2 db/dl sum(grad n), with levels = 2^b.
-void diffq_fx_noisy_backward(const float *grad, const float *logits, const float *span, float *grad_logits, int64_t rows, int64_t columns,
+static void noisy_backward(const float *grad, const float *logits, const float *span, float *grad_logits, int64_t rows, int64_t columns,
                              int64_t block, int own_ranges, float min_bits, float bits_range, float gain, uint64_t seed, const float *table,
                              int threads) {
     int64_t blocks = (columns + block - 1) / block;
@@ -186,3 +187,16 @@ void diffq_fx_noisy_backward(const float *grad, const float *logits, const float
         for (int64_t b = 0; b < blocks; b++) into[b] *= own_ranges ? length[b] : length[0];
     }
 }
+
+CALL(add_noise, P(0), P(1), P(2), N(3), N(4), N(5), N(6), a[7].word, P(8), N(9))
+CALL(reduce_noise, P(0), P(1), N(2), N(3), N(4), a[5].word, P(6), N(7))
+CALL(noisy, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9), N(10), R(11), R(12), R(13), a[14].word, P(15), N(16))
+CALL(noisy_backward, P(0), P(1), P(2), P(3), N(4), N(5), N(6), N(7), R(8), R(9), R(10), a[11].word, P(12), N(13))
+
+TABLE(noise) = {
+    {"add_noise", "iiiiiiiiii", call_add_noise},
+    {"reduce_noise", "iiiiiiii", call_reduce_noise},
+    {"noisy", "iiiiiiiiiiifffiii", call_noisy},
+    {"noisy_backward", "iiiiiiiifffiii", call_noisy_backward},
+    {0},
+};

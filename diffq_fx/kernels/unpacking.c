@@ -6,8 +6,7 @@
 #include <string.h>
 
 #include "inline.h"
-
-#define AHEAD 512 // codes of a stream that are unpacked at a time: those of all classes stay in the cache
+#include "kernel.h"
 
 typedef struct { // `bits` of each value; byte k holds those of the values k, k + size, k + 2 size, ..., from its low bits up
     const uint8_t *bytes;
@@ -152,9 +151,7 @@ ALWAYS_INLINE void unpack_tile(const Part *p, int64_t first, int64_t stop, int64
     }
 }
 
-int64_t diffq_fx_codes_ahead(void) { return AHEAD; }
-
-void diffq_fx_unpack(const Part *part) {
+static void unpack_part(const Part *part) {
     Part copy = *part; // in this frame the compiler knows that nothing else points to it
     int64_t whole = copy.columns / copy.block, rest = copy.columns % copy.block;
     switch (copy.block) { // the compiler makes fast code for a length that it knows
@@ -167,9 +164,14 @@ void diffq_fx_unpack(const Part *part) {
 }
 
 // Add the groups [first, stop) of every row to the count of their width and bin.
-void diffq_fx_count_cells(const uint8_t *widths, int64_t width_row, int64_t width_group, const uint8_t *bins, int64_t bin_row,
+static void count_cells(const uint8_t *widths, int64_t width_row, int64_t width_group, const uint8_t *bins, int64_t bin_row,
                           int64_t bin_number, int64_t rows, int64_t first, int64_t stop, int64_t *counts) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t group = first; group < stop; group++)
             counts[widths[row * width_row + group * width_group] * bin_number + bins[row * bin_row]]++;
 }
+
+CALL(unpack_part, P(0))
+CALL(count_cells, P(0), N(1), N(2), P(3), N(4), N(5), N(6), N(7), N(8), P(9))
+
+TABLE(unpacking) = {{"unpack", "i", call_unpack_part}, {"count_cells", "iiiiiiiiii", call_count_cells}, {0}};

@@ -1,12 +1,16 @@
 // What is done to every weight beside the noise, in one pass over memory each: rounding, the range of each group, the gradient of a range.
 //
 // A weight is O rows of I columns, contiguous, with one value of a range for each `block` columns of a row.
+//
+// Compiled without sums in any order and without fused a * b + c: the grids that are found here and the weights on them, which are what
+// eval() computes with and files hold, are bit by bit the same on every processor.
 
 #include "inline.h"
+#include "kernel.h"
 
 // The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, the same operations as torch's, so the same
 // bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
-void diffq_fx_round(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
+static void round_to_grid(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
                     int64_t columns, int64_t block, int64_t row_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
@@ -24,7 +28,7 @@ void diffq_fx_round(const float *weight, const float *scale, const float *zero_p
 }
 
 // Four values for each block of each row: the four results follow each other, each of rows * blocks elements.
-void diffq_fx_statistics(const float *weight, float *results, int64_t rows, int64_t columns, int64_t block, int threads) {
+static void statistics(const float *weight, float *results, int64_t rows, int64_t columns, int64_t block, int threads) {
     int64_t blocks = (columns + block - 1) / block, all = rows * blocks;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
@@ -35,9 +39,15 @@ void diffq_fx_statistics(const float *weight, float *results, int64_t rows, int6
         }
 }
 
+ALWAYS_INLINE float rounding_error(float weight, float inverse, float scale, float zero_point, float top) {
+    float q = __builtin_rintf(weight * inverse) + zero_point;
+    q = q < 0 ? 0 : q > top ? top : q;
+    return (q - zero_point) * scale - weight;
+}
+
 // Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
 // (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks.
-void diffq_fx_rounding_errors(const float *weight, const float *scale, const float *zero_point, const float *top, float *errors,
+static void rounding_errors(const float *weight, const float *scale, const float *zero_point, const float *top, float *errors,
                               int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride, int64_t row_stride,
                               int threads) {
     int64_t blocks = (columns + block - 1) / block;
@@ -48,12 +58,17 @@ void diffq_fx_rounding_errors(const float *weight, const float *scale, const flo
             const float *restrict w = weight + row * columns + b * block;
             int64_t at = row * row_stride + b;
             for (int64_t g = 0; g < grids; g++) {
-                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], t = top[at], inverse = 1 / s, error = 0;
-                for (int64_t i = 0; i < count; i++) {
-                    float q = __builtin_rintf(w[i] * inverse) + z;
-                    q = q < 0 ? 0 : q > t ? t : q;
-                    float off = (q - z) * s - w[i];
-                    error += off * off;
+                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], t = top[at], inverse = 1 / s;
+                Lanes sums = {0}, off;
+                int64_t i = 0;
+                for (; i + LANES <= count; i += LANES) {
+                    for (int lane = 0; lane < LANES; lane++) off[lane] = rounding_error(w[i + lane], inverse, s, z, t);
+                    sums += off * off;
+                }
+                float error = sum_of(sums);
+                for (; i < count; i++) {
+                    float last = rounding_error(w[i], inverse, s, z, t);
+                    error += last * last;
                 }
                 errors[(g * rows + row) * blocks + b] = error;
             }
@@ -62,7 +77,7 @@ void diffq_fx_rounding_errors(const float *weight, const float *scale, const flo
 
 // Derivative of a loss in the logarithm of each group's range: the sum of grad * (rounded - weight), for weights further than `reach` steps
 // from their rounded value, which are clipped, of grad * rounded.
-void diffq_fx_range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
+static void range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
                           int64_t columns, int64_t block, int64_t row_stride, float reach, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -70,6 +85,7 @@ void diffq_fx_range_slope(const float *grad, const float *weight, const float *r
         for (int64_t b = 0; b < blocks; b++) {
             int64_t left = row * columns + b * block, end = b * block + block < columns ? left + block : (row + 1) * columns;
             float limit = reach * scale[row * row_stride + (row_stride ? b : 0)], sum = 0;
+#pragma omp simd reduction(+ : sum)
             for (int64_t i = left; i < end; i++) {
                 float error = rounded[i] - weight[i];
                 sum += grad[i] * (__builtin_fabsf(error) > limit ? rounded[i] : error);
@@ -77,3 +93,16 @@ void diffq_fx_range_slope(const float *grad, const float *weight, const float *r
             sums[row * blocks + b] = sum;
         }
 }
+
+CALL(round_to_grid, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9))
+CALL(statistics, P(0), P(1), N(2), N(3), N(4), N(5))
+CALL(rounding_errors, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9), N(10), N(11))
+CALL(range_slope, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), R(9), N(10))
+
+TABLE(weights) = {
+    {"round", "iiiiiiiiii", call_round_to_grid},
+    {"statistics", "iiiiii", call_statistics},
+    {"rounding_errors", "iiiiiiiiiiii", call_rounding_errors},
+    {"range_slope", "iiiiiiiiifi", call_range_slope},
+    {0},
+};

@@ -11,7 +11,7 @@ from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.coding import deflate, unpacking
 from diffq_fx.export.packed.coding.bitplanes import pack, planes_of
 from diffq_fx.export.packed.coding.unpacking import Grid, Grouping, Plane, Streams, count_cells
-from diffq_fx.kernels import build
+from diffq_fx.kernels import extension
 
 KERNELS = ("native", "torch")
 
@@ -19,11 +19,11 @@ KERNELS = ("native", "torch")
 @pytest.fixture(params=KERNELS)
 def kernel(request, monkeypatch):
     """Both ways, chosen as a user chooses."""
-    if request.param == "native" and unpacking.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if request.param == "native" and extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     monkeypatch.setenv("DIFFQ_FX_KERNELS", request.param)
-    monkeypatch.setattr(unpacking, "library", unpacking.library.__wrapped__)
-    assert (unpacking.library() is None) == (request.param == "torch")
+    monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
+    assert (extension.kernels() is None) == (request.param == "torch")
     return request.param
 
 
@@ -71,8 +71,8 @@ def test_zero_points_and_offsets_of_any_size(tmp_path, kernel):
 
 def test_a_product_is_rounded_before_the_offset_is_added():
     """A fused multiply-add would give another weight."""
-    if unpacking.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     scale, offset = np.float32(1 + 2**-23), np.float32(-3.0)
     assert np.float32(np.float64(scale) * 3 + np.float64(offset)) != scale * np.float32(3) + offset
     codes = np.full(11, 6, np.uint8)
@@ -120,10 +120,10 @@ def test_cells_are_counted(kernel, widths_shape, bins):
 
 
 def test_without_a_kernel_nothing_is_called(monkeypatch):
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    monkeypatch.setattr(unpacking, "library", unpacking.library.__wrapped__)
+    monkeypatch.setenv("DIFFQ_FX_KERNELS", "torch")
+    monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
     grid = Grid(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32), None, None)
-    with pytest.raises(RuntimeError, match="the C kernel, which was to unpack a file, cannot be loaded"):
+    with pytest.raises(RuntimeError, match="the kernels in C, which this work was begun with, are no longer there"):
         unpacking.unpack(Streams([], []), np.zeros(0, np.int64), None, grid, np.zeros(0))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, reestimate_batch_norm
 from diffq_fx.errors import PreparationError
-from diffq_fx.kernels import build
+from diffq_fx.kernels import extension
 from diffq_fx.methods import STE
 from diffq_fx.methods.grid import GridQuantizer
 
@@ -127,8 +127,8 @@ def test_freezing_needs_trainable_bits():
     ("group_size", "range_per"), [("tensor", "tensor"), ("channel", "channel"), (8, "group"), (7, "channel"), (1, "tensor")]
 )
 def test_the_kernel_rounds_as_torch_does_bit_by_bit(monkeypatch, grid, group_size, range_per):
-    if build.library() is None:
-        pytest.skip("no C compiler is at hand")
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
     torch.manual_seed(1)
     model = prepare_diffq(
         nn.Linear(300, 200),
@@ -141,7 +141,7 @@ def test_the_kernel_rounds_as_torch_does_bit_by_bit(monkeypatch, grid, group_siz
     weight = torch.randn(200, 300) * torch.logspace(-3, 3, 200).unsqueeze(1)
     weight[:, ::5] = (weight[:, ::5] * 4).round() / 4  # ties
     found = quantizer.rounded_weight(weight)
-    monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(extension, "kernels", lambda: None)
     assert torch.equal(found, quantizer.rounded_weight(weight))
     assert found.unique().numel() > 3
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffq_fx import DiffQConfig, DiffQError, freeze_bits, prepare, prepare_diffq, recompute_weights
-from diffq_fx.kernels import build
+from diffq_fx.kernels import extension
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
 
 
@@ -78,7 +78,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_gradients_are_the_same_to_the_last_bit(method, kernels, monkeypatch):
     if kernels == "torch":
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(extension, "kernels", lambda: None)
     model = make(method)
     assert_same(gradients(copy.deepcopy(model), recompute_weights()), gradients(model))
 
@@ -138,7 +138,7 @@ TOGETHER = {
 )
 def test_with_what_else_keeps_less(run, reference, final, kernels, monkeypatch):
     if kernels == "torch":
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(extension, "kernels", lambda: None)
     model = make(METHODS["noise"])
     if final:
         freeze_bits(model)
@@ -273,7 +273,7 @@ def test_another_tensor_that_changed_is_an_error_as_without():
 
 
 def test_a_weight_that_its_layer_changes_in_place_is_kept(monkeypatch):
-    monkeypatch.setattr(build, "library", lambda: None)  # what the kernel gives out cannot be changed
+    monkeypatch.setattr(extension, "kernels", lambda: None)  # what the kernel gives out cannot be changed
     model = make(METHODS["noise"])
     quantizer = next(q for q in model.compression.quantizers if q.spec.name == "first.weight")
     weight = model.get_parameter("first.weight")

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from diffq_fx import DiffQConfig, DiffQError, convert_diffq, model_size, prepare_diffq
-from diffq_fx.kernels import build
+from diffq_fx.kernels import extension
 
 
 def make(scope="auto", **settings):
@@ -152,7 +152,7 @@ def test_the_loss_falls_as_with_the_formulas_written_out():
 @pytest.mark.parametrize("kernels", ["C", "torch"])
 def test_second_derivatives_are_those_of_the_weights_and_an_error_for_the_bits(kernels, monkeypatch):
     if kernels == "torch":
-        monkeypatch.setattr(build, "library", lambda: None)
+        monkeypatch.setattr(extension, "kernels", lambda: None)
     model = make()
 
     def first(names):

@@ -3,43 +3,22 @@
 ``unpacking.c`` reads from several streams at once, each of them a stack of bit planes; ``docs/packed-format.md`` has the terms.
 """
 
-import ctypes
-import functools
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.export.packed.coding.bitplanes import unpack_plane
-from diffq_fx.kernels import build
+from diffq_fx.kernels import extension
 
-_SOURCE = Path(build.__file__).with_name("unpacking.c")
-_FLAGS = "-std=gnu11 -O3 -march=native -ffp-contract=off -fwrapv -fno-math-errno -fno-trapping-math -shared -fPIC".split()
-if platform.machine() in ("x86_64", "AMD64"):
-    _FLAGS.append("-mprefer-vector-width=512")
-
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Plane(ctypes.Structure):
-    _fields_ = (("bytes", _POINTER), ("size", _SIZE), ("bits", ctypes.c_int32), ("shift", ctypes.c_int32))
-
-
-_PART_FIELDS = (
-    *[(name, _POINTER) for name in ("planes", "first_plane", "counts", "next", "ahead", "used", "filled", "widths")],
-    *[("width_row", _SIZE), ("width_group", _SIZE), ("bins", _POINTER), ("bin_row", _SIZE), ("classes", _POINTER)],
-    *[(name, _SIZE) for name in ("bin_number", "rows", "columns", "block")],
-    *[(name, _POINTER) for name in ("scale", "offset", "centre", "zero_point")],
-    *[(name, _SIZE) for name in ("row", "group", "by_width")],
-    *[(name, _POINTER) for name in ("weights", "codes8", "codes16")],
-)
-
-
-class _Part(ctypes.Structure):
-    _fields_ = _PART_FIELDS
+# The structures of unpacking.c, whose pointers are numbers here.
+_PLANE = np.dtype([("bytes", np.int64), ("size", np.int64), ("bits", np.int32), ("shift", np.int32)])
+_PART_FIELDS = """
+    planes first_plane counts next ahead used filled widths width_row width_group bins bin_row classes bin_number rows columns block
+    scale offset centre zero_point row group by_width weights codes8 codes16
+""".split()
+_PART = np.dtype([(name, np.int64) for name in _PART_FIELDS])
 
 
 class Plane(NamedTuple):
@@ -56,7 +35,7 @@ class Streams:
     def __init__(self, planes: Sequence[Sequence[Plane]], counts: Sequence[int]) -> None:
         flat = [plane for of_class in planes for plane in of_class]
         self._by_class = planes
-        self.planes = (_Plane * max(len(flat), 1))(*[_Plane(p.data.ctypes.data, len(p.data), p.bits, p.shift) for p in flat])
+        self.planes = np.array([(p.data.ctypes.data, len(p.data), p.bits, p.shift) for p in flat], _PLANE)
         self.first_plane = np.cumsum([0, *[len(of_class) for of_class in planes]], dtype=np.int32)
         self.counts = np.array(counts, np.int64)
 
@@ -92,19 +71,6 @@ class Grid(NamedTuple):
     offset: NDArray[np.float32] | None
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where there is no compiler or the environment says no."""
-    loaded = build.compiled([_SOURCE], _FLAGS)
-    if loaded is None:
-        return None
-    loaded.diffq_fx_unpack.argtypes, loaded.diffq_fx_unpack.restype = [ctypes.POINTER(_Part)], None
-    loaded.diffq_fx_count_cells.argtypes = [_POINTER, _SIZE, _SIZE, _POINTER, *[_SIZE] * 5, _POINTER]
-    loaded.diffq_fx_count_cells.restype = None
-    loaded.diffq_fx_codes_ahead.argtypes, loaded.diffq_fx_codes_ahead.restype = [], _SIZE
-    return loaded
-
-
 def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
     """How many of some groups of each row are of each width and bin, shape of ``grouping.classes``.
 
@@ -114,13 +80,13 @@ def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
         [0, 0, 1, 3, 0]
     """
     widths, bins, number = np.ascontiguousarray(grouping.widths), np.ascontiguousarray(grouping.bins), grouping.classes.shape[1]
-    counts, loaded = np.zeros(grouping.classes.shape, np.int64), library()
+    counts, loaded = np.zeros(grouping.classes.shape, np.int64), extension.kernels()
     if loaded is None:
         some = widths[:, groups] if widths.shape[1] > 1 else widths
         cells = some.astype(np.int64) * number + bins.reshape(-1, 1)
         times = grouping.rows * (groups.stop - groups.start) // cells.size
         return times * np.bincount(cells.reshape(-1), minlength=counts.size).reshape(counts.shape)
-    loaded.diffq_fx_count_cells(
+    loaded.count_cells(
         *(widths.ctypes.data, *_strides(widths), bins.ctypes.data, int(len(bins) > 1), number, grouping.rows),
         *(groups.start, groups.stop, counts.ctypes.data),
     )
@@ -141,22 +107,18 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
         out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
 
     Raises:
-        RuntimeError: there is a grid and no kernel: see :func:`library`.
+        RuntimeError: there is a grid and no kernel: see :func:`diffq_fx.kernels.extension.kernels`.
     """
-    loaded = library()
-    if loaded is None:
-        if grid is not None:
-            raise RuntimeError("the C kernel, which was to unpack a file, cannot be loaded.")
+    if grid is None and extension.kernels() is None:
         _put_in_order(streams, first, grouping, out)
         return
-    ahead = int(loaded.diffq_fx_codes_ahead())
-    number = len(streams.counts)
+    kernels, number = extension.loaded(), len(streams.counts)
     by_width = grid is not None and grid.scale.ndim == 1
-    values = np.empty((number, ahead), np.float32 if by_width else np.uint16)
+    values = np.empty((number, kernels.AHEAD), np.float32 if by_width else np.uint16)
     state = np.array(first, np.int64), values, np.zeros(number, np.int32), np.zeros(number, np.int32)
     widths, bins, classes = (np.ascontiguousarray(each) for each in (grouping.widths, grouping.bins, grouping.classes))
     fields: dict[str, Any] = dict(zip(("next", "ahead", "used", "filled"), state, strict=True))
-    fields |= {"first_plane": streams.first_plane, "counts": streams.counts, "widths": widths, "bins": bins, "classes": classes}
+    fields |= {"planes": streams.planes, "first_plane": streams.first_plane, "counts": streams.counts, "widths": widths, "bins": bins, "classes": classes}
     fields |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
     sizes = {"bin_row": int(len(bins) > 1), "bin_number": classes.shape[1], "rows": grouping.rows}
     sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(by_width)}
@@ -168,9 +130,10 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
         fields |= {name: np.ascontiguousarray(value) for name, value in each.items()}
         if len(shape) == 2:
             sizes["row"], sizes["group"] = _strides(grid.scale)
-    pointers = {name: value.ctypes.data for name, value in fields.items()}
-    part = _Part(planes=ctypes.cast(streams.planes, ctypes.c_void_p), **pointers, **sizes)
-    loaded.diffq_fx_unpack(ctypes.byref(part))
+    part = np.zeros(1, _PART)
+    for name, number in ({name: value.ctypes.data for name, value in fields.items()} | sizes).items():
+        part[name] = number
+    kernels.unpack(part.ctypes.data)
 
 
 def _put_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping, out: NDArray[Any]) -> None:
