@@ -134,9 +134,10 @@ def size_of_logits(
     total, first, second = (torch.zeros((), dtype=torch.float64, device=logits.device) for _ in range(3))
     for tile in _row_tiles(logits):
         share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
-        total += count.sum()
-        first += torch.dot(count, share)
-        second += torch.dot(count * share, share)
+        taken = count * share
+        total += count.sum(dtype=total.dtype)
+        first += taken.sum(dtype=total.dtype)
+        second += taken.mul_(share).sum(dtype=total.dtype)
     low, high = torch.aminmax(logits)
     return min_bits * total + (max_bits - min_bits) * first, gain * (max_bits - min_bits) * (first - second), low.double(), high.double()
 

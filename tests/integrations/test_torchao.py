@@ -1,5 +1,7 @@
 """TorchAO at both ends: marking by its quantize_, and its integer tensors."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn

@@ -1,6 +1,7 @@
 """torch.compile without a graph break, forward and backward, in train mode; and one graph that computes what eager computes."""
 
 import copy
+import shutil
 
 import pytest
 import torch

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding import unpacking
 from diffq_fx.export.packed.coding.bitplanes import Values
 from diffq_fx.export.packed.coding.unpacking import Grid
 from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, bytes_of, tensor_of
@@ -26,6 +25,7 @@ from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
 from diffq_fx.export.packed.kinds.integer_scales import find_extents, scales_of
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels import extension
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.weights import WeightSpec
 
@@ -159,7 +159,7 @@ class PackedIntegers(PackedWeight):
         """``(level - zero_point) * scale``, or ``level * scale + offset`` on the float grid."""
         with np.errstate(all="ignore"):  # infinite scales are the file's to have
             in_place = out is None or out.flags.c_contiguous
-            if self.scale_dtype != torch.float32 or not (in_place and self._one_grid_for_a_group()) or unpacking.library() is None:
+            if self.scale_dtype != torch.float32 or not (in_place and self._one_grid_for_a_group()) or extension.kernels() is None:
                 return self._exact_rows(part.assembled())
             rows = np.empty((part.rows, self._layout.columns), np.float32) if out is None else out
             follows_from_width = self.scale == "extents" and self._range_layout.kind == "tensor"
