@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 FOLDER = "diffq_fx/kernels"
-FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
 ANY_ORDER = ["-fassociative-math", "-fno-signed-zeros"]
 SAME_BITS = ["-ffp-contract=off"]  # sums in the order of the source, no fused a * b + c: the same on every processor
 FILES = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "unpacking": SAME_BITS}
@@ -43,7 +43,7 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def _openmp(self) -> list[str]:
-        """The flag that makes loops parallel, where this compiler and its libraries have it."""
+        """The flag that makes loops parallel, where this compiler and its libraries have it; else that for vectors alone."""
         probe = Path(self.build_temp) / "openmp.c"
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
@@ -51,7 +51,7 @@ class BuildKernels(build_ext):
             objects = self.compiler.compile([str(probe)], extra_postargs=["-fopenmp"])
             self.compiler.link_executable(objects, str(probe.with_suffix("")), extra_postargs=["-fopenmp"])
         except (CompileError, LinkError):
-            return []
+            return ["-fopenmp-simd"]
         return ["-fopenmp"]
 
 
