@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+
+from diffq_fx import _compat
 
 Mode = Literal["train", "eval", "eval without grad"]
 MODES: tuple[Mode, ...] = ("train", "eval", "eval without grad")
@@ -82,7 +83,7 @@ def random_fingerprint() -> tuple[Any, ...]:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    return [leaf for leaf in _compat.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def strided_parts(tensor: Tensor) -> list[Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from diffq_fx import _compat
 from diffq_fx.capture.calls import MODES, ExampleCall, restored_state, strided_parts
 from diffq_fx.errors import CaptureError
 from diffq_fx.methods.base import WeightQuantizer
@@ -32,7 +32,7 @@ class Reference:
     @staticmethod
     def of(model: nn.Module, call: ExampleCall) -> "Reference":
         """Run the original; ``model`` is a copy that may be run."""
-        outcomes = [tree_map_only(Tensor, Tensor.detach, call.outcome(model, mode)) for mode in MODES]  # no graph kept alive
+        outcomes = [_compat.map_tensors(Tensor.detach, call.outcome(model, mode)) for mode in MODES]  # no graph kept alive
         return Reference(outcomes, {name: buffer.detach().clone() for name, buffer in model.named_buffers()})
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch.utils.checkpoint
 from torch import fx, nn
@@ -126,7 +127,7 @@ def trace_in_both_modes(make_copy: Callable[[bool], nn.Module], make_tracer: Cal
 
 def _traced(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:
     """One trace, and the proof that the forward did nothing beside what the graph holds."""
-    with restored_state(module) as state, restored_random_state(), _no_checkpointing():
+    with restored_state(module) as state, restored_random_state(), _no_saved_tensor_hooks():
         before = random_fingerprint()
         try:
             graph = tracer.trace(module)
@@ -148,21 +149,12 @@ def _first_line(err: Exception) -> str:
 
 
 @contextmanager
-def _no_checkpointing() -> Iterator[None]:
-    """Refuse activation checkpointing while tracing: fx would inline it away, and the saved memory with it."""
+def _no_saved_tensor_hooks() -> Iterator[None]:
+    """Refuse activation checkpointing and other hooks on saved tensors: a graph has none, so the memory they save would be lost."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise CaptureError("the forward uses activation checkpointing, which a graph would lose")
+        raise CaptureError("the forward uses activation checkpointing or other hooks on saved tensors, which a graph would lose")
 
-    class Refuse:
-        apply = staticmethod(refuse)
-
-    module = torch.utils.checkpoint
-    saved = {name: getattr(module, name) for name in ("_checkpoint_without_reentrant_generator", "CheckpointFunction")}
-    module._checkpoint_without_reentrant_generator = refuse
-    module.CheckpointFunction = Refuse
-    try:
+    hooks, reentrant = torch.autograd.graph.saved_tensors_hooks, torch.utils.checkpoint.CheckpointFunction
+    with torch.enable_grad(), mock.patch.object(hooks, "__enter__", refuse), mock.patch.object(reentrant, "apply", refuse):
         yield
-    finally:
-        for name, value in saved.items():
-            setattr(module, name, value)

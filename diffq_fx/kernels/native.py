@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource, reportMissingImports]
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from diffq_fx import _compat
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import extension, memory
 from diffq_fx.kernels.draws import draw_seed, gaussian_table
@@ -164,12 +163,12 @@ def takes_logits(logits: Tensor) -> bool:
 
 def recorded() -> bool:
     """Whether operations are recorded by a compiler or tracer, which would miss a kernel that is called past torch."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    return torch.compiler.is_compiling() or _compat.in_dispatch_mode()
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds what it stands for: not so for subclasses such as DTensor and inside torch.func."""
-    return type(tensor) in (Tensor, Parameter) and peek_interpreter_stack() is None
+    return type(tensor) in (Tensor, Parameter) and not _compat.in_function_transform()
 
 
 def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:

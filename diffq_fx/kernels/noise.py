@@ -20,6 +20,7 @@ from diffq_fx.kernels.derivatives import first_alone
 
 
 def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
+    """Noisy weight, contiguous, and what the backward needs to know of the noise: a seed (int64) or the bytes (int8)."""
     layout = _layout(weight.shape, step, axis, block)
     if native.takes(weight, axis):
         return native.add(weight, step, layout, gaussian)
@@ -38,13 +39,15 @@ def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayo
     return scale_layout_of(step, rows, math.prod(shape) // rows, block)
 
 
-@torch.library.custom_op("diffq_fx::add_noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def add_noise_op(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
-    """Noisy weight, contiguous, and what the backward needs to know of the noise: a seed (int64) or the bytes (int8)."""
-    return _add(weight, step, axis, block, gaussian)
+torch.library.define(  # custom_op takes no tags before torch 2.7
+    "diffq_fx::add_noise",
+    "(Tensor weight, Tensor step, SymInt axis, SymInt block, bool gaussian) -> (Tensor noisy, Tensor kept)",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+torch.library.impl("diffq_fx::add_noise", "default", _add)
 
 
-@add_noise_op.register_fake
+@torch.library.register_fake("diffq_fx::add_noise")
 def _(weight, step, axis, block, gaussian):  # noqa: ANN001, ANN202
     by_seed = native.takes(weight, axis)
     kept = weight.new_empty(1, dtype=torch.int64) if by_seed else weight.new_empty(weight.numel(), dtype=torch.int8)

@@ -20,7 +20,11 @@ from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
 
 
-@torch.library.custom_op("diffq_fx::look_up", mutates_args=())
+@torch.library.custom_op(
+    "diffq_fx::look_up",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor codebook, Tensor? scale, SymInt container_bits, SymInt[] shape, SymInt axis, ScalarType dtype) -> Tensor",
+)
 def look_up_op(
     codes: Tensor, codebook: Tensor, scale: Tensor | None, container_bits: int, shape: list[int], axis: int, dtype: torch.dtype
 ) -> Tensor:

@@ -17,7 +17,12 @@ from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
 
 
-@torch.library.custom_op("diffq_fx::dequantize", mutates_args=())
+@torch.library.custom_op(
+    "diffq_fx::dequantize",
+    mutates_args=(),
+    schema="(Tensor levels, Tensor scale, Tensor? zero_point, Tensor? offset, SymInt container_bits, SymInt[] shape, SymInt axis, "
+    "SymInt block, ScalarType dtype) -> Tensor",  # torch 2.5 cannot read list[int] of the annotations
+)
 def dequantize_op(
     levels: Tensor,
     scale: Tensor,

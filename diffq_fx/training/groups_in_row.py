@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # in C++: 300 weights take 0.1 ms
 
+from diffq_fx import _compat
 from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
 
@@ -109,11 +109,11 @@ class Segment:
         if len(self.weights) == 1:
             return tensors[self.weights[0]].reshape(-1)
         own = [tensors[i] for i in self.weights]
-        return _flatten_dense_tensors(own) if self.columns is None else torch.cat(own).reshape(-1)  # a third of the time
+        return _compat.flatten(own) if self.columns is None else torch.cat(own).reshape(-1)  # a third of the time
 
     def split(self, row_N: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A row as one tensor per weight of the segment, views of the row in the shapes of ``tensors``."""
-        return _unflatten_dense_tensors(row_N, [tensors[i] for i in self.weights])
+        return _compat.unflatten(row_N, [tensors[i] for i in self.weights])
 
     def open(self, tensors: Sequence[Tensor]) -> Tensor:
         """The same as :meth:`gather`, to be changed in place until :meth:`close` writes it back; one row of a segment at a time."""
@@ -121,10 +121,10 @@ class Segment:
             return self.gather(tensors)
         own = [tensors[i] for i in self.weights]
         if not self._opened:  # 300 views take longer to make than all the rest
-            row_N = _flatten_dense_tensors(own)
-            self._opened[:] = [row_N, *_unflatten_dense_tensors(row_N, own)]
+            row_N = _compat.flatten(own)
+            self._opened[:] = [row_N, *_compat.unflatten(row_N, own)]
         elif self.columns is None:
-            torch._foreach_copy_(self._opened[1:], own)  # pyright: ignore[reportPrivateImportUsage]
+            _compat.copy_each(self._opened[1:], own)
         else:
             torch.cat(own, out=self._opened[0].view(-1, self.columns))
         return self._opened[0]
@@ -133,7 +133,7 @@ class Segment:
         """Write what :meth:`open` gave back to where it came from."""
         own = [tensors[i] for i in self.weights]
         if len(own) > 1:
-            torch._foreach_copy_(own, self._opened[1:])  # pyright: ignore[reportPrivateImportUsage]
+            _compat.copy_each(own, self._opened[1:])
         elif row_N.data_ptr() != own[0].data_ptr():
             own[0].copy_(row_N.view_as(own[0]))
 
@@ -231,7 +231,7 @@ class FlatGroups:
             if count >= _LARGE:
                 low_W[i], high_W[i] = known[i] if known and i in known else torch.aminmax(tensors[i])
         if len(self._few):
-            row = (_flatten_dense_tensors([tensors[i] for i in self._few_weights]) if few_row is None else few_row).float()
+            row = (_compat.flatten([tensors[i] for i in self._few_weights]) if few_row is None else few_row).float()
             low_W[self._few] = torch.segment_reduce(row, "min", lengths=self._counts_of_few, unsafe=True)
             high_W[self._few] = torch.segment_reduce(row, "max", lengths=self._counts_of_few, unsafe=True)
         return low_W, high_W

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from diffq_fx import _compat
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +38,16 @@ class Example:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of the exported graph's inputs."""
-        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in _compat.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def run(self, model: nn.Module) -> list[Any]:
         """Call the model without gradients; the leaves of what it returns."""
         with torch.no_grad():
-            return pytree.tree_leaves(model(*self.args, **self.kwargs))
+            return _compat.tree_leaves(model(*self.args, **self.kwargs))
 
     def map(self, change: Callable[[Tensor], Any]) -> "Example":
         """Replace each tensor."""
-        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
+        args, kwargs = _compat.map_tensors(change, (self.args, self.kwargs))
         return Example(args, kwargs)
 
     def on_its_own(self) -> "Example":

@@ -1,6 +1,5 @@
 """Runs an exported file in onnxruntime and compares it with PyTorch: the largest difference, never a cosine."""
 
-import importlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffq_fx import _compat
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.runtime import to_numpy
@@ -150,21 +150,15 @@ def _open(path: Path, entries: Mapping[str, str], *, profiled: bool = False) -> 
         options.profile_file_prefix = str(path.with_name("profile"))
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, *_runtime_errors()) as error:
+    except _compat.onnxruntime_errors() as error:
         raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load the file: {error}") from error
 
 
 def _run(session: Any, feeds: dict[str, np.ndarray]) -> list[Any]:
     try:
         return session.run(None, feeds)
-    except (RuntimeError, ValueError, *_runtime_errors()) as error:
+    except _compat.onnxruntime_errors() as error:
         raise ExportError(f"onnxruntime cannot run the file: {error}") from error
-
-
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
-    return tuple(getattr(state, name) for name in names)
 
 
 def _kernels(profile: Path) -> list[tuple[str, str]]:

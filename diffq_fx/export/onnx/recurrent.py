@@ -5,15 +5,12 @@ minutes for a second of sound. The graph has them whole in any case; only their 
 to ONNX in torch and is cut up.)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, fx
-from torch._C import DispatchKey
-from torch._decomp import decomposition_table
 
+from diffq_fx import _compat
 from diffq_fx.errors import ExportError
 
 
@@ -32,21 +29,9 @@ def _gru(input, hx, params, has_biases, num_layers, dropout, train, bidirectiona
 _SHAPES = {torch.ops.aten.lstm.input: _lstm, torch.ops.aten.gru.input: _gru}
 
 
-@contextmanager
-def recurrent_layers_whole() -> Iterator[None]:
+def recurrent_layers_whole() -> AbstractContextManager[None]:
     """Let torch find out what recurrent layers return without running them; for tracing alone, since the values are not worked out."""
-    kept = {operator: dict(operator.py_kernels) for operator in _SHAPES}
-    with mock.patch.dict(decomposition_table, _SHAPES):
-        try:
-            for operator, shapes in _SHAPES.items():
-                operator.py_kernels[DispatchKey.CompositeImplicitAutograd] = shapes
-                operator._dispatch_cache.clear()
-            yield
-        finally:
-            for operator, kernels in kept.items():
-                operator.py_kernels.clear()
-                operator.py_kernels.update(kernels)
-                operator._dispatch_cache.clear()
+    return _compat.shapes_without_running(_SHAPES)
 
 
 def check_recurrent_layers(graph: fx.Graph) -> None:

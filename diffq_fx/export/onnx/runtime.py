@@ -4,7 +4,6 @@ A file may ask for session entries in its metadata: ``diffq_fx.session.disable_q
 ``session.disable_quant_qdq``. Nothing here times or compares numbers.
 """
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from diffq_fx import _compat
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.metadata import PREFIX
 from diffq_fx.export.onnx.random_inputs import TensorSignature
@@ -45,12 +45,6 @@ def _session_options(threads: int, entries: Mapping[str, str]) -> Any:
     return options
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Everything that onnxruntime raises; its exceptions have no class in common."""
-    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-    return tuple(kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-
-
 def open_session(path: str | Path, threads: int, entries: Mapping[str, str]) -> "InferenceSession":
     """Load a file with onnxruntime's CPU provider.
 
@@ -70,7 +64,7 @@ def open_session(path: str | Path, threads: int, entries: Mapping[str, str]) -> 
     options = _session_options(threads, entries)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
+    except _compat.onnxruntime_errors() as error:
         raise DiffQError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {str(error).strip()}") from error
 
 
@@ -90,7 +84,7 @@ def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], p
     """
     try:
         values: Sequence[Any] = session.run(None, dict(inputs))
-    except _runtime_errors() as error:
+    except _compat.onnxruntime_errors() as error:
         shapes = ", ".join(f"'{name}' {list(value.shape)}" for name, value in inputs.items())
         raise DiffQError(
             f"'{path}' does not run on random inputs {shapes}: {str(error).strip()}\n"
