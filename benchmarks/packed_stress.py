@@ -8,6 +8,7 @@ import argparse
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -97,9 +98,9 @@ def kill(folder: Path, number: int) -> list[object]:
         if sum(which) != 1:
             raise SystemExit("a killed save left neither the old nor the new file")
         seen[which.index(True)] += 1
-        for draft in folder.glob(".killed*.tmp"):
+        for draft in folder.glob(".diffq_fx.*"):
             drafts += 1
-            draft.unlink()
+            shutil.rmtree(draft)
     return [f"{number} saves killed by signal 9", f"{seen[0]} times one model, {seen[1]} times the other, never anything else", drafts]
 
 

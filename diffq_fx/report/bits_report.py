@@ -279,7 +279,7 @@ class BitsReport:
 
         Raises:
             ValueError: an unknown suffix.
-            OSError: the path cannot be written.
+            DiffQError: the path cannot be written.
         """
         from diffq_fx.report.picture import save
 

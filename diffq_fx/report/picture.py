@@ -3,13 +3,14 @@
 Drawn with matplotlib's Figure alone, never pyplot: no display, no global state, no window.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffq_fx.atomic import replaced_atomically
+from diffq_fx.errors import DiffQError
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.report.tables import named_sizes, percent
 from diffq_fx.training.size import mib
@@ -231,16 +232,12 @@ def save(report: BitsReport, path: str | Path) -> Path:
 
     Raises:
         ValueError: an unknown suffix.
-        OSError: the path cannot be written.
+        DiffQError: the path cannot be written.
     """
     path = Path(path)
     path = path if path.suffix else path.with_suffix(".png")
     drawn = BytesIO()
     draw(report).savefig(drawn, format=path.suffix[1:].lower(), dpi=_DPI)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(drawn.getvalue())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced_atomically(path, DiffQError) as file:
+        file.write(drawn.getvalue())
     return path

@@ -290,10 +290,10 @@ def test_failure_at_any_step_leaves_the_old_file(broken, old_file, monkeypatch):
 def test_wrong_scale_of_one_percent_is_refused(layout, old_file, monkeypatch):
     save_draft = pipeline.save_draft
 
-    def save_wrong(model, folder, name):
+    def save_wrong(model, folder, path):
         scale = model.graph.initializers["weight.scale"]
         scale.const_value = type(scale.const_value)(scale.const_value.numpy() * np.float32(1.01), name="weight.scale")
-        return save_draft(model, folder, name)
+        return save_draft(model, folder, path)
 
     monkeypatch.setattr(pipeline, "save_draft", save_wrong)
     for model in (Linear(16, 8, 4), Linear(512, 512, 4)):

@@ -119,3 +119,25 @@ def test_errors_are_one_message_and_exit_code_2(tmp_path):
         assert "Traceback" not in result.stderr
         assert result.stdout == ""
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["pack", "unpack"])
+@pytest.mark.parametrize("kind", ["the same name", "another way to write it", "symbolic link", "hard link"])
+def test_a_file_is_not_written_over_itself(command, kind, packed, tmp_path):
+    source = packed[0]
+    if command == "pack":
+        source = tmp_path / "float.safetensors"
+        save_file({"w": torch.randn(64, 64)}, source)
+    target = tmp_path / "out" / "target.safetensors"
+    target.parent.mkdir()
+    if kind == "symbolic link":
+        target.symlink_to(source)
+    elif kind == "hard link":
+        target.hardlink_to(source)
+    else:
+        target = source if kind == "the same name" else target.parent / ".." / source.name
+    before = source.read_bytes()
+    result = invoke(command, source, target)
+    assert result.exit_code == 2
+    assert "is the same file as" in result.stderr
+    assert source.read_bytes() == before

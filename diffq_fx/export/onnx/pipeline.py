@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import nn
 
 import diffq_fx
+from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
@@ -21,7 +22,7 @@ from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
-from diffq_fx.export.onnx.saving import draft_folder, publish, save_draft
+from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
 from diffq_fx.export.onnx.tracing import TracedModel, trace, weights_by_initializer
@@ -77,7 +78,7 @@ def export_file(
     """
     example = Example.of(example_inputs).on_its_own()
     try:
-        with draft_folder(path) as folder:
+        with draft_folder(path, ExportError) as folder:
             weights = weights_by_initializer(converted)
             for weight in weights.values():
                 if isinstance(weight, IntegerWeight):
@@ -110,7 +111,7 @@ def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:
     """The range of every activation that is to be rounded."""
     model, applied, _ = _laid_out(job, {}, twin=True)
     watched = watch(model, applied.rounded)
-    return calibrate(save_draft(model, job.folder, "calibration.onnx"), watched, calibration, job.example, job.traced.model.graph)
+    return calibrate(save_draft(model, job.folder / "calibration", job.path), watched, calibration, job.example, job.traced.model.graph)
 
 
 def _draft_without_dequantization(job: _Job) -> _Draft:
@@ -132,7 +133,7 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))
-    file = save_draft(model, job.folder, job.path.name)
+    file = save_draft(model, job.folder / "published", job.path)
     parity = _parity(job, refused, DraftFiles(file, entries, file)) if job.verify else None
     return _Draft(file, opset, metadata, parity)
 
@@ -147,7 +148,7 @@ def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> t
 def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:
     if job.request.rounds:
         model, _, _ = _laid_out(job, refused, twin=True)
-        files = replace(files, exact=save_draft(model, job.folder, "exact.onnx"))
+        files = replace(files, exact=save_draft(model, job.folder / "exact", job.path))
     reference = HalvedModel(job.converted, job.halved) if job.halved else job.converted
     return check_parity(files, reference, job.example, job.traced, job.typical)
 

@@ -1,62 +1,59 @@
-"""Writes a model to disk whole or not at all."""
+"""Writes ONNX files: a draft is written and checked in a folder of its own, then takes the place of the target."""
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from diffq_fx.errors import ExportError
+from diffq_fx.atomic import naming, put_in_place
+from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export.onnx.files import load_graph
+from diffq_fx.export.onnx.metadata import from_props
+from diffq_fx.export.onnx.usage import external_locations
 
 _PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes that one protobuf file can hold, less some room for what is not a tensor."""
 
 
-@contextmanager
-def draft_folder(path: Path) -> Iterator[Path]:
-    """A folder beside the target, gone at the end whatever happens.
-
-    Raises:
-        ExportError: The target's folder does not exist or cannot be written, or the target is a folder.
-    """
-    if path.is_dir():
-        raise ExportError(f"cannot write {str(path)!r}: it is a folder.")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ExportError(f"cannot write {str(path)!r}: the file is read-only.")
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def save_draft(model: ir.Model, folder: Path, name: str) -> Path:
+def save_draft(model: ir.Model, folder: Path, path: Path) -> Path:
     """Write a model and check it; the tensors go to a file of their own if they are too large for protobuf.
+
+    Args:
+        model: complete.
+        folder: for this draft alone; made if it does not exist, emptied if it does.
+        path: the file that the draft may become: the second file is called after it.
+
+    Returns:
+        The draft.
 
     Raises:
         ExportError: onnx.checker refuses the model, or the disk does not take it.
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    draft = folder / name
+    draft = folder / "model.onnx"
     try:
-        ir.save(model, draft, external_data=f"{name}.data" if size > _PROTOBUF_LIMIT else None)
-        onnx.checker.check_model(str(draft), full_check=True)
-    except OSError as error:
-        raise ExportError(f"cannot write {name!r}: {error.strerror or error}.") from error
+        with naming(path, ExportError):
+            folder.mkdir(exist_ok=True)
+            for old in folder.iterdir():
+                old.unlink()
+            ir.save(model, draft, external_data=_data_name(path) if size > _PROTOBUF_LIMIT else None)
+            onnx.checker.check_model(str(draft), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
     return draft
 
 
+def _data_name(path: Path) -> str:
+    """A name for the second file that no file has: neither the user's own, nor what the old file under ``path`` reads."""
+    path = Path(os.path.realpath(path))
+    names = (f"{path.name}{ending}" for ending in chain((".data",), (f".{number}.data" for number in count(1))))
+    return next(name for name in names if not path.with_name(name).exists())
+
+
 def publish(draft: Path, path: Path) -> int:
-    """Put a draft in the place of the target: at no moment is there a half-written file under its name.
+    """Put a draft in the place of the target, with the second file that it reads first; that of the old file goes.
 
     Returns:
         Bytes of all files.
@@ -64,13 +61,30 @@ def publish(draft: Path, path: Path) -> int:
     Raises:
         ExportError: The target cannot be replaced.
     """
-    files = sorted(draft.parent.glob(f"{draft.name}*"), key=lambda file: file == draft)  # the data before what reads it
-    try:
-        total = sum(file.stat().st_size for file in files)
-        for file in files:
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-            os.replace(file, path.with_name(file.name))
-    except OSError as error:
-        raise ExportError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+    path = Path(os.path.realpath(path))
+    obsolete = _own_data_of(path)
+    data = [file for file in draft.parent.iterdir() if file != draft]
+    with naming(path, ExportError):
+        total = sum(file.stat().st_size for file in (draft, *data))
+        try:
+            for file in data:  # before what reads it
+                put_in_place(file, path.with_name(file.name))
+            put_in_place(draft, path)
+        except OSError:
+            obsolete = [path.with_name(file.name) for file in data]
+            raise
+        finally:
+            for file in obsolete:
+                file.unlink(missing_ok=True)
     return total
+
+
+def _own_data_of(path: Path) -> list[Path]:
+    """The second file of what an earlier export has left under ``path``."""
+    try:
+        model = load_graph(path)
+        if from_props({entry.key: entry.value for entry in model.metadata_props}) is None:
+            return []
+    except (OSError, DiffQError):  # no file, or not one of ours
+        return []
+    return [path.with_name(name) for name in external_locations(model) if name.startswith(f"{path.name}.") and name.endswith(".data")]

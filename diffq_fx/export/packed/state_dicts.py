@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
+from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.contents import ModelContents
-from diffq_fx.export.packed.fileformat.atomic import replaced_atomically
 from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
 from diffq_fx.export.packed.saving import write_packed
@@ -41,12 +41,13 @@ def pack_state_dict(
         Names of the tensors with two dimensions or more that stay as they are.
 
     Raises:
-        PackedFileError: the source is not a safetensors file, a weight is not finite, or the target cannot be written.
+        PackedFileError: the source is not a safetensors file, a weight is not finite, the target cannot be written, or is the source.
         ValueError: an option is out of its range, or a pattern matches nothing.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be from 1 to 16, got {bits}.")
     size = _group_size(group_size)
+    _refuse_same_file(source, target)
     tensors = _read_state_dict(source)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in tensors):
@@ -65,6 +66,11 @@ def pack_state_dict(
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error
     return [names[0] for names, tensor in rest if tensor.dim() >= 2]
+
+
+def _refuse_same_file(source: Path, target: Path) -> None:
+    if source.exists() and target.exists() and source.samefile(target):
+        raise PackedFileError(f"'{target}' is the same file as '{source}', which would be lost. Give another name.")
 
 
 def _group_size(value: str) -> GroupSize:
@@ -104,10 +110,11 @@ def unpack_state_dict(source: Path, target: Path) -> None:
         target: the safetensors file to write. A tied weight is in it under each of its names.
 
     Raises:
-        PackedFileError: the source is not a packed file, or the target cannot be written.
+        PackedFileError: the source is not a packed file, or the target cannot be written or is the source.
     """
     from safetensors.torch import save
 
+    _refuse_same_file(source, target)
     tensors: dict[str, Any] = load_packed(source)
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -115,7 +122,7 @@ def unpack_state_dict(source: Path, target: Path) -> None:
         seen.add(tensor.data_ptr())
     data = save(tensors, metadata={"format": "pt"})
     try:
-        with replaced_atomically(target) as file:
+        with replaced_atomically(target, PackedFileError) as file:
             file.write(data)
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error

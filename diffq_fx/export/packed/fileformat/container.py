@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, TypeGuard
 
+from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.fileformat.atomic import replaced_atomically
 from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES
 
 RESERVED = "diffq_fx/"
@@ -74,7 +74,7 @@ def write_container(path: Path, tensors: Sequence[tuple[str, str, Sequence[int],
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = _LENGTH.pack(len(text)) + text
-    with replaced_atomically(path) as file:
+    with replaced_atomically(path, PackedFileError) as file:
         file.write(head)
         for *_, data in tensors:
             file.write(data)

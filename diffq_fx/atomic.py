@@ -1,0 +1,99 @@
+"""Puts files in their places whole or not at all.
+
+Drafts lie in a folder of their own beside the target, so that no name that a user gives means anything to the writer. At every moment
+there is the old file, the new one, or none if there was none. A process that is killed leaves the folder, ``.diffq_fx.<random>``, behind.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from diffq_fx.errors import DiffQError
+
+
+@contextmanager
+def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
+    """Turn what the system says into ``error``, with the name that the user gave."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"cannot write '{path}': {problem.strerror or problem}") from problem
+
+
+@contextmanager
+def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
+    """A folder for drafts beside the target, gone at the end whatever happens.
+
+    Args:
+        path: the target; a link is followed.
+        error: what to raise.
+
+    Raises:
+        DiffQError: as ``error``: the target's folder is missing or read-only, or the target is a folder or read-only.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise error(f"cannot write '{path}': it is a folder")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise error(f"cannot write '{path}': the file is read-only")
+    with naming(path, error):
+        folder = Path(tempfile.mkdtemp(prefix=".diffq_fx.", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Give a draft the target's name, and the permissions of the file that it takes the place of.
+
+    Args:
+        draft: on the same file system as the target.
+        path: the target; a link is followed.
+
+    Raises:
+        OSError: the target cannot be replaced; it is as it was.
+    """
+    target = Path(os.path.realpath(path))
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    if target.exists():
+        os.chmod(draft, target.stat().st_mode & 0o7777)
+    os.replace(draft, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
+def replaced_atomically(path: Path, error: type[DiffQError]) -> Iterator[BinaryIO]:
+    """Open a draft that takes the place of ``path`` at the end, or goes away after an error.
+
+    Args:
+        path: the file to write; a link is followed.
+        error: what to raise.
+
+    Raises:
+        DiffQError: as ``error``: as for :func:`draft_folder`, or the disk is full.
+    """
+    with draft_folder(path, error) as folder, naming(path, error):
+        draft = folder / "draft"
+        with draft.open("xb") as file:
+            yield file
+        put_in_place(draft, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name last through a power cut, on systems where a folder can be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
