@@ -67,10 +67,10 @@ def export_onnx(
 ) -> ExportResult:
     """Write a converted model as an ONNX file whose weights stay integers of 2, 4, 8 or 16 bits.
 
-    Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest on the machines of ``target``: linear layers become integer
-    products where that beats float, everything else is folded to float when the file is loaded. The choice is
-    made for the size of the example inputs, so give them the batch and length that the file will see. Layout "qdq" writes a plain
-    DequantizeLinear for every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
+    Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest on the machines of ``target``: linear layers become
+    integer products where that beats float, everything else is folded to float when the file is loaded. The choice is made for the size
+    of the example inputs, so give them the batch and length that the file will see. Layout "qdq" writes a plain DequantizeLinear for
+    every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
     PyTorch on fresh random inputs; a failure leaves an old file under ``path`` as it was. The model is not changed.
 
     ``activations`` says where they may be rounded to 8 bits *in the graph*:
@@ -87,11 +87,11 @@ def export_onnx(
     ``target`` says which machines the file shall be fast on. It changes speed and memory, never what a file may run on:
 
     - "portable": x86 of any age. A layer gets an integer product only where that is predicted to beat float both with AVX2 alone and with
-      AVX-512 VNNI. Choose it where you do not know the machine.
-    - "x86-avx2" (Intel before 2019, AMD before Zen 4), "x86-vnni" (AVX-512 VNNI): one of the two kinds, by times that were measured there.
-    - "arm64": Arm64 with dot products. Nobody has measured this profile: it follows from onnxruntime's sources.
-    - "this-machine": the forms of every different layer are timed here, in about 0.2 s each, and the fastest is kept. Choose it where the file
-      runs on the kind of machine that exports it and the machine has nothing else to do meanwhile.
+      AVX-512 VNNI, at the example's number of rows. Choose it where you do not know the machine.
+    - "x86-avx2" (Intel before 2019, AMD before Zen 4), "x86-vnni" (AVX-512 VNNI): one of the two kinds.
+    - "arm64": Arm64 with dot products. This profile was not measured: it follows from onnxruntime's sources.
+    - "this-machine": the forms of every different layer are timed here, in about half a second each and 20 seconds in all, and the fastest
+      is kept. Choose it where the file runs on the kind of machine that exports it, and let the machine do nothing else meanwhile.
 
     Each weight's ``choice`` in the result, in the file and in ``diffq-fx inspect`` says what decided.
 
@@ -119,7 +119,8 @@ def export_onnx(
             ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be written or does not compute
             what the model computes.
         TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
-        ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no use.
+        ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
+            use.
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
@@ -148,7 +149,7 @@ def export_onnx(
     from diffq_fx.export.onnx.measuring import machines_of
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 
-    request = LayoutRequest(layout=layout, activations=activations, target=target, machines=machines_of(target))
+    request = LayoutRequest(layout=layout, activations=activations, target=target, machines=machines_of(target), opset=opset)
     with _in_eval(converted):
         result = export_file(
             converted,
@@ -157,7 +158,6 @@ def export_onnx(
             request,
             calibration=calibration,
             dynamic_shapes=dynamic_shapes,
-            opset=opset,
             verify=verify,
         )
     for remark in result.remarks:

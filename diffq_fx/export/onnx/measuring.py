@@ -48,7 +48,7 @@ def machines_of(target: str) -> Machines:
     Args:
         target: one of :data:`~diffq_fx.export.onnx.layout.profiles.TARGETS`.
     """
-    return Stopwatch() if target == THIS_MACHINE else lambda product, kernels: KINDS[target]  # noqa: ARG005
+    return Stopwatch() if target == THIS_MACHINE else lambda product, kernels: KINDS[target]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Measured:
     margin = 1.03
     is_measured = True
 
-    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:  # noqa: ARG002
+    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
         """The median at the example's rows."""
         return (self.microseconds[kernel],)
 
@@ -73,7 +73,7 @@ class Stopwatch:
         prepare: gives what runs a kernel on a product once.
     """
 
-    def __init__(self, clock: Clock = time.perf_counter, prepare: "Callable[[Kernel, Product], Run] | None" = None) -> None:
+    def __init__(self, clock: Clock = time.perf_counter, prepare: Callable[[Kernel, Product], Run] | None = None) -> None:
         self.skipped: set[Product] = set()
         """What was not measured, for the time was over."""
         self._clock = clock

@@ -54,7 +54,7 @@ class WeightRecord:
     """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (int8 product), "int8" (int8 convolution), "rows"
     (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
     choice: str | None = None
-    """Why its products have this form: the speed that decided, on the machines of the export's target; None where no product has integers."""
+    """Why its products have this form: the speed that decided, on the machines of the export's target; None where none has integers."""
     reason: str | None = None
     """Why some reader does not get the fused form; None where all do, and in layout "qdq"."""
     remarks: tuple[str, ...] = ()

@@ -44,7 +44,6 @@ class _Job:
     folder: Path
     path: Path
     request: LayoutRequest
-    opset: int | None
     verify: bool
     typical: Example | None = None
     """Inputs as the model sees them in use, if the user has given any."""
@@ -68,7 +67,6 @@ def export_file(
     *,
     calibration: Iterable[Any] | None,
     dynamic_shapes: Any,
-    opset: int | None,
     verify: bool,
 ) -> ExportResult:
     """Trace, calibrate, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
@@ -94,7 +92,6 @@ def export_file(
                 folder=folder,
                 path=path,
                 request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
-                opset=opset,
                 verify=verify,
             )
             if calibration is not None:
@@ -148,7 +145,7 @@ def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> t
     model = job.traced.model.clone()
     applied = apply_layout(model, job.weights, replace(job.request, refused=refused, twin=twin))
     store_halves(model, job.halved)
-    return model, applied, set_opset(model, job.opset)
+    return model, applied, set_opset(model, job.request.opset)
 
 
 def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:

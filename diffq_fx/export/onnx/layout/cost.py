@@ -163,8 +163,8 @@ class Choice:
 def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machine]) -> Choice:
     """Choose the form of a product: of those that are faster than float on every machine the one whose worst machine is best.
 
-    Faster means :attr:`Machine.margin` times at the example's number of rows and, where other numbers may come, no less than 0.8 times at 32
-    times as many.
+    Faster means :attr:`Machine.margin` times at the example's number of rows and, where other numbers may come, no less than 0.8 times
+    at 32 times as many.
 
     Args:
         kernels: the forms that it could have beside float, the smallest first: the first one of equally fast ones is taken.

@@ -33,6 +33,8 @@ _NATIVE = (2, 4)
 TWO_BIT_ALIGNMENT = 4
 """onnxruntime (1.31) computes a *wrong* product for a fused 2-bit [K, N] weight unless N is a multiple of this: it reads each
 packed row as if it began at a byte."""
+BLOCKED_OPSET = 21
+"""The first opset whose DequantizeLinear has blocks, which every fused product needs."""
 _BYTE = 8
 _MAX_PADDING = 0.125
 
@@ -69,7 +71,15 @@ def in_float(reason: str) -> Fusion:
 
 
 def choose_fusion(
-    table: WeightTable, storage: Storage, use: LinearUse, product: Product, machines: Machines, *, shared: bool, dynamic: bool = False
+    table: WeightTable,
+    storage: Storage,
+    use: LinearUse,
+    product: Product,
+    machines: Machines,
+    *,
+    shared: bool,
+    dynamic: bool,
+    blocked: bool,
 ) -> Fusion:
     """Choose the fastest way to run a product from a given storage.
 
@@ -81,6 +91,7 @@ def choose_fusion(
         machines: what tells the times.
         shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
         dynamic: whether activations may be rounded to int8 in the graph.
+        blocked: whether the opset has what fused products need.
 
     Returns:
         The way; "float" with the reason where no other one is faster.
@@ -88,14 +99,16 @@ def choose_fusion(
     reason = refusal(table, use) or _wrong_form(table, storage, use)
     if reason is not None:
         return in_float(reason)
-    modes = _kernels(table, use, product, dynamic=dynamic)
+    modes = _kernels(table, use, product, dynamic=dynamic, blocked=blocked)
+    if not modes:
+        return in_float(f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}")
     native = Kernel(f"fused {storage.width}", _kernel_block(table, storage.width)) if storage.width in _NATIVE else None
     here = [kernel for kernel, mode in modes.items() if mode != "native" or (kernel == native and not shared)]
     choice = choose(here, product, machines(product, tuple(modes)))
     return Fusion(modes.get(choice.kernel, "float"), choice)
 
 
-def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: bool) -> dict[Kernel, Mode]:
+def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: bool, blocked: bool) -> dict[Kernel, Mode]:
     """The kernels that could run a product in one storage or another, the narrowest first."""
     kernels: dict[Kernel, Mode] = {}
     bits = table.container_bits
@@ -104,7 +117,7 @@ def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: b
     kernels[Kernel("fused 8", _kernel_block(table, _BYTE))] = "bytes"
     if dynamic and table.blocks == 1:
         kernels[Kernel("dynamic int8")] = "dynamic"
-    return {kernel: mode for kernel, mode in kernels.items() if kernel != _SLOW}
+    return {kernel: mode for kernel, mode in kernels.items() if kernel != _SLOW and (blocked or not kernel.block)}
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:

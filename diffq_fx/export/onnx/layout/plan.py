@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Machines, Product
-from diffq_fx.export.onnx.layout.linear import TWO_BIT_ALIGNMENT, Fusion, choose_fusion, in_float, refusal
+from diffq_fx.export.onnx.layout.linear import BLOCKED_OPSET, TWO_BIT_ALIGNMENT, Fusion, choose_fusion, in_float, refusal
 from diffq_fx.export.onnx.layout.rows import picks_rows
 from diffq_fx.export.onnx.layout.table import Form, Storage, WeightTable, one_container, split_by_width
 
@@ -33,6 +33,8 @@ class LayoutRequest:
     activations: Activations = "float"
     target: str = "portable"
     """What ``machines`` is made of, as the user calls it."""
+    opset: int | None = None
+    """What the user asked for; None for the smallest that holds the graph."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Symbolic size of the graph -> what it is at the example inputs."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -109,7 +111,8 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest)
         for use in uses.linear:
             shared = any(fusion.mode in ("native", "bytes") for fusion in chosen)
             product = _product(table, use, request)
-            chosen.append(choose_fusion(table, storage, use, product, request.machines, shared=shared, dynamic=request.rounds))
+            allowed = {"shared": shared, "dynamic": request.rounds, "blocked": request.opset is None or request.opset >= BLOCKED_OPSET}
+            chosen.append(choose_fusion(table, storage, use, product, request.machines, **allowed))
         plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
     fastest = min(plan.slowness for plan in plans)
     best = min((p for p in plans if p.slowness <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)

@@ -32,8 +32,8 @@ X86_AVX2 = Profile(
 
 X86_VNNI = Profile(
     name="x86-vnni",
-    source="medians of 225 shapes (K and N 8 to 2048, 1 to 1024 rows, blocks of 16 to 256) and of 216 for dynamic products, onnxruntime 1.31, "
-    "one thread of a Xeon with AVX-512 VNNI; half of the predictions within 15 %; uint8 weights by the ratio of their kernel",
+    source="medians of 225 shapes (K and N 8 to 2048, 1 to 1024 rows, blocks of 16 to 256), and of 216 for dynamic products, in "
+    "onnxruntime 1.31, one thread of a Xeon with AVX-512 VNNI; half of the predictions within 15 %; uint8 weights by their kernel's ratio",
     margin=1.11,
     costs={
         "float": Cost(5.83, 0.0484, 0.111, 0.0108, 0.279, 10.5),
@@ -44,8 +44,8 @@ X86_VNNI = Profile(
         "dynamic uint8": Cost(7.45, 0.0038, 0.03, 0.26, 0.324, 7.0, 5.21),
     },
 )
-"""x86-64 with AVX-512 VNNI. At its margin 498 of the measured layers were fused, 4 of them more than 3 % slower than float (18 % at most), and
-163 dynamic, 5 of them more than 3 % slower (12 % at most)."""
+"""x86-64 with AVX-512 VNNI. At its margin 498 of the measured layers were fused, 4 of them more than 3 % slower than float (18 % at most),
+and 163 dynamic, 5 of them more than 3 % slower (12 % at most)."""
 
 ARM64 = Profile(
     name="arm64",
@@ -61,10 +61,10 @@ ARM64 = Profile(
 )
 """Arm64 with dot products (Armv8.2 and later). Not measured; from onnxruntime's own sources, ``onnxruntime/core/mlas/lib``:
 
-- ``platform.cpp`` takes ``MlasGemmU8X8DispatchUdot`` for products of uint8 activations where UDOT is there: one kernel for int8 and uint8
-  weights (the sign is flipped when they are packed), which adds into int32 and cannot saturate. UDOT makes 16 products, FMLA 4.
-- ``qnbitgemm_kernel_neon.cpp`` has int8 kernels for MatMulNBits of 4 and 8 bits where there are dot products. Its 2-bit kernel is newer than
-  the oldest onnxruntime that reads our files; without it the weights are unpacked at every run, so that 2 bits are computed as 8.
+- ``platform.cpp`` takes ``MlasGemmU8X8DispatchUdot`` for products of uint8 activations where UDOT is there: one kernel for int8 and
+  uint8 weights (the sign is flipped when they are packed), which adds into int32 and cannot saturate. UDOT makes 16 products, FMLA 4.
+- ``qnbitgemm_kernel_neon.cpp`` has int8 kernels for MatMulNBits of 4 and 8 bits where there are dot products. Its 2-bit kernel is newer
+  than the oldest onnxruntime that reads our files; without it weights are unpacked at every run, so that 2 bits are computed as 8.
 
 The costs a product are a core that starts two such instructions a cycle at 2.6 GHz; memory, calls and outputs are those of x86. The margin
 is wide because nothing of it was measured."""

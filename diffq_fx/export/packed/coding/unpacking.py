@@ -118,7 +118,14 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
     state = np.array(first, np.int64), values, np.zeros(number, np.int32), np.zeros(number, np.int32)
     widths, bins, classes = (np.ascontiguousarray(each) for each in (grouping.widths, grouping.bins, grouping.classes))
     fields: dict[str, Any] = dict(zip(("next", "ahead", "used", "filled"), state, strict=True))
-    fields |= {"planes": streams.planes, "first_plane": streams.first_plane, "counts": streams.counts, "widths": widths, "bins": bins, "classes": classes}
+    fields |= {
+        "planes": streams.planes,
+        "first_plane": streams.first_plane,
+        "counts": streams.counts,
+        "widths": widths,
+        "bins": bins,
+        "classes": classes,
+    }
     fields |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
     sizes = {"bin_row": int(len(bins) > 1), "bin_number": classes.shape[1], "rows": grouping.rows}
     sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(by_width)}
