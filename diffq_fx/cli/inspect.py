@@ -12,6 +12,7 @@ from diffq_fx.cli.packed import inspect_packed_file
 
 if TYPE_CHECKING:
     from diffq_fx.export.onnx.inspection import OnnxInspection, Role, TensorReport
+    from diffq_fx.export.onnx.metadata import ExportMetadata
 
 _SMALL_VALUES = 1024
 """Float and other tensors with fewer values are summed up, not listed."""
@@ -46,6 +47,8 @@ def inspect(
             return
         console = standard_output()
         console.print(_tensor_table(inspection, everything))
+        if inspection.metadata is not None:
+            console.print(_forms_table(inspection.metadata))
         console.print(_totals_table(inspection))
 
 
@@ -99,6 +102,21 @@ def _bits(histogram: dict[int, int] | None) -> str:
         return "-"
     mean = sum(bits * count for bits, count in histogram.items()) / max(sum(histogram.values()), 1)
     return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
+
+
+def _forms_table(metadata: "ExportMetadata") -> Table:
+    """How the weights reach their readers, and what decided; weights of which all that is the same share a row."""
+    target = f"; target {metadata.target}" if metadata.target else ""
+    table = new_table(f"forms; activations {metadata.activations}{target}")
+    for heading in ("weights", "rule", "why"):
+        table.add_column(heading, overflow="fold")
+    names: dict[tuple[str, str], list[str]] = {}
+    for record in metadata.weights:
+        reasons = [reason for reason in (record.choice, record.reason, *record.remarks) if reason]
+        names.setdefault((record.rule, "\n".join(reasons) or "-"), []).append(record.name)
+    for (rule, why), alike in names.items():
+        add_row(table, "\n".join(alike), rule, why)
+    return table
 
 
 def _totals_table(inspection: "OnnxInspection") -> Table:

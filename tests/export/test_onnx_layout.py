@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_models import store
 
-from diffq_fx.export.onnx.layout.cost import float_times, fused_times
 from diffq_fx.export.onnx.layout.table import Storage, one_container, read_table, split_by_width
 from diffq_fx.export.onnx.layout.tensors import integer_tensor
 from diffq_fx.export.onnx.sizes import name_sizes
@@ -63,29 +62,6 @@ def test_integer_tensors_hold_both_ends(bits, signed):
     proto = ir.to_proto(tensor)
     assert proto.raw_data
     assert np.array_equal(ir.from_proto(proto).numpy().astype(int), levels)
-
-
-@pytest.mark.parametrize("rows", [1, 32, 256, 1024])
-def test_small_layers_stay_in_float_at_any_batch(rows):
-    for size in (16, 32, 64):
-        assert fused_times(8, rows, size, size, 16).why_not_instead_of(float_times(rows, size, size)) is not None
-
-
-@pytest.mark.parametrize("rows", [1, 32, 256, 1024])
-def test_large_layers_are_fused_at_any_batch(rows):
-    assert fused_times(8, rows, 2048, 2048, 256).why_not_instead_of(float_times(rows, 2048, 2048)) is None
-
-
-def test_cost_of_a_layer_that_is_fast_for_one_row_and_slow_for_many():
-    reason = fused_times(8, 1, 256, 512, 256).why_not_instead_of(float_times(1, 256, 512))
-    assert reason is None or "32 rows" in reason
-    assert "32 rows" in (fused_times(4, 1, 128, 1024, 128).why_not_instead_of(float_times(1, 128, 1024)) or "")
-
-
-def test_longer_blocks_are_cheaper():
-    for bits in (4, 8):
-        times = [fused_times(bits, 32, 1024, 1024, block).typical for block in (16, 32, 64, 128, 256)]
-        assert times == sorted(times, reverse=True)
 
 
 def test_names_of_sizes():

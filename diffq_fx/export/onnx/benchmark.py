@@ -5,11 +5,11 @@ the ratio is taken pair by pair. Medians and quartiles, never means: the noise o
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,8 @@ from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs, resolve_shapes
 from diffq_fx.export.onnx.runtime import check_same_signature, open_session, run_session, session_entries, signature_of
+from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
-_SAMPLE_SECONDS = 1e-3
-"""A sample repeats a fast model until it has run this long: caches are warm again and the clock is fine enough."""
-_WARMUP_RUNS = 5
-_MAX_RUNS_PER_SAMPLE = 1000
 
 _Arrays = Mapping[str, np.ndarray]
 
@@ -147,8 +140,9 @@ def compare_latency(
     check_same_signature((a, b), paths, shapes)
     inputs = make_inputs(signature, shapes, index_bounds(models), seed)
     outputs = compare_outputs(run_session(a, inputs, path_a), run_session(b, inputs, path_b))
-    runs = (_warm_up(a, inputs), _warm_up(b, inputs))
-    a_ms, b_ms = _time_in_turns((a, b), inputs, runs, repeats, on_progress)
+    runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
+    samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
+    a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
     return LatencyComparison(
         path_a=str(path_a),
         path_b=str(path_b),
@@ -161,7 +155,7 @@ def compare_latency(
         inputs={name: (str(value.dtype), value.shape) for name, value in inputs.items()},
         threads=threads,
         repeats=repeats,
-        runs_per_sample=runs,
+        runs_per_sample=samples,
         seed=seed,
         session_a=entries[0],
         session_b=entries[1],
@@ -205,37 +199,3 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray) -> OutputDifference:
     largest = float(np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
     relative = max_abs / largest if largest else (math.inf if max_abs else 0.0)
     return OutputDifference(name=name, shape=a.shape, max_abs=max_abs, max_relative=relative)
-
-
-def _warm_up(session: "InferenceSession", inputs: _Arrays) -> int:
-    """Run until nothing is new, and tell how many runs one sample takes."""
-    feeds = dict(inputs)
-    fastest = math.inf
-    for _ in range(_WARMUP_RUNS):
-        fastest = min(fastest, _seconds(session, feeds, 1))
-    return min(max(1, math.ceil(_SAMPLE_SECONDS / fastest)), _MAX_RUNS_PER_SAMPLE)
-
-
-def _time_in_turns(
-    sessions: "tuple[InferenceSession, InferenceSession]",
-    inputs: _Arrays,
-    runs: tuple[int, int],
-    repeats: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of one run of A and of B, for every pair."""
-    feeds = dict(inputs)
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
-            times[which].append(1e3 * _seconds(sessions[which], feeds, runs[which]) / runs[which])
-        if on_progress is not None:
-            on_progress(repeat + 1, repeats)
-    return times
-
-
-def _seconds(session: "InferenceSession", feeds: dict[str, np.ndarray], runs: int) -> float:
-    start = time.perf_counter()
-    for _ in range(runs):
-        session.run(None, feeds)
-    return time.perf_counter() - start

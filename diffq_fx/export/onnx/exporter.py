@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from diffq_fx.errors import DiffQWarning, ExportError
+from diffq_fx.export.onnx.layout.profiles import TARGETS
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -27,8 +28,10 @@ class ExportResult:
     opset: int
     layout: str
     activations: str
+    target: str | None
+    """The machines that the forms of the products were chosen for; None in layout "qdq"."""
     weights: tuple[WeightRecord, ...]
-    """Per weight: bits, containers, the rule that was applied, and why not a faster one."""
+    """Per weight: bits, containers, the rule that was applied, why it, and why not a faster one."""
     payload_bytes: int
     """The levels at the widths that they have learned."""
     container_payload_bytes: int
@@ -56,6 +59,7 @@ def export_onnx(
     *,
     layout: Literal["onnxruntime", "qdq"] = "onnxruntime",
     activations: Literal["float", "dynamic", "int8"] = "float",
+    target: Literal["portable", "x86-avx2", "x86-vnni", "arm64", "this-machine"] = "portable",
     calibration: Iterable[Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
@@ -63,10 +67,10 @@ def export_onnx(
 ) -> ExportResult:
     """Write a converted model as an ONNX file whose weights stay integers of 2, 4, 8 or 16 bits.
 
-    Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest: linear layers become fused integer
-    products where that is predicted to beat float, everything else is folded to float when the file is loaded. The choice is
-    made for the size of the example inputs, so give them the batch and length that the file will see. Layout "qdq" writes a plain
-    DequantizeLinear for every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
+    Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest on the machines of ``target``: linear layers become
+    integer products where that beats float, everything else is folded to float when the file is loaded. The choice is made for the size
+    of the example inputs, so give them the batch and length that the file will see. Layout "qdq" writes a plain DequantizeLinear for
+    every weight, for other runtimes. The file is checked by onnx.checker and by an onnxruntime run against
     PyTorch on fresh random inputs; a failure leaves an old file under ``path`` as it was. The model is not changed.
 
     ``activations`` says where they may be rounded to 8 bits *in the graph*:
@@ -80,6 +84,17 @@ def export_onnx(
       rounded once more when the file is loaded (the record's remark says how far). Groups of less than 32 channels stay float, where int8
       is slower, and so does ConvTranspose, which has no int8 kernel.
 
+    ``target`` says which machines the file shall be fast on. It changes speed and memory, never what a file may run on:
+
+    - "portable": x86 of any age. A layer gets an integer product only where that is predicted to beat float both with AVX2 alone and with
+      AVX-512 VNNI, at the example's number of rows. Choose it where you do not know the machine.
+    - "x86-avx2" (Intel before 2019, AMD before Zen 4), "x86-vnni" (AVX-512 VNNI): one of the two kinds.
+    - "arm64": Arm64 with dot products. This profile was not measured: it follows from onnxruntime's sources.
+    - "this-machine": the forms of every different layer are timed here, in about half a second each and 20 seconds in all, and the fastest
+      is kept. Choose it where the file runs on the kind of machine that exports it, and let the machine do nothing else meanwhile.
+
+    Each weight's ``choice`` in the result, in the file and in ``diffq-fx inspect`` says what decided.
+
     The weights keep their learned widths in the file in all three. On x86 processors without VNNI (before 2019) the int8 kernels of
     the last two saturate for weights of 8 bits; the session entry ``session.x64quantprecision = 1`` prevents it and costs the speed.
 
@@ -89,6 +104,7 @@ def export_onnx(
         path: the file to write.
         layout: see above.
         activations: see above; "float" with layout "qdq".
+        target: see above; of no use with layout "qdq", which has one form for every weight.
         calibration: for "int8": typical inputs, each in the form of ``example_inputs`` and without labels. Every range is the least and
             the largest number that was seen; some dozens of batches are usual.
         dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
@@ -103,7 +119,8 @@ def export_onnx(
             ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be written or does not compute
             what the model computes.
         TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
-        ValueError: unknown ``layout`` or ``activations``, or they do not go together, or a ``calibration`` is missing or of no use.
+        ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
+            use.
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
@@ -126,12 +143,13 @@ def export_onnx(
         >>> result.opset, result.payload_bytes, result.weights[0].containers
         (21, 64, {4: 128})
     """
-    _check_choices(layout, activations, calibration)
+    _check_choices(layout, activations, target, calibration)
     _check_converted(converted)
     from diffq_fx.export.onnx.layout.plan import LayoutRequest
+    from diffq_fx.export.onnx.measuring import machines_of
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 
-    request = LayoutRequest(layout=layout, activations=activations)
+    request = LayoutRequest(layout=layout, activations=activations, target=target, machines=machines_of(target), opset=opset)
     with _in_eval(converted):
         result = export_file(
             converted,
@@ -140,7 +158,6 @@ def export_onnx(
             request,
             calibration=calibration,
             dynamic_shapes=dynamic_shapes,
-            opset=opset,
             verify=verify,
         )
     for remark in result.remarks:
@@ -148,13 +165,17 @@ def export_onnx(
     return result
 
 
-def _check_choices(layout: str, activations: str, calibration: Iterable[Any] | None) -> None:
+def _check_choices(layout: str, activations: str, target: str, calibration: Iterable[Any] | None) -> None:
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}, got {target!r}.")
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
     if activations not in _ACTIVATIONS:
         raise ValueError(f"activations must be one of {_ACTIVATIONS}, got {activations!r}.")
     if layout == "qdq" and activations != "float":
         raise ValueError(f'layout "qdq" leaves activations in float, got activations={activations!r}: use layout "onnxruntime".')
+    if layout == "qdq" and target != "portable":
+        raise ValueError(f'layout "qdq" has one form for every weight, got target={target!r}: leave it out, or use layout "onnxruntime".')
     if activations == "int8" and calibration is None:
         raise ValueError('activations="int8" needs calibration: typical inputs, from which the ranges of the activations are taken.')
     if activations != "int8" and calibration is not None:

@@ -10,6 +10,7 @@ diffq_fx.schema      "1", the version of this table; a reader refuses a larger o
 diffq_fx.producer    "diffq_fx"
 diffq_fx.layout      "onnxruntime" or "qdq"
 diffq_fx.activations "float", "dynamic" or "int8"
+diffq_fx.target      the machines that the forms of the products were chosen for; missing in layout "qdq", which has one form
 diffq_fx.session.*   onnxruntime's session entries that the file wants: its own key with ``diffq_fx.`` before it
 diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` but the name and what is None or empty
 ==================== ==================================================================================================
@@ -52,6 +53,8 @@ class WeightRecord:
     rule: str
     """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (int8 product), "int8" (int8 convolution), "rows"
     (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
+    choice: str | None = None
+    """Why its products have this form: the speed that decided, on the machines of the export's target; None where none has integers."""
     reason: str | None = None
     """Why some reader does not get the fused form; None where all do, and in layout "qdq"."""
     remarks: tuple[str, ...] = ()
@@ -87,6 +90,8 @@ class ExportMetadata:
     layout: str
     activations: str = "float"
     """Where the graph rounds activations: "float" nowhere, "dynamic" in front of linear layers, "int8" around convolutions too."""
+    target: str | None = None
+    """The machines that the forms of the products were chosen for; None in layout "qdq", which has one form."""
     session: Mapping[str, str] = field(default_factory=dict)
     """The session entries that the file asks for."""
     weights: tuple[WeightRecord, ...] = field(default=())
@@ -124,6 +129,7 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
         f"{PREFIX}producer": "diffq_fx",
         f"{PREFIX}layout": metadata.layout,
         f"{PREFIX}activations": metadata.activations,
+        **({} if metadata.target is None else {f"{PREFIX}target": metadata.target}),
         **{f"{PREFIX}{key}": value for key, value in metadata.session.items()},
         f"{PREFIX}weights": json.dumps(weights, separators=(",", ":")),
     }
@@ -158,7 +164,8 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
         weights = tuple(_record(name, entry) for name, entry in entries.items())
         session = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(f"{PREFIX}session.")}
         activations = props.get(f"{PREFIX}activations", "float")
-        return ExportMetadata(layout=props[f"{PREFIX}layout"], activations=activations, session=session, weights=weights)
+        target = props.get(f"{PREFIX}target")
+        return ExportMetadata(layout=props[f"{PREFIX}layout"], activations=activations, target=target, session=session, weights=weights)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
 

@@ -5,6 +5,7 @@ import onnx_ir as ir
 from onnxscript.version_converter import convert_version
 
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.layout.linear import BLOCKED_OPSET
 from diffq_fx.export.onnx.tracing import BASE_OPSET
 
 MAX_OPSET = 25
@@ -16,7 +17,6 @@ _CONTAINER_OPSETS = {
     ir.DataType.INT2: 25,
     ir.DataType.UINT2: 25,
 }
-_BLOCKED_OPSET = 21
 _SIXTEEN_BIT_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
 
 
@@ -57,7 +57,7 @@ def needed_opset(model: ir.Model) -> tuple[int, str]:
         if node.op_type == "DequantizeLinear":
             source = node.inputs[0]
             if node.attributes.get_int("block_size", 0):
-                asking.append((_BLOCKED_OPSET, f"block_size of {node.name!r}"))
+                asking.append((BLOCKED_OPSET, f"block_size of {node.name!r}"))
             if source is not None and source.dtype in _SIXTEEN_BIT_TYPES:
-                asking.append((_BLOCKED_OPSET, f"DequantizeLinear of 16 bits {node.name!r}"))
+                asking.append((BLOCKED_OPSET, f"DequantizeLinear of 16 bits {node.name!r}"))
     return max(asking, key=lambda pair: pair[0])

@@ -19,6 +19,7 @@ from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
 from diffq_fx.export.onnx.layout.int8 import watch
 from diffq_fx.export.onnx.layout.plan import LayoutRequest
 from diffq_fx.export.onnx.layout.table import read_table
+from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
@@ -44,7 +45,6 @@ class _Job:
     folder: Path
     path: Path
     request: LayoutRequest
-    opset: int | None
     verify: bool
     typical: Example | None = None
     """Inputs as the model sees them in use, if the user has given any."""
@@ -68,7 +68,6 @@ def export_file(
     *,
     calibration: Iterable[Any] | None,
     dynamic_shapes: Any,
-    opset: int | None,
     verify: bool,
 ) -> ExportResult:
     """Trace, calibrate, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
@@ -94,7 +93,6 @@ def export_file(
                 folder=folder,
                 path=path,
                 request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
-                opset=opset,
                 verify=verify,
             )
             if calibration is not None:
@@ -128,7 +126,13 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
     model, applied, opset = _laid_out(job, refused)
     request = job.request
     entries = wanted_entries(request.layout)
-    metadata = ExportMetadata(layout=request.layout, activations=request.activations, session=entries, weights=applied.records)
+    metadata = ExportMetadata(
+        layout=request.layout,
+        activations=request.activations,
+        target=None if request.layout == "qdq" else request.target,
+        session=entries,
+        weights=applied.records,
+    )
     drop_what_is_derived(model)
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
@@ -142,7 +146,7 @@ def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> t
     model = job.traced.model.clone()
     applied = apply_layout(model, job.weights, replace(job.request, refused=refused, twin=twin))
     store_halves(model, job.halved)
-    return model, applied, set_opset(model, job.opset)
+    return model, applied, set_opset(model, job.request.opset)
 
 
 def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:
@@ -167,6 +171,8 @@ def _remarks(job: _Job, draft: _Draft) -> list[str]:
         remarks.append(f"the graph does not read {', '.join(sorted(unread))}: not in the file")
     if dequantized := _dequantized_weights(job, draft):
         remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
+    if isinstance(job.request.machines, Stopwatch) and (skipped := len(job.request.machines.skipped)):
+        remarks.append(f"the time for measuring was over before {skipped} products: their form is that of the portable profiles")
     if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
         remarks.append(
             f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
@@ -182,6 +188,7 @@ def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
         opset=draft.opset,
         layout=metadata.layout,
         activations=metadata.activations,
+        target=metadata.target,
         weights=metadata.weights,
         payload_bytes=-(-metadata.payload_bits // 8),
         container_payload_bytes=-(-metadata.container_payload_bits // 8),

@@ -191,7 +191,7 @@ def _is_read(value: ir.Value) -> bool:
 
 def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
     table, spec = plan.table, plan.table.spec
-    reasons = [fusion.reason for fusion in plan.fusions if fusion.reason is not None]
+    reasons = [fusion.reason for fusion in plan.fusions if fusion.reason]
     reasons += plan.reasons
     in_float = _float_readers(plan)
     if in_float and rule != "qdq":
@@ -208,6 +208,7 @@ def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
         bits=table.bits,
         containers=containers,
         rule=rule,
+        choice="; ".join(dict.fromkeys(fusion.choice.reason for fusion in plan.fusions if fusion.mode != "float")) or None,
         reason="; ".join(dict.fromkeys(reasons)) or None,
         remarks=_remarks(plan, stored),
         initializers=tuple(str(part.name) for part in stored.parts.values()),
@@ -226,9 +227,6 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
         remarks.append("channels are grouped by container; onnxruntime joins them when it loads the file")
     if stored.storage.widest > plan.table.container_bits:
         remarks.append("4 bits for 2: onnxruntime computes a wrong product for 2-bit weights unless N is a multiple of 4")
-    widths = sorted({fusion.bits for fusion in plan.fusions if fusion.mode == "bytes" and fusion.bits > plan.storage.widest})
-    if widths:
-        remarks.append(f"computed with {widths[0]} bits: predicted to be the fastest at the example's size")
     if plan.convolutions and is_centred(plan.table, plan.convolutions) and (uneven := int((plan.table.int8_stretch > 1).sum())):
         remarks.append(
             f"levels of {uneven} channels lie unevenly about zero and are rounded anew when the file is loaded, to steps up to "

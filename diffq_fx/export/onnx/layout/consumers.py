@@ -39,6 +39,12 @@ class LinearUse:
         leading = [size for size in known[:-1] if isinstance(size, int)]
         return int(np.prod(leading, dtype=np.int64)) if len(leading) == len(known) - 1 else 1
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the graph takes other numbers of rows than the example's."""
+        shape = self.activation.shape
+        return shape is None or not all(isinstance(size, int) for size in shape[:-1])
+
 
 @dataclass(frozen=True)
 class _Path:

@@ -1,38 +1,89 @@
-"""What a linear layer costs in onnxruntime, in microseconds: a model of measured times, which chooses between the rules.
+"""Which form of a product is the fastest: times of the machines that a file is for in, a choice and its reason out.
 
-Fitted (non-negative least squares on relative errors, half of the predictions within 15 %) to the medians of 225 shapes, K and N
-from 8 to 2048 and 1 to 1024 rows, at 2, 4 and 8 bits and blocks of 16 to 256: onnxruntime 1.31 with its default accuracy_level
-(int8 activations inside MatMulNBits), one thread of an x86-64 with AVX-512 VNNI. Only the *ratio* of two predictions is used. What it says:
-
-- a fused layer wins where the weights do not fit the cache (0.2 of the float time at 1 row of 2048 x 2048) and from about
-  K = 512 on at any number of rows (0.6 to 0.9);
-- it loses on small layers and many rows: every row is quantized anew, and the cost per output is that of 100 weights;
-- long blocks are faster: 32 weights per scale (onnxruntime's choice for a per-channel scale) costs up to twice 256;
-- the 8-bit kernel is as fast as the 4-bit one or faster from about 4 rows on, the 2-bit one is slower than both.
-
-The dynamic product (DynamicQuantizeMatMul) is a fit of the same kind to 216 shapes, K and N from 32 to 2048 and 1 to 512 rows: it is
-chosen for 163 of them, of which 5 are more than 3 % slower than float (12 % at most), and takes 0.13 to 0.3 of the float time from
-about 384 x 384 on at any number of rows.
+The times come from a :class:`Machine`: a :class:`Profile` predicts them (:mod:`.profiles` has one per kind of processor), a measurement
+knows them. :func:`choose` is the one place that compares them: a form must be faster than float on *every* machine, and of those the one
+whose worst machine is best is taken.
 
 Shape legend: M rows (the product of the activation's leading sizes), K inputs, N output channels.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
-_FUSE_BELOW = 0.9
-"""A layer is fused if it is predicted to take less than this part of the float time: at this margin the model fuses 498 of the
-measured layers, of which 4 are more than 3 % slower than float (18 % at most)."""
+KernelName = Literal["float", "fused 2", "fused 4", "fused 8", "dynamic int8", "dynamic uint8"]
+
 _BUSY = 32
 """So many times the example's rows must not be ..."""
-_BUSY_BELOW = 1.25
-"""... slower than this part of the float time: an example batch of one says little about the batches to come."""
-
+_BUSY_RATIO = 0.8
+"""... slower than this part of float's speed: an example batch of one says little about the batches to come."""
+_TIE = 0.97
+"""Forms within this part of the fastest one's speed are equally fast: the first of them is taken."""
 _CACHED_WEIGHTS = 400e3
 """Weights that stay in the cache between two runs."""
 
 
-class _Cost(NamedTuple):
+class Kernel(NamedTuple):
+    """What onnxruntime computes a product with."""
+
+    name: KernelName
+    """"float" (MatMul), "fused" with the bits that it computes with (MatMulNBits), "dynamic" with the type of the stored levels
+    (DynamicQuantizeMatMul)."""
+    block: int = 0
+    """Inputs that share a scale in a fused product."""
+
+    @property
+    def title(self) -> str:
+        """For people: ``fused, 4 bits``."""
+        family, _, kind = self.name.partition(" ")
+        return family if not kind else f"{family}, {kind} bits" if kind.isdigit() else f"{family}, {kind} weights"
+
+
+FLOAT = Kernel("float")
+
+
+class Product(NamedTuple):
+    """A layer, as far as its time depends on it."""
+
+    rows: int
+    """M in the example."""
+    inputs: int
+    outputs: int
+    is_open: bool = False
+    """Whether the file takes other numbers of rows too."""
+
+
+class Machine(Protocol):
+    """Something that knows how long a product takes."""
+
+    @property
+    def name(self) -> str:
+        """For people: ``x86-avx2``."""
+        ...
+
+    @property
+    def margin(self) -> float:
+        """So many times as fast as float must a form be before it is taken: what the times are off by, and no less than 1."""
+        ...
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the times are those of this processor, at the example's number of rows."""
+        ...
+
+    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
+        """Microseconds at the example's rows and perhaps at more; empty where the machine has no such kernel."""
+        ...
+
+
+Machines = Callable[[Product, Sequence[Kernel]], Sequence[Machine]]
+"""A product and the forms that it could have -> the machines whose times decide between these and float."""
+
+
+class Cost(NamedTuple):
+    """What a kernel takes, part by part; the sum is its time."""
+
     call: float
     """us a call."""
     weight: float
@@ -50,102 +101,135 @@ class _Cost(NamedTuple):
     scaled_product: float = 0.0
     """ps a scale and row."""
 
+    def parts(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[float, ...]:
+        """How often each part is paid, in millions, thousands and ones, so that the sum of ``cost * often`` is in microseconds."""
+        blocks = -(-inputs // kernel.block) if kernel.block else 1
+        weights = (inputs if not kernel.block else blocks * kernel.block) * outputs
+        scales = 0 if kernel == FLOAT else blocks * outputs
+        return (
+            1.0,
+            1e-3 * weights,
+            1e-3 * max(0.0, weights - _CACHED_WEIGHTS),
+            1e-3 * rows * inputs,
+            1e-3 * rows * outputs,
+            1e-6 * rows * weights,
+            1e-3 * scales,
+            1e-6 * rows * scales,
+        )
 
-_FLOAT = _Cost(5.83, 0.0484, 0.111, 0.0108, 0.279, 10.5)
-_FUSED = {
-    2: _Cost(6.33, 0.0, 0.011, 0.449, 4.66, 0.168, 0.792, 827.0),
-    4: _Cost(6.53, 0.0, 0.0181, 0.383, 2.25, 6.84, 0.373, 119.0),
-    8: _Cost(6.32, 0.00936, 0.0331, 0.353, 1.71, 6.15, 0.475, 111.0),
-}
-_DYNAMIC = _Cost(7.45, 0.0038, 0.03, 0.26, 0.324, 1.12, 5.21)
-"""Its scales are one per output."""
+    def microseconds(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> float:
+        """The predicted time of one run."""
+        return sum(cost * often for cost, often in zip(self, self.parts(kernel, rows, inputs, outputs), strict=True))
 
 
-class Times(NamedTuple):
-    """Predicted times of a layer, in us."""
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A kind of processor: what each kernel costs there. A :class:`Machine`."""
 
-    rows: int
-    example: float
-    """At the example's number of rows."""
-    busy: float
-    """At 32 times as many."""
+    name: str
+    source: str
+    """Where the numbers come from."""
+    margin: float
+    costs: Mapping[KernelName, Cost]
+    """Kernels that are missing are never used."""
+    is_measured = False
+
+    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
+        """Predicted microseconds at the example's rows, and at 32 times as many where the number is open."""
+        cost = self.costs.get(kernel.name)
+        if cost is None:
+            return ()
+        judged = (product.rows, _BUSY * product.rows) if product.is_open else (product.rows,)
+        return tuple(cost.microseconds(kernel, rows, product.inputs, product.outputs) for rows in judged)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The form of a product, and why."""
+
+    kernel: Kernel
+    reason: str
+    times: tuple[float, ...] = ()
+    """Its microseconds on each machine; empty where no time was asked for."""
+    float_times: tuple[float, ...] = ()
+    """Those of the float product."""
 
     @property
-    def typical(self) -> float:
-        """The geometric mean of both, by which ways to fuse are compared."""
-        return math.sqrt(self.example * self.busy)
-
-    def why_not_instead_of(self, in_float: "Times") -> str | None:
-        """Why a layer with these times should rather be a float one; None where it should not.
-
-        Args:
-            in_float: the times of the float MatMul.
-        """
-        if self.example >= _FUSE_BELOW * in_float.example:
-            return f"fused {self.example:.3g} us, float {in_float.example:.3g} us predicted for {self.rows} rows"
-        if self.busy >= _BUSY_BELOW * in_float.busy:
-            return f"fused {self.busy:.3g} us, float {in_float.busy:.3g} us predicted for {_BUSY * self.rows} rows"
-        return None
+    def slowness(self) -> float:
+        """Time as a part of that in float, on the machine where it is largest."""
+        return max(time / float_time for time, float_time in zip(self.times, self.float_times, strict=True))
 
 
-NO_TIME = Times(1, 0.0, 0.0)
+def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machine]) -> Choice:
+    """Choose the form of a product: of those that are faster than float on every machine the one whose worst machine is best.
 
-
-def float_times(rows: int, inputs: int, outputs: int) -> Times:
-    """Predict a float MatMul.
+    Faster means :attr:`Machine.margin` times at the example's number of rows and, where other numbers may come, no less than 0.8 times
+    at 32 times as many.
 
     Args:
-        rows: M in the example.
-        inputs: K.
-        outputs: N.
+        kernels: the forms that it could have beside float, the smallest first: the first one of equally fast ones is taken.
+        product: the layer.
+        machines: those that the file is for.
 
     Example:
-        >>> round(float_times(1, 64, 64).example)
-        6
+        >>> costs = {"float": Cost(5, 0, 0, 0, 0, 10.0), "fused 4": Cost(5, 0, 0, 0, 0, 4.0)}
+        >>> fast = Profile(name="fast", source="", margin=1.1, costs=costs)
+        >>> slow = Profile(name="slow", source="", margin=1.1, costs={**costs, "fused 4": Cost(5, 0, 0, 0, 0, 20.0)})
+        >>> choose([Kernel("fused 4", 32)], Product(8, 512, 512), [fast]).reason
+        'fused, 4 bits: predicted 2.00 times as fast as float on fast for 8 rows'
+        >>> choose([Kernel("fused 4", 32)], Product(8, 512, 512), [fast, slow]).kernel.name
+        'float'
     """
-    return Times(rows, *(_microseconds(_FLOAT, many, inputs, outputs, 0) for many in (rows, _BUSY * rows)))
+    float_times = tuple(_typical(machine.times(FLOAT, product)) for machine in machines)
+    scores = {kernel: min(_ratio(machine, kernel, product) for machine in machines) for kernel in kernels}
+    refusals = {kernel: _refusal(kernel, product, machines) for kernel in kernels}
+    taken = [kernel for kernel in kernels if refusals[kernel] is None]
+    if not taken:
+        least_bad = max(kernels, key=lambda kernel: scores[kernel])
+        return Choice(FLOAT, f"{product.inputs} inputs and {product.outputs} outputs: {refusals[least_bad]}", float_times, float_times)
+    fastest = max(scores[kernel] for kernel in taken)
+    best = next(kernel for kernel in taken if scores[kernel] >= _TIE * fastest)
+    times = tuple(_typical(machine.times(best, product)) for machine in machines)
+    return Choice(best, _why(best, product, machines), times, float_times)
 
 
-def fused_times(bits: int, rows: int, inputs: int, outputs: int, block: int) -> Times:
-    """Predict onnxruntime's MatMulNBits.
-
-    Args:
-        bits: the width that the kernel computes with: 2, 4 or 8.
-        rows: M in the example.
-        inputs: K; a last block that is not full costs as much as a full one.
-        outputs: N.
-        block: inputs that share a scale.
-
-    Example:
-        >>> fused_times(8, 1, 2048, 2048, 256).example < 0.5 * float_times(1, 2048, 2048).example
-        True
-    """
-    blocks = -(-inputs // block)
-    cost = _FUSED[bits]
-    return Times(rows, *(_microseconds(cost, many, blocks * block, outputs, blocks * outputs) for many in (rows, _BUSY * rows)))
+def _typical(times: Sequence[float]) -> float:
+    """The geometric mean, by which forms are compared."""
+    return math.prod(times) ** (1 / len(times))
 
 
-def dynamic_times(rows: int, inputs: int, outputs: int) -> Times:
-    """Predict onnxruntime's DynamicQuantizeMatMul: int8 weights, activations rounded to uint8 at every run.
-
-    Args:
-        rows: M in the example.
-        inputs: K.
-        outputs: N.
-
-    Example:
-        >>> dynamic_times(32, 384, 1536).example < 0.4 * float_times(32, 384, 1536).example
-        True
-    """
-    return Times(rows, *(_microseconds(_DYNAMIC, many, inputs, outputs, outputs) for many in (rows, _BUSY * rows)))
+def _ratio(machine: Machine, kernel: Kernel, product: Product) -> float:
+    times = machine.times(kernel, product)
+    return _typical(machine.times(FLOAT, product)) / _typical(times) if times else 0.0
 
 
-def _microseconds(cost: _Cost, rows: int, inputs: int, outputs: int, scales: int) -> float:
-    weights = inputs * outputs
-    return (
-        cost.call
-        + 1e-3 * (cost.weight * weights + cost.distant_weight * max(0.0, weights - _CACHED_WEIGHTS))
-        + 1e-3 * rows * (cost.activation * inputs + cost.output * outputs)
-        + 1e-6 * rows * cost.product * weights
-        + 1e-3 * scales * (cost.scale + 1e-3 * rows * cost.scaled_product)
-    )
+def _ratios(machine: Machine, kernel: Kernel, product: Product) -> list[float]:
+    """Float's time over the kernel's, at each number of rows that the machine tells."""
+    times = machine.times(kernel, product)
+    return [float_time / time for float_time, time in zip(machine.times(FLOAT, product), times, strict=True)] if times else []
+
+
+def _refusal(kernel: Kernel, product: Product, machines: Sequence[Machine]) -> str | None:
+    """Why a form must not be taken: the machine that is worst off with it."""
+    for machine in sorted(machines, key=lambda machine: _ratio(machine, kernel, product)):
+        ratios = _ratios(machine, kernel, product)
+        if not ratios:
+            return f"{kernel.title}: {machine.name} has no such kernel"
+        if machine.is_measured and ratios[0] < machine.margin:
+            return f"{kernel.title}, measured on {machine.name} for {_rows(product.rows)}: not faster than float"
+        for ratio, rows, least in zip(ratios, (product.rows, _BUSY * product.rows), (machine.margin, _BUSY_RATIO)):  # noqa: B905
+            if ratio < least:
+                speed = f"predicted {ratio:.2f} times as fast as float on {machine.name} for {_rows(rows)}"
+                return f"{kernel.title}: {speed}, and taken from {least:.2f} on"
+    return None
+
+
+def _why(kernel: Kernel, product: Product, machines: Sequence[Machine]) -> str:
+    if any(machine.is_measured for machine in machines):
+        return f"{kernel.title}: measured to be the fastest on {machines[0].name} for {_rows(product.rows)}"
+    speeds = ", ".join(f"{_ratios(machine, kernel, product)[0]:.2f} on {machine.name}" for machine in machines)
+    return f"{kernel.title}: predicted {speeds.replace(' on', ' times as fast as float on', 1)} for {_rows(product.rows)}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import Times, dynamic_times, float_times, fused_times
+from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, Machines, Product, choose
 from diffq_fx.export.onnx.layout.emitter import make_node
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
@@ -26,72 +26,98 @@ _MIN_BLOCK = 16
 _MAX_BLOCK = {2: 128, 4: 256, 8: 256}
 """The longest block that the kernel of a width is fast at: at 2 bits and 256 it runs 10 to 20 times slower than float. At the default
 accuracy_level a block also shares the scale of the activations: 256 has 1.4 times the error of 32, 2.7 times with strong outliers."""
-_SLOW = (2, 16)
-"""Bits and block of a kernel that runs 10 to 20 times slower than float."""
+_SLOW = Kernel("fused 2", 16)
+"""Runs 10 to 20 times slower than float."""
+_NATIVE = (2, 4)
+"""Containers that the kernel of the same width reads as they are."""
 TWO_BIT_ALIGNMENT = 4
 """onnxruntime (1.31) computes a *wrong* product for a fused 2-bit [K, N] weight unless N is a multiple of this: it reads each
 packed row as if it began at a byte."""
+BLOCKED_OPSET = 21
+"""The first opset whose DequantizeLinear has blocks, which every fused product needs."""
 _BYTE = 8
 _MAX_PADDING = 0.125
+
+
+Mode = Literal["native", "bytes", "dynamic", "float"]
 
 
 @dataclass(frozen=True)
 class Fusion:
     """How a product runs."""
 
-    mode: Literal["native", "bytes", "dynamic", "float"]
-    times: Times
-    bits: int = 0
-    """The width that the kernel computes with."""
-    block: int = 0
-    reason: str | None = None
-    """Why the product stays a float one; None where it is fused."""
+    mode: Mode
+    choice: Choice
+
+    @property
+    def bits(self) -> int:
+        """The width that a fused kernel computes with."""
+        return int(self.choice.kernel.name.removeprefix("fused "))
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale in a fused kernel."""
+        return self.choice.kernel.block
+
+    @property
+    def reason(self) -> str | None:
+        """Why the product stays a float one; None where it is fused."""
+        return self.choice.reason if self.mode == "float" else None
 
 
-def choose_fusion(table: WeightTable, storage: Storage, use: LinearUse, rows: int, *, shared: bool, dynamic: bool = False) -> Fusion:
+def in_float(reason: str) -> Fusion:
+    """A product that must stay a float one, whatever it costs."""
+    return Fusion("float", Choice(FLOAT, reason))
+
+
+def choose_fusion(
+    table: WeightTable,
+    storage: Storage,
+    use: LinearUse,
+    product: Product,
+    machines: Machines,
+    *,
+    shared: bool,
+    dynamic: bool,
+    blocked: bool,
+) -> Fusion:
     """Choose the fastest way to run a product from a given storage.
 
     Args:
         table: the weight.
         storage: how the file would hold it.
         use: the product.
-        rows: M at the example's size.
+        product: the same as a machine sees it.
+        machines: what tells the times.
         shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
         dynamic: whether activations may be rounded to int8 in the graph.
+        blocked: whether the opset has what fused products need.
 
     Returns:
-        The way; "float" with the reason where nothing fused is predicted to be faster.
+        The way; "float" with the reason where no other one is faster.
     """
-    inputs = table.spec.columns
-    outputs = len(use.rows) if use.rows is not None else table.spec.rows
-    in_float = float_times(rows, inputs, outputs)
     reason = refusal(table, use) or _wrong_form(table, storage, use)
     if reason is not None:
-        return Fusion("float", in_float, reason=reason)
-    ways = _fused_ways(table, storage, use, rows, shared=shared)
+        return in_float(reason)
+    modes = _kernels(table, use, product, dynamic=dynamic, blocked=blocked)
+    if not modes:
+        return in_float(f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}")
+    native = Kernel(f"fused {storage.width}", _kernel_block(table, storage.width)) if storage.width in _NATIVE else None
+    here = [kernel for kernel, mode in modes.items() if mode != "native" or (kernel == native and not shared)]
+    choice = choose(here, product, machines(product, tuple(modes)))
+    return Fusion(modes.get(choice.kernel, "float"), choice)
+
+
+def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: bool, blocked: bool) -> dict[Kernel, Mode]:
+    """The kernels that could run a product in one storage or another, the narrowest first."""
+    kernels: dict[Kernel, Mode] = {}
+    bits = table.container_bits
+    if bits in _NATIVE and use.rows is None and (bits != 2 or product.outputs % TWO_BIT_ALIGNMENT == 0):
+        kernels[Kernel(f"fused {bits}", _kernel_block(table, bits))] = "native"
+    kernels[Kernel("fused 8", _kernel_block(table, _BYTE))] = "bytes"
     if dynamic and table.blocks == 1:
-        ways.append(Fusion("dynamic", dynamic_times(rows, inputs, outputs), _BYTE))
-    ways.sort(key=lambda way: way.times.typical)
-    faster = [way for way in ways if way.times.why_not_instead_of(in_float) is None]
-    if faster:
-        return faster[0]
-    return Fusion("float", in_float, reason=f"{inputs} inputs and {outputs} outputs: {ways[0].times.why_not_instead_of(in_float)}")
-
-
-def _fused_ways(table: WeightTable, storage: Storage, use: LinearUse, rows: int, *, shared: bool) -> list[Fusion]:
-    """The ways to run a product as MatMulNBits."""
-    inputs = table.spec.columns
-    outputs = len(use.rows) if use.rows is not None else table.spec.rows
-    widths: dict[Literal["native", "bytes"], int] = {"bytes": _BYTE}
-    is_whole = use.rows is None and not shared
-    if storage.width in (2, 4) and is_whole and (storage.width != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
-        widths["native"] = storage.width
-    ways: list[Fusion] = []
-    for mode, bits in widths.items():
-        block = _kernel_block(table, bits)
-        if (bits, block) != _SLOW:
-            ways.append(Fusion(mode, fused_times(bits, rows, inputs, outputs, block), bits, block))
-    return ways
+        kernels[Kernel("dynamic int8")] = "dynamic"
+    return {kernel: mode for kernel, mode in kernels.items() if kernel != _SLOW and (blocked or not kernel.block)}
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:

@@ -7,8 +7,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
-from diffq_fx.export.onnx.layout.cost import NO_TIME
-from diffq_fx.export.onnx.layout.linear import TWO_BIT_ALIGNMENT, Fusion, choose_fusion, refusal
+from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Machines, Product
+from diffq_fx.export.onnx.layout.linear import BLOCKED_OPSET, TWO_BIT_ALIGNMENT, Fusion, choose_fusion, in_float, refusal
 from diffq_fx.export.onnx.layout.rows import picks_rows
 from diffq_fx.export.onnx.layout.table import Form, Storage, WeightTable, one_container, split_by_width
 
@@ -27,8 +27,14 @@ _TWO_BITS = 2
 class LayoutRequest:
     """What a graph is laid out for."""
 
+    machines: Machines
+    """What tells the times of a product's forms; not asked in layout "qdq"."""
     layout: Layout = "onnxruntime"
     activations: Activations = "float"
+    target: str = "portable"
+    """What ``machines`` is made of, as the user calls it."""
+    opset: int | None = None
+    """What the user asked for; None for the smallest that holds the graph."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Symbolic size of the graph -> what it is at the example inputs."""
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -72,9 +78,11 @@ class WeightPlan:
         return bool(self.uses.gathers) and not self.makes_float and picks_rows(self.table)
 
     @property
-    def microseconds(self) -> float:
-        """Predicted time of all linear readers."""
-        return sum(fusion.times.typical for fusion in self.fusions)
+    def slowness(self) -> float:
+        """Time of all linear readers as a part of that in float, each on the machine where it is largest."""
+        timed = [fusion.choice for fusion in self.fusions if fusion.choice.times]
+        in_float = sum(choice.float_times[0] for choice in timed)
+        return sum(choice.slowness * choice.float_times[0] for choice in timed) / in_float if timed else 1.0
 
     @property
     def file_bytes(self) -> int:
@@ -95,20 +103,27 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest)
     if refused is None and whole > _MAX_COPIES:
         refused = f"{whole} products read it, and each would hold a copy of its own: the float weight is smaller"
     if refused is not None:
-        return _all_in_float(table, uses, tuple(Fusion("float", NO_TIME, reason=refused) for _ in uses.linear))
+        return _all_in_float(table, uses, tuple(in_float(refused) for _ in uses.linear))
     form = _form(table, uses)
     plans = []
     for storage in (split_by_width(table, form), one_container(table, form)):
         chosen: list[Fusion] = []
         for use in uses.linear:
             shared = any(fusion.mode in ("native", "bytes") for fusion in chosen)
-            chosen.append(choose_fusion(table, storage, use, use.num_rows(request.sizes), shared=shared, dynamic=request.rounds))
+            product = _product(table, use, request)
+            allowed = {"shared": shared, "dynamic": request.rounds, "blocked": request.opset is None or request.opset >= BLOCKED_OPSET}
+            chosen.append(choose_fusion(table, storage, use, product, request.machines, **allowed))
         plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
-    fastest = min(plan.microseconds for plan in plans)
-    best = min((p for p in plans if p.microseconds <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
+    fastest = min(plan.slowness for plan in plans)
+    best = min((p for p in plans if p.slowness <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
     if all(fusion.mode == "float" for fusion in best.fusions):
         return _all_in_float(table, uses, best.fusions)
     return best
+
+
+def _product(table: WeightTable, use: LinearUse, request: LayoutRequest) -> Product:
+    outputs = table.spec.rows if use.rows is None else len(use.rows)
+    return Product(use.num_rows(request.sizes), table.spec.columns, outputs, use.is_open)
 
 
 def _all_in_float(table: WeightTable, uses: Uses, fusions: tuple[Fusion, ...]) -> WeightPlan:
@@ -138,7 +153,7 @@ def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
     if products and storage.width == _TWO_BITS and table.stored_shape(form)[1] % TWO_BIT_ALIGNMENT:
         # onnxruntime would fuse this one too, and compute a wrong product: it reads packed rows as if each began at a byte.
         storage = Storage(form, storage.widths * 2)
-    fusions = tuple(Fusion("native" if use in products else "float", NO_TIME) for use in uses.linear)
+    fusions = tuple(Fusion("native" if use in products else "float", Choice(FLOAT, "")) for use in uses.linear)
     return WeightPlan(table, uses, storage, fusions)
 
 

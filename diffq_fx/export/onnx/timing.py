@@ -1,0 +1,72 @@
+"""Times things in turns, so that whatever slows the computer down meets all of them. Nothing here knows onnxruntime."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+Run = Callable[[], object]
+Clock = Callable[[], float]
+
+_SAMPLE_SECONDS = 1e-3
+"""A sample repeats a fast model until it has run this long: caches are warm again and the clock is fine enough."""
+_WARMUP_RUNS = 5
+_MAX_RUNS_PER_SAMPLE = 1000
+_LEAST_TURNS = 3
+"""As many turns there are whatever they take: the median of fewer says little."""
+
+
+def runs_per_sample(run: Run, *, seconds: float = _SAMPLE_SECONDS, clock: Clock = time.perf_counter) -> int:
+    """Run until nothing is new, and tell how many runs one sample takes.
+
+    Args:
+        run: what to time.
+        seconds: what a sample shall take.
+        clock: seconds since some time.
+    """
+    fastest = math.inf
+    for warm_up in range(_WARMUP_RUNS):
+        fastest = min(fastest, _seconds(run, 1, clock))
+        if warm_up and fastest > seconds:
+            break
+    return min(max(1, math.ceil(seconds / fastest)), _MAX_RUNS_PER_SAMPLE)
+
+
+def time_in_turns(
+    runs: Sequence[Run],
+    samples: Sequence[int],
+    *,
+    turns: int,
+    seconds: float = math.inf,
+    clock: Clock = time.perf_counter,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
+    """Time several things in turns: A B C, C B A, A B C, ...
+
+    Args:
+        runs: what to time.
+        samples: how many runs of each one timing spans.
+        turns: timings of each.
+        seconds: no further turn begins after so long, once there are three.
+        clock: seconds since some time.
+        on_progress: called after every turn with the turns done and ``turns``.
+
+    Returns:
+        For each of ``runs`` the seconds of one run, turn by turn.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    start = clock()
+    for turn in range(turns):
+        for which in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
+            times[which].append(_seconds(runs[which], samples[which], clock) / samples[which])
+        if on_progress is not None:
+            on_progress(turn + 1, turns)
+        if turn + 1 >= _LEAST_TURNS and clock() - start > seconds:
+            break
+    return times
+
+
+def _seconds(run: Run, times: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(times):
+        run()
+    return clock() - start
