@@ -3,6 +3,7 @@
 Importing this needs torch alone; :mod:`diffq_fx.export` needs onnx and onnxruntime.
 """
 
+from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord, convert, convert_diffq
 from diffq_fx.errors import (
     CaptureError,
@@ -18,12 +19,11 @@ from diffq_fx.errors import (
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.recompute import recompute_weights
+from diffq_fx.model_size import model_size
 from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.training.compression import Compression
-from diffq_fx.training.last_mile import distillation_loss, freeze_bits, reestimate_batch_norm
-from diffq_fx.training.model_size import model_size
+from diffq_fx.training.finalize import distillation_loss, freeze_bits, reestimate_batch_norm
 from diffq_fx.training.optimizer import setup_optimizer
 from diffq_fx.weights import SkippedWeight, WeightSpec
 

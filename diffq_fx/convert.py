@@ -11,6 +11,7 @@ from diffq_fx.capture.calls import copy_replacing
 from diffq_fx.capture.model_scope import CapturedModel
 from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
 from diffq_fx.capture.swapping import owner_of
+from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
@@ -20,7 +21,6 @@ from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
 from diffq_fx.prepare import CHILD
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.compression import Compression
 from diffq_fx.weights import SkippedWeight
 
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from diffq_fx.budget.size import mib
 from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
 from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.model_scope import capture_model
@@ -17,8 +18,9 @@ from diffq_fx.capture.module_scope import ModuleScope, capture_modules
 from diffq_fx.capture.plan import WeightPlan, plan_weights
 from diffq_fx.capture.scopes import install_graph
 from diffq_fx.capture.swapping import owner_of
+from diffq_fx.compression import Compression, find_compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
-from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.base import Method, Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX
@@ -27,15 +29,12 @@ from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.coded_size import Place
-from diffq_fx.training.compression import Compression
-from diffq_fx.training.model_size import find_compression
-from diffq_fx.training.size import mib
+from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
 
 Scope = Literal["auto", "model", "module"]
 
 CHILD = "compression"
-"""Attribute of a prepared model that is its :class:`~diffq_fx.training.compression.Compression`."""
+"""Attribute of a prepared model that is its :class:`~diffq_fx.compression.Compression`."""
 
 _HELD = "model_compression"
 
@@ -256,8 +255,10 @@ def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, q
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
-    weights = [_place_of(model, quantizer.spec.name) for quantizer in quantizers]
-    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers), weights)
+    for quantizer in quantizers:
+        quantizer.place = _place_of(model, quantizer.spec.name)
+    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers))
+    phases.start(compression)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
     model.register_load_state_dict_post_hook(_round_what_was_loaded)

@@ -14,10 +14,15 @@ from torch import Tensor, nn
 
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
+from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
+
+Place = tuple[dict[str, Any], str]
+"""Where a module keeps a parameter or a buffer, and its name there. Not the tensor: moving a model makes new buffers, and
+load_state_dict(assign=True) new parameters. Not the module: in a pickle it would come before what it is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +122,23 @@ class WeightQuantizer(nn.Module, ABC):
     """The node on one weight of a prepared model: weight in, the weight that the layer computes with out.
 
     In train() it gives the method's training-time weight. In eval() it gives the truly rounded weight, made once and kept
-    until the weight or the quantizer's own state changes; gradients go straight through.
+    until a value of the weight or of the quantizer's own state changes; gradients go straight through.
     """
+
+    place: Place
+    """Where the model keeps the weight."""
 
     def __init__(self, spec: WeightSpec) -> None:
         super().__init__()
         self.spec = spec
         self._stand_in: Callable[[], Tensor] | None = None
-        self._rounded: Tensor | None = None
-        self._rounded_from: tuple[Any, ...] = ()
+        self._kept: tuple[Any, Tensor] | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight, as the model has it now."""
+        registry, name = self.place
+        return registry[name]
 
     @abstractmethod
     def training_weight(self, weight: Tensor) -> Tensor:
@@ -151,9 +164,12 @@ class WeightQuantizer(nn.Module, ABC):
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes once it is rounded; the same as that of what :meth:`store` gives."""
 
-    @abstractmethod
-    def state_key(self) -> tuple[Any, ...]:
-        """A cheap value that changes whenever ``rounded_weight`` would give another result for the same weight."""
+    def follow(self) -> None:
+        """Bring what the rounding is made of up to date with the values that it follows from, before a forward in eval()."""
+
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors beside the weight that ``rounded_weight`` is made of."""
+        return (*self.parameters(recurse=False), *self.buffers(recurse=False))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight to compute with, of the weight's shape and dtype."""
@@ -168,16 +184,18 @@ class WeightQuantizer(nn.Module, ABC):
     def _rounded_weight(self, weight: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a compiled graph fuses the rounding and has no use for the check
             return self.rounded_weight(weight.detach())
-        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device, *self.state_key())
-        if self._rounded is None or self._rounded_from != source:
+        self.follow()
+        state = checksum((weight, *self.state_tensors()))
+        key, kept = (state, weight.shape, weight.dtype), self._kept
+        if state is None or kept is None or kept[0] != key or (kept[1].is_inference() and torch.is_grad_enabled()):
             with torch.no_grad():
-                self._rounded = self.rounded_weight(weight.detach())
-            self._rounded_from = source
-        return self._rounded
+                kept = key, self.rounded_weight(weight.detach())
+            self._kept = None if state is None else kept
+        return kept[1]
 
     def train(self, mode: bool = True) -> "WeightQuantizer":
         """Change the mode, and drop the rounded weight that eval() keeps."""
-        self._rounded = None
+        self._kept = None
         return super().train(mode)
 
     def pass_through(self, stand_in: Callable[[], Tensor] | None) -> None:
@@ -192,12 +210,12 @@ class WeightQuantizer(nn.Module, ABC):
             return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
 
         super()._apply(keep_dtype, recurse)
-        self._rounded = None
+        self._kept = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The module without the weight that eval() keeps: a copy or a pickle makes its own."""
-        return {**self.__dict__, "_rounded": None, "_rounded_from": ()}
+        return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
         """Name and shape for ``print(model)``."""

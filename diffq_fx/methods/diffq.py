@@ -6,7 +6,7 @@ of each group: ``b = b_min + sigmoid(l) (b_max - b_min)``, l trainable. In eval(
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,10 +17,8 @@ from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.storage.packing import CONTAINER_BITS
 from diffq_fx.weights import WeightSpec
 
-if TYPE_CHECKING:
-    pass
-
-_DEFAULT_TARGET_BITS = float("4")  # compared by identity: a 4 that the user wrote does not yield to another target
+_DEFAULT_TARGET_BITS = 4.0
+_USUAL_START = 6.0
 _GRIDS = ("affine", "symmetric", "float")
 _NOISES = ("uniform", "gaussian")
 _CLIPPINGS = ("learned", "fitted", "none")
@@ -49,8 +47,8 @@ class DiffQConfig(Method):
         ValueError: DiffQConfig: min_bits must be from 1 to 16, got 0.
     """
 
-    target_bits: float | None = _DEFAULT_TARGET_BITS
-    """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths."""
+    target_bits: float | None = math.nan  # not a number: 4 where there is no other aim; a 4 that the user wrote does not yield
+    """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths. By default 4."""
     target_mib: float | None = None
     """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
     penalty: float | None = None
@@ -73,8 +71,8 @@ class DiffQConfig(Method):
     widths: tuple[int, ...] | None = None
     """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
     container is wasted."""
-    init_bits: float = 6
-    """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``."""
+    init_bits: float | None = None
+    """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``; None for 6 or the nearest between them."""
     bits_gain: float = 10
     """How much faster the bits move than a weight under the same optimizer; the paper has 1 and an optimizer of their own."""
     sensitivity_steps: int = 20
@@ -126,20 +124,16 @@ class DiffQConfig(Method):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the setting and the value."""
-        if self.target_bits is _DEFAULT_TARGET_BITS and (self.target_mib is not None or self.penalty is not None):
-            object.__setattr__(self, "target_bits", None)  # the default yields to what was asked for
+        if self.target_bits != self.target_bits:
+            aimless = self.target_mib is None and self.penalty is None
+            object.__setattr__(self, "target_bits", _DEFAULT_TARGET_BITS if aimless else None)
         aims = {k: v for k in ("target_bits", "target_mib", "penalty") if (v := getattr(self, k)) is not None}
         if len(aims) > 1:
             raise ValueError(f"DiffQConfig: give one of target_bits, target_mib and penalty, got {aims}.")
         for name, value in aims.items():
             if not value > 0:
                 raise ValueError(f"DiffQConfig: {name} must be positive, got {value}.")
-        for name in ("min_bits", "max_bits", "init_bits"):
-            if not 1 <= getattr(self, name) <= 16:
-                raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {getattr(self, name)}.")
-        if self.min_bits >= self.init_bits or self.init_bits > self.max_bits:
-            found = f"got {self.min_bits}, {self.init_bits}, {self.max_bits}"
-            raise ValueError(f"DiffQConfig: expected min_bits < init_bits <= max_bits, {found}.")
+        self._check_limits()
         self._check_groups()
         self._check_widths()
         self._check_phases()
@@ -150,7 +144,24 @@ class DiffQConfig(Method):
             raise ValueError(f"DiffQConfig: bits_gain must be positive, got {self.bits_gain}.")
         self.check_common()
         if self.widths is not None or self.size == "container":  # no noise of widths that rounding cannot choose
-            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.allowed_widths[0], self.init_bits - 1)))
+            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.allowed_widths[0], self.start_bits - 1)))
+
+    def _check_limits(self) -> None:
+        limits = {name: bits for name in ("min_bits", "init_bits", "max_bits") if (bits := getattr(self, name)) is not None}
+        for name, bits in limits.items():
+            if not 1 <= bits <= 16:
+                raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {bits}.")
+        if self.min_bits >= min(self.init_bits or 16, self.max_bits) or (self.init_bits or 1) > self.max_bits:
+            order = " < ".join(limits).replace("init_bits <", "init_bits <=")
+            raise ValueError(f"DiffQConfig: expected {order}, got {', '.join(str(bits) for bits in limits.values())}.")
+
+    @property
+    def start_bits(self) -> float:
+        """Width at the start where no target says it."""
+        if self.init_bits is not None:
+            return float(self.init_bits)
+        usual = min(_USUAL_START, float(self.max_bits))
+        return usual if usual > self.min_bits else (self.min_bits + self.max_bits) / 2
 
     def _check_groups(self) -> None:
         check_group("DiffQConfig", "group_size", self.group_size)

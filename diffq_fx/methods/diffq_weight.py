@@ -9,11 +9,11 @@ from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_range, step_of_logits
 from diffq_fx.methods.grid import GridQuantizer
+from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:
     from diffq_fx.methods.diffq import DiffQConfig
-    from diffq_fx.training.compression import Compression
 
 
 class DiffQWeight(GridQuantizer):
@@ -25,8 +25,10 @@ class DiffQWeight(GridQuantizer):
             :func:`diffq_fx.kernels.RoundInRange`. None without learned clipping.
 
     Buffers:
-        width: int32, the shape of ``logits``: the rounded bits, set for the whole model at once so that the size meets its target.
+        width: float32, whose average does no harm, the shape of ``logits``: the rounded bits, set for the whole model at once so that the
+            size meets its target.
         range_low, range_high: float32, the shape of ``clip``: the range when the bits became final. None without clipping.
+        gradient_sums: float32, (2, *shape of ``logits``): what :func:`diffq_fx.budget.sensitivity.observe` has gathered. None without use.
     """
 
     logits: nn.Parameter
@@ -34,12 +36,15 @@ class DiffQWeight(GridQuantizer):
     width: Tensor
     range_low: Tensor | None
     range_high: Tensor | None
+    gradient_sums: Tensor | None
+    shared: TrainingState | None
+    """What the model's weights have in common; a child of the model and not of each weight."""
 
     def __init__(self, spec: WeightSpec, config: "DiffQConfig", weight: Tensor) -> None:
         super().__init__(spec)
         self.config = config
-        self.compression: Compression | None = None
-        self.index = 0  # among the model's learned weights
+        self.shared = None
+        self.widths_seen = 0  # the pass over the model in which it last asked whether the widths are those of the logits
         self.one_pass = OnePass(
             axis=spec.axis,
             groups=spec.bits_layout,
@@ -51,30 +56,26 @@ class DiffQWeight(GridQuantizer):
             gain=config.bits_gain,
             gaussian=config.noise == "gaussian",
         )
-        self.source = (weight,)  # in a tuple: a parameter would become one of this module's own
-        bits = torch.full(spec.bits_layout.shape, float(config.init_bits), device=weight.device)
+        like = {"dtype": torch.float32, "device": weight.device}
+        bits = torch.full(spec.bits_layout.shape, config.start_bits, **like)
         self.logits = nn.Parameter(functional.logits_from_bits(bits, config.min_bits, config.max_bits, config.bits_gain))
-        self.register_buffer("width", bits.round().to(torch.int32), persistent=False)
-        unmoved = torch.zeros(spec.range_layout.shape, device=weight.device)
+        self.register_buffer("width", bits.round())
+        unmoved = torch.zeros(spec.range_layout.shape, **like)
         self.clip = nn.Parameter(unmoved) if config.clips and config.clipping == "learned" else None
         for end in ("range_low", "range_high"):
             self.register_buffer(end, unmoved.clone() if config.clips else None)
+        observes = config.sensitivity_step is not None
+        self.register_buffer("gradient_sums", torch.zeros(2, *spec.bits_layout.shape, **like) if observes else None)
 
     @property
     def frozen(self) -> bool:
         """Whether the bits are final."""
-        return self.compression is not None and self.compression.frozen
+        return self.shared is not None and self.shared.frozen
 
     @property
-    def stretch(self) -> Tensor | None:
+    def range_scale(self) -> Tensor | None:
         """What all ranges of the model are multiplied with; None where the size to hold is not the entropy-coded one."""
-        return self.compression.stretch if self.compression is not None and self.config.size == "entropy" else None
-
-    @torch.no_grad()
-    def keep_bits(self) -> None:
-        """Train no fraction of a bit any more: the logits say the rounded width, whatever becomes of the weights or of a copy."""
-        config = self.config
-        self.logits.copy_(functional.logits_from_bits(self.width.float(), config.min_bits, config.max_bits, config.bits_gain))
+        return self.shared.range_scale if self.shared is not None and self.config.size == "entropy" else None
 
     def bits(self) -> Tensor:
         """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""
@@ -84,7 +85,7 @@ class DiffQWeight(GridQuantizer):
         """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
         if not self.config.clips:
             low, high = super().range_of(rows_OI, bits)
-            return (low, high) if self.stretch is None else (low * self.stretch, high * self.stretch)
+            return (low, high) if self.range_scale is None else (low * self.range_scale, high * self.range_scale)
         if self.frozen:
             moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
@@ -94,7 +95,7 @@ class DiffQWeight(GridQuantizer):
     def keep_range(self) -> None:
         """Fix the range from which clipping is learned; for when the bits become final."""
         if self.config.clips:
-            low, high = self.range_of(to_rows(self.source[0], self.spec.axis), self.width)
+            low, high = self.range_of(to_rows(self.weight, self.spec.axis), self.rounded_bits())
             self.get_buffer("range_low").copy_(low)
             self.get_buffer("range_high").copy_(high)
 
@@ -105,8 +106,6 @@ class DiffQWeight(GridQuantizer):
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
-        if isinstance(weight, nn.Parameter) and weight is not self.source[0] and not torch.compiler.is_compiling():
-            self.source = (weight,)
         return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
 
     def _noisy(self, weight: Tensor) -> Tensor:
@@ -135,35 +134,37 @@ class DiffQWeight(GridQuantizer):
                 widest = widest.amax(axis, keepdim=True)
         return functional.bits_from_logits(widest, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
 
+    @torch.no_grad()
+    def step_in_training(self) -> Tensor:
+        """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
+        return self.span_in_training(self.weight) / (torch.exp2(self.bits()) - 1)
+
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
-        if self.compression is not None and not torch.compiler.is_compiling():
-            self.compression.refresh(self)
-        spec = self.spec
-        low, high = self.range_of(to_rows(weight, spec.axis), self.width)
-        params = functional.quant_params(low, high, self.width, spec.grid)
+        spec, bits = self.spec, self.rounded_bits()
+        low, high = self.range_of(to_rows(weight, spec.axis), bits)
+        params = functional.quant_params(low, high, bits, spec.grid)
         rounded = self.round_to(weight.detach(), params)
         round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout)
         return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low)
 
     def rounded_bits(self) -> Tensor:
         """Bits of each group as the converted model has them."""
-        return self.width
+        return self.width.round().to(torch.int32)
 
-    def state_key(self) -> tuple[Any, ...]:
-        """Changes with the rounded bits of the model and with the learned range."""
-        if self.compression is not None:
-            self.compression.refresh(self)
-        moved = tuple(None if each is None else each._version for each in (self.clip, self.stretch))
-        return (self.width._version, self.width.data_ptr(), self.frozen, moved)
+    def follow(self) -> None:
+        """Have the widths of the logits: those of all weights, since the size is one."""
+        if self.shared is not None and not self.shared.frozen:
+            self.shared.follow(self)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.compression is not None:
-            self.compression.note_loaded()
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """The rounded bits and the range."""
+        shared = () if self.shared is None else (self.shared.bits_frozen,)
+        kept = (self.width, self.clip, self.range_low, self.range_high, self.range_scale, *shared)
+        return tuple(each for each in kept if each is not None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Keep the model's compression as a plain attribute: it is a child of the model, not of each weight."""
-        if name == "compression":
+        """Keep what is shared as a plain attribute."""
+        if name == "shared":
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -38,15 +38,15 @@ class FixedBitsQuantizer(GridQuantizer):
     """A quantizer with the same width everywhere.
 
     Buffers:
-        width: int32, shape of the spec's ``bits_layout``; made of the settings, not saved.
+        width: float32, whose average does no harm, shape of the spec's ``bits_layout``; made of the settings, not saved.
     """
 
     width: Tensor
 
     def __init__(self, spec: WeightSpec, bits: int, device: torch.device) -> None:
         super().__init__(spec)
-        self.register_buffer("width", torch.full(spec.bits_layout.shape, bits, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("width", torch.full(spec.bits_layout.shape, bits, dtype=torch.float32, device=device), persistent=False)
 
     def rounded_bits(self) -> Tensor:
         """The width of each group."""
-        return self.width
+        return self.width.round().to(torch.int32)

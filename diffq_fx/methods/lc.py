@@ -5,7 +5,6 @@ This file is the method's side: what one weight knows of its compression. The lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,13 +186,13 @@ class LCWeight(WeightQuantizer):
         entries, codes = self._solution(weight)
         return CodebookWeight(self.spec, to_rows(codes, self.spec.axis), entries.clone().unsqueeze(1))
 
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """What the last C step has left."""
+        return self.entries, self.codes, self.steps
+
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes: ``ceil(log2 K)`` bits a weight and K floats."""
         return codebook_footprint(self.spec.numel, self.entries.unsqueeze(1), None)
-
-    def state_key(self) -> tuple[Any, ...]:
-        """Changes with every C step, and when a state is loaded."""
-        return (self.entries._version, self.codes._version, self.steps._version)
 
 
 def shared_groups(quantizers: Sequence[WeightQuantizer]) -> list[list[LCWeight]]:

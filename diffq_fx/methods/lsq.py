@@ -112,10 +112,6 @@ class LSQWeight(FixedBitsQuantizer):
         step = self.step().detach()
         return QuantParams(step, torch.full_like(step, 2 ** (self.config.bits - 1), dtype=torch.int32), None)
 
-    def state_key(self) -> tuple[Any, ...]:
-        """Changes with the step."""
-        return (self.moved._version, self.moved.data_ptr(), self.start._version)
-
 
 def mean_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
     """The paper's step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153).

@@ -144,7 +144,7 @@ class ProductWeight(WeightQuantizer):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Undo :meth:`get_extra_state`."""
-        self.is_assigned = bool(state)
+        self.is_assigned, self._kept = bool(state), None
         self.centroids.requires_grad_(self.is_assigned)
 
     @property
@@ -193,7 +193,7 @@ class ProductWeight(WeightQuantizer):
         entries, codes = self._clustered(weight)
         self.centroids.copy_(entries)
         self.codes.copy_(codes)
-        self.is_assigned = True
+        self.is_assigned, self._kept = True, None
         self.centroids.requires_grad_(True)
         difference = weight.float() - self.rounded_weight(weight).float()
         return float(difference.norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
@@ -222,10 +222,6 @@ class ProductWeight(WeightQuantizer):
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes: ``ceil(log2 K) / D`` bits a weight, K D numbers of the codebook."""
         return codebook_footprint(self.codes.numel(), *stored_entries(self.centroids.detach(), self.config.entry_dtype))
-
-    def state_key(self) -> tuple[Any, ...]:
-        """Changes with the codebook, the codes, and when a state is loaded."""
-        return (self.centroids._version, self.codes._version, self.is_assigned, self.centroids.data_ptr())
 
 
 def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor | None]:

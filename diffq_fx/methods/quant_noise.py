@@ -116,10 +116,6 @@ class QuantNoiseWeight(FixedBitsQuantizer):
         self._forwards += 1
         return self._held
 
-    def state_key(self) -> tuple[Any, ...]:
-        """The rounding depends on nothing but the weight."""
-        return ()
-
 
 def noised_blocks(spec: WeightSpec, block_size: int, rate: float, device: torch.device) -> Tensor:
     """Draw which weights are noised: blocks along the inputs of a row, each with probability ``rate``.

@@ -1,7 +1,6 @@
 """Uniform quantization-aware training: round in the forward, pass the gradient straight through (the baseline of all others)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -58,7 +57,3 @@ class STEWeight(FixedBitsQuantizer):
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight."""
         return straight_through(weight, self.rounded_weight(weight.detach()))
-
-    def state_key(self) -> tuple[Any, ...]:
-        """The rounding depends on nothing but the weight."""
-        return ()

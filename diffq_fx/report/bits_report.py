@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffq_fx.training.size import mib
+from diffq_fx.budget.size import mib
 from diffq_fx.weights import SkippedWeight
 
 if TYPE_CHECKING:

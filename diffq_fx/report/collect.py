@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from diffq_fx.budget.size import mib
+from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
@@ -16,8 +18,6 @@ from diffq_fx.prepare import CHILD
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.training.compression import Compression
-from diffq_fx.training.size import mib
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
 _Module = TypeVar("_Module", bound=nn.Module)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffq_fx.atomic import replaced_atomically
+from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.report.tables import named_sizes, percent
-from diffq_fx.training.size import mib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

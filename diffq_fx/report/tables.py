@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from diffq_fx.budget.size import mib
 from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
-from diffq_fx.training.size import mib
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAMES_SHOWN = 6

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffq_fx.budget.flat_groups import FlatGroups
+from diffq_fx.budget.size import exact_bits
 from diffq_fx.storage.packing import container_for
-from diffq_fx.training.groups_in_row import FlatGroups
-from diffq_fx.training.size import BitPackedSize
 from diffq_fx.weights import WeightSpec
 
 _SCALE_BITS = 32
@@ -36,7 +36,7 @@ class Footprint:
 
 
 def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
-    """What integers on a grid take; its bit-packed parts sum up to what :class:`~diffq_fx.training.size.BitPackedSize` counts.
+    """What integers on a grid take; its bit-packed parts sum up to what :func:`~diffq_fx.budget.size.exact_bits` counts.
 
     Args:
         spec: the weight.
@@ -60,7 +60,7 @@ def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
     second = {"symmetric": 0, "affine": container, "float": _SCALE_BITS}[spec.grid]
     return Footprint(
         histogram=histogram,
-        scale_bits=BitPackedSize().exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
+        scale_bits=exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
         coding_bits=coding,
         container_bits=container,
         container_scale_bits=spec.scale_layout.num_groups * (_SCALE_BITS + second),

@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 CONTAINER_BITS = (2, 4, 8, 16)
 """The widths that ONNX (and a byte-addressed memory) can hold."""
-SMALL_BYTES = 1 << 16
-"""Tensors that are not quantized and have fewer bytes lie together in a packed file, coded."""
 
 
 def container_for(bits: int) -> int:

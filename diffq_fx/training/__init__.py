@@ -1,1 +1,1 @@
-"""Training: the size of the model, the pressure on it, and the optimizer."""
+"""Training: what happens around an optimizer's step, what finishes a training, and the drivers of methods that have their own loop."""

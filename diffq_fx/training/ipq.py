@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.mapping import matches
 from diffq_fx.methods.product_quantization import ProductWeight
-from diffq_fx.training.last_mile import distillation_loss
-from diffq_fx.training.model_size import require_compression
+from diffq_fx.training.finalize import distillation_loss
 from diffq_fx.training.safety import LastGoodState
 
 

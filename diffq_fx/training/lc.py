@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.lc import LCWeight, shared_groups
-from diffq_fx.training.model_size import require_compression
 from diffq_fx.training.safety import LastGoodState
 
 

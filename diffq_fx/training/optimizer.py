@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from diffq_fx.training.model_size import require_compression
+from diffq_fx.compression import require_compression
 
 
 def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 1e-3) -> Optimizer:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, model_size, prepare_diffq
+from diffq_fx.budget.code_length import expected_code_length, laplace_entropy
 from diffq_fx.export.packed import save_packed
-from diffq_fx.training.code_length import expected_code_length, laplace_entropy
 
 
 @pytest.mark.parametrize("step", [0.05, 0.7, 2.0, 9.0])
@@ -30,12 +30,16 @@ def laplace_weights(**settings):
     return prepare_diffq(net, torch.zeros(2, 256), DiffQConfig(size="entropy", **settings))
 
 
+def of(learned):
+    return [(quantizer.spec, quantizer.weight, quantizer.step_in_training()) for quantizer in learned]
+
+
 def measured_bits(compression):
     """What the packed size counts for the levels, at the widths nearest to the trained bits."""
     compression.allocate()
     widths = [quantizer.width.double() for quantizer in compression.learned]
     packed = sum(float((w * q.spec.bits_layout.counts()).sum()) for q, w in zip(compression.learned, widths, strict=True))
-    return packed - compression.coded.saved_at(torch.cat([w.flatten() for w in widths]).int())
+    return packed - compression.saved_at(torch.cat([w.flatten() for w in widths]).int())
 
 
 @pytest.mark.parametrize("bits", [3, 5])
@@ -44,7 +48,7 @@ def test_the_expected_length_is_near_the_measured_one(bits):
     with torch.no_grad():
         for logits in compression.logits:
             logits.fill_(10)
-    assert expected_code_length(compression.learned).item() == pytest.approx(measured_bits(compression), rel=0.06)
+    assert expected_code_length(of(compression.learned)).item() == pytest.approx(measured_bits(compression), rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,8 @@ def test_the_expected_length_is_near_the_measured_one(bits):
 )
 def test_its_gradient_is_the_difference_quotient_at_given_steps(layout):
     (quantizer, *_) = learned = laplace_weights(target_bits=4, **layout).compression.learned
-    weight = quantizer.source[0]
-    (grad,) = torch.autograd.grad(expected_code_length(learned), weight)
+    weight = quantizer.weight
+    (grad,) = torch.autograd.grad(expected_code_length(of(learned)), weight)
     with torch.no_grad():
         layout = quantizer.spec.range_layout
         low, high = (layout.expand(end) for end in layout.aminmax(weight))
@@ -63,14 +67,14 @@ def test_its_gradient_is_the_difference_quotient_at_given_steps(layout):
         lengths = []
         for move in (-1e-4, 1e-4):
             weight.add_(towards, alpha=move)
-            lengths.append(expected_code_length(learned).item())
+            lengths.append(expected_code_length(of(learned)).item())
             weight.sub_(towards, alpha=move)
     assert (lengths[1] - lengths[0]) / 2e-4 == pytest.approx(float((grad * towards).sum()), rel=0.03)
 
 
 def test_weights_that_follow_the_gradient_take_a_smaller_file(tmp_path):
     model = laplace_weights(target_bits=None, init_bits=5)
-    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    weights = [quantizer.weight for quantizer in model.compression.learned]
     model.compression.steps += 1  # or convert would warn that the bits never moved, and they need not here
     model_size(model)
     save_packed(convert_diffq(model), tmp_path / "before")
@@ -89,11 +93,11 @@ def test_weights_that_follow_the_gradient_take_a_smaller_file(tmp_path):
 def test_the_pressure_reaches_the_weights(aim):
     """With a loss that no weight changes, all that a weight's gradient holds is the length of the code."""
     model = laplace_weights(**aim)
-    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    weights = [quantizer.weight for quantizer in model.compression.learned]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for weight, logits in zip(weights, model.compression.logits, strict=True):
         weight.grad, logits.grad = torch.zeros_like(weight), torch.full_like(logits, -1.0)  # more bits would help
-    slopes = torch.autograd.grad(expected_code_length(model.compression.learned), weights)
+    slopes = torch.autograd.grad(expected_code_length(of(model.compression.learned)), weights)
     optimizer.step()
     worth = 5 / 2**23 if "penalty" in aim else float(model.compression.lambda_per_bit)
     assert worth > 0
@@ -105,9 +109,9 @@ def test_the_pressure_reaches_the_weights(aim):
 @pytest.mark.parametrize("grad_scale", [None, 1024.0])
 def test_weights_of_another_optimizer_get_it_when_that_one_steps(weights_first, grad_scale):
     model = laplace_weights(penalty=5.0)
-    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    weights = [quantizer.weight for quantizer in model.compression.learned]
     before = [weight.detach().clone() for weight in weights]
-    slopes = torch.autograd.grad(expected_code_length(model.compression.learned), weights)
+    slopes = torch.autograd.grad(expected_code_length(of(model.compression.learned)), weights)
     fused = grad_scale is not None
     optimizers = [torch.optim.SGD(weights, lr=1.0, fused=fused), torch.optim.SGD(model.compression.logits, lr=1e-3)]
     if fused:  # as GradScaler tells a fused optimizer, which divides by it
@@ -122,7 +126,7 @@ def test_weights_of_another_optimizer_get_it_when_that_one_steps(weights_first, 
 
 def test_a_step_that_says_more_bits_do_harm_does_not_lengthen_the_code():
     model = laplace_weights(target_bits=3)
-    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    weights = [quantizer.weight for quantizer in model.compression.learned]
     for weight, logits in zip(weights, model.compression.logits, strict=True):
         weight.grad, logits.grad = torch.zeros_like(weight), torch.ones_like(logits)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
@@ -132,20 +136,13 @@ def test_a_step_that_says_more_bits_do_harm_does_not_lengthen_the_code():
 
 def test_a_weight_that_does_not_train_any_more_is_left_alone():
     model = laplace_weights(penalty=5.0)
-    first, second = (quantizer.source[0] for quantizer in model.compression.learned)
+    first, second = (quantizer.weight for quantizer in model.compression.learned)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     first.requires_grad_(False)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     assert not first.grad.any()
     assert second.grad.any()
-
-
-def test_a_state_from_before_the_ranges_could_stretch_loads():
-    model, fresh = laplace_weights(target_bits=4), laplace_weights(target_bits=4)
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("stretch")}
-    assert len(state) < len(model.state_dict())
-    fresh.load_state_dict(state)
 
 
 def test_a_penalty_presses_on_the_measured_size():
@@ -156,11 +153,11 @@ def test_a_penalty_presses_on_the_measured_size():
 
 def test_a_constant_channel_takes_no_code():
     model = laplace_weights(target_bits=4)
-    weight = model.compression.learned[0].source[0]
+    weight = model.compression.learned[0].weight
     with torch.no_grad():
         weight[3] = 0.25
         weight[4] = 0
-    (grad,) = torch.autograd.grad(expected_code_length(model.compression.learned), weight)
+    (grad,) = torch.autograd.grad(expected_code_length(of(model.compression.learned)), weight)
     assert bool(torch.isfinite(grad).all())
     assert not grad[3:5].any()
 

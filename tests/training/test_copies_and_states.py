@@ -140,7 +140,7 @@ def test_a_copy_trains_as_the_model_and_counts_what_is_its_own(settings, way):
     assert_same_state(twin, model)
     twin._apply(lambda tensor: tensor.clone())  # as a move to a device does: the buffers are others from now on
     own = {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
-    assert all(id(registry[name]) in own for registry, name in (*twin.compression.rest, *twin.compression.weights))
+    assert all(id(registry[name]) in own for registry, name in (*twin.compression.rest, *(q.place for q in twin.compression.quantizers)))
     before = model_size(twin, exact=True)
     twin.get_buffer("inner.offset").normal_()
     assert (model_size(twin, exact=True) > before) == (settings.get("size") == "entropy")
@@ -208,7 +208,7 @@ def _rank(rank, folder, settings, look):
             model_size(model, exact=True)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     widths = {q.spec.name + " width": q.width for q in model.eval().compression.learned}
-    torch.save({**parameters, **widths, "stretch": model.compression.stretch}, f"{folder}/{rank}.pt")
+    torch.save({**parameters, **widths, "range_scale": model.compression.range_scale}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

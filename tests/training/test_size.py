@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq
+from diffq_fx.budget.allocation import Part, allocate_widths, common_shift
+from diffq_fx.budget.bit_state import BitState
+from diffq_fx.budget.entropy import coded_bits
+from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits, bit_costs
+from diffq_fx.budget.size import exact_bits, expected_bits, size_and_growth
 from diffq_fx.export.packed import save_packed
 from diffq_fx.export.packed.coding.streams import encode_bytes
 from diffq_fx.export.packed.fileformat.dtypes import bytes_of
-from diffq_fx.training.allocation import Part, allocate_widths, common_shift
-from diffq_fx.training.entropy import coded_bits
-from diffq_fx.training.groups_in_row import FlatGroups, WidthLimits, bit_costs
-from diffq_fx.training.size import BitPackedSize, SizeOfLogits
+from diffq_fx.training.phases import measure_coding
 from diffq_fx.weights import WeightSpec
 
 
@@ -80,13 +82,6 @@ def test_tied_weights_count_once():
     assert untied == 2 * tied
 
 
-def test_the_slope_of_the_size_is_the_number_of_values():
-    values = torch.tensor([11.0, 6.0])
-    size, slope = BitPackedSize().size_and_slope(values, torch.tensor([4.0, 2.5]))
-    assert size.item() == 11 * 4 + 6 * 2.5
-    assert slope.tolist() == [11.0, 6.0]
-
-
 SPECS = {
     "small": [spec(), spec(shape=(3, 5)), spec(shape=(6, 10), group_size=4)],
     "small and large": [spec(), spec(shape=(300, 1000), group_size=6), spec(shape=(3, 5)), spec(shape=(20, 20_000), group_size=1)],
@@ -104,7 +99,7 @@ def test_size_and_gradient_against_the_formula(specs, mixed):
     groups = FlatGroups(specs, torch.device("cpu"), limits=limits)
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(s.bits_layout.shape, generator=generator).requires_grad_() for s in specs]
-    size_of = SizeOfLogits(groups, BitPackedSize(), 1.5)
+    state = BitState(groups, logits, 1.5)
     expected = torch.zeros((), dtype=torch.float64)
     for each, s, own in zip(logits, specs, limits, strict=True):
         bits = own.min_bits + (own.max_bits - own.min_bits) * torch.sigmoid(1.5 * each.double())
@@ -112,20 +107,19 @@ def test_size_and_gradient_against_the_formula(specs, mixed):
         width = bits.detach().round()
         coding = width.numel() * math.ceil(math.log2(1 + int(width.max()) - int(width.min())))
         expected = expected + (bits * values).sum() + fixed + coding
-    found = size_of(logits)
+    found = expected_bits(state)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     gradient, by_autograd = torch.autograd.grad(3 * found, logits), torch.autograd.grad(3 * expected, logits)
     for a, b in zip(gradient, by_autograd, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    size, growth = size_of.total([each.detach() for each in logits])
+    size, growth = size_and_growth(state)
     assert size.item() == pytest.approx(expected.item(), rel=1e-6)
     assert 3 * growth.item() == pytest.approx(sum(g.double().sum().item() for g in by_autograd), rel=1e-5)
 
 
 def test_more_bits_are_more_bytes():
     groups = FlatGroups([spec(group_size=3)], torch.device("cpu"))
-    measure = BitPackedSize()
-    sizes = [measure.exact_bits(groups, torch.full_like(groups.values_T, b)) for b in range(1, 17)]
+    sizes = [exact_bits(groups, torch.full_like(groups.values_T, b)) for b in range(1, 17)]
     assert sizes == sorted(set(sizes))
 
 
@@ -138,12 +132,11 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
     generator = torch.Generator().manual_seed(1)
     bits = (target + off + spread * torch.randn(groups.values_T.shape, generator=generator)).clamp(2, 8)
     budget = int(target * groups.num_weights)
-    measure = BitPackedSize()
-    widths = allocate_widths(groups, bits, budget, measure)
+    widths = allocate_widths(groups, bits, budget)
     assert int(widths.min()) >= 2
     assert int(widths.max()) <= 8
-    exact = measure.exact_bits(groups, widths)
-    lowest = measure.exact_bits(groups, torch.full_like(widths, 2))
+    exact = exact_bits(groups, widths)
+    lowest = exact_bits(groups, torch.full_like(widths, 2))
     assert exact <= max(budget, lowest)
     # Where all bits are alike, one group more in the second weight makes all 1500 of its groups need a coded width.
     slack = 0.01 * budget if spread else 1500
@@ -153,7 +146,7 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
 def test_allocation_keeps_the_order_of_the_bits():
     groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"), limits=[WidthLimits(2, 8, tuple(range(2, 9)))])
     bits = torch.linspace(2, 8, 64)
-    widths = allocate_widths(groups, bits, int(6.5 * groups.num_weights), BitPackedSize())
+    widths = allocate_widths(groups, bits, int(6.5 * groups.num_weights))
     assert bool((widths[1:] >= widths[:-1]).all())
 
 
@@ -161,10 +154,10 @@ def test_allocation_keeps_the_order_of_the_bits():
 def test_allocation_on_container_widths(target):
     groups = FlatGroups([spec(shape=(400, 30))], torch.device("cpu"), limits=[WidthLimits(2, 8, (2, 4, 8))])
     bits = torch.rand(400, generator=torch.Generator().manual_seed(2)) * 6 + 2
-    measure, budget = BitPackedSize(), int(target * groups.num_weights) + groups.fixed_bits
-    widths = allocate_widths(groups, bits, budget, measure)
+    budget = int(target * groups.num_weights) + groups.fixed_bits
+    widths = allocate_widths(groups, bits, budget)
     assert set(widths.tolist()) <= {2, 4, 8}
-    assert 0.99 * budget <= measure.exact_bits(groups, widths) <= budget
+    assert 0.99 * budget <= exact_bits(groups, widths) <= budget
     order = torch.argsort(bits)
     assert bool((widths[order][1:] >= widths[order][:-1]).all())
 
@@ -204,7 +197,7 @@ def test_the_entropy_coded_file_has_the_size_that_training_held(bits, tmp_path):
 
 def test_the_entropy_coded_size_is_held_while_final_weights_train_on():
     model = mixed_model(target_bits=3, size="entropy", training_steps=20)  # 40 steps so far, of which 36 with final widths
-    weights = [quantizer.source[0] for quantizer in model.compression.learned]
+    weights = [quantizer.weight for quantizer in model.compression.learned]
     with torch.no_grad():
         for weight in weights:
             weight.copy_(weight.sign() * weight.abs() ** 1.3)  # fewer weights near the ends of the ranges
@@ -285,7 +278,7 @@ def test_the_file_is_measured_on_the_model_as_it_is_now():
         before = each.compression.rest_bits
         each._apply(lambda tensor: tensor.clone())  # as a move to a device does: the buffers are others from now on
         each.get_submodule("1").running_mean.normal_()
-        each.compression.coded.measure()
+        measure_coding(each.compression)
         assert each.compression.rest_bits > before + 64 * 16
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PackedFileError
 from diffq_fx.passes._graph import STORED_SUFFIX
 from diffq_fx.prepare import CHILD
 from diffq_fx.storage import StoredWeight
-from diffq_fx.training.compression import Compression
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.classes import BINS, MAX_WIDTH, CodeClass
 from diffq_fx.export.packed.fileformat.container import MOST_SIDES, RESERVED, Entry, is_integers
@@ -19,7 +20,6 @@ from diffq_fx.export.packed.kinds import kind_of_name
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_reading import shard_size
 from diffq_fx.export.packed.shards import SECTIONS, ShardHead, Span
-from diffq_fx.storage.packing import SMALL_BYTES
 from diffq_fx.weights import WeightSpec
 
 _GROUP_KINDS = ("tensor", "channel")

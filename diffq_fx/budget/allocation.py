@@ -1,23 +1,25 @@
 """Rounding the trained bits of all groups to whole widths, so that the exact size meets a budget."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffq_fx.training.groups_in_row import FlatGroups
-from diffq_fx.training.size import SizeMeasure
+from diffq_fx.budget.flat_groups import FlatGroups
+from diffq_fx.budget.size import exact_bits
 
 _PAYLOAD_ROUNDS = 20
 _CLOSE_ENOUGH = 1e-3
 _LAST_GROUPS = 4096
+_CODING_ROUNDS = 8
+_CLOSE_ENOUGH_CODED = 2e-3
 _MANY_GROUPS = 1 << 17
 _BINS = 1 << 14
 
 
-def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int, measure: SizeMeasure) -> Tensor:
+def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Tensor:
     """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it.
 
     Every group gets the allowed width below its bits; the budget's remainder goes, one allowed width up each, to the groups that are
@@ -27,7 +29,6 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int, measur
         groups: the model's groups, and the widths that they may have.
         bits_T: trained bits, fractional.
         budget_bits: size that must not be exceeded, where the widths allow.
-        measure: what counts as size.
 
     Returns:
         int32, shape (T,).
@@ -43,7 +44,7 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int, measur
     for _ in range(_PAYLOAD_ROUNDS):
         shifted = bits + common_shift(parts, payload)
         width = _largest_remainder(groups, shifted, values, payload)
-        exact = measure.exact_bits(groups, width.to(bits_T.device))
+        exact = exact_bits(groups, width.to(bits_T.device))
         if exact <= budget_bits:
             least, best = payload, width
         else:
@@ -52,6 +53,28 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int, measur
             break
         payload = (least + most) / 2
     return best.to(bits_T.device, torch.int32)
+
+
+def allocate_coded_widths(groups: FlatGroups, bits_T: Tensor, target_bits: int, saved: int, saved_at: Callable[[Tensor], int]) -> Tensor:
+    """Widths whose entropy-coded size is within a target: what coding saves depends on them, and the other way round.
+
+    Args:
+        groups: the model's groups, and the widths that they may have.
+        bits_T: trained bits, fractional.
+        target_bits: size that must not be exceeded after coding.
+        saved: bits that coding takes off, about.
+        saved_at: the bits that coding takes off given widths, int32, shape (T,).
+
+    Returns:
+        int32, shape (T,).
+    """
+    width_T = allocate_widths(groups, bits_T, target_bits + saved)
+    for _ in range(_CODING_ROUNDS):
+        saved = saved_at(width_T)
+        if 0 <= target_bits + saved - exact_bits(groups, width_T) <= _CLOSE_ENOUGH_CODED * target_bits:
+            break
+        width_T = allocate_widths(groups, bits_T, target_bits + saved)
+    return width_T
 
 
 def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:

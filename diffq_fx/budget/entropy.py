@@ -1,20 +1,18 @@
 """What a packed file takes: what an entropy coder saves of levels and scales, and what all that is not quantized takes in it."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import to_rows
-from diffq_fx.storage.packing import SMALL_BYTES
 from diffq_fx.weights import WeightSpec
 
-if TYPE_CHECKING:
-    from diffq_fx.methods.diffq_weight import DiffQWeight
+SMALL_BYTES = 1 << 16
+"""Tensors that are not quantized and have fewer bytes lie together in a packed file, coded."""
 
 _HEADER_BITS, _ENTRY_BITS = 8 * 800, 28
 """What a file says of itself, and about what the name and shape of each tensor adds: both are deflated."""
@@ -61,26 +59,36 @@ def rest_in_file(tensors: Sequence[Tensor]) -> int:
     return coded_bits(small) + 8 * sum(size for size in sizes if size >= SMALL_BYTES) + _HEADER_BITS + _ENTRY_BITS * len(sizes)
 
 
+class RoundedWeight(NamedTuple):
+    """A weight and the grid that it would be rounded on."""
+
+    spec: WeightSpec
+    rows: Tensor
+    """Shape (O, I)."""
+    width: Tensor
+    """Whole widths, shape of the spec's ``bits_layout``."""
+    params: QuantParams
+
+
 @torch.no_grad()
-def bits_saved(quantizers: Sequence["DiffQWeight"], widths: Sequence[Tensor]) -> int:
+def bits_saved(weights: Iterable[RoundedWeight]) -> int:
     """Bits that order-0 entropy coding takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
 
     Each weight has one model for each width b, of levels relative to their zero point; all scales have one for each byte, and all widths
     have one, about as :func:`~diffq_fx.export.packed.save_packed` codes them.
 
     Args:
-        quantizers: of the weights, which are rounded as they are now.
-        widths: whole widths, for each quantizer the shape of its ``bits_layout``.
+        weights: all of the model.
 
     Returns:
         Bits; below 0 where the code of the widths takes more than it saves elsewhere.
     """
-    saved, scales = 0.0, []
-    for quantizer, width in zip(quantizers, widths, strict=True):
-        own, params = _saved(quantizer, width.view(quantizer.width.shape))
-        saved += own + _ends_saved(quantizer.spec, width)
-        scales += _of_ranges(quantizer, params, width.view(quantizer.width.shape))
-    saved += _widths_saved([width.reshape(-1) for width in widths])
+    saved, scales, widths = 0.0, [], []
+    for each in weights:
+        saved += _levels_saved(each) + _ends_saved(each.spec, each.width)
+        scales += _of_ranges(each)
+        widths.append(each.width.reshape(-1))
+    saved += _widths_saved(widths)
     return round(saved) + 8 * sum(scale.numel() * scale.element_size() for scale in scales) - coded_bits(scales)
 
 
@@ -90,11 +98,11 @@ def _widths_saved(widths: Sequence[Tensor]) -> float:
     return packed - float(_code_length(torch.bincount(torch.cat(list(widths)).long()).double()))
 
 
-def _of_ranges(quantizer: "DiffQWeight", params: QuantParams, width: Tensor) -> list[Tensor]:
+def _of_ranges(weight: RoundedWeight) -> list[Tensor]:
     """What a file holds of each range: its extent, of which the scales of all widths follow, and its offset where the grid has one."""
-    rows, columns = quantizer.spec.range_layout.shape
-    extent = params.scale * (torch.exp2(width) - 1)
-    return [each[:rows, :columns].float() for each in (extent, params.offset) if each is not None]
+    rows, columns = weight.spec.range_layout.shape
+    extent = weight.params.scale * (torch.exp2(weight.width) - 1)
+    return [each[:rows, :columns].float() for each in (extent, weight.params.offset) if each is not None]
 
 
 def _ends_saved(spec: WeightSpec, width: Tensor) -> int:
@@ -112,12 +120,10 @@ def _code_length(counts: Tensor) -> Tensor:
     return -torch.special.xlogy(counts, counts / counts.sum(-1, keepdim=True).clamp(min=1)).sum() / math.log(2)
 
 
-def _saved(quantizer: "DiffQWeight", width: Tensor) -> tuple[float, QuantParams]:
-    """Bits that coding takes off the levels of one weight, and its scales."""
-    spec = quantizer.spec
-    rows_OI, layout = to_rows(quantizer.source[0].detach(), spec.axis), spec.scale_layout
-    params = quantizer.params(rows_OI, width)
-    largest = int(width.max())
+def _levels_saved(weight: RoundedWeight) -> float:
+    """Bits that coding takes off the levels of one weight."""
+    _, rows_OI, width, params = weight
+    layout, largest = weight.spec.scale_layout, int(width.max())
     counts = torch.zeros((largest + 1) << largest, dtype=torch.float64, device=rows_OI.device)
     for part in layout.row_slices():
         own, own_width = layout.of_rows(part), width if width.shape[0] == 1 else width[part]
@@ -130,4 +136,4 @@ def _saved(quantizer: "DiffQWeight", width: Tensor) -> tuple[float, QuantParams]
         counts += torch.bincount(index, minlength=len(counts))
     counts = counts.view(largest + 1, -1)
     packed = (counts.sum(1) * torch.arange(largest + 1, device=counts.device)).sum()
-    return float((packed - _code_length(counts)).clamp(min=0)), params
+    return float((packed - _code_length(counts)).clamp(min=0))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffq_fx.capture.calls import ExampleCall
-from diffq_fx.training.model_size import require_compression
+from diffq_fx.compression import require_compression
 
 
 def freeze_bits(model: nn.Module) -> None:

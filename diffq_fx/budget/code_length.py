@@ -1,36 +1,33 @@
 """How long the code of the weights will be, under a density fitted to each range, as a differentiable function of the weights."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import to_rows
-
-if TYPE_CHECKING:
-    from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.weights import WeightSpec
 
 _WIDEST_STEP = 40.0
 """Steps over spread from which on all levels are the same, and the code is empty."""
 
 
-def expected_code_length(quantizers: Sequence["DiffQWeight"]) -> Tensor:
+def expected_code_length(weights: Iterable[tuple[WeightSpec, Tensor, Tensor]]) -> Tensor:
     """Bits of the levels under a Laplace density fitted to each range: ``sum_s n_s H(step_s / mean|w - mean w|)``.
 
     The learned compression of Ballé et al. and Oktay et al. (arXiv:1906.06624), where training makes the code shorter.
 
     Differs from the paper: the density has one parameter and is fitted, not learned; the steps are taken as given here, since
-    :class:`~diffq_fx.training.size.SizeOfLogits` has the part of the bits.
+    :func:`~diffq_fx.budget.size.expected_bits` has the part of the bits.
 
     Args:
-        quantizers: of the weights.
+        weights: for each its spec, its values and the steps of its groups, shape of the spec's ``scale_layout``.
 
     Returns:
         Bits, 0-d, differentiable in the weights.
     """
-    return torch.stack([_length(quantizer) for quantizer in quantizers]).sum()
+    return torch.stack([_length(*each) for each in weights]).sum()
 
 
 def laplace_entropy(step: Tensor) -> Tensor:
@@ -55,14 +52,12 @@ def _entropy_of_one(share: Tensor) -> Tensor:
     return -(torch.special.xlogy(share, share) + torch.special.xlog1py(1 - share, -share)) / math.log(2)
 
 
-def _length(quantizer: "DiffQWeight") -> Tensor:
-    spec, weight = quantizer.spec, quantizer.source[0]
+def _length(spec: WeightSpec, weight: Tensor, step: Tensor) -> Tensor:
     ranges, rows_OI = spec.range_layout, to_rows(weight, spec.axis).float()
     counts = ranges.counts().to(rows_OI.device)
     mean = ranges.sum(rows_OI.detach()) / counts
     spread = ranges.sum((rows_OI - ranges.expand(mean)).abs()) / counts
-    with torch.no_grad():
-        step = quantizer.span_in_training(weight) / (torch.exp2(quantizer.bits()) - 1)
+    step = step.detach()
     varied = (spread > step / _WIDEST_STEP).expand_as(step)  # the others take no bits, and no gradient
     length = laplace_entropy(torch.where(varied, step / torch.where(varied, spread, 1), _WIDEST_STEP))
     return (length * spec.scale_layout.counts().to(length.device)).sum()

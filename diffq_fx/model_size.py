@@ -1,18 +1,12 @@
-"""A prepared model's compression, found from the outside, and what size it says."""
+"""The size of a prepared model, as training sees it and as it will be."""
 
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.errors import PreparationError
-from diffq_fx.training.compression import Compression
-from diffq_fx.training.size import MIB_BITS, mib
-
-
-def find_compression(model: nn.Module) -> Compression | None:
-    """The compression of a prepared model, wrapped (DDP, EMA) or not; None where there is none."""
-    return next((module for module in model.modules() if isinstance(module, Compression)), None)
+from diffq_fx.budget.size import MIB_BITS, mib
+from diffq_fx.compression import require_compression
 
 
 @overload
@@ -51,11 +45,3 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
         return mib(compression.exact_bits())
     compression.penalized = compression.penalized or torch.is_grad_enabled()
     return compression.expected_bits() / MIB_BITS
-
-
-def require_compression(model: nn.Module, caller: str) -> Compression:
-    """The compression of a prepared model, or an error that says how to get one."""
-    compression = find_compression(model)
-    if compression is None:
-        raise PreparationError(f"{caller}: the {type(model).__name__} is not prepared. Call prepare_diffq(model, example_inputs) first.")
-    return compression

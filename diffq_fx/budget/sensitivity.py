@@ -1,0 +1,73 @@
+"""Where the bits should go, from what the first steps of training tell: they would take long to find it by gradient steps alone.
+
+At small noise the loss grows by half the curvature H of a weight times the variance of its noise. A group of n weights with range R and
+b bits then adds ``n H R^2 4^-b`` to the loss and ``n b`` to the size. Under a target the least loss has the same slope in every group:
+``b = log2(R sqrt(H)) + c``. The curvature shows in the gradient: under noise of b0 bits, the same in all groups, a weight is off by
+about ``R 2^-b0``, and its gradient by H times that. With F the mean square of the gradient, H is in proportion to ``sqrt(F) / R``, so
+that ``b = log2(R sqrt(F)) / 2 + c``.
+"""
+
+import torch
+from torch import Tensor
+
+from diffq_fx.budget.allocation import Part, common_shift
+from diffq_fx.budget.flat_groups import FlatGroups
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.weights import WeightSpec
+
+_STEPS_OF_DOUBT = 2.0
+"""What is known of the whole weight counts for a group as much as this many steps with a gradient of its own: of the rows of an
+embedding most have had none yet, and they are not worthless."""
+_INSIDE = 0.05
+"""Bits that stay between a group and the limits, where its gradient would vanish."""
+
+
+def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
+    """Add the mean square of each group's gradient to ``sums[0]``, and one to ``sums[1]`` where it is not zero.
+
+    Args:
+        spec: the weight.
+        grad: of the weight, as the optimizer is about to use it; a sparse one and None say nothing.
+        sums: float32, shape (2, R, C) of the spec's ``bits_layout``.
+    """
+    if grad is None or grad.is_sparse:
+        return
+    layout = spec.bits_layout
+    square_OI = to_rows(grad.detach(), spec.axis).float().square()
+    mean = layout.sum(square_OI) / layout.counts().to(square_OI.device)
+    sums[0] += mean.nan_to_num(0, 0, 0)
+    sums[1] += mean > 0
+
+
+def asked_bits(spec: WeightSpec, sums: Tensor, span: Tensor) -> Tensor:
+    """The bits that the groups of a weight ask for, but for a constant: ``log2(R sqrt(F)) / 2``.
+
+    Args:
+        spec: the weight.
+        sums: from :func:`observe`.
+        span: length of the range of each group, shape of the spec's ``range_layout``.
+
+    Returns:
+        Shape of the spec's ``bits_layout``; minus infinity where nothing depends on a group.
+    """
+    square, seen = sums.unbind()
+    counts = spec.bits_layout.counts().to(square.device)
+    whole = (square * counts).sum() / counts.sum()
+    square = torch.lerp(whole, square, seen / (seen + _STEPS_OF_DOUBT))
+    if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
+        span = span.square().mean().sqrt()
+    return torch.log2(span.expand_as(square) * square.sqrt()) / 2
+
+
+def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | None:
+    """The bits that all groups ask for, shifted together so that they take a budget; None where no group asks for any, shape (T,)."""
+    if not bool(torch.isfinite(asked_T).any()):
+        return None
+    asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
+    lowest, centred_T = min(alike.limits.min_bits for alike in groups.alike), asked_T - asked_T.mean()
+    guess_T = groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), centred_T + lowest)
+    coding = float(groups.coding_bits(guess_T.round()))
+    values_T, bits_T = groups.values_T.double().cpu(), asked_T.double().cpu()
+    parts = [Part(each.of(values_T), each.of(bits_T), each.limits.min_bits, each.limits.max_bits) for each in groups.alike]
+    bits_T = asked_T + common_shift(parts, budget - groups.fixed_bits - coding)
+    return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits + _INSIDE, limits.max_bits - _INSIDE), bits_T)

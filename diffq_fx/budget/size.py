@@ -1,0 +1,107 @@
+"""How large the quantized weights are: the differentiable size that training presses on, and the exact one.
+
+Every value takes exactly its group's width: ``M(b) = sum_s n_s b_s``, DiffQ (arXiv:2104.09987), plus ranges and coded widths.
+Differs from the paper: the widths of a weight are coded relative to its smallest one, and a zero point costs its group's width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffq_fx.budget.bit_state import BitState
+from diffq_fx.budget.flat_groups import FlatGroups, Segment
+from diffq_fx.kernels import bits_of_logits, size_of_logits, slope_of_size
+
+MIB_BITS = 8 * 2**20
+"""Bits in one MiB."""
+_ALL = slice(None)
+
+
+def exact_bits(groups: FlatGroups, width_T: Tensor) -> int:
+    """Size in bits for whole widths, shape (T,), in exact arithmetic."""
+    payload = (groups.values_T.double() * width_T.double()).sum()
+    return round(payload.item()) + round(groups.coding_bits(width_T).item()) + groups.fixed_bits
+
+
+def expected_bits(state: BitState) -> Tensor:
+    """Size in bits for fractional bits, 0-d, differentiable in the logits, without a device sync."""
+    return _ExpectedBits.apply(state, *state.logits)
+
+
+def size_and_growth(state: BitState, rows: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Size in bits, and how fast it grows when all logits grow together, both 0-d; without autograd.
+
+    Everything is worked out tile by tile and nothing is kept: at one width per weight each pass over memory shows.
+
+    Args:
+        state: the bits.
+        rows: the logits of each segment, if they are at hand.
+
+    Returns:
+        Two tensors, float64.
+    """
+    groups = state.groups
+    size = torch.zeros((), dtype=torch.float64, device=groups.device)
+    growth = torch.zeros_like(size)
+    limits: dict[int, tuple[Tensor, Tensor]] = {}
+    few_rows = []
+    for i, segment in enumerate(groups.segments()):
+        row = segment.gather(state.logits) if rows is None else rows[i]
+        few_rows += [row] if segment.has_few else []
+        part, slope, low, high = size_of_logits(segment.values, row, **state.settings(segment.limits))
+        limits |= {} if segment.has_few else {segment.weights[0]: (low, high)}
+        size += part
+        growth += slope
+    few_row = torch.cat(few_rows) if len(few_rows) > 1 else next(iter(few_rows), None)
+    low_W, high_W = groups.limits(state.logits, few_row, limits)
+    size += groups.coding_bits_between(*(_bits_of_each(state, limit_W).round() for limit_W in (low_W, high_W)))
+    size += groups.fixed_bits
+    return size, growth
+
+
+def slope(state: BitState, segment: Segment, row_N: Tensor, tile: slice = _ALL, times: Tensor | None = None) -> Tensor:
+    """Derivative of the size, ``times`` a 0-d tensor, in a piece of a segment's row of logits."""
+    return slope_of_size(segment.values[tile], row_N[tile], **state.settings(segment.limits), times=times)
+
+
+def _bits_of_each(state: BitState, logits_W: Tensor) -> Tensor:
+    """The bits of one logit of each weight."""
+    alike = state.groups.alike
+    if len(alike) == 1:
+        return bits_of_logits(logits_W, **state.settings(alike[0].limits))[0]
+    bits_W = torch.empty_like(logits_W)
+    for each in alike:
+        bits_W[each.index] = bits_of_logits(logits_W[each.index], **state.settings(each.limits))[0]
+    return bits_W
+
+
+class _ExpectedBits(torch.autograd.Function):
+    """:func:`size_and_growth` with the gradient of :func:`slope`."""
+
+    @staticmethod
+    def forward(ctx: Any, state: BitState, *logits: Tensor) -> Tensor:
+        ctx.state = BitState(state.groups, (), state.gain)
+        ctx.save_for_backward(*logits)
+        return size_and_growth(state)[0].float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(logits)
+        for segment in ctx.state.groups.segments():
+            own_slope = slope(ctx.state, segment, segment.gather(logits), times=grad)
+            for i, own in zip(segment.weights, segment.split(own_slope, logits), strict=True):
+                grads[i] = own
+        return None, *grads
+
+
+def mib(bits: float) -> float:
+    """Bits to MiB.
+
+    Example:
+        >>> mib(8 * 2**20)
+        1.0
+    """
+    return bits / MIB_BITS

@@ -1,0 +1,288 @@
+"""The handle of a prepared model: its quantizers, its size, and the whole widths that eval() and convert use."""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx import kernels
+from diffq_fx.budget.allocation import allocate_coded_widths, allocate_widths, nearest_widths
+from diffq_fx.budget.bit_state import BitState
+from diffq_fx.budget.code_length import expected_code_length
+from diffq_fx.budget.entropy import RoundedWeight, bits_saved, rest_in_file
+from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
+from diffq_fx.budget.pressure import worth_of_a_bit
+from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
+from diffq_fx.errors import PreparationError
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.kernels.checksum import device_checksum
+from diffq_fx.methods.base import Place, WeightQuantizer
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.weights import SkippedWeight
+
+live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
+"""The compressions of all models in this process: optimizers know none of them."""
+
+_allocating = threading.RLock()
+
+
+class Compression(TrainingState):
+    """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
+
+    Buffers:
+        pressure_sums: float64, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of each optimizer, in the
+            row of the first weight whose bits it holds. None without a target.
+    """
+
+    pressure_sums: Tensor
+
+    def __init__(
+        self, method: MethodChoice, quantizers: Sequence[WeightQuantizer], skipped: Sequence[SkippedWeight], rest: Sequence[Place] = ()
+    ) -> None:
+        learned = tuple(quantizer for quantizer in quantizers if isinstance(quantizer, DiffQWeight))
+        super().__init__(learned[0].logits.device if learned else None)
+        self.method = method
+        # Tuples, since the quantizers are children of the modules whose weights they quantize.
+        self.quantizers = tuple(quantizers)
+        self.fixed = tuple(quantizer for quantizer in quantizers if not isinstance(quantizer, DiffQWeight))
+        self.learned = learned
+        self.skipped = tuple(skipped)
+        self.rest = tuple(rest)  # what is not quantized
+        self.rest_numel = sum(each.numel() for registry, name in rest if isinstance(each := registry[name], nn.Parameter))
+        self.scope = ""
+        self.scope_reason = ""
+        self.notes: tuple[str, ...] = ()
+        self.penalized = False  # whether model_size was ever part of a loss
+        self._groups: FlatGroups | None = None
+        self._allocated: int | None = None
+        self._passes = 0
+        sums = torch.zeros(len(learned), 6, dtype=torch.float64, device=self.steps.device) if learned and self.config.has_target else None
+        self.register_buffer("pressure_sums", sums)
+        for quantizer in self.learned:
+            quantizer.shared = self
+        live.add(self)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Round the bits for good; from now on training rounds the weights truly."""
+        if self.frozen:
+            return
+        self.allocate()
+        for quantizer in self.learned:
+            quantizer.keep_range()
+        self.note(frozen=True, frozen_at=self.known.steps)
+        self.allocate()
+
+    @property
+    def config(self) -> DiffQConfig:
+        """The settings of the trainable bits that the whole model shares; those of one weight are in its quantizer's config."""
+        if not self.learned:
+            raise PreparationError(f"no weight of this model has trainable bits: it was prepared with {self.method.name}.")
+        return self.learned[0].config
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the size is that of an entropy-coded file."""
+        return bool(self.learned) and self.config.size == "entropy"
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """The trainable logits of all weights."""
+        return cast("list[Tensor]", [quantizer._parameters["logits"] for quantizer in self.learned])  # an attribute takes ten times as long
+
+    def groups(self) -> FlatGroups:
+        """The groups of all learned weights in one row, made once per device."""
+        device = self.learned[0].logits.device
+        if self._groups is None or self._groups.device != device:
+            specs, configs = zip(*((quantizer.spec, quantizer.config) for quantizer in self.learned), strict=True)
+            limits = [WidthLimits(config.min_bits, config.max_bits, config.allowed_widths) for config in configs]
+            self._groups = FlatGroups(specs, device, limits=limits, in_containers=self.config.size == "container")
+        return self._groups
+
+    def bit_state(self) -> BitState:
+        """The bits of this moment."""
+        return BitState(self.groups(), self.logits, self.config.bits_gain)
+
+    def width_T(self) -> Tensor:
+        """The whole widths of every group as last worked out, float32, shape (T,)."""
+        return torch.cat([quantizer.width.reshape(-1) for quantizer in self.learned])
+
+    def saved_at(self, width_T: Tensor) -> int:
+        """Bits that entropy coding takes off these widths with the weights as they are, where the size is that of a coded file."""
+        if not self.is_coded:
+            return 0
+        pairs = zip(self.learned, self.groups().split(width_T.to(torch.int32)), strict=True)
+        return bits_saved(_rounded_at(quantizer, width) for quantizer, width in pairs)
+
+    def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
+        """Expected bits of the code of some of the weights, 0-d, differentiable in them."""
+        return expected_code_length((quantizer.spec, quantizer.weight, quantizer.step_in_training()) for quantizer in among)
+
+    @property
+    def lambda_per_bit(self) -> Tensor | None:
+        """Loss that the last bit of size is worth: the Lagrange multiplier of the latest step, 0-d; None without a target or a step."""
+        sums = self._buffers["pressure_sums"]
+        return None if sums is None or not bool(sums.any()) else worth_of_a_bit(sums.sum(0))
+
+    @property
+    def rest_bits(self) -> int:
+        """Size of what is not quantized, in bits: parameters, as the paper counts; or what all takes in a file, as last measured."""
+        if self.is_coded:
+            return self.known.rest_bits
+        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
+
+    def rest_bits_now(self) -> int:
+        """The same as of now: in training it changes, and so does what it takes in a file.
+
+        Ranks gather statistics of their own in buffers. They must hold the same size, so in a process group buffers count as uncoded.
+        """
+        if not self.is_coded:
+            return self.rest_bits
+        tensors = [each for registry, name in self.rest if (each := registry.get(name)) is not None]
+        parameters, buffers = ([each for each in tensors if isinstance(each, nn.Parameter) == kind] for kind in (True, False))
+        halves = self.method.rest_dtype == "float16"
+        kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
+        if _is_one_of_several():
+            return rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
+        return rest_in_file([*kept, *buffers])
+
+    def fixed_bits(self) -> int:
+        """Size of the weights whose method has no trainable bits."""
+        return sum(quantizer.footprint().packed_bits for quantizer in self.fixed)
+
+    def expected_bits(self) -> Tensor:
+        """Differentiable size of the whole model in bits, 0-d."""
+        other = self.fixed_bits() + self.rest_bits
+        if not self.learned:
+            return torch.tensor(float(other), dtype=torch.float32)
+        state = self.bit_state()
+        size = (expected_bits(state) if torch.is_grad_enabled() else size_and_growth(state)[0].float()) + (other - self.known.bits_saved)
+        if self.is_coded and torch.is_grad_enabled():  # what is saved is measured; how it grows with the weights is not
+            length = self.code_length(self.learned)
+            size = size + (length - length.detach())
+        return size
+
+    def exact_bits(self) -> int:
+        """Size of the whole model in bits with the widths that eval() and convert use, and what is not quantized as it is now."""
+        other = self.fixed_bits() + self.rest_bits_now()
+        if not self.learned:
+            return other
+        self.allocate()
+        width_T = self.width_T()
+        return exact_bits(self.groups(), width_T) - self.saved_at(width_T) + other
+
+    def budget_bits(self, *, measured: bool = False) -> int | None:
+        """Target for the weights with trainable bits before entropy coding, in bits; None without a target.
+
+        ``measured``: with what is not quantized as it is now. Training holds the size at the latest measurement; to look at the size of
+        a model, which one rank alone may do, is not to make one.
+        """
+        if not self.learned:
+            return None
+        if self.config.target_mib is not None:
+            rest = self.rest_bits_now() if measured else self.rest_bits
+            return int(self.config.target_mib * MIB_BITS) - rest - self.fixed_bits() + self.known.bits_saved
+        if self.config.target_bits is not None:
+            return int(self.config.target_bits * self.groups().num_weights) + self.known.bits_saved
+        return None
+
+    def reachable_bits(self) -> tuple[int, int]:
+        """Smallest and largest exact size of the quantized weights that the limits of the widths allow, as the weights are now."""
+        groups = self.groups()
+        ends_T = (
+            groups.by_limits(lambda own, limits, end=end: torch.full_like(own, limits.widths[end]), groups.values_T) for end in (0, -1)
+        )
+        low, high = (exact_bits(groups, end_T) - self.saved_at(end_T) for end_T in ends_T)
+        return low, high
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Round the bits of all weights, within the target where there is one; does nothing if no value has changed."""
+        if not self.learned or self.learned[0].logits.device.type == "meta":
+            return
+        with _allocating:
+            if self._allocated is None or self._allocated != self._checksum():
+                self._set_widths(self._rounded_bits())
+                self._allocated = self._checksum()
+
+    def _checksum(self) -> int:
+        weights = [quantizer.weight for quantizer in self.learned] if self.is_coded else []
+        widths = [quantizer.width for quantizer in self.learned]
+        return device_checksum([*self.logits, *widths, *weights, self.bits_frozen, self.coding])
+
+    def _rounded_bits(self) -> Tensor:
+        """The whole widths of all groups, within the target where there is one, shape (T,)."""
+        if self.frozen:  # final, even beside other logits: those of an average over a training
+            width_T = self.width_T().round()
+            self.bit_state().set_bits(width_T)
+            return width_T
+        groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
+        if budget is None:
+            return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
+        if self.is_coded:
+            saved = self.known.bits_saved
+            return allocate_coded_widths(groups, bits_T, budget - saved, saved, self.saved_at)
+        return allocate_widths(groups, bits_T, budget)
+
+    def _set_widths(self, width_T: Tensor) -> None:
+        for quantizer, width in zip(self.learned, self.groups().split(width_T.to(torch.float32)), strict=True):
+            if not torch.equal(quantizer.width.reshape(-1), width):
+                quantizer.width.copy_(width.view_as(quantizer.width))
+
+    def follow(self, reader: nn.Module) -> None:
+        """Look at all values once in each pass over the model: before the first weight that is rounded a second time."""
+        reader = cast("DiffQWeight", reader)
+        if reader.widths_seen == self._passes:
+            self._passes += 1
+            self.allocate()
+        reader.widths_seen = self._passes
+
+    def train(self, mode: bool = True) -> "Compression":
+        """Round the bits when the model goes to eval(), so that no forward has to."""
+        self.look()
+        if not mode or self.frozen:
+            self.allocate()
+        if not mode:
+            kernels.release()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what is made anew."""
+        return {**self.__dict__, "_groups": None, "_allocated": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and let optimizers find this copy too."""
+        super().__setstate__(state)
+        live.add(self)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"{len(self.quantizers)} weights, {self.scope} scope"
+
+
+def _rounded_at(quantizer: DiffQWeight, width: Tensor) -> RoundedWeight:
+    rows_OI, width = to_rows(quantizer.weight.detach(), quantizer.spec.axis), width.view(quantizer.width.shape)
+    return RoundedWeight(quantizer.spec, rows_OI, width, quantizer.params(rows_OI, width))
+
+
+def _is_one_of_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def find_compression(model: nn.Module) -> Compression | None:
+    """The compression of a prepared model, wrapped (DDP, EMA) or not; None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, Compression)), None)
+
+
+def require_compression(model: nn.Module, caller: str) -> Compression:
+    """The compression of a prepared model, or an error that says how to get one."""
+    compression = find_compression(model)
+    if compression is None:
+        raise PreparationError(f"{caller}: the {type(model).__name__} is not prepared. Call prepare_diffq(model, example_inputs) first.")
+    return compression

@@ -1,0 +1,67 @@
+"""Whether values have changed, whatever wrote them: torch counts the writes to a tensor, but not those through ``.data`` or its memory."""
+
+import functools
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from diffq_fx.kernels import native
+
+_PIECE = 1 << 22
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+@functools.cache
+def fast_zlib() -> ModuleType:
+    """isal's zlib, whose checksum runs at the speed of memory, or zlib itself where it is not installed; the interface is the same."""
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        import zlib
+
+        return zlib
+    return isal_zlib
+
+
+def checksum(tensors: Iterable[Tensor]) -> int | None:
+    """A number that is another one after any write to these tensors (CRC-32); for memory that the processor can read.
+
+    Args:
+        tensors: of any types and shapes.
+
+    Returns:
+        The number; None where a tensor lies elsewhere or stands for other memory (a DTensor).
+
+    Example:
+        >>> weight = torch.ones(3)
+        >>> before = checksum([weight])
+        >>> weight.data.mul_(2)
+        tensor([2., 2., 2.])
+        >>> checksum([weight]) == before
+        False
+    """
+    crc32, value = fast_zlib().crc32, 0
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or not native.is_plain(tensor):
+            return None
+        tensor = tensor.detach().contiguous()
+        value = crc32((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), value)
+    return value
+
+
+def device_checksum(tensors: Iterable[Tensor]) -> int:
+    """The same for tensors on any device, at the price of waiting for it once."""
+    kept = list(tensors)
+    value = checksum(kept)
+    if value is not None:
+        return value
+    total = 0
+    for number, tensor in enumerate(kept):
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+        words = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for piece in words.split(_PIECE):
+            places = torch.arange(1, len(piece) + 1, dtype=torch.int64, device=piece.device)
+            total = total * 31 + ((places + number) * _ODD * (piece.long() + 1)).sum()
+    return int(total)

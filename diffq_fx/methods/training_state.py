@@ -1,0 +1,87 @@
+"""How far the training of a prepared model is: the part of its state_dict that belongs to no single weight."""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_SURELY = 0.99
+"""An average of ``bits_frozen`` from which on the averaged widths and ranges are those of the end, but for this little."""
+
+
+class Known(NamedTuple):
+    """The buffers as Python values."""
+
+    steps: int = 0
+    frozen: bool = False
+    frozen_at: int = 0
+    bits_saved: int = 0
+    rest_bits: int = 0
+
+
+class TrainingState(nn.Module):
+    """Buffers, so that a loaded or copied model trains on as it would have; all are numbers whose average over a training does no harm.
+
+    Buffers:
+        steps: float32, 0-d: optimizer steps that the bits have made.
+        bits_frozen: float32, 0-d: 1 once the widths are final and training rounds truly, else 0.
+        frozen_at: float32, 0-d: the steps when they became final.
+        range_scale: float32, 0-d: what all ranges are multiplied with where the entropy-coded size is to hold: once the widths are
+            final weights train on, and the length of their code changes.
+        coding: float32, shape (2,): bits that entropy coding saves and bits of what is not quantized, in a file, as last measured.
+    """
+
+    steps: Tensor
+    bits_frozen: Tensor
+    frozen_at: Tensor
+    range_scale: Tensor
+    coding: Tensor
+
+    def __init__(self, device: torch.device | None) -> None:
+        super().__init__()
+        for name, value in (("steps", 0.0), ("bits_frozen", 0.0), ("frozen_at", 0.0), ("range_scale", 1.0), ("coding", (0.0, 0.0))):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
+        self._known, self._known_from = Known(), self._versions()
+
+    @abstractmethod
+    def follow(self, reader: nn.Module) -> None:
+        """Bring the widths of all weights up to date with their logits, before ``reader`` rounds its weight."""
+
+    @property
+    def known(self) -> Known:
+        """The values: read on a CPU, on another device kept, so that no step waits for it, until torch counts a write."""
+        device = self.steps.device.type
+        if device == "cpu" or (device != "meta" and self._known_from != self._versions()):
+            self.look()
+        return self._known
+
+    def look(self) -> None:
+        """Read the values from the buffers."""
+        if self.steps.device.type != "meta":
+            saved, rest = self.coding.tolist()
+            steps, frozen, frozen_at = (each.item() for each in (self.steps, self.bits_frozen, self.frozen_at))
+            self._known = Known(round(steps), frozen > _SURELY, round(frozen_at), round(saved), round(rest))
+            self._known_from = self._versions()
+
+    def note(self, **changes: int) -> None:
+        """Change some of the values."""
+        old = self.known
+        new = old._replace(**changes)
+        for buffer, before, after in zip((self.steps, self.bits_frozen, self.frozen_at, *self.coding), old, new, strict=True):
+            if before != after:
+                buffer.fill_(after)
+        self.look()
+
+    def _versions(self) -> tuple[int, ...]:
+        buffers = (self.steps, self.bits_frozen, self.coding)
+        return tuple(0 if buffer.is_inference() else buffer._version for buffer in buffers)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the widths are final: training rounds truly and the bits do not move."""
+        return self._known.frozen if torch.compiler.is_compiling() else self.known.frozen
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.look()  # now, since a compiled forward could not

@@ -1,0 +1,225 @@
+"""The phases of a training: the bits are sought while the size is held; then they are final and the weights train on, rounded."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from diffq_fx import _compat
+from diffq_fx.budget import pressure, sensitivity
+from diffq_fx.budget.size import MIB_BITS, exact_bits
+from diffq_fx.compression import Compression
+from diffq_fx.errors import DivergenceError
+from diffq_fx.methods.diffq_weight import DiffQWeight
+
+_CODING_ROUNDS = 3
+_CODING_EVERY = 50
+"""Steps after which it is found again what entropy coding saves, where that is the size to hold; a tenth of a training if that is less."""
+_LARGEST_STRETCH = 0.1
+"""Bits a weight that the steps of all weights may gain or lose at once."""
+
+
+class Held(NamedTuple):
+    """What an optimizer holds of one prepared model, looked up once a step: to find 300 takes as long as to move them."""
+
+    compression: Compression
+    weights: Sequence[int]
+    """Indices of the weights whose logits it holds, rising."""
+    logits: Sequence[Tensor]
+    """The logits of all weights of the model."""
+    coded: Sequence[DiffQWeight]
+    """Weights themselves that it holds, where the size is that of their code."""
+    kept: list[Tensor]
+    """Final logits, in one row: neither momentum nor decay is to move them."""
+
+    @property
+    def counts(self) -> bool:
+        """Of several optimizers one counts the steps."""
+        return self.weights[0] == 0
+
+
+@torch.no_grad()
+def start(compression: Compression) -> None:
+    """Give all groups the same bits, those that meet the target where there is one."""
+    if not compression.learned:
+        return
+    if compression.budget_bits() is None:
+        measure_coding(compression)
+        return
+    for _ in range(_CODING_ROUNDS if compression.is_coded else 1):
+        compression.bit_state().set_bits(pressure.same_bits(compression.groups(), compression.budget_bits() or 0))
+        measure_coding(compression)
+
+
+@torch.no_grad()
+def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> None:
+    """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
+    compression = held.compression
+    _refuse_what_is_not_finite(held)
+    grads = {i: grad for i in held.weights if (grad := held.logits[i].grad) is not None}
+    if compression.frozen:
+        for grad in grads.values():
+            grad.zero_()  # and not None: checkpoints want a state of the optimizer for every parameter
+        held.kept.append(_compat.flatten([held.logits[i] for i in held.weights]).clone())
+        return
+    config, budget = compression.config, compression.budget_bits()
+    if held.counts and is_first_time and _gathers(compression):
+        for quantizer in compression.learned:
+            sensitivity.observe(quantizer.spec, quantizer.weight.grad, quantizer.get_buffer("gradient_sums"))
+    if not grads or (config.penalty is None and budget is None):
+        return
+    scale, state = _scale(optimizer), compression.bit_state()
+    with pressure.open_rows(state, grads) as rows:
+        if config.penalty is not None:
+            pressure.add_penalty(state, rows, scale * config.penalty / MIB_BITS)
+        else:
+            sums_W6 = compression.pressure_sums
+            sums_W6[list(held.weights)] = 0
+            sums_W6[held.weights[0]] = pressure.gradient_sums(state, rows, scale)
+            pressure.project(state, rows, sums_W6.sum(0), scale)
+
+
+def begin_with_ranges(optimizer: Optimizer, held: Held) -> None:
+    """Let the state of the optimizer for the ranges begin with the first step in which they train, whatever steps it has counted before."""
+    steps, frozen, frozen_at, *_ = held.compression.known
+    if frozen and steps == frozen_at:
+        for i in held.weights:
+            optimizer.state.pop(held.compression.learned[i].clip, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+@torch.no_grad()
+def after_step(held: Held) -> None:
+    """Move the bits once it is known where to, hold the size, and go on to the next phase."""
+    compression = held.compression
+    if held.kept:
+        own = [held.logits[i] for i in held.weights]
+        _compat.copy_each(own, _compat.unflatten(held.kept.pop(), own))
+    if not compression.frozen:
+        budget = compression.budget_bits()
+        moved = budget is not None and held.counts and _move_bits(compression, budget)
+        if moved or _measures_now(compression):
+            measure_coding(compression)
+        if budget is not None:
+            pressure.shift_to(compression.bit_state(), compression.budget_bits() or budget)
+    elif held.counts and _measures_now(compression):
+        _hold_coded_size(compression)
+    if held.counts:
+        _count_step(compression)
+
+
+@torch.no_grad()
+def shorten_code(optimizer: Optimizer, held: Held) -> None:
+    """Add the gradient of the code's length, times what a bit is worth, to those of the weights that ``optimizer`` is about to use."""
+    compression = held.compression
+    if not held.coded or compression.frozen:
+        return
+    penalty = compression.config.penalty
+    if penalty is None and not compression.config.has_target:
+        return
+    worth = pressure.worth_of_a_bit(compression.pressure_sums.sum(0)) if penalty is None else torch.tensor(penalty / MIB_BITS)
+    trained = [w for q in held.coded if (w := q.weight).requires_grad and w.grad is not None and not w.grad.is_sparse]
+    if not trained:
+        return
+    worth = worth.clamp(min=0) * _scale(optimizer)  # one noisy step may say that more bits do harm
+    with torch.enable_grad():
+        length = compression.code_length(held.coded)
+    for weight, slope in zip(trained, torch.autograd.grad(length, trained), strict=True):
+        if (grad := weight.grad) is not None:
+            grad.add_((slope * worth).to(grad.dtype))
+
+
+@torch.no_grad()
+def measure_coding(compression: Compression) -> None:
+    """Find what entropy coding saves at the bits of this moment, where that is the size to hold: it needs all levels."""
+    if not compression.is_coded:
+        return
+    bits_T, values_T = compression.bit_state().bits_T(), compression.groups().values_T
+    below_T = bits_T.floor().clamp(min=1)
+    share = torch.dot(values_T, bits_T - below_T) / values_T.sum()  # bits are fractional: between those below and those above
+    below, above = (compression.saved_at(width_T) for width_T in (below_T, below_T + 1))
+    compression.note(bits_saved=round(below + float(share) * (above - below)), rest_bits=compression.rest_bits_now())
+
+
+def _hold_coded_size(compression: Compression) -> None:
+    """Scale all ranges so that final widths take the target again: steps that are 1 % longer save 0.014 bits a weight."""
+    if not compression.is_coded:
+        return
+    compression.note(rest_bits=compression.rest_bits_now())
+    budget = compression.budget_bits()
+    if budget is None:
+        return
+    groups, width_T = compression.groups(), compression.width_T()
+    excess = exact_bits(groups, width_T) - compression.saved_at(width_T) - (budget - compression.known.bits_saved)
+    bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
+    compression.range_scale.mul_(2**bits_a_weight)
+
+
+def _scale(optimizer: Optimizer) -> Tensor | float:
+    """What gradients are still multiplied with: a fused optimizer divides by GradScaler's scale itself, later."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale
+
+
+def _gathers(compression: Compression) -> bool:
+    last = compression.config.sensitivity_step
+    return last is not None and compression.known.steps < last
+
+
+def _move_bits(compression: Compression, budget: int) -> bool:
+    """After the last step that counts, give every group the bits it asks for, all together within the budget; whether it did."""
+    if compression.known.steps + 1 != compression.config.sensitivity_step:
+        return False
+    asked = [sensitivity.asked_bits(q.spec, q.get_buffer("gradient_sums"), q.span_in_training(q.weight)) for q in compression.learned]
+    bits_T = sensitivity.bits_within(compression.groups(), torch.cat([each.reshape(-1) for each in asked]), budget)
+    if bits_T is None:
+        return False  # no gradient reached any weight
+    compression.bit_state().set_bits(bits_T)
+    for quantizer in compression.learned:
+        quantizer.get_buffer("gradient_sums").zero_()
+    return True
+
+
+def _measures_now(compression: Compression) -> bool:
+    every = min(_CODING_EVERY, max((compression.config.training_steps or 10 * _CODING_EVERY) // 10, 1))
+    return compression.known.steps % every == 0
+
+
+def _count_step(compression: Compression) -> None:
+    """Note a step of the bits; the one that ends the noise freezes them."""
+    steps = compression.known.steps + 1
+    compression.note(steps=steps)
+    freeze_step = compression.config.freeze_step
+    if freeze_step is not None and steps >= freeze_step:
+        compression.freeze()
+
+
+def _refuse_what_is_not_finite(held: Held) -> None:
+    """End a training that has diverged, before the step; on a CPU, since elsewhere the look would make every step wait."""
+    compression = held.compression
+    small = [q.clip if compression.frozen else q.logits for q in (compression.learned[i] for i in held.weights)]
+    grads = [each.grad for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"]
+    if not grads or bool(torch.isfinite(_compat.flatten(grads).sum())):
+        return
+    step = compression.known.steps + 1
+    for what, name, tensor in _suspects(compression):
+        bad = ~torch.isfinite(tensor)
+        if bool(bad.any()):
+            place = tuple(torch.nonzero(bad)[0].tolist())
+            raise DivergenceError(
+                f"optimizer step {step}: {what}{name!r} is not finite in {int(bad.sum())} of {bad.numel()} places, first at {place}. "
+                "The step was not made and the bits are as they were.\n"
+                "  Lower the learning rate, clip the gradients, or load an earlier state; with float16 use torch.amp.GradScaler."
+            )
+
+
+def _suspects(compression: Compression) -> Iterator[tuple[str, str, Tensor]]:
+    """What may not be finite, the cause before its effects."""
+    for quantizer in compression.learned:
+        yield "the weight ", quantizer.spec.name, quantizer.weight.detach()
+    for quantizer in compression.learned:
+        own = {"": quantizer.weight, "the bits of ": quantizer.logits, "the range of ": quantizer.clip}
+        for what, tensor in own.items():
+            if tensor is not None and tensor.grad is not None:
+                yield f"the gradient of {what}", quantizer.spec.name, tensor.grad

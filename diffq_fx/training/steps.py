@@ -1,0 +1,121 @@
+"""How the pressure on the size reaches the bits without a change to the user's loop: what is done around an optimizer's step.
+
+Every loop passes there, with gradients that are accumulated, reduced over ranks, unscaled and clipped. Torch calls a hook before and
+after each step of any optimizer. Where the gradients are made by a closure, it is this that is followed by what else comes before a step.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from diffq_fx.compression import Compression, live
+from diffq_fx.training.phases import Held, after_step, before_step, begin_with_ranges, shorten_code
+
+
+@dataclass(eq=False)
+class _Step:
+    """A step that an optimizer is within."""
+
+    optimizer: Optimizer
+    frame: FrameType
+    """Torch's call of it: a step that ended with an exception is one whose frame no longer runs."""
+    held: Sequence[Held] = ()
+    """What it holds of each prepared model; nothing where the step changes nothing."""
+    prepared: set[Compression] = field(default_factory=set)
+    """Models whose gradients are as the step needs them."""
+
+
+class _Steps(threading.local):
+    """The steps that this thread is within, from the outermost: some optimizers (SAM, Lookahead, ZeRO) step another one in their step."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Step] = []
+
+
+_steps = _Steps()
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not live:
+        return None
+    frame, stack = sys._getframe(1), _steps.stack
+    stack[:] = [step for step in stack if _runs(step.frame, frame)]
+    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(optimizer)))
+    stack.append(step)
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        _prepare(step, again=False)
+        return None
+    prepared = _followed_by(closure, lambda: _prepare(step, again=True))
+    return ((args[0], prepared, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": prepared})
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stack = _steps.stack
+    if not any(step.optimizer is optimizer for step in stack):
+        return
+    while (step := stack.pop()).optimizer is not optimizer:
+        pass
+    for held in step.held:
+        if held.weights and not any(outer.compression is held.compression for around in stack for outer in around.held if outer.weights):
+            after_step(held)
+
+
+def _runs(frame: FrameType, within: FrameType | None) -> bool:
+    while within is not None and within is not frame:
+        within = within.f_back
+    return within is frame
+
+
+def _followed_by(closure: Callable[[], Any], action: Callable[[], None]) -> Callable[[], Any]:
+    def both() -> Any:
+        result = closure()
+        action()
+        return result
+
+    return both
+
+
+def _prepare(step: _Step, *, again: bool) -> None:
+    """Do what comes before a step; ``again`` where a closure has made the gradients anew."""
+    around = _steps.stack[: _steps.stack.index(step)] if step in _steps.stack else []
+    for held in step.held:
+        begin_with_ranges(step.optimizer, held)
+        if not again and any(held.compression in outer.prepared for outer in around):
+            continue
+        if held.weights:
+            before_step(step.optimizer, held, is_first_time=held.compression not in step.prepared)
+        shorten_code(step.optimizer, held)
+        step.prepared.add(held.compression)
+
+
+def _holdings(optimizer: Optimizer) -> Iterator[Held]:
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for compression in list(live):
+        logits = compression.logits
+        weights = [i for i, each in enumerate(logits) if id(each) in parameters]
+        coded = [q for q in compression.learned if id(q.place[0].get(q.place[1])) in parameters] if compression.is_coded else []
+        if weights or coded:
+            yield Held(compression, weights, logits, coded, [])
+
+
+def _changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer will skip the step by itself, or torch.distributed.checkpoint makes it for the sake of a state."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return True
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if not all((isinstance(lr, float | int) or (isinstance(lr, Tensor) and lr.device.type == "cpu")) and float(lr) == 0 for lr in rates):
+        return False
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(gradient.any()) for gradient in gradients)
+
+
+register_optimizer_step_pre_hook(_before)
+register_optimizer_step_post_hook(_after)
