@@ -95,8 +95,9 @@ def export_onnx(
 
     Each weight's ``choice`` in the result, in the file and in ``diffq-fx inspect`` says what decided.
 
-    The weights keep their learned widths in the file in all three. On x86 processors without VNNI (before 2019) the int8 kernels of
-    the last two saturate for weights of 8 bits; the session entry ``session.x64quantprecision = 1`` prevents it and costs the speed.
+    The weights keep their learned widths in the file in all three. No integer product of the last two can saturate on any processor:
+    levels of up to 7 bits lie within +-64 in int8, levels of 8 bits are multiplied as uint8, which is slower on x86 (the record's
+    ``products`` tell). Each written file is searched for products that are not exact, with or without ``verify``.
 
     Args:
         converted: from ``convert_diffq``; exported in eval mode, its own mode is restored.

@@ -17,6 +17,7 @@ from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, Machine, Mac
 from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.linear import Fusion, emit_fused
+from diffq_fx.export.onnx.layout.products import choose_form, emit_factor
 from diffq_fx.export.onnx.layout.profiles import KINDS, THIS_MACHINE
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, one_container
@@ -25,6 +26,7 @@ from diffq_fx.export.onnx.runtime import open_session
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.timing import Clock, Run, runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.tracing import BASE_OPSET
+from diffq_fx.storage.packing import container_for
 from diffq_fx.weights import WeightSpec
 
 _log = logging.getLogger(__name__)
@@ -158,7 +160,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
             mode = "native" if table.container_bits < np.iinfo(np.uint8).bits else "bytes"
             emit_fused(stored, use, Fusion(mode, Choice(kernel, "")), copy=0)
         else:
-            emit_dynamic(stored, use, in_float=False)
+            emit_dynamic(stored, emit_factor(stored, choose_form(table)), use, in_float=False)
         emitter.flush()
     model = ir.Model(graph, ir_version=10)
     set_opset(model, None)
@@ -167,8 +169,8 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
 
 def _random_table(kernel: Kernel, product: Product, rng: np.random.Generator) -> WeightTable:
     """Levels over the whole range of a kernel's width, and zero points where it has them."""
-    bits = int(kernel.name.removeprefix("fused ")) if kernel.block else np.iinfo(np.uint8).bits
     signed = kernel.name == "dynamic int8"
+    bits = int(kernel.name.removeprefix("fused ")) if kernel.block else 7 if signed else 8
     spec = WeightSpec(name="weight", shape=(product.inputs, product.outputs), axis=1, grid="symmetric" if signed else "affine")
     levels = rng.integers(0, 2**bits, (product.outputs, product.inputs), dtype=np.uint8).astype(np.int32)
     middle = 2 ** (bits - 1)
@@ -178,6 +180,6 @@ def _random_table(kernel: Kernel, product: Product, rng: np.random.Generator) ->
         levels=levels - middle if signed else levels,
         scale=np.full(per_channel, 1.0 / (middle * product.inputs**0.5), dtype=np.float32),
         zero_point=None if signed else np.full(per_channel, middle - 1, dtype=np.int32),
-        widths=np.full(product.outputs, bits),
+        widths=np.full(product.outputs, container_for(bits)),
         bits={bits: levels.size},
     )

@@ -51,10 +51,13 @@ class WeightRecord:
     containers: dict[int, int]
     """Container bits in the file -> number of weights held in them. Several when a weight is split by width."""
     rule: str
-    """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (int8 product), "int8" (int8 convolution), "rows"
+    """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (integer product), "int8" (integer convolution), "rows"
     (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
     choice: str | None = None
     """Why its products have this form: the speed that decided, on the machines of the export's target; None where none has integers."""
+    products: tuple[str, ...] = ()
+    """Types that integer kernels multiply the levels in: "int8" where all lie within +-64, and "uint8" else. Both are exact on every
+    processor. Empty where products stay in float, or onnxruntime packs the levels itself (MatMulNBits)."""
     reason: str | None = None
     """Why some reader does not get the fused form; None where all do, and in layout "qdq"."""
     remarks: tuple[str, ...] = ()
@@ -194,6 +197,6 @@ def _record(name: str, entry: dict[str, Any]) -> WeightRecord:
     values = {key: value for key, value in entry.items() if key in known}
     for key in ("bits", "containers"):
         values[key] = {int(width): int(count) for width, count in values[key].items()}
-    for key in ("aliases", "shape", "remarks", "initializers"):
+    for key in ("aliases", "shape", "products", "remarks", "initializers"):
         values[key] = tuple(values.get(key, ()))
     return WeightRecord(name=name, **values)

@@ -15,6 +15,7 @@ from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.halves import HalvedModel, halved_names, store_halves, wants_halves
+from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
 from diffq_fx.export.onnx.layout.int8 import watch
 from diffq_fx.export.onnx.layout.plan import LayoutRequest
@@ -138,6 +139,7 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))
     file = save_draft(model, job.folder / "published", job.path)
+    check_products(file)
     parity = _parity(job, refused, DraftFiles(file, entries, file)) if job.verify else None
     return _Draft(file, opset, metadata, parity)
 

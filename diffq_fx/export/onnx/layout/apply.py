@@ -16,14 +16,15 @@ from diffq_fx.export.onnx.layout.fold import emit_folded
 from diffq_fx.export.onnx.layout.int8 import (
     RoundedValue,
     conv_refusal,
-    emit_int8_filters,
+    emit_filters,
     find_rounded,
-    is_centred,
+    form_of_filters,
     round_values,
     without_empty_scales,
 )
 from diffq_fx.export.onnx.layout.linear import emit_fused
 from diffq_fx.export.onnx.layout.plan import LayoutRequest, WeightPlan, plan_for_onnxruntime, plan_for_qdq
+from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, Factor, Form, choose_form, emit_factor, is_rounded_anew
 from diffq_fx.export.onnx.layout.qdq import emit_dequantized, emit_qdq_product
 from diffq_fx.export.onnx.layout.rows import emit_rows
 from diffq_fx.export.onnx.layout.stored import StoredTable
@@ -139,10 +140,12 @@ def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) ->
 
 
 def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: LayoutRequest) -> str:
-    rules = []
+    rules: list[str] = []
+    factor: Factor | None = None
     for use, fusion in zip(plan.uses.linear, plan.fusions, strict=True):
         if fusion.mode == "dynamic":
-            emit_dynamic(stored, use, in_float=request.twin)
+            factor = factor or emit_factor(stored, choose_form(plan.table))
+            emit_dynamic(stored, factor, use, in_float=request.twin)
             rules.append("dynamic")
         elif fusion.mode != "float":
             emit_fused(stored, use, fusion, copy=rules.count("linear"))
@@ -152,7 +155,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: 
             emit_rows(stored, gather)
         rules.append("rows")
     if plan.convolutions and not request.twin:
-        filters = emit_int8_filters(stored, centred=is_centred(plan.table, plan.convolutions))
+        filters = emit_filters(stored, form_of_filters(plan.table, plan.convolutions))
         for node in plan.convolutions:
             node.replace_input_with(1, filters)
         rules.append("int8")
@@ -210,9 +213,17 @@ def _record(plan: WeightPlan, stored: StoredTable, rule: str) -> WeightRecord:
         rule=rule,
         choice="; ".join(dict.fromkeys(fusion.choice.reason for fusion in plan.fusions if fusion.mode != "float")) or None,
         reason="; ".join(dict.fromkeys(reasons)) or None,
+        products=tuple(form.dtype.name.lower() for form in _product_forms(plan)),
         remarks=_remarks(plan, stored),
         initializers=tuple(str(part.name) for part in stored.parts.values()),
     )
+
+
+def _product_forms(plan: WeightPlan) -> list[Form]:
+    """The forms in which integer kernels multiply a weight."""
+    forms = [form_of_filters(plan.table, plan.convolutions)] if plan.convolutions else []
+    forms += [choose_form(plan.table) for fusion in plan.fusions if fusion.mode == "dynamic"]
+    return list(dict.fromkeys(forms))
 
 
 def _float_readers(plan: WeightPlan) -> list[str]:
@@ -227,9 +238,15 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
         remarks.append("channels are grouped by container; onnxruntime joins them when it loads the file")
     if stored.storage.widest > plan.table.container_bits:
         remarks.append("4 bits for 2: onnxruntime computes a wrong product for 2-bit weights unless N is a multiple of 4")
-    if plan.convolutions and is_centred(plan.table, plan.convolutions) and (uneven := int((plan.table.int8_stretch > 1).sum())):
-        remarks.append(
-            f"levels of {uneven} channels lie unevenly about zero and are rounded anew when the file is loaded, to steps up to "
-            f'{plan.table.int8_stretch.max():.2f} times as wide: onnxruntime is fast here for zero points of 0; grid="symmetric" avoids it'
-        )
+    for form in _product_forms(plan):
+        if form.dtype == ir.DataType.UINT8:
+            remarks.append(
+                f"multiplied as uint8: int8 products of levels beyond +-{EXACT_LEVEL} saturate on x86 without VNNI, and up to 7 bits fit"
+            )
+        if is_rounded_anew(plan.table, form):
+            uneven, widest = int((plan.table.int8_stretch > 1).sum()), plan.table.int8_stretch.max()
+            remarks.append(
+                f"levels of {uneven} channels lie unevenly about zero and are rounded anew when the file is loaded, to steps up to "
+                f'{widest:.2f} times as wide: onnxruntime is fast here for one zero point; grid="symmetric" avoids it'
+            )
     return tuple(remarks)

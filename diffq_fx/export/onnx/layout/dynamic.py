@@ -1,7 +1,7 @@
-"""The rule ``dynamic``: a product of int8 weights with activations that are rounded to uint8 at every run.
+"""The rule ``dynamic``: a product of integer weights with activations that are rounded to uint8 at every run.
 
 ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scales) (-> Add(bias))``, which onnxruntime fuses to DynamicQuantizeMatMul. The
-levels lie in the file in their own containers and are cast to int8, and joined, when it is loaded. A static range for the activations
+levels lie in the file in their own containers and are cast to 8 bits, and joined, when it is loaded. A static range for the activations
 (QGemm, MatMulIntegerToFloat) was measured to be no faster, so that linear layers never need one.
 
 Shape legend: K inputs, N output channels.
@@ -12,23 +12,25 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.products import Factor
 from diffq_fx.export.onnx.layout.stored import StoredTable
 
 
-def emit_dynamic(stored: StoredTable, use: LinearUse, *, in_float: bool) -> None:
+def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, *, in_float: bool) -> None:
     """Replace a product.
 
     Args:
         stored: the weight, its storage [K, N], one scale per output channel or one in all.
+        factor: what is multiplied, from :func:`emit_factor`.
         use: the product.
         in_float: leave the activations as they are: the same numbers otherwise, for the comparison with PyTorch.
     """
     name = stored.name if use.rows is None else f"{stored.name}.{use.rows.start}_{use.rows.stop}"
-    levels = _some(stored, stored.int8_levels, f"{name}.int8", 1, use.rows)
-    scale = _per_output(stored, stored.scale, f"{name}.scale.flat", use.rows)
+    levels = _some(stored, factor.levels, f"{name}.levels", 1, use.rows)
+    scale = _per_output(stored, factor.scale, f"{name}.scale.flat", use.rows)
     zero_point = None
-    if stored.int8_zero_point is not None:
-        zero_point = _per_output(stored, stored.int8_zero_point, f"{name}.zero_point.flat", use.rows)
+    if factor.zero_point is not None:
+        zero_point = _per_output(stored, factor.zero_point, f"{name}.zero_point.flat", use.rows)
     emit = _float_nodes if in_float else _integer_nodes
     nodes = emit(stored, use, levels, zero_point, scale)
     if use.bias is not None:

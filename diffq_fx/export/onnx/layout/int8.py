@@ -1,4 +1,4 @@
-"""The rule ``int8``: convolutions of int8 weights and static uint8 activations (onnxruntime's QLinearConv).
+"""The rule ``int8``: convolutions of weights and static uint8 activations in 8 bits (onnxruntime's QLinearConv).
 
 Each value that an integer kernel reads or gives is rounded by ``QuantizeLinear -> DequantizeLinear``; onnxruntime fuses every kernel with
 the pairs around it. The values are: what a convolution reads, what it gives, and whatever Add, Mul, Concat, Sigmoid, LeakyRelu or
@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.emitter import Emitter, describe_like, make_node
 from diffq_fx.export.onnx.layout.plan import Range
+from diffq_fx.export.onnx.layout.products import Form, choose_form, emit_factor
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable
 
@@ -25,8 +26,6 @@ _MIN_GROUP = 32
 """Channels a group from which int8 was measured to be faster than float: 1.3 to 5 times slower below, but for depthwise convolutions."""
 _MANY_INPUTS = 256
 """Inputs of a filter from which a product of matrices is faster than the kernel for zero points of 0."""
-_MOST_STRETCH = 1.25
-"""How much wider the steps of a filter may become on average for zero points of 0."""
 _MAX_BIAS_STEPS = 2.0**30
 """A bias is rounded to int32 steps of the product of both scales."""
 
@@ -97,33 +96,38 @@ def without_empty_scales(table: WeightTable) -> WeightTable:
 
 
 def is_depthwise(table: WeightTable, node: ir.Node) -> bool:
-    """Whether every channel is filtered by itself: onnxruntime (1.31) is fast for that with zero points of 0 alone.
+    """Whether every channel is filtered by itself: onnxruntime (1.31) is fast for that with zero points of 0.
 
-    Others take 10 to 40 times as long, or the same for all channels a tenth more.
+    The same other one for all channels takes a tenth more, different ones 10 to 40 times as long.
     """
     return node.attributes.get_int("group", 1) == table.spec.shape[0] and table.spec.shape[1] == 1
 
 
-def is_centred(table: WeightTable, nodes: Sequence[ir.Node]) -> bool:
-    """Whether the filters of integer convolutions shall have zero points of 0, and so onnxruntime's (1.31) kernel for these.
+def form_of_filters(table: WeightTable, nodes: Sequence[ir.Node]) -> Form:
+    """How the filters of integer convolutions are multiplied.
 
-    Any other zero point sends them to its product of matrices, which is faster for filters of many inputs and slower for those of
-    few: ``benchmarks/integer_convolutions.py`` measures both, and its result is that of a processor with AMX. Levels of 8 bits that
-    lie unevenly about zero are rounded anew for zero points of 0, which is left where it would cost much.
+    onnxruntime (1.31) has a kernel for zero points of 0; any other one sends filters to its product of matrices, which is faster for
+    filters of many inputs and slower for those of few: ``benchmarks/integer_convolutions.py`` measures both, and its result is that of a
+    processor with AMX. Depthwise filters need one zero point for all channels.
+
+    Args:
+        table: the weight.
+        nodes: the convolutions that read it.
     """
     if any(is_depthwise(table, node) for node in nodes):
-        return True
-    return math.prod(table.spec.shape[1:]) < _MANY_INPUTS and float(table.int8_stretch.mean()) <= _MOST_STRETCH
+        return choose_form(table, "equal")
+    has_few_inputs = math.prod(table.spec.shape[1:]) < _MANY_INPUTS
+    return choose_form(table, "any" if has_few_inputs else "moved")
 
 
-def emit_int8_filters(stored: StoredTable, *, centred: bool) -> ir.Value:
-    """Write the weight of integer convolutions: a DequantizeLinear of int8, which onnxruntime fuses.
+def emit_filters(stored: StoredTable, form: Form) -> ir.Value:
+    """Write the weight of integer convolutions: a DequantizeLinear of int8 or uint8, which onnxruntime fuses.
 
     Args:
         stored: the weight, one scale per output channel.
-        centred: whether all zero points shall be 0, or at least one another; see :func:`is_centred`.
+        form: from :func:`form_of_filters`.
     """
-    levels, zero_point, scale = stored.int8_centred if centred else (*stored.int8_moved, stored.scale)
+    levels, zero_point, scale = emit_factor(stored, form)
     flat = [stored.emit.op("Reshape", [scale, stored.sizes("flat", [-1])], f"{stored.name}.scale.flat")]
     if zero_point is not None:
         flat.append(stored.emit.op("Reshape", [zero_point, stored.sizes("flat", [-1])], f"{stored.name}.zero_point.flat"))

@@ -18,6 +18,7 @@ from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, Machines, Product, choose
 from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.products import choose_form
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
 from diffq_fx.export.onnx.layout.tensors import integer_tensor, integer_type
@@ -116,7 +117,7 @@ def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: b
         kernels[Kernel(f"fused {bits}", _kernel_block(table, bits))] = "native"
     kernels[Kernel("fused 8", _kernel_block(table, _BYTE))] = "bytes"
     if dynamic and table.blocks == 1:
-        kernels[Kernel("dynamic int8")] = "dynamic"
+        kernels[Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8")] = "dynamic"
     return {kernel: mode for kernel, mode in kernels.items() if kernel != _SLOW and (blocked or not kernel.block)}
 
 

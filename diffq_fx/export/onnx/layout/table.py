@@ -59,16 +59,6 @@ class WeightTable:
         return self.scale.shape[1]
 
     @cached_property
-    def fits_int8_centred(self) -> bool:
-        """Whether the levels less their zero points, which are one per row, fit int8."""
-        if self.zero_point is None:
-            return self.container_bits <= np.iinfo(np.int8).bits
-        if self.blocks > 1:
-            return False
-        centred = self.levels - self.zero_point
-        return bool(centred.min() >= np.iinfo(np.int8).min and centred.max() <= np.iinfo(np.int8).max)
-
-    @cached_property
     def int8_stretch(self) -> np.ndarray:
         """What the scale of each row grows by so that the levels less their zero points fit int8: float32, (O, 1), 1 where they do."""
         zero_point = 0 if self.zero_point is None else self.zero_point

@@ -1,0 +1,138 @@
+"""Levels for onnxruntime's integer products, in a form that is exact on every processor and for any activations.
+
+onnxruntime (1.31) multiplies uint8 activations with int8 or uint8 weights. Its kernels for x86 without VNNI add two neighbouring
+uint8 x int8 products in int16, which saturates (vpmaddubsw); its kernels for Arm without dot products add two int8 x int8 products in
+int16, which overflows (smull, smlal). Both are exact for levels within +-64: ``2 * 255 * 64 = 32640`` fits int16. uint8 weights are
+widened to int16 before they are multiplied, and summed in int32: any level is exact, but on x86 that takes longer.
+
+So levels of up to 7 bits are moved to the middle of int8, their zero points alike, and levels of 8 bits are multiplied as uint8.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from diffq_fx.export.onnx.layout.stored import StoredTable
+from diffq_fx.export.onnx.layout.table import WeightTable
+
+EXACT_LEVEL = 64
+"""int8 levels up to this size are multiplied without loss everywhere."""
+_MIDDLE_OF_UINT8 = 128
+
+ZeroPoints = Literal["any", "equal", "moved"]
+"""What a kernel is fast for: any zero points; one for all channels, at best 0; at least one that is not 0."""
+
+
+class Factor(NamedTuple):
+    """A weight as an integer kernel multiplies it."""
+
+    levels: ir.Value
+    """int8 or uint8, in the form of the storage."""
+    zero_point: ir.Value | None
+    """Of the levels' type and the scales' shape; None for zeros."""
+    scale: ir.Value
+
+
+class Form(NamedTuple):
+    """How stored levels become those of a :class:`Factor`: ``levels - zero_point (if centred) - offset``, the zero points alike."""
+
+    dtype: ir.DataType
+    centred: bool
+    offset: int
+
+
+def is_exact(levels: np.ndarray) -> bool:
+    """Whether products of these levels with any activations of 8 bits neither saturate nor overflow, whatever the processor.
+
+    Args:
+        levels: as the kernel reads them, int8 or uint8.
+
+    Example:
+        >>> is_exact(np.array([-64, 64], np.int8)), is_exact(np.array([65], np.int8)), is_exact(np.array([255], np.uint8))
+        (True, False, True)
+    """
+    return levels.dtype == np.uint8 or (levels.dtype == np.int8 and _fit(levels))
+
+
+def _fit(levels: np.ndarray) -> bool:
+    return bool(levels.size == 0 or (levels.min() >= -EXACT_LEVEL and levels.max() <= EXACT_LEVEL))
+
+
+def has_exact_centre(table: WeightTable) -> bool:
+    """Whether the levels less their zero points, which are one per row, are exact in int8."""
+    return _fit(table.levels if table.zero_point is None else table.levels - table.zero_point)
+
+
+def choose_form(table: WeightTable, zero_points: ZeroPoints = "any") -> Form:
+    """Choose the fastest form that is exact.
+
+    Args:
+        table: a weight of up to 8 bits, one zero point per row or one in all.
+        zero_points: what the kernel is fast for.
+    """
+    if zero_points != "moved" and has_exact_centre(table):
+        return Form(ir.DataType.INT8, centred=True, offset=0)
+    learned = np.zeros(1, np.int32) if table.zero_point is None else table.zero_point
+    if zero_points == "equal" and (learned != learned.flat[0]).any():
+        return Form(ir.DataType.UINT8, centred=True, offset=-_MIDDLE_OF_UINT8)
+    middle = 0 if table.signed else EXACT_LEVEL
+    for offset in (middle, middle - 1, middle + 1):
+        if _fit(table.levels - offset) and (learned != offset).any():
+            return Form(ir.DataType.INT8, centred=table.signed, offset=offset)
+    return Form(ir.DataType.UINT8, centred=table.signed, offset=-_MIDDLE_OF_UINT8 if table.signed else 0)
+
+
+def is_rounded_anew(table: WeightTable, form: Form) -> bool:
+    """Whether a common zero point costs wider steps: in uint8, where the levels of a channel lie too unevenly about their own one."""
+    return not table.signed and form.centred and form.dtype == ir.DataType.UINT8 and bool((table.int8_stretch > 1).any())
+
+
+def emit_factor(stored: StoredTable, form: Form) -> Factor:
+    """Write the nodes that make the levels of an integer product; onnxruntime computes them when it loads the file.
+
+    Args:
+        stored: the weight.
+        form: from :func:`choose_form` for its table.
+    """
+    scale = stored.scale
+    if is_rounded_anew(stored.table, form):
+        levels, scale = _rounded_anew(stored, form)
+    else:
+        levels = stored.levels_as(form.dtype if form.offset == 0 and _is_as_stored(stored, form) else ir.DataType.INT16)
+        if form.centred and stored.zero_point is not None:
+            zero_point = stored.cast(stored.zero_point, ir.DataType.INT16, f"{stored.name}.zero_point.int16")
+            levels = stored.emit.op("Sub", [levels, zero_point], f"{stored.name}.centred")
+        levels = _moved(stored, levels, form, "levels")
+    if not form.centred and stored.zero_point is not None:
+        return Factor(levels, _moved(stored, stored.zero_point, form, "zero_point"), scale)
+    if form.offset == 0:
+        return Factor(levels, None, scale)
+    zero_point = np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy())
+    value = stored.emit.initializer(f"{stored.name}.zero_point.moved", stored.table.stored_groups(zero_point, stored.storage.form))
+    return Factor(levels, value, scale)
+
+
+def _is_as_stored(stored: StoredTable, form: Form) -> bool:
+    """Whether the kernel reads the levels as they are."""
+    return not form.centred or stored.zero_point is None
+
+
+def _moved(stored: StoredTable, values: ir.Value, form: Form, label: str) -> ir.Value:
+    """Levels or zero points less the offset, in the type of the product."""
+    name = f"{stored.name}.{label}"
+    if form.offset:
+        wide = stored.cast(values, ir.DataType.INT16, f"{name}.int16")
+        offset = stored.emit.initializer(f"{name}.offset", np.array(form.offset, dtype=np.int16))
+        values = stored.emit.op("Sub", [wide, offset], f"{name}.moved")
+    return stored.cast(values, form.dtype, f"{name}.{form.dtype.name.lower()}")
+
+
+def _rounded_anew(stored: StoredTable, form: Form) -> tuple[ir.Value, ir.Value]:
+    """All levels about the middle of uint8, and their scales: rounded to a wider step in the rows that do not fit."""
+    stretch = stored.emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
+    zero_point = stored.cast(stored.zero_point, ir.DataType.FLOAT, f"{stored.name}.zero_point.float")
+    centred = stored.emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), zero_point], f"{stored.name}.centred")
+    steps = stored.emit.op("Div", [centred, stretch], f"{stored.name}.stretched")
+    rounded = stored.cast(stored.emit.op("Round", [steps], f"{stored.name}.rounded"), ir.DataType.INT16, f"{stored.name}.rounded.int16")
+    return _moved(stored, rounded, form, "levels"), stored.emit.op("Mul", [stored.scale, stretch], f"{stored.name}.scale.stretched")
