@@ -423,8 +423,8 @@ def report(kind: str) -> None:
         "Times: median ms of one run, and how many times faster than float it is, median [quartiles] of the pairs. All files of a model "
         "run in turns in one process. Memory: of a fresh process that loads the file and runs it once at batch 1, above what it had "
         "before: the peak, and what stays. Error: against the float file on one random input, largest difference / largest value, "
-        "and root mean square. Files of ours are for the portable target where no other one is named, and those of another target are left out "
-        'where they are the same; "exact" runs them with session_options(exact=True), which is for checks and not for speed.'
+        "and root mean square. Files of ours are for the portable target where no other one is named; those of another target are left out "
+        'where they are the same. "exact" runs them with session_options(exact=True), which is for checks and not for speed.'
     )
     title = f"ONNX files in onnxruntime's CPU provider, {kind_title(kind)}"
     path = write_result(f"onnx_latency_{kind}", title, "\n\n".join([intro, *parts]), ["torch", "onnx", "onnxruntime"])
