@@ -1,15 +1,19 @@
 """Our ONNX files against float and onnxruntime's own quantizers: latency in turns, file, memory, error.
 
-    python benchmarks/onnx_latency.py build encoder      # write the files of one model (minutes)
-    python benchmarks/onnx_latency.py race encoder       # time them
-    python benchmarks/onnx_latency.py report             # table and plot of everything that was raced
+    python benchmarks/onnx_latency.py build              # write the files of all models (minutes, on any machine), and their memory
+    python benchmarks/onnx_latency.py race               # time them on this kind of processor, and write its table and plot
+    python benchmarks/onnx_latency.py report             # table and plot of what was raced on this kind
     python benchmarks/onnx_latency.py profile encoder    # which operators the time goes to, by onnxruntime's profiler
+
+The first two go on where they stopped; a name behind them takes one model. The kind of processor is found out and is part of the result's
+name; the files are the same for all kinds, but for those of the kind's own target where it chooses other forms than the portable one.
 
 The weights are random, which neither speed nor size see; the error is that of rounding random weights and activations, larger than a
 trained model's. All files of one model come from the same float weights.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import random
@@ -25,12 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from _kind import kind_title, processor_kind
 from _models import Decoder, MobileNetV2, ResNet18, Separator, minilm_size
 from torch import Tensor, nn
 
 FOLDER = Path(".onnx_latency")
 SECONDS_PER_CELL = 6.0
 ROUNDS = (5, 40)
+SLOWEST = 0.97
+OWN_TARGETS = ("x86-avx2", "x86-vnni")
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,16 @@ CASES = {
 
 
 def build(name: str) -> None:
-    """Write every file of a model."""
+    """Write every file of a model that is not built yet, and measure what memory each takes."""
+    case, folder = CASES[name], FOLDER / name
+    if (folder / "facts.json").exists():
+        return
+    _write_files(name)
+    facts = {stem: _facts(path, exact, case) for stem, (path, exact) in _files(name, None).items()}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1))
+
+
+def _write_files(name: str) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -129,23 +145,32 @@ def _build_ours(model: nn.Module, case: Case, folder: Path, batches: list[tuple[
     from diffq_fx.export import export_onnx
 
     notes: dict[str, Any] = {}
+    portable: list[tuple[str, str]] = []
     kinds = ("float", "int8") if case.has_convolutions else ("float", "dynamic")
     for bits in (4, 8):
         config = DiffQConfig(target_bits=None, init_bits=bits)
         example = case.example(1)
         converted = convert_diffq(prepare_diffq(model, example, config))
-        for activations in kinds:
+        targets = ("portable",) if case.has_convolutions else ("portable", *OWN_TARGETS)
+        for activations, target in itertools.product(kinds, targets):
+            stem = f"ours{bits}_{activations}"
             result = export_onnx(
                 converted,
                 example,
-                folder / f"ours{bits}_{activations}.onnx",
+                folder / f"{stem}.onnx" if target == "portable" else folder / f"{stem}@{target}.onnx",
                 activations=activations,
+                target=target,
                 calibration=batches if activations == "int8" else None,
             )
+            forms = [(record.rule, (record.choice or "").partition(":")[0]) for record in result.weights]
+            if target != "portable" and forms == portable:
+                result.path.unlink()
+                continue
+            portable = forms if target == "portable" else portable
             rules: dict[str, int] = {}
             for record in result.weights:
                 rules[record.rule] = rules.get(record.rule, 0) + 1
-            notes[f"ours{bits}_{activations}"] = {
+            notes[result.path.stem] = {
                 "rules": rules,
                 "exact_error": result.max_relative_error,
                 "payload_bytes": result.payload_bytes,
@@ -186,26 +211,35 @@ def _options(path: Path, threads: int, *, exact: bool) -> Any:
     return options
 
 
-def race(name: str, threads_list: tuple[int, ...]) -> None:
-    """Time all files of a model in turns."""
+def _files(name: str, kind: str | None) -> dict[str, tuple[Path, bool]]:
+    """Stem -> file, and whether it runs exactly: the files of a model that one kind of processor races; all of them for None."""
+    files = {path.stem: (path, False) for path in sorted((FOLDER / name).glob("*.onnx")) if path.stem != "preprocessed"}
+    files = {stem: entry for stem, entry in files.items() if kind is None or stem.partition("@")[2] in ("", kind)}
+    for stem, (path, _) in list(files.items()):
+        if stem.startswith("ours") and stem.endswith("_float") and not CASES[name].has_convolutions:
+            files[f"{stem}_exact"] = (path, True)
+    return files
+
+
+def race(name: str, kind: str, threads_list: tuple[int, ...]) -> None:
+    """Time all files of a model in turns, at each batch and number of threads that is not timed yet."""
     import onnxruntime
 
-    case, folder = CASES[name], FOLDER / name
-    files = {path.stem: (path, False) for path in sorted(folder.glob("*.onnx")) if path.stem != "preprocessed"}
-    for stem, (path, _) in list(files.items()):
-        if stem.startswith("ours") and stem.endswith("_float") and not case.has_convolutions:
-            files[f"{stem}_exact"] = (path, True)
-    cells = []
+    case, files, log = CASES[name], _files(name, kind), FOLDER / name / f"race_{kind}.json"
+    cells = json.loads(log.read_text()) if log.exists() else []
+    known = {(cell["batch"], cell["threads"]) for cell in cells}
     for threads in threads_list:
+        missing = [batch for batch in case.batches if (batch, threads) not in known]
+        if not missing:
+            continue
         sessions = {
             stem: onnxruntime.InferenceSession(str(path), _options(path, threads, exact=exact), providers=["CPUExecutionProvider"])
             for stem, (path, exact) in files.items()
         }
-        for batch in case.batches:
+        for batch in missing:
             cells.append(_race_cell(case, sessions, batch, threads))
-            print(json.dumps(cells[-1]["median"]), flush=True)
-    measured = {stem: _facts(path, exact, case) for stem, (path, exact) in files.items()}
-    (folder / "race.json").write_text(json.dumps({"cells": cells, "files": measured}, indent=1))
+            log.write_text(json.dumps(cells, indent=1))
+            print(name, batch, threads, json.dumps({stem: round(ms, 3) for stem, ms in cells[-1]["median"].items()}), flush=True)
 
 
 def _race_cell(case: Case, sessions: dict[str, Any], batch: int, threads: int) -> dict[str, Any]:
@@ -355,38 +389,59 @@ TITLES = {
 }
 
 
-def report() -> None:
-    """Write the table, the plot and the numbers of everything that was raced."""
+def _title(stem: str) -> str:
+    """``ours4_float@x86-avx2_exact`` for people."""
+    base, _, target = stem.removesuffix("_exact").partition("@")
+    title = TITLES[base + "_exact" * stem.endswith("_exact")]
+    return f"{title}, target {target}" if target else title
+
+
+def report(kind: str) -> None:
+    """Write the table, the plot and the numbers of everything that was raced on a kind of processor."""
     from _result import RESULTS, markdown_table, write_result
 
-    raced = {name: json.loads((FOLDER / name / "race.json").read_text()) for name in CASES if (FOLDER / name / "race.json").exists()}
+    raced: dict[str, Any] = {}
+    for name in CASES:
+        log = FOLDER / name / f"race_{kind}.json"
+        if log.exists():
+            raced[name] = {"cells": json.loads(log.read_text()), "files": json.loads((FOLDER / name / "facts.json").read_text())}
     parts = []
     for name, results in raced.items():
         cells, files = results["cells"], results["files"]
         heads = [f"batch {cell['batch']}, {cell['threads']} thr." for cell in cells]
         rows = []
-        for stem in (stem for stem in TITLES if stem in files):
+        for stem in sorted(cells[0]["median"], key=lambda stem: list(TITLES).index(stem.partition("@")[0])):
             error = f"{100 * cells[0]['error'][stem]:.2g} / {100 * cells[0]['rms'][stem]:.2g}"
             facts = files[stem]
             memory = f"{facts['peak_mib'] - facts['before_mib']:.0f} / {facts['resident_mib'] - facts['before_mib']:.0f}"
-            rows.append((TITLES[stem], *(_cell(cell, stem) for cell in cells), f"{facts['file_mib']:.2f}", memory, error))
+            rows.append((_title(stem), *(_cell(cell, stem) for cell in cells), f"{facts['file_mib']:.2f}", memory, error))
         header = ("file", *heads, "file MiB", "memory MiB peak / after", "error % max / rms")
-        note = f"\n\n{results['note']}" if "note" in results else ""
-        parts.append(f"## {CASES[name].title}\n\n{markdown_table(header, rows)}{note}")
+        parts.append(f"## {CASES[name].title}\n\n{markdown_table(header, rows)}\n\n{_slower(cells)}")
     if missing := [case.title for name, case in CASES.items() if name not in raced]:
         parts.append(f"Not raced yet: {'; '.join(missing)}.")
     intro = (
         "Times: median ms of one run, and how many times faster than float it is, median [quartiles] of the pairs. All files of a model "
         "run in turns in one process. Memory: of a fresh process that loads the file and runs it once at batch 1, above what it had "
         "before: the peak, and what stays. Error: against the float file on one random input, largest difference / largest value, "
-        "and root mean square."
+        "and root mean square. Files of ours are for the portable target where no other one is named; those of another target are left out "
+        'where they are the same. "exact" runs them with session_options(exact=True), which is for checks and not for speed.'
     )
-    path = write_result(
-        "onnx_latency", "ONNX files in onnxruntime's CPU provider", "\n\n".join([intro, *parts]), ["torch", "onnx", "onnxruntime"]
-    )
+    title = f"ONNX files in onnxruntime's CPU provider, {kind_title(kind)}"
+    path = write_result(f"onnx_latency_{kind}", title, "\n\n".join([intro, *parts]), ["torch", "onnx", "onnxruntime"])
     (RESULTS / f"{path.stem}.json").write_text(json.dumps(raced, indent=1))
     _plot(raced, path.with_suffix(".png"))
     print(path.read_text())
+
+
+def _slower(cells: list[dict[str, Any]]) -> str:
+    """Every file of ours that runs as it was made and is more than 3 % slower than float."""
+    found = [
+        f"{_title(stem)} {middle:.2f} at batch {cell['batch']}, {cell['threads']} thr."
+        for cell in cells
+        for stem, (_, middle, _) in cell["ratio"].items()
+        if stem.startswith("ours") and not stem.endswith("_exact") and middle < SLOWEST
+    ]
+    return f"Of ours, slower than float by more than 3 %: {'; '.join(found) or 'none'}."
 
 
 def _cell(cell: dict[str, Any], stem: str) -> str:
@@ -425,16 +480,16 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=tuple(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    if arguments.step == "report":
-        report()
-        return
+    kind = processor_kind()
     for name in [arguments.model] if arguments.model else CASES:
         if arguments.step == "build":
             build(name)
         elif arguments.step == "profile":
             profile(name, max(arguments.threads))
-        else:
-            race(name, tuple(arguments.threads))
+        elif arguments.step == "race":
+            race(name, kind, tuple(arguments.threads))
+    if arguments.step in ("race", "report"):
+        report(kind)
 
 
 if __name__ == "__main__":

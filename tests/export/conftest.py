@@ -1,5 +1,7 @@
 """The tests of this folder look at forms and not at speed: the profiles of real processors must not decide which forms they get."""
 
+import os
+
 import pytest
 
 from diffq_fx.export.onnx.layout import profiles
@@ -23,3 +25,16 @@ QUICK = Profile(
 @pytest.fixture(autouse=True)
 def _integers_are_quick(monkeypatch):
     monkeypatch.setitem(profiles.KINDS, "portable", (QUICK,))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.onnx"
+
+
+@pytest.fixture
+def old_file(path):
+    path.write_bytes(b"the old file")
+    yield path
+    assert path.read_bytes() == b"the old file"
+    assert os.listdir(path.parent) == [path.name]

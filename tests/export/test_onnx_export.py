@@ -24,14 +24,6 @@ def path(tmp_path):
     return tmp_path / "model.onnx"
 
 
-@pytest.fixture
-def old_file(path):
-    path.write_bytes(b"the old file")
-    yield path
-    assert path.read_bytes() == b"the old file"
-    assert os.listdir(path.parent) == [path.name]
-
-
 def shapes(path):
     return [[d.dim_param or d.dim_value for d in entry.type.tensor_type.shape.dim] for entry in onnx.load(path).graph.input]
 

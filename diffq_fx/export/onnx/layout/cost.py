@@ -101,25 +101,26 @@ class Cost(NamedTuple):
     scaled_product: float = 0.0
     """ps a scale and row."""
 
-    def parts(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[float, ...]:
-        """How often each part is paid, in millions, thousands and ones, so that the sum of ``cost * often`` is in microseconds."""
-        blocks = -(-inputs // kernel.block) if kernel.block else 1
-        weights = (inputs if not kernel.block else blocks * kernel.block) * outputs
-        scales = 0 if kernel == FLOAT else blocks * outputs
-        return (
-            1.0,
-            1e-3 * weights,
-            1e-3 * max(0.0, weights - _CACHED_WEIGHTS),
-            1e-3 * rows * inputs,
-            1e-3 * rows * outputs,
-            1e-6 * rows * weights,
-            1e-3 * scales,
-            1e-6 * rows * scales,
-        )
-
     def microseconds(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> float:
         """The predicted time of one run."""
-        return sum(cost * often for cost, often in zip(self, self.parts(kernel, rows, inputs, outputs), strict=True))
+        return sum(cost * often for cost, often in zip(self, parts_of(kernel, rows, inputs, outputs), strict=True))
+
+
+def parts_of(kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[float, ...]:
+    """How often each part of a :class:`Cost` is paid, in such units that the sum of ``cost * often`` is in microseconds."""
+    blocks = -(-inputs // kernel.block) if kernel.block else 1
+    weights = (blocks * kernel.block if kernel.block else inputs) * outputs
+    scales = 0 if kernel == FLOAT else blocks * outputs
+    return (
+        1.0,
+        1e-3 * weights,
+        1e-3 * max(0.0, weights - _CACHED_WEIGHTS),
+        1e-3 * rows * inputs,
+        1e-3 * rows * outputs,
+        1e-6 * rows * weights,
+        1e-3 * scales,
+        1e-6 * rows * scales,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

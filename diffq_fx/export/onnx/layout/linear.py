@@ -8,6 +8,7 @@ mix of narrower containers, cast and joined at load ("bytes"), for onnxruntime f
 Shape legend: M rows, K inputs, N output channels, B block_size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, Machines, Product, choose
+from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Machines, Product, choose
 from diffq_fx.export.onnx.layout.emitter import make_node
 from diffq_fx.export.onnx.layout.products import choose_form
 from diffq_fx.export.onnx.layout.stored import StoredTable
@@ -29,7 +30,7 @@ _MAX_BLOCK = {2: 128, 4: 256, 8: 256}
 accuracy_level a block also shares the scale of the activations: 256 has 1.4 times the error of 32, 2.7 times with strong outliers."""
 _SLOW = Kernel("fused 2", 16)
 """Runs 10 to 20 times slower than float."""
-_NATIVE = (2, 4)
+_NATIVE: Mapping[int | None, KernelName] = {2: "fused 2", 4: "fused 4"}
 """Containers that the kernel of the same width reads as they are."""
 TWO_BIT_ALIGNMENT = 4
 """onnxruntime (1.31) computes a *wrong* product for a fused 2-bit [K, N] weight unless N is a multiple of this: it reads each
@@ -103,8 +104,8 @@ def choose_fusion(
     modes = _kernels(table, use, product, dynamic=dynamic, blocked=blocked)
     if not modes:
         return in_float(f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}")
-    native = Kernel(f"fused {storage.width}", _kernel_block(table, storage.width)) if storage.width in _NATIVE else None
-    here = [kernel for kernel, mode in modes.items() if mode != "native" or (kernel == native and not shared)]
+    native = None if shared else _NATIVE.get(storage.width)
+    here = [kernel for kernel, mode in modes.items() if mode != "native" or kernel.name == native]
     choice = choose(here, product, machines(product, tuple(modes)))
     return Fusion(modes.get(choice.kernel, "float"), choice)
 
@@ -114,7 +115,7 @@ def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: b
     kernels: dict[Kernel, Mode] = {}
     bits = table.container_bits
     if bits in _NATIVE and use.rows is None and (bits != 2 or product.outputs % TWO_BIT_ALIGNMENT == 0):
-        kernels[Kernel(f"fused {bits}", _kernel_block(table, bits))] = "native"
+        kernels[Kernel(_NATIVE[bits], _kernel_block(table, bits))] = "native"
     kernels[Kernel("fused 8", _kernel_block(table, _BYTE))] = "bytes"
     if dynamic and table.blocks == 1:
         kernels[Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8")] = "dynamic"
