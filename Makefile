@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
-.PHONY: demo test check format clean
+.PHONY: demo test check processors format clean
 
 demo: .venv/ready
 	$(BIN)/diffq-fx demo
@@ -20,6 +20,13 @@ check: $(KERNELS)
 	$(BIN)/pytest -n $(WORKERS) -q
 	$(BIN)/pytest -q --doctest-modules diffq_fx
 
+# Exported files on an x86 of 2013 and on Arm, by qemu-user (apt-get install qemu-user); the first of the two is part of `make test`.
+processors: $(KERNELS) .arm/proc/cpuinfo
+	DIFFQ_FX_ARM=.arm $(BIN)/pytest -q -s tests/export/test_processors.py
+
+.arm/proc/cpuinfo: benchmarks/arm_root.sh
+	$< .arm $(BIN)/python
+
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -34,4 +41,4 @@ $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info $(KERNELS)
+	rm -rf .venv .arm build *.egg-info $(KERNELS)
