@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,19 @@ def check_parity(files: DraftFiles, reference: nn.Module, example: Example, trac
 
 
 def _that_runs(reference: nn.Module, example: Example, generator: torch.Generator, shapes: list[tuple[int, ...]]) -> Example:
-    """Fresh inputs; where the model refuses its integers (indices that must fit together), the example's own ones."""
-    fresh = example.redrawn(generator, shapes)
-    try:
-        fresh.map(torch.clone).run(reference)
-    except (RuntimeError, ValueError, IndexError):
-        return example.redrawn(generator, shapes, keep_integers=True)
-    return fresh
+    """Fresh inputs; the example's own integers, or own values, where the model refuses other ones or makes nothing finite of them."""
+    kept: list[Callable[[torch.Tensor], bool]] = [lambda _: False, lambda tensor: not tensor.is_floating_point(), lambda _: True]
+    ran: list[Example] = []
+    for keep in kept:
+        fresh = example.redrawn(generator, shapes, keep)
+        try:
+            leaves = fresh.map(torch.clone).run(reference)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        if all(bool(leaf.isfinite().all()) for leaf in leaves if isinstance(leaf, torch.Tensor)):
+            return fresh
+        ran.append(fresh)
+    return ran[0] if ran else example.redrawn(generator, shapes, kept[-1])
 
 
 def compare_outputs(names: list[str], found: list[Any], expected: list[np.ndarray]) -> tuple[float, float]:
