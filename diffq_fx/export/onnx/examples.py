@@ -44,6 +44,11 @@ class Example:
         """The tensors in the order of the exported graph's inputs."""
         return [leaf for leaf in _compat.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """The tensors of shape (batch, length) that say which places are seen."""
+        return [tensor for tensor in self.tensors if tensor.dim() == 2 and _is_mask(tensor)]
+
     def run(self, model: nn.Module) -> list[Any]:
         """Call the model without gradients; the leaves of what it returns."""
         with torch.no_grad():

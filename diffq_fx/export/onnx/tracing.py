@@ -198,7 +198,7 @@ def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Exa
 def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:
     """Every size changed by one; one that is the sum of two others (a mask over what is cached and what is new) stays their sum."""
     others = {name: size + 1 if size + 1 <= largest.get(name, size + 1) else size - 1 for name, size in sizes.items()}
-    lengths = [name for name in sizes if name != "batch"]
+    lengths = [name for name in sizes if name != "batch" and not name.endswith("_0")]  # a second batch is no length
     for name in lengths:
         pairs = combinations([each for each in lengths if each != name], 2)
         total = next((others[one] + others[other] for one, other in pairs if sizes[one] + sizes[other] == sizes[name]), None)
