@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import diffq_fx
 from diffq_fx import CaptureError, DiffQConfig, DiffQError, _compat, convert, convert_diffq, prepare, prepare_diffq
 from diffq_fx.export import export_onnx, save_packed
-from diffq_fx.export.onnx.runtime import open_session
+from diffq_fx.export.onnx.sessions import open_session
 from diffq_fx.kernels import native
 from diffq_fx.methods.lsq import LSQ
 

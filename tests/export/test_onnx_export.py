@@ -436,23 +436,23 @@ def test_importing_the_package_does_not_import_onnx():
 @pytest.mark.parametrize("wrong", [1.01, 0.0, -1.0, float("nan"), float("inf")])
 def test_comparison_sees_wrong_outputs(wrong):
     expected = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
-    assert parity.compare_outputs(["y"], [expected + np.float32(1e-6)], [expected])[0] < 2e-6
+    assert parity.compare_outputs({"y": expected + np.float32(1e-6)}, [expected])[0] < 2e-6
     with pytest.raises(ExportError, match="output 'y' differs"):
-        parity.compare_outputs(["y"], [expected * np.float32(wrong)], [expected])
+        parity.compare_outputs({"y": expected * np.float32(wrong)}, [expected])
 
 
 def test_comparison_of_outputs_that_do_not_fit():
     one = np.ones((2, 2), np.float32)
     with pytest.raises(ExportError, match="the file has 1 outputs"):
-        parity.compare_outputs(["y"], [one], [one, one])
+        parity.compare_outputs({"y": one}, [one, one])
     with pytest.raises(ExportError, match=r"shape \(2, 2\) in onnxruntime, \(4,\) in PyTorch"):
-        parity.compare_outputs(["y"], [one], [one.reshape(4)])
+        parity.compare_outputs({"y": one}, [one.reshape(4)])
     zero = np.zeros(2, np.float32)
-    assert parity.compare_outputs(["y"], [zero], [zero]) == (0.0, 0.0)
+    assert parity.compare_outputs({"y": zero}, [zero]) == (0.0, 0.0)
     with pytest.raises(ExportError, match="differs"):
-        parity.compare_outputs(["y"], [zero + 1], [zero])
+        parity.compare_outputs({"y": zero + 1}, [zero])
     infinite = np.array([np.nan, np.inf, 1.0])
-    assert parity.compare_outputs(["y"], [infinite], [infinite]) == (0.0, 0.0)
+    assert parity.compare_outputs({"y": infinite}, [infinite]) == (0.0, 0.0)
 
 
 def test_weights_of_equal_levels_and_other_scales(tmp_path):

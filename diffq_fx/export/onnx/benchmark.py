@@ -4,7 +4,6 @@ The two run in turns on the same inputs, A B, B A, A B, ..., so that whatever sl
 the ratio is taken pair by pair. Medians and quartiles, never means: the noise of a computer is one-sided.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from diffq_fx.errors import DiffQError
+from diffq_fx.export.onnx.differences import largest_difference
 from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
-from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs, resolve_shapes
-from diffq_fx.export.onnx.runtime import check_same_signature, open_session, run_session, session_entries, signature_of
+from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
+from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
+from diffq_fx.export.onnx.signatures import check_same_signature, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations
 
@@ -139,7 +140,11 @@ def compare_latency(
     shapes = resolve_shapes(signature, batch, dims)
     check_same_signature((a, b), paths, shapes)
     inputs = make_inputs(signature, shapes, index_bounds(models), seed)
-    outputs = compare_outputs(run_session(a, inputs, path_a), run_session(b, inputs, path_b))
+    try:
+        outputs_a, outputs_b = run_session(a, inputs, path_a), run_session(b, inputs, path_b)
+    except DiffQError as error:
+        raise DiffQError(f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line).") from error
+    outputs = compare_outputs(outputs_a, outputs_b)
     runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
     a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
@@ -186,16 +191,5 @@ def compare_outputs(outputs_a: _Arrays, outputs_b: _Arrays) -> tuple[OutputDiffe
 def _difference(name: str, a: np.ndarray, b: np.ndarray) -> OutputDifference:
     if a.shape != b.shape:
         raise DiffQError(f"output '{name}' has shape {list(a.shape)} in A and {list(b.shape)} in B on the same inputs.")
-    if not a.size:
-        return OutputDifference(name=name, shape=a.shape, max_abs=0.0, max_relative=0.0)
-    if a.dtype.kind not in "fiub":
-        far = math.inf if (a != b).any() else 0.0
-        return OutputDifference(name=name, shape=a.shape, max_abs=far, max_relative=far)
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    with np.errstate(invalid="ignore"):
-        distance = np.where(same, 0.0, np.abs(a - b))
-    max_abs = float(np.where(np.isnan(distance), np.inf, distance).max())
-    largest = float(np.max(np.abs(a), where=np.isfinite(a), initial=0.0))
-    relative = max_abs / largest if largest else (math.inf if max_abs else 0.0)
-    return OutputDifference(name=name, shape=a.shape, max_abs=max_abs, max_relative=relative)
+    difference, relative = largest_difference(b, a)
+    return OutputDifference(name=name, shape=a.shape, max_abs=difference, max_relative=relative)

@@ -12,7 +12,7 @@ import torch
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.plan import Range
-from diffq_fx.export.onnx.runtime import open_session, run_session, to_numpy
+from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
 
 
 @dataclass(frozen=True, eq=False)

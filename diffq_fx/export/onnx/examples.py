@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 
 
+_HIDES = -1e4
+"""What is added to a score of attention to hide it lies below this."""
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
     """Positional and keyword arguments of one call of a model."""
@@ -40,6 +44,11 @@ class Example:
         """The tensors in the order of the exported graph's inputs."""
         return [leaf for leaf in _compat.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
+    @property
+    def masks(self) -> list[Tensor]:
+        """The tensors of shape (batch, length) that say which places are seen."""
+        return [tensor for tensor in self.tensors if tensor.dim() == 2 and _is_mask(tensor)]
+
     def run(self, model: nn.Module) -> list[Any]:
         """Call the model without gradients; the leaves of what it returns."""
         with torch.no_grad():
@@ -51,8 +60,11 @@ class Example:
         return Example(args, kwargs)
 
     def on_its_own(self) -> "Example":
-        """Views of larger tensors as copies: torch.export guards the sizes of the larger ones too, and torch.onnx fails on that."""
-        return self.map(lambda tensor: tensor.clone() if tensor._is_view() else tensor)
+        """Tensors that share nothing.
+
+        torch.export guards the sizes of the tensor that a view is of, and makes one input of a tensor that is given twice.
+        """
+        return self.map(lambda tensor: tensor.detach().clone())
 
     def replace(self, tensors: list[Tensor]) -> "Example":
         """Replace all tensors, in their order."""
@@ -73,28 +85,29 @@ class Example:
                 shapes[tensor] = {0: torch.export.Dim.AUTO}
         return shapes
 
-    def redrawn(self, generator: torch.Generator, sizes: list[tuple[int, ...]], *, keep_integers: bool = False) -> "Example":
-        """Fresh random inputs like these: floats and integers within the range of the example's, booleans from the example.
+    def redrawn(
+        self, generator: torch.Generator, sizes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False
+    ) -> "Example":
+        """Fresh random inputs like these: floats and integers within the range of the example's, masks of the example's rows.
 
         Integers in ascending order (offsets, positions) keep their values, since their order means something.
 
         Args:
             generator: the source of randomness, on the CPU.
             sizes: the shape of each tensor.
-            keep_integers: keep the values of all integers, the last ones repeated where the shape is larger.
+            keep: which tensors keep their values, the last ones repeated where the shape is larger.
         """
-        return self.replace([_like(t, shape, generator, keep_integers) for t, shape in zip(self.tensors, sizes, strict=True)])
+        return self.replace([_like(t, shape, generator, keep(t)) for t, shape in zip(self.tensors, sizes, strict=True)])
 
 
-def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, keep_integers: bool) -> Tensor:
+def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, keep: bool) -> Tensor:
     if tensor.numel() == 0:
         return tensor.new_zeros(shape)
-    if tensor.dtype == torch.bool:
-        picks = torch.randint(tensor.numel(), shape, generator=generator)
-        return tensor.flatten()[picks.to(tensor.device)]
+    if keep or _is_ascending(tensor):
+        return _resized(tensor, shape)
+    if _is_mask(tensor):
+        return _rows_like(tensor, shape, generator)
     if not tensor.is_floating_point():
-        if keep_integers or _is_ascending(tensor):
-            return _resized(tensor, shape)
         low, high = int(tensor.min()), int(tensor.max())
         return torch.randint(low, high + 1, shape, generator=generator).to(tensor)
     values = tensor.detach().double().cpu()
@@ -107,6 +120,38 @@ def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, ke
 
 def _is_ascending(tensor: Tensor) -> bool:
     return tensor.dim() == 1 and tensor.numel() > 1 and bool((tensor.diff() >= 0).all()) and bool(tensor[0] != tensor[-1])
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether the values say what is seen: booleans, 0 and 1, or what is added to scores of attention and hides some of them."""
+    if tensor.dtype == torch.bool:
+        return True
+    if not tensor.is_floating_point():
+        return bool(((tensor == 0) | (tensor == 1)).all())
+    values = tensor.detach().double()
+    return bool(((values == 0) | (values == 1)).all() and (values != values.flatten()[0]).any()) or bool((values < _HIDES).any())
+
+
+def _rows_like(mask: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Rows of the example's mask in random order: a row that was made at random may hide everything, or break what belongs together."""
+    for axis, size in enumerate(shape[1:] if len(shape) > 1 else shape, 1 if len(shape) > 1 else 0):
+        while mask.shape[axis] > size:
+            mask = _without_one(mask, axis)
+    if len(shape) > 1:
+        mask = mask[torch.randint(mask.shape[0], shape[:1], generator=generator).to(mask.device)]
+    return _resized(mask, shape)
+
+
+def _without_one(mask: Tensor, axis: int) -> Tensor:
+    """The mask with one place less along an axis: the last one whose row keeps both what it shows and what it hides."""
+    values = mask.detach().double()
+    places = list(range(mask.shape[axis]))
+    for place in reversed(places):
+        rest = torch.tensor(places[:place] + places[place + 1 :], device=mask.device)
+        less = values.index_select(axis, rest)
+        if torch.equal(less.amin(axis), values.amin(axis)) and torch.equal(less.amax(axis), values.amax(axis)):
+            return mask.index_select(axis, rest)
+    return mask.narrow(axis, 0, mask.shape[axis] - 1)
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 import diffq_fx
 from diffq_fx.atomic import draft_folder
-from diffq_fx.errors import ExportError
+from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.exporter import ExportResult
@@ -101,7 +101,7 @@ def export_file(
                 job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
             draft = _draft_without_dequantization(job)
             file_bytes = publish(draft.file, path)
-    except ExportError as error:
+    except DiffQError as error:
         raise ExportError(f"export_onnx: {error}") from error
     return _result(job, draft, file_bytes)
 
@@ -175,6 +175,11 @@ def _remarks(job: _Job, draft: _Draft) -> list[str]:
         remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
     if isinstance(job.request.machines, Stopwatch) and (skipped := len(job.request.machines.skipped)):
         remarks.append(f"the time for measuring was over before {skipped} products: their form is that of the portable profiles")
+    if draft.parity is not None and draft.parity.leaves_out_hidden:
+        remarks.append(
+            "the outputs agree with PyTorch's where the mask shows a place, and differ where it hides one: where a row of attention sees "
+            "nothing (padding on the left of a causal model) PyTorch gives 0 and onnxruntime an average. Leave these places out"
+        )
     if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
         remarks.append(
             f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "

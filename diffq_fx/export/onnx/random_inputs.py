@@ -6,12 +6,12 @@ mask and any table can take.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffq_fx.errors import DiffQError
+from diffq_fx.export.onnx.signatures import TensorSignature
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -29,85 +29,6 @@ _NUMPY_TYPES = {
 
 _ID_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Slice", "Expand"))
 _SAME_SHAPE = frozenset(("DequantizeLinear", "Cast", "Identity", "Sub", "Mul"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSignature:
-    """One input or output of a model."""
-
-    name: str
-    type: str
-    """As onnxruntime calls it: "tensor(float)"."""
-    shape: tuple[int | str | None, ...]
-    """A size, the name of an open one, or None for an open one without a name."""
-
-    def __str__(self) -> str:
-        """Name, type and shape for messages."""
-        sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
-        return f"'{self.name}' {self.type} [{sizes}]"
-
-
-def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
-    """Choose a size for every open dimension.
-
-    Args:
-        signature: the inputs of a model.
-        batch: size of open first dimensions, and of every other dimension of the same name.
-        dims: sizes by the dimension's name, or by ``"input.position"`` for one without; they come before ``batch``.
-
-    Returns:
-        Input name -> shape.
-
-    Raises:
-        ValueError: A size is missing, is not positive, names no open dimension, or no input can take ``batch``.
-
-    Example:
-        >>> ids = TensorSignature(name="ids", type="tensor(int64)", shape=("batch", "length"))
-        >>> resolve_shapes([ids], batch=2, dims={"length": 16})
-        {'ids': (2, 16)}
-    """
-    sizes = dict(dims or {})
-    _check_sizes(signature, batch, sizes)
-    for entry in signature:
-        if entry.shape and isinstance(entry.shape[0], str):
-            sizes.setdefault(entry.shape[0], batch)
-    return {entry.name: _resolve(entry, batch, sizes) for entry in signature}
-
-
-def _resolve(entry: TensorSignature, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    shape: list[int] = []
-    for position, size in enumerate(entry.shape):
-        keys = [key for key in (size, f"{entry.name}.{position}") if isinstance(key, str) and key in sizes]
-        if isinstance(size, int):
-            shape.append(size)
-        elif keys:
-            shape.append(sizes[keys[-1]])
-        elif position == 0:
-            shape.append(batch)
-        else:
-            key = size or f"{entry.name}.{position}"
-            raise ValueError(
-                f"input {entry} leaves dimension {position} open and only the first one is the batch. "
-                f"Give it a size: dims={{{key!r}: 128}}, or --dim {key}=128 on the command line."
-            )
-    return tuple(shape)
-
-
-def _check_sizes(signature: Sequence[TensorSignature], batch: int, sizes: Mapping[str, int]) -> None:
-    known: list[str] = []
-    for entry in signature:
-        for position, size in enumerate(entry.shape):
-            if not isinstance(size, int):
-                known += [f"{entry.name}.{position}"] if size is None else [size, f"{entry.name}.{position}"]
-    if wrong := sorted(set(sizes) - set(known)):
-        open_ones = ", ".join(dict.fromkeys(known)) or "none"
-        raise ValueError(f"dims names {', '.join(wrong)}, which no input leaves open; open dimensions: {open_ones}.")
-    for name, size in {"batch": batch, **sizes}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
-    firsts = [entry.shape[0] for entry in signature if entry.shape]
-    if batch != 1 and batch not in firsts and all(isinstance(size, int) for size in firsts):
-        raise ValueError(f"batch={batch}, but the first dimension of every input is fixed at {firsts}. Leave batch at 1.")
 
 
 def make_inputs(

@@ -1,10 +1,23 @@
-"""The onnxruntime options that our files want, and that they carry in their metadata."""
+"""onnxruntime sessions with the options that our files want, and that they carry in their metadata.
 
+A file may ask for session entries there: ``diffq_fx.session.disable_quant_qdq = 1`` sets onnxruntime's ``session.disable_quant_qdq``.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.metadata import from_props
+import numpy as np
+import torch
+
+from diffq_fx import _compat
+from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export.onnx.files import load_graph
+from diffq_fx.export.onnx.metadata import PREFIX, from_props
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
 EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 """Keeps activations in float inside fused products."""
@@ -19,6 +32,18 @@ def wanted_entries(layout: str) -> dict[str, str]:
         layout: "onnxruntime" or "qdq".
     """
     return dict([_FAST_LEVEL]) if layout == "onnxruntime" else {}
+
+
+def session_entries(model: "ModelProto") -> dict[str, str]:
+    """The onnxruntime session entries that a file asks for in its metadata.
+
+    Args:
+        model: a model with ``metadata_props`` such as ``diffq_fx.session.disable_quant_qdq = 1``.
+
+    Returns:
+        onnxruntime's key -> value: ``{"session.disable_quant_qdq": "1"}``.
+    """
+    return {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(f"{PREFIX}session.")}
 
 
 def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) -> Any:
@@ -54,9 +79,6 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
     """
     import onnxruntime
 
-    from diffq_fx.export.onnx.files import load_graph
-    from diffq_fx.export.onnx.runtime import session_entries
-
     if threads < 0:
         raise ValueError(f"threads must be at least 0, got {threads}.")
     model = load_graph(path)
@@ -71,9 +93,77 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
                 'no option undoes that. Export with activations="float" for a file that can run exactly.'
             )
         entries.update([EXACT_LEVEL])
-    options = onnxruntime.SessionOptions()
+    options = _options(threads, entries)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return options
+
+
+def _options(threads: int, entries: Mapping[str, str]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     return options
+
+
+def open_session(path: str | Path, threads: int, entries: Mapping[str, str], profile: Path | None = None) -> "InferenceSession":
+    """Load a file with onnxruntime's CPU provider.
+
+    Args:
+        path: an ONNX file.
+        threads: threads inside an operator; 0 leaves it to onnxruntime.
+        entries: session entries, see :func:`session_entries`.
+        profile: how the name of a profile shall begin; None for none.
+
+    Returns:
+        The session.
+
+    Raises:
+        DiffQError: onnxruntime cannot load the file.
+    """
+    import onnxruntime
+
+    # Without this the threads of the model that has just run keep spinning and slow down the one whose turn it is.
+    options = _options(threads, {"session.force_spinning_stop": "1", **entries})
+    options.log_severity_level = 4  # what goes wrong is raised, not logged
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except _compat.onnxruntime_errors() as error:
+        raise DiffQError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {str(error).strip()}") from error
+
+
+def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
+    """Run a session once.
+
+    Args:
+        session: of the file ``path``.
+        inputs: input name -> value.
+        path: for the message.
+
+    Returns:
+        Output name -> value.
+
+    Raises:
+        DiffQError: onnxruntime fails on these inputs, or an output is not a tensor.
+    """
+    try:
+        values: Sequence[Any] = session.run(None, dict(inputs))
+    except _compat.onnxruntime_errors() as error:
+        shapes = ", ".join(f"'{name}' {list(value.shape)}" for name, value in inputs.items())
+        raise DiffQError(f"onnxruntime cannot run '{path}' on inputs {shapes}: {str(error).strip()}") from error
+    outputs = {entry.name: value for entry, value in zip(session.get_outputs(), values, strict=True)}
+    for name, value in outputs.items():
+        if not isinstance(value, np.ndarray):
+            raise DiffQError(f"output '{name}' of '{path}' is a {type(value).__name__}: only tensors can be compared.")
+    return outputs
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as onnxruntime takes it; bfloat16, which numpy does not have, in float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -29,7 +29,8 @@ def drop_what_is_derived(model: ir.Model) -> None:
         if _says_as_much(found[value.name], value):
             value.shape, value.type = None, None
     for value in model.graph.initializers.values():
-        value.shape, value.type = None, None  # its tensor has both
+        if not value.is_graph_output():
+            value.shape, value.type = None, None  # its tensor has both
 
 
 def _inner_values(graph: ir.Graph) -> list[ir.Value]:

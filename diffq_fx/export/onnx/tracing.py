@@ -5,16 +5,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
 from onnxscript.values import Op, Opset
 from torch import nn
 
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
@@ -53,6 +55,8 @@ def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
 def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> TracedModel:
     """Trace a model with torch.export and translate it to ONNX.
 
+    Where that fails it is tried without torch.onnx's optimizer, then with a static batch; a remark says so.
+
     Args:
         converted: in eval mode.
         example: the user's example.
@@ -61,23 +65,30 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
     Raises:
         ExportError: torch.export or torch.onnx cannot follow the model.
     """
-    with quiet(), recurrent_layers_whole():
+    with quiet(), recurrent_layers_whole(), torch.no_grad():  # with gradients on, attention is taken apart into other operators
         if dynamic_shapes is not None:
-            return _traced(converted, _exported(converted, example, dynamic_shapes), example, ())
-        repeated = _repeated(converted, example)
-        program = _exported(converted, repeated, repeated.dynamic_batch())
-        if repeated is not example and not _has_dynamic_batch(program):
-            program = _exported(converted, example, None)
-        remarks = () if _has_dynamic_batch(program) else (_static_remark(example),)
-        return _traced(converted, program, example, remarks)
+            return _translated(converted, _exported(converted, example, dynamic_shapes), example, ())
+        try:
+            program = _with_dynamic_batch(converted, example)
+            remarks = () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
+            return _translated(converted, program, example, remarks)
+        except ExportError as error:
+            try:
+                program = _exported(converted, example, None)
+                return _translated(converted, program, example, (_static_remark(example, f"with a dynamic one {error}"),))
+            except ExportError:
+                raise error from error.__cause__
 
 
-def _static_remark(example: Example) -> str:
+def _with_dynamic_batch(converted: nn.Module, example: Example) -> torch.export.ExportedProgram:
+    repeated = _repeated(converted, example)
+    program = _exported(converted, repeated, repeated.dynamic_batch())
+    return program if repeated is example or _has_dynamic_batch(program) else _exported(converted, example, None)
+
+
+def _static_remark(example: Example, reason: str) -> str:
     sizes = ", ".join(str(tensor.shape[0]) for tensor in example.tensors if tensor.dim())
-    return (
-        f"the batch, size 0 of the inputs, is static ({sizes}): the model's own code fixes it, or cannot run on the example repeated "
-        "along it. Give dynamic_shapes where the batch is another size"
-    )
+    return f"the batch, size 0 of the inputs, is static ({sizes}): {reason}. Give dynamic_shapes where the batch is another size"
 
 
 def _repeated(converted: nn.Module, example: Example) -> Example:
@@ -94,14 +105,16 @@ def _repeated(converted: nn.Module, example: Example) -> Example:
 
 def _exported(converted: nn.Module, example: Example, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     try:
-        with torch.no_grad():
-            return torch.export.export(converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        program = torch.export.export(converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except _TRACING_ERRORS as error:
         raise ExportError(
-            f"torch.export cannot trace the {type(converted).__name__}: {_first_lines(error)}\n"
+            f"torch.export cannot trace the {type(converted).__name__}: {tracing_cause(error)}\n"
             "  Check the example inputs, and dynamic_shapes if you gave them (their example sizes must be 2 or more); "
             "control flow that depends on values needs torch.cond."
         ) from error
+    check_recurrent_layers(program.graph)
+    _number_levels(program, converted)
+    return program
 
 
 def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) -> None:
@@ -115,17 +128,30 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
 
 
-def _translate(program: torch.export.ExportedProgram, converted: nn.Module) -> ir.Model:
-    check_recurrent_layers(program.graph)
-    _number_levels(program, converted)
+def _translated(
+    converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]
+) -> TracedModel:
+    """Translate; without torch.onnx's optimizer where that is what fails."""
+    try:
+        return _traced(_to_onnx(program, optimize=True), program, example, remarks)
+    except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS) as error:
+        try:
+            model = _to_onnx(program, optimize=False)
+        except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS):
+            cause = translation_cause(error, program)
+            raise ExportError(f"torch.onnx cannot translate the {type(converted).__name__}: {cause}") from error
+        remark = f"the graph is not optimized by torch.onnx, which fails on it ({translation_cause(error, program)})"
+        return _traced(model, program, example, (*remarks, remark))
+
+
+def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
     placeholder = _placeholder()
     table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: placeholder, torch.ops.diffq_fx.look_up.default: placeholder}
-    try:
-        translated = torch.onnx.export(program, (), dynamo=True, custom_translation_table=table, opset_version=BASE_OPSET, verbose=False)
-    except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS) as error:
-        raise ExportError(f"torch.onnx cannot translate the model: {_first_lines(error)}") from error
+    options: dict[str, Any] = {"custom_translation_table": table, "opset_version": BASE_OPSET, "optimize": optimize}
+    translated = torch.onnx.export(program, (), dynamo=True, verbose=False, **options)
     if translated is None:
-        raise ExportError("torch.onnx returned no model.")
+        raise ValueError("torch.onnx returned no model")
+    InlinePass()(translated.model)
     ClearMetadataAndDocStringPass()(translated.model)  # stack traces with the paths of this machine
     graph = translated.model.graph
     for described in (translated.model, graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
@@ -152,8 +178,7 @@ def _placeholder() -> Any:
     return dequantize
 
 
-def _traced(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
-    model = _translate(program, converted)
+def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
@@ -167,8 +192,19 @@ def _traced(converted: nn.Module, program: torch.export.ExportedProgram, example
             if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value.isidentifier():
                 sizes[size.value] = actual
     largest = {names.get(str(symbol)): bounds.upper for symbol, bounds in program.range_constraints.items()}
+    return TracedModel(model, sizes, _other_sizes(sizes, largest), remarks)
+
+
+def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:
+    """Every size changed by one; one that is the sum of two others (a mask over what is cached and what is new) stays their sum."""
     others = {name: size + 1 if size + 1 <= largest.get(name, size + 1) else size - 1 for name, size in sizes.items()}
-    return TracedModel(model, sizes, others, remarks)
+    lengths = [name for name in sizes if name != "batch" and not name.endswith("_0")]  # a second batch is no length
+    for name in lengths:
+        pairs = combinations([each for each in lengths if each != name], 2)
+        total = next((others[one] + others[other] for one, other in pairs if sizes[one] + sizes[other] == sizes[name]), None)
+        if total is not None and total <= largest.get(name, total):
+            others[name] = total
+    return others
 
 
 def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
@@ -177,10 +213,6 @@ def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
     firsts = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
     return not firsts or any(not str(size).isdigit() for size in firsts)  # a SymInt with a guard on its value prints as that value
-
-
-def _first_lines(error: Exception, count: int = 3) -> str:
-    return "\n  ".join(line for line in str(error).splitlines()[:count] if line.strip()) or type(error).__name__
 
 
 @contextmanager

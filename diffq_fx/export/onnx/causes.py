@@ -1,0 +1,76 @@
+"""Why a model cannot be exported, in the words of whatever failed first: torch.onnx wraps it in several layers of its own."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NODE = re.compile(r"translating node %(\w+) .*?target=torch\.ops\.([\w.]+)")
+_MISSING = "No ONNX function found"
+_MOST_LINES = 3
+_MOST_CHARACTERS = 300
+_CACHES = (
+    (
+        r"Found <class '.*Cache'> in output",
+        "The model returns a cache of keys and values: add use_cache=False to example_inputs (a dict of keyword arguments).",
+    ),
+    (
+        r"Unsupported input type <class '.*Cache'>",
+        "Export a wrapper module that takes the cache's tensors, makes the cache in its forward and returns its tensors.",
+    ),
+)
+
+
+def tracing_cause(error: Exception) -> str:
+    """Why torch.export fails, and what to do where that is known."""
+    text = _shown(error)
+    return next((f"{text}\n  {advice}" for pattern, advice in _CACHES if re.search(pattern, str(error))), text)
+
+
+def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:
+    """Why torch.onnx fails: the operator, the module that calls it, and the innermost reason."""
+    errors = list(_chain(error))
+    found = next((match for each in errors if (match := _NODE.search(_plain(each)))), None)
+    if found is None:
+        return _shown(errors[-1])
+    name, operator = found.groups()
+    where = _caller(name, program)
+    if any(_MISSING in str(each) for each in errors):
+        return f"{operator}{where} has no translation to ONNX. Write it with other operators."
+    return f"{operator}{where}: {_shown(errors[-1])}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _caller(name: str, program: torch.export.ExportedProgram) -> str:
+    """The module whose forward calls the operator of a node; empty for the model itself, and where it is not known."""
+    node = _find(program.graph, name)
+    if node is None:
+        try:
+            node = _find(program.run_decompositions().graph, name)  # torch.onnx names the parts that an operator is made of
+        except Exception:  # noqa: BLE001  it is the export that has failed; this only looks for a name
+            node = None
+    stack = list((node.meta.get("nn_module_stack") or {}).values()) if node is not None else []
+    path, kind = stack[-1] if stack else ("", "")
+    return f" in {path!r} ({str(kind).rpartition('.')[2]})" if path else ""
+
+
+def _find(graph: fx.Graph, name: str) -> fx.Node | None:
+    return next((node for node in graph.nodes if node.name == name), None)
+
+
+def _plain(error: BaseException) -> str:
+    return _COLOURS.sub("", str(error))
+
+
+def _shown(error: BaseException) -> str:
+    lines = [line.strip() for line in _plain(error).splitlines() if line.strip()]
+    text = "\n  ".join(lines[:_MOST_LINES])
+    text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

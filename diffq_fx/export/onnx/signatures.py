@@ -1,0 +1,143 @@
+"""What an ONNX model takes and gives: names, types and shapes, sizes for what a shape leaves open, and whether two models agree."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffq_fx.errors import DiffQError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSignature:
+    """One input or output of a model."""
+
+    name: str
+    type: str
+    """As onnxruntime calls it: "tensor(float)"."""
+    shape: tuple[int | str | None, ...]
+    """A size, the name of an open one, or None for an open one without a name."""
+
+    def __str__(self) -> str:
+        """Name, type and shape for messages."""
+        sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
+        return f"'{self.name}' {self.type} [{sizes}]"
+
+
+def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
+    """Choose a size for every open dimension.
+
+    Args:
+        signature: the inputs of a model.
+        batch: size of open first dimensions, and of every other dimension of the same name.
+        dims: sizes by the dimension's name, or by ``"input.position"`` for one without; they come before ``batch``.
+
+    Returns:
+        Input name -> shape.
+
+    Raises:
+        ValueError: A size is missing, is not positive, names no open dimension, or no input can take ``batch``.
+
+    Example:
+        >>> ids = TensorSignature(name="ids", type="tensor(int64)", shape=("batch", "length"))
+        >>> resolve_shapes([ids], batch=2, dims={"length": 16})
+        {'ids': (2, 16)}
+    """
+    sizes = dict(dims or {})
+    _check_sizes(signature, batch, sizes)
+    for entry in signature:
+        if entry.shape and isinstance(entry.shape[0], str):
+            sizes.setdefault(entry.shape[0], batch)
+    return {entry.name: _resolve(entry, batch, sizes) for entry in signature}
+
+
+def _resolve(entry: TensorSignature, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    shape: list[int] = []
+    for position, size in enumerate(entry.shape):
+        keys = [key for key in (size, f"{entry.name}.{position}") if isinstance(key, str) and key in sizes]
+        if isinstance(size, int):
+            shape.append(size)
+        elif keys:
+            shape.append(sizes[keys[-1]])
+        elif position == 0:
+            shape.append(batch)
+        else:
+            key = size or f"{entry.name}.{position}"
+            raise ValueError(
+                f"input {entry} leaves dimension {position} open and only the first one is the batch. "
+                f"Give it a size: dims={{{key!r}: 128}}, or --dim {key}=128 on the command line."
+            )
+    return tuple(shape)
+
+
+def _check_sizes(signature: Sequence[TensorSignature], batch: int, sizes: Mapping[str, int]) -> None:
+    known: list[str] = []
+    for entry in signature:
+        for position, size in enumerate(entry.shape):
+            if not isinstance(size, int):
+                known += [f"{entry.name}.{position}"] if size is None else [size, f"{entry.name}.{position}"]
+    if wrong := sorted(set(sizes) - set(known)):
+        open_ones = ", ".join(dict.fromkeys(known)) or "none"
+        raise ValueError(f"dims names {', '.join(wrong)}, which no input leaves open; open dimensions: {open_ones}.")
+    for name, size in {"batch": batch, **sizes}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}.")
+    firsts = [entry.shape[0] for entry in signature if entry.shape]
+    if batch != 1 and batch not in firsts and all(isinstance(size, int) for size in firsts):
+        raise ValueError(f"batch={batch}, but the first dimension of every input is fixed at {firsts}. Leave batch at 1.")
+
+
+def signature_of(entries: Sequence[Any]) -> list[TensorSignature]:
+    """The signature that ``session.get_inputs()`` or ``session.get_outputs()`` gives."""
+    return [
+        TensorSignature(name=entry.name, type=entry.type, shape=tuple(None if size == "" else size for size in entry.shape))
+        for entry in entries
+    ]
+
+
+def check_same_signature(
+    sessions: "Sequence[InferenceSession]", paths: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that two models take the same inputs and give the same outputs.
+
+    Args:
+        sessions: A and B.
+        paths: their files, for the message.
+        shapes: the inputs' shapes that were made for A, and that B must take.
+
+    Raises:
+        DiffQError: An input or output is missing from one of them, or has another type or a shape that B cannot take.
+    """
+    a, b = sessions
+    findings = [
+        *_mismatches("input", signature_of(a.get_inputs()), signature_of(b.get_inputs())),
+        *_mismatches("output", signature_of(a.get_outputs()), signature_of(b.get_outputs())),
+    ]
+    for entry in signature_of(b.get_inputs()):
+        if entry.name in shapes and not _fits(shapes[entry.name], entry.shape):
+            findings.append(f"B's input {entry} does not take A's shape {list(shapes[entry.name])}")
+    if findings:
+        lines = "".join(f"\n  {finding}" for finding in findings)
+        raise DiffQError(
+            f"A '{paths[0]}' and B '{paths[1]}' cannot be compared, for their inputs or outputs differ:{lines}\n"
+            "  Export both from the same model, with the same names."
+        )
+
+
+def _mismatches(kind: str, in_a: Sequence[TensorSignature], in_b: Sequence[TensorSignature]) -> list[str]:
+    entries_a, entries_b = ({entry.name: entry for entry in entries} for entries in (in_a, in_b))
+    findings = [f"{kind} {entry} is in A alone" for name, entry in entries_a.items() if name not in entries_b]
+    findings += [f"{kind} {entry} is in B alone" for name, entry in entries_b.items() if name not in entries_a]
+    for name in entries_a.keys() & entries_b.keys():
+        if entries_a[name].type != entries_b[name].type:
+            findings.append(f"{kind} {entries_a[name]} of A is {entries_b[name].type} in B")
+    return findings
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int | str | None, ...]) -> bool:
+    return len(shape) == len(declared) and all(
+        not isinstance(wanted, int) or wanted == size for size, wanted in zip(shape, declared, strict=True)
+    )
