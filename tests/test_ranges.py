@@ -9,7 +9,7 @@ from torch import nn
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, functional, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import RoundInRange, extension, learned_factor, least_error_range, native, normal_range
-from diffq_fx.kernels.native import SPAN_OF_NORMAL
+from diffq_fx.kernels.draws import SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
 GRIDS = ["affine", "symmetric", "float"]

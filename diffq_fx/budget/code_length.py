@@ -54,10 +54,10 @@ def _entropy_of_one(share: Tensor) -> Tensor:
 
 def _length(spec: WeightSpec, weight: Tensor, step: Tensor) -> Tensor:
     ranges, rows_OI = spec.range_layout, to_rows(weight, spec.axis).float()
-    counts = ranges.counts().to(rows_OI.device)
+    counts = ranges.counts_on(rows_OI.device)
     mean = ranges.sum(rows_OI.detach()) / counts
     spread = ranges.sum((rows_OI - ranges.expand(mean)).abs()) / counts
     step = step.detach()
     varied = (spread > step / _WIDEST_STEP).expand_as(step)  # the others take no bits, and no gradient
     length = laplace_entropy(torch.where(varied, step / torch.where(varied, spread, 1), _WIDEST_STEP))
-    return (length * spec.scale_layout.counts().to(length.device)).sum()
+    return (length * spec.scale_layout.counts_on(length.device)).sum()

@@ -125,7 +125,7 @@ def _levels_saved(weight: RoundedWeight) -> float:
     _, rows_OI, width, params = weight
     layout, largest = weight.spec.scale_layout, int(width.max())
     counts = torch.zeros((largest + 1) << largest, dtype=torch.float64, device=rows_OI.device)
-    for part in layout.row_slices():
+    for part in layout.row_slices(rows_OI.device):
         own, own_width = layout.of_rows(part), width if width.shape[0] == 1 else width[part]
         of_rows = params.of_rows(part)
         levels_PI = functional.quantize(rows_OI[part].to(params.scale.dtype), of_rows, own_width, own)

@@ -159,7 +159,7 @@ class FlatGroups:
         costs = [(container_costs if in_containers else bit_costs)(spec) for spec in specs]
         self.counts = [values.numel() for values, _ in costs]
         self._columns = [spec.bits_layout.shape[1] for spec in specs]
-        self._values = [_one_number_if_equal(values.reshape(-1).to(device, torch.float32)) for values, _ in costs]
+        self._values = [_one_number_if_equal(values.reshape(-1).float()).to(device) for values, _ in costs]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
         self.device = device
         self.num_groups = sum(self.counts)

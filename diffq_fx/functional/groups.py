@@ -66,13 +66,17 @@ class GroupLayout:
         """Number of groups."""
         return self.shape[0] * self.shape[1]
 
-    def counts(self) -> Tensor:
+    def counts(self, device: torch.device | None = None) -> Tensor:
         """Number of weights in each group, shape (R, C), int64."""
         if self.kind == "tensor":
-            return torch.tensor([[self.rows * self.columns]])
-        widths = torch.full((self.shape[1],), self.block)
-        widths[-1] = self.columns - self.block * (self.shape[1] - 1)
-        return widths.expand(self.shape).contiguous()
+            return torch.full((1, 1), self.rows * self.columns, device=device)
+        widths = torch.full(self.shape, self.block, device=device)
+        widths[:, -1].fill_(self.columns - self.block * (self.shape[1] - 1))
+        return widths
+
+    def counts_on(self, device: torch.device) -> Tensor | float:
+        """The same as a factor for values of shape (R, C) on a device: one number where all groups have as many, and no copy to it."""
+        return self.counts(device) if self.columns % self.block else self.rows * self.columns / self.num_groups
 
     def aminmax(self, rows_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight of each group, both of shape (R, C)."""
@@ -94,9 +98,9 @@ class GroupLayout:
             return values_RC
         return values_RC.repeat_interleave(self.block, dim=1)[:, : self.columns]
 
-    def row_slices(self) -> Iterator[slice]:
-        """The rows in pieces that stay in the processor's cache; every piece but the last has a multiple of 8 rows."""
-        height = max(8, TILE // max(self.columns, 1) // 8 * 8)
+    def row_slices(self, device: torch.device) -> Iterator[slice]:
+        """The rows in pieces that stay in a CPU's cache, of a multiple of 8 rows each but for the last; on other devices in one piece."""
+        height = max(8, TILE // max(self.columns, 1) // 8 * 8) if device.type == "cpu" else max(self.rows, 1)
         return (slice(top, min(top + height, self.rows)) for top in range(0, self.rows, height))
 
     def of_rows(self, rows: slice) -> "GroupLayout":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import TILE
+from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.kernels import memory, native
 from diffq_fx.kernels.derivatives import first_alone
 
@@ -122,7 +123,7 @@ def size_of_logits(
         gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
 
     Returns:
-        The size, how fast it grows when all logits grow together, the smallest and the largest logit; float64, 0-d.
+        The size, how fast it grows when all logits grow together, the smallest and the largest logit, 0-d; float64 where the device has it.
 
     Example:
         >>> [each.item() for each in size_of_logits(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)]
@@ -131,7 +132,7 @@ def size_of_logits(
     if native.takes_size(values, logits):
         return native.size(values, logits, min_bits, max_bits, gain)
     # sum n b = b_min sum n + (b_max - b_min) sum n s, and sum n db/dl = gain (b_max - b_min) (sum n s - sum n s^2), with s the sigmoid
-    total, first, second = (torch.zeros((), dtype=torch.float64, device=logits.device) for _ in range(3))
+    total, first, second = (torch.zeros((), dtype=widest_float(logits.device), device=logits.device) for _ in range(3))
     for tile in _row_tiles(logits):
         share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
         taken = count * share
@@ -139,7 +140,7 @@ def size_of_logits(
         first += taken.sum(dtype=total.dtype)
         second += taken.mul_(share).sum(dtype=total.dtype)
     low, high = torch.aminmax(logits)
-    return min_bits * total + (max_bits - min_bits) * first, gain * (max_bits - min_bits) * (first - second), low.double(), high.double()
+    return min_bits * total + (max_bits - min_bits) * first, gain * (max_bits - min_bits) * (first - second), widened(low), widened(high)
 
 
 def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float, times: Tensor | None = None) -> Tensor:
@@ -160,7 +161,7 @@ def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: 
 
 
 def moments(grad: Tensor, slope: Tensor) -> Tensor:
-    """The sums of g, n, g^2, g n and n^2 over two rows g and n, float64, shape (5,).
+    """The sums of g, n, g^2, g n and n^2 over two rows g and n, shape (5,), float64 where the device has it.
 
     Example:
         >>> moments(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()
@@ -168,7 +169,7 @@ def moments(grad: Tensor, slope: Tensor) -> Tensor:
     """
     if native.takes_moments(grad, slope):
         return native.moments(grad, slope)
-    g, n = grad.double(), slope.double()
+    g, n = widened(grad), widened(slope)
     return torch.stack([g.sum(), n.sum(), torch.dot(g, g), torch.dot(g, n), torch.dot(n, n)])
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffq_fx import _compat
+
 _WORTH_KEEPING = 1 << 18
 """Bytes below which the allocator itself keeps what is freed."""
 
@@ -30,6 +32,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     lent = block.numpy()  # an array of its own, which dies with the tensor made of it and with all of that one's views
     weakref.finalize(lent, blocks.append, block).atexit = False
     return torch.from_numpy(lent).view(dtype).view(shape)
+
+
+def recorded() -> bool:
+    """Whether operations are recorded by a compiler or tracer: what they make has no memory, and kernels past torch's dispatcher are missed."""
+    return torch.compiler.is_compiling() or _compat.in_dispatch_mode()
 
 
 def release() -> None:

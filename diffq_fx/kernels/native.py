@@ -1,6 +1,5 @@
 """Calls of the kernels in C (noise, ranges, rounding; size of the bits), for float32 on a CPU."""
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +9,12 @@ from torch.nn import Parameter
 from diffq_fx import _compat
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import extension, memory
-from diffq_fx.kernels.draws import draw_seed, gaussian_table
+from diffq_fx.kernels.draws import gaussian_table, span_table
+from diffq_fx.kernels.memory import recorded
 
 if TYPE_CHECKING:
     from diffq_fx.kernels.one_pass import OnePass
 
-SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431, 8.988, 9.518, 10.026, 10.51, 10.98, 11.43, 11.87)
-"""For 1 to 16 bits the span, in standard deviations, of the uniform quantizer with the least squared error for normal weights."""
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""
 _WORTH_THREADS = 1 << 14
@@ -28,9 +26,8 @@ def takes(weight: Tensor, axis: int) -> bool:
     return fits and extension.kernels() is not None
 
 
-def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tuple[Tensor, Tensor]:
-    """Noisy weight, and the seed of its noise: int64, shape (1,)."""
-    seed = draw_seed()
+def add(weight: Tensor, step: Tensor, seed: Tensor, layout: GroupLayout, gaussian: bool) -> Tensor:
+    """Noisy weight."""
     out, step = memory.empty(weight.shape, weight.dtype, weight.device), step.float().contiguous()
     extension.loaded().add_noise(
         weight.data_ptr(),
@@ -42,7 +39,7 @@ def add(weight: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> tu
         0 if layout.kind == "tensor" else step.shape[1],
         *_draw(seed, gaussian, weight.numel()),
     )
-    return out, torch.tensor([seed])
+    return out
 
 
 def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> Tensor:
@@ -50,19 +47,19 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
     grad = grad.float().contiguous()
     sums = memory.empty((layout.rows, -(-layout.columns // layout.block)), torch.float32, grad.device)
     extension.loaded().reduce_noise(
-        grad.data_ptr(), sums.data_ptr(), layout.rows, layout.columns, layout.block, *_draw(int(seed), gaussian, grad.numel())
+        grad.data_ptr(), sums.data_ptr(), layout.rows, layout.columns, layout.block, *_draw(seed, gaussian, grad.numel())
     )
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
 
 
-def noisy(weight: Tensor, logits: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor, int]:
-    """Noisy weight, the length of each range and the seed of the noise."""
-    seed, groups = draw_seed(), settings.groups
+def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor]:
+    """Noisy weight, and the length of each range."""
+    groups = settings.groups
     out, span = memory.empty(weight.shape, weight.dtype, weight.device), memory.empty(settings.ranges.shape, torch.float32, weight.device)
     extension.loaded().noisy(
         weight.data_ptr(),
         logits.data_ptr(),
-        _spans().data_ptr() if settings.clips else None,
+        span_table(weight.device).data_ptr() if settings.clips else None,
         out.data_ptr(),
         span.data_ptr(),
         groups.rows,
@@ -76,10 +73,10 @@ def noisy(weight: Tensor, logits: Tensor, settings: "OnePass") -> tuple[Tensor, 
         settings.gain,
         *_draw(seed, settings.gaussian, weight.numel()),
     )
-    return out, span, seed
+    return out, span
 
 
-def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: int, settings: "OnePass") -> Tensor:
+def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: Tensor, settings: "OnePass") -> Tensor:
     """Gradient of the logits, the noise made again from its seed."""
     grad, groups = grad.contiguous(), settings.groups
     grad_logits = memory.empty(logits.shape, logits.dtype, logits.device)
@@ -95,12 +92,6 @@ def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: int, settin
         *_draw(seed, settings.gaussian, grad.numel()),
     )
     return grad_logits
-
-
-@functools.cache
-def _spans() -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(SPAN_OF_NORMAL)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, top: Tensor, layout: GroupLayout) -> Tensor:
@@ -159,11 +150,6 @@ def takes_logits(logits: Tensor) -> bool:
     """Whether the kernel can work on these logits, and whether it pays."""
     fits = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous() and logits.numel() >= _MANY
     return not recorded() and fits and is_plain(logits) and extension.kernels() is not None
-
-
-def recorded() -> bool:
-    """Whether operations are recorded by a compiler or tracer, which would miss a kernel that is called past torch."""
-    return torch.compiler.is_compiling() or _compat.in_dispatch_mode()
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -238,6 +224,6 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _WORTH_THREADS else 1
 
 
-def _draw(seed: int, gaussian: bool, elements: int) -> tuple[int, int | None, int]:
+def _draw(seed: Tensor, gaussian: bool, elements: int) -> tuple[int, int | None, int]:
     table = gaussian_table(torch.device("cpu")).data_ptr() if gaussian else None
-    return seed, table, _threads(elements)
+    return int(seed), table, _threads(elements)

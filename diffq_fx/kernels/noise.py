@@ -1,8 +1,8 @@
 """Pseudo quantization noise as one registered operator: a node in every graph, opaque to tracers and compilers.
 
-``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987). What is kept for the backward is at most one byte per weight:
-nothing but the seed where the C kernel runs (:mod:`diffq_fx.kernels.native`), the bytes drawn elsewhere
-(:mod:`diffq_fx.kernels.eager`).
+``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987). All that is kept for the backward is the seed of the noise. The
+operator has three bodies that draw the same: C (:mod:`diffq_fx.kernels.native`), Triton (:mod:`diffq_fx.kernels.gpu`) and torch's own
+operations (:mod:`diffq_fx.kernels.eager`).
 
 Differs from the paper: the range is a constant of the step, so the gradient of the weight is the identity.
 """
@@ -15,23 +15,28 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout, scale_layout_of
-from diffq_fx.kernels import eager, native
+from diffq_fx.kernels import eager, gpu, native
 from diffq_fx.kernels.derivatives import first_alone
+from diffq_fx.kernels.draws import draw_seed
 
 
 def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
-    """Noisy weight, contiguous, and what the backward needs to know of the noise: a seed (int64) or the bytes (int8)."""
-    layout = _layout(weight.shape, step, axis, block)
+    """Noisy weight, contiguous, and the seed of its noise: int64, shape (1,)."""
+    layout, seed = _layout(weight.shape, step, axis, block), draw_seed(weight.device)
     if native.takes(weight, axis):
-        return native.add(weight, step, layout, gaussian)
-    return eager.add(weight, step, layout, axis, gaussian)
+        return native.add(weight, step, seed, layout, gaussian), seed
+    if gpu.takes(weight, layout, axis):
+        return gpu.add(weight, step, seed, layout, gaussian), seed
+    return eager.add(weight, step, seed, layout, axis, gaussian), seed
 
 
-def _reduce(grad: Tensor, kept: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
-    layout = _layout(grad.shape, step, axis, block)
-    if kept.dtype == torch.int64:
-        return native.reduce(grad, kept, step, layout, gaussian)
-    return eager.reduce(grad, kept, step, layout, axis, gaussian)
+def _reduce(grad: Tensor, seed: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
+    layout, grad = _layout(grad.shape, step, axis, block), grad.contiguous() if axis == 0 else grad
+    if native.takes(grad, axis):
+        return native.reduce(grad, seed, step, layout, gaussian)
+    if gpu.takes(grad, layout, axis):
+        return gpu.reduce(grad, seed, step, layout, gaussian)
+    return eager.reduce(grad, seed, step, layout, axis, gaussian)
 
 
 def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayout:
@@ -41,7 +46,7 @@ def _layout(shape: torch.Size, step: Tensor, axis: int, block: int) -> GroupLayo
 
 torch.library.define(  # custom_op takes no tags before torch 2.7
     "diffq_fx::add_noise",
-    "(Tensor weight, Tensor step, SymInt axis, SymInt block, bool gaussian) -> (Tensor noisy, Tensor kept)",
+    "(Tensor weight, Tensor step, SymInt axis, SymInt block, bool gaussian) -> (Tensor noisy, Tensor seed)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
 torch.library.impl("diffq_fx::add_noise", "default", _add)
@@ -49,9 +54,7 @@ torch.library.impl("diffq_fx::add_noise", "default", _add)
 
 @torch.library.register_fake("diffq_fx::add_noise")
 def _(weight, step, axis, block, gaussian):  # noqa: ANN001, ANN202
-    by_seed = native.takes(weight, axis)
-    kept = weight.new_empty(1, dtype=torch.int64) if by_seed else weight.new_empty(weight.numel(), dtype=torch.int8)
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), kept
+    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(1, dtype=torch.int64)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
@@ -60,21 +63,21 @@ def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _backward(ctx, grad: Tensor, _: Tensor):  # noqa: ANN001, ANN202
-    kept, step = ctx.saved_tensors
+    seed, step = ctx.saved_tensors
     grad_step = None
     if ctx.needs_input_grad[1]:
-        grad_step = torch.ops.diffq_fx.reduce_noise(grad, kept, step, ctx.axis, ctx.block, ctx.gaussian)
+        grad_step = torch.ops.diffq_fx.reduce_noise(grad, seed, step, ctx.axis, ctx.block, ctx.gaussian)
     return grad, grad_step, None, None, None
 
 
 @torch.library.custom_op("diffq_fx::reduce_noise", mutates_args=())
-def reduce_noise_op(grad: Tensor, kept: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
+def reduce_noise_op(grad: Tensor, seed: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
     """Gradient of the step: the sum over each group of ``grad * noise``."""
-    return _reduce(grad, kept, step, axis, block, gaussian)
+    return _reduce(grad, seed, step, axis, block, gaussian)
 
 
 @reduce_noise_op.register_fake
-def _(grad, kept, step, axis, block, gaussian):  # noqa: ANN001, ANN202
+def _(grad, seed, step, axis, block, gaussian):  # noqa: ANN001, ANN202
     return torch.empty_like(step)
 
 
@@ -86,17 +89,17 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
-        noisy, kept = _add(weight, step, axis, block, gaussian)
-        ctx.save_for_backward(kept, step)
+        noisy, seed = _add(weight, step, axis, block, gaussian)
+        ctx.save_for_backward(seed, step)
         ctx.settings = {"axis": axis, "block": block, "gaussian": gaussian}
         return noisy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, step = ctx.saved_tensors
+        seed, step = ctx.saved_tensors
         grad_step = None
         if ctx.needs_input_grad[1]:
-            grad_step = first_alone(partial(_reduce, **ctx.settings), grad, kept, step)
+            grad_step = first_alone(partial(_reduce, **ctx.settings), grad, seed, step)
         return grad, grad_step, None, None, None
 
 

@@ -1,7 +1,7 @@
 """The range of each weight's groups, their steps and the noise in one pass over the weights, and one over their gradient backward.
 
 What :func:`~diffq_fx.kernels.normal_range`, :func:`~diffq_fx.kernels.step_of_logits` and :func:`~diffq_fx.kernels.add_noise` do one
-after the other, where the C kernel runs and nothing records the operations: so a small weight costs one call, and a large one is
+after the other, where the C or the Triton kernel runs and nothing records the operations: so a small weight costs one call, and a large one is
 read once. No step is kept for the backward, only the length of each range.
 """
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffq_fx.functional.grid import Grid
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import native
+from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
+from diffq_fx.kernels.draws import draw_seed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class OnePass:
         fits = self.groups.kind != "tensor" and (self.ranges.kind == "channel" or self.ranges == self.groups)
         fits = fits and logits.shape == self.groups.shape and weight.numel() == self.groups.rows * self.groups.columns
         plain = not native.recorded() and native.is_plain(weight) and native.is_plain(logits)
-        return fits and plain and native.takes(weight, self.axis) and logits.dtype == torch.float32 and logits.is_contiguous()
+        plain = plain and logits.dtype == torch.float32 and logits.is_contiguous()
+        return fits and plain and (native.takes(weight, self.axis) or gpu.takes(weight, self.groups, self.axis))
 
     def __call__(self, weight: Tensor, logits: Tensor, unmoved: Tensor | None = None) -> Tensor:
         """``w + step(b) * n``, DiffQ (arXiv:2104.09987), for what :meth:`takes` agrees to; differentiable in weight and logits.
@@ -67,16 +69,16 @@ class OnePass:
 class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, logits: Tensor, unmoved: Tensor | None, settings: OnePass) -> Tensor:
-        noisy, span, ctx.seed = native.noisy(weight, logits, settings)
-        ctx.save_for_backward(logits, span)
-        ctx.settings = settings
+        seed, ctx.settings, ctx.body = draw_seed(weight.device), settings, native if native.takes(weight, settings.axis) else gpu
+        noisy, span = ctx.body.noisy(weight, logits, seed, settings)
+        ctx.save_for_backward(logits, span, seed)
         ctx.unmoved = None if unmoved is None else torch.zeros_like(unmoved)
         return noisy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, span = ctx.saved_tensors
+        logits, span, seed = ctx.saved_tensors
         grad_logits = None
         if ctx.needs_input_grad[1]:
-            grad_logits = first_alone(partial(native.noisy_backward, seed=ctx.seed, settings=ctx.settings), grad, logits, span)
+            grad_logits = first_alone(partial(ctx.body.noisy_backward, settings=ctx.settings), grad, logits, span, seed)
         return grad, grad_logits, ctx.unmoved, None

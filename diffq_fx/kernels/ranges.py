@@ -12,6 +12,7 @@ from torch import Tensor
 from diffq_fx.functional.grid import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.functional.groups import GroupKind, GroupLayout
 from diffq_fx.kernels import native
+from diffq_fx.kernels.draws import span_table
 from diffq_fx.kernels.statistics import extremes, statistics
 
 _SHARES = tuple(1 - 0.04 * i for i in range(22))
@@ -41,10 +42,10 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     rows_OI = rows_OI.detach()
     low, high, total, square = statistics(rows_OI, layout)
     low, high = grid_range(low, high, grid)
-    counts = layout.counts().to(low.device)
+    counts = layout.counts_on(low.device)
     mean = total / counts if grid != "symmetric" else torch.zeros_like(low)
     variance = square / counts - mean.square()
-    table = torch.tensor(native.SPAN_OF_NORMAL, dtype=low.dtype, device=low.device)
+    table = span_table(low.device, low.dtype)
     below = (bits - 1).clamp(0, len(table) - 2).floor()
     index = below.long()
     span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
@@ -107,7 +108,7 @@ def _best(ranges: Sequence[tuple[Tensor, Tensor]], rows_OI: Tensor, bits: Tensor
     """For each group the range with the smallest error; of equals the first."""
     lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
     errors_KRC = torch.zeros_like(lows_KRC)
-    for part in groups.row_slices():
+    for part in groups.row_slices(rows_OI.device):
         part_bits = bits if bits.shape[0] == 1 else bits[part]
         rows = slice(None) if lows_KRC.shape[1] == 1 else part
         params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], part_bits, grid)

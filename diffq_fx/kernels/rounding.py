@@ -73,9 +73,7 @@ class RoundInRange:
             if size == 1 < step.shape[along]:
                 slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
         steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
-        ranges = self.ranges
-        counts = ranges.counts().to(step.device) if ranges.columns % ranges.block else ranges.rows * ranges.columns / ranges.num_groups
-        lsq_scale = (counts * steps_in_range).rsqrt_()
+        lsq_scale = (self.ranges.counts_on(step.device) * steps_in_range).rsqrt_()
         return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
 
 

@@ -24,11 +24,10 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Te
     rows_OI = rows_OI.detach()
     if native.takes_rows(rows_OI):
         low, high, total, square = native.statistics(rows_OI, layout)
-    elif rows_OI.device.type != "cpu":
-        low, high, total, square = _statistics_of(rows_OI, _by_row(layout))
     else:
-        parts = [_statistics_of(rows_OI[part], _by_row(layout).of_rows(part)) for part in layout.row_slices()]
-        low, high, total, square = (torch.cat(each) for each in zip(*parts, strict=True))
+        by_row = _by_row(layout)
+        parts = [_statistics_of(rows_OI[part], by_row.of_rows(part)) for part in layout.row_slices(rows_OI.device)]
+        low, high, total, square = parts[0] if len(parts) == 1 else (torch.cat(each) for each in zip(*parts, strict=True))
     if layout.kind != "tensor":
         return low, high, total, square
     return low.amin().view(1, 1), high.amax().view(1, 1), total.sum().view(1, 1), square.sum().view(1, 1)

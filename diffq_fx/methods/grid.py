@@ -50,7 +50,7 @@ class GridQuantizer(WeightQuantizer):
         bits, rows_OI, layout = self.rounded_bits(), to_rows(weight, self.spec.axis), self.spec.scale_layout
         params = self.params(rows_OI, bits)
         levels_OI = torch.empty(rows_OI.shape, dtype=torch.uint8 if int(bits.max()) <= 8 else torch.int32, device=weight.device)
-        for part in layout.row_slices():  # piece by piece: no other integers as large as the weight
+        for part in layout.row_slices(weight.device):  # piece by piece: no other integers as large as the weight
             part_bits = bits if bits.shape[0] == 1 else bits[part]
             rows_PI, part_params = rows_OI[part].to(params.scale.dtype), params.of_rows(part)
             levels_OI[part] = functional.quantize(rows_PI, part_params, part_bits, layout.of_rows(part)).to(levels_OI.dtype)

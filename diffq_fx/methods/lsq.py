@@ -128,7 +128,7 @@ def mean_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
         >>> mean_step(torch.tensor([[1.0, -3.0]]), GroupLayout.of(1, 2, "channel"), 2)
         tensor([[4.]])
     """
-    mean = layout.sum(rows_OI.abs()) / layout.counts().to(rows_OI.device)
+    mean = layout.sum(rows_OI.abs()) / layout.counts_on(rows_OI.device)
     step = 2 * mean / math.sqrt(2 ** (bits - 1) - 1)
     return torch.where(step > 0, step, torch.ones_like(step))
 
@@ -188,7 +188,7 @@ class _LearnedStep(torch.autograd.Function):
         grad_step = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, in_steps.round() - in_steps, in_steps.clamp(-half, half - 1))
-            scale = (layout.counts().to(step.device) * (half - 1)).rsqrt()
+            scale = (layout.counts_on(step.device) * (half - 1)) ** -0.5
             grad_step = layout.sum(grad.to(step.dtype) * slope) * scale
         return grad * inside, grad_step, None, None
 

@@ -39,7 +39,7 @@ def dequantize_op(
     columns = torch.Size(shape).numel() // rows
     layout, params = scale_layout_of(scale, rows, columns, block), QuantParams(scale, zero_point, offset)
     weight_OI = memory.empty((rows, columns), dtype, levels.device)
-    for part in layout.row_slices():  # in the cache, and without integers as large as the weight
+    for part in layout.row_slices(levels.device):  # on a CPU in the cache, and without integers as large as the weight
         numel, first = (part.stop - part.start) * columns, part.start * columns * container_bits // 8
         packed = levels[first : first + -(-numel * container_bits // 8)]
         levels_PI = unpack_levels(packed, container_bits, numel).reshape(-1, columns)
