@@ -1,0 +1,24 @@
+"""The most exact float of each device: Apple's GPUs have no float64."""
+
+import torch
+from torch import Tensor
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The float type in which sums over many values are made on this device.
+
+    Example:
+        >>> widest_float(torch.device("cpu")), widest_float(torch.device("mps"))
+        (torch.float64, torch.float32)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def widened(values: Tensor) -> Tensor:
+    """The same values in the device's :func:`widest_float`.
+
+    Example:
+        >>> widened(torch.ones(1))
+        tensor([1.], dtype=torch.float64)
+    """
+    return values.to(widest_float(values.device))

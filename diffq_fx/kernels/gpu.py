@@ -1,0 +1,2 @@
+"""Calls of the kernels in Triton."""
+def takes(*a): return False
