@@ -1,2 +1,112 @@
-"""Calls of the kernels in Triton."""
-def takes(*a): return False
+"""Calls of the kernels in Triton, for contiguous weights on GPUs; without Triton torch's own operations do the same."""
+
+import functools
+import importlib
+import math
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.kernels.draws import gaussian_table, span_table
+
+if TYPE_CHECKING:
+    from diffq_fx.kernels.one_pass import OnePass
+
+DEVICES = ("cuda",)
+"""What torch calls the devices for which Triton compiles: NVIDIA's and AMD's."""
+_TILE = 2048
+"""Weights that a program works on at a time."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The kernels, or None where there is no Triton: torch has it with it wherever it has a GPU, but on Windows."""
+    try:
+        return importlib.import_module("diffq_fx.kernels.triton_noise")
+    except ImportError:
+        return None
+
+
+def takes(weight: Tensor, layout: GroupLayout, axis: int) -> bool:
+    """Whether the kernels can work on this weight, or its gradient, here: no short last groups."""
+    fits = weight.device.type in DEVICES and weight.dtype in _DTYPES and axis == 0 and weight.is_contiguous() and weight.numel() > 0
+    return fits and layout.columns % layout.block == 0 and kernels() is not None
+
+
+def add(weight: Tensor, step: Tensor, seed: Tensor, layout: GroupLayout, gaussian: bool) -> Tensor:
+    """Noisy weight."""
+    out, step = torch.empty_like(weight), step.contiguous()
+    stride = 0 if layout.kind == "tensor" else step.shape[1]
+    settings = {"LOGITS": False, "CLIPS": False, "GRID": "float", "GAUSSIAN": gaussian}
+    table, empty = _table(gaussian, weight), out  # what is not asked for points at something
+    launch("add_noise", layout, weight, step, empty, seed, table, out, empty, *_shape(layout), stride, 0.0, 0.0, 0.0, **settings)
+    return out
+
+
+def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussian: bool) -> Tensor:
+    """Sum over each group of ``grad * noise``, like ``step``."""
+    sums = grad.new_empty((layout.rows, layout.columns // layout.block), dtype=torch.float32)
+    table, settings = _table(gaussian, grad), {"LOGITS": False, "GAUSSIAN": gaussian}
+    launch("reduce_noise", layout, grad, sums, sums, seed, table, sums, *_shape(layout), 0.0, 0.0, 0.0, **settings)
+    return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
+
+
+def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor]:
+    """Noisy weight, and the length of each range."""
+    out, layout = torch.empty_like(weight), _by_range(settings)
+    span = logits.new_empty(settings.ranges.shape)
+    how = {"LOGITS": True, "CLIPS": settings.clips, "GRID": settings.grid, "GAUSSIAN": settings.gaussian}
+    table, spans = _table(settings.gaussian, weight), span_table(weight.device)
+    count, block = _shape(layout)
+    launch("add_noise", layout, weight, logits, spans, seed, table, out, span, count, block, count, *_bits(settings), **how)
+    return out, span
+
+
+def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: Tensor, settings: "OnePass") -> Tensor:
+    """Gradient of the logits, the noise made again from its seed."""
+    grad, grad_logits, layout = grad.contiguous(), torch.empty_like(logits), _by_range(settings)
+    table, how = _table(settings.gaussian, grad), {"LOGITS": True, "GAUSSIAN": settings.gaussian}
+    launch("reduce_noise", layout, grad, logits, span, seed, table, grad_logits, *_shape(layout), *_bits(settings), **how)
+    return grad_logits
+
+
+def tile_of(layout: GroupLayout) -> dict[str, int]:
+    """How much of a row a program works on at a time, and by how many warps: the constants of ``triton_noise.py``."""
+    count, block = _shape(layout)
+    each = math.gcd(block, 8)
+    slots = max(min(_power_of_two(block), _TILE), each)
+    groups = min(_power_of_two(count), _TILE // slots)
+    return {"GROUPS": groups, "SLOTS": slots, "EACH": each, "num_warps": min(max(groups * slots // 256, 1), 4)}
+
+
+def launch(name: str, layout: GroupLayout, *arguments: Any, **constants: Any) -> None:
+    """Start a kernel, one program for each row."""
+    getattr(kernels(), name)[(layout.rows,)](*arguments, **constants, **tile_of(layout))
+
+
+def _by_range(settings: "OnePass") -> GroupLayout:
+    """The layout with a row for each range: the noise of a weight depends on its place alone."""
+    groups = settings.groups
+    return groups if settings.ranges.kind == "channel" else GroupLayout.of(groups.num_groups, groups.block, "channel")
+
+
+def _shape(layout: GroupLayout) -> tuple[int, int]:
+    """Groups in a row, and weights in each."""
+    return layout.columns // layout.block, layout.block
+
+
+def _bits(settings: "OnePass") -> tuple[float, float, float]:
+    return settings.min_bits, settings.max_bits - settings.min_bits, settings.gain
+
+
+def _table(gaussian: bool, like: Tensor) -> Tensor:
+    return gaussian_table(like.device) if gaussian else like
+
+
+def _power_of_two(number: int) -> int:
+    """The number, or the next power of two above it."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,133 @@
+"""The noise in Triton: what ``noise.c`` does on a CPU, one program for each row of a weight. Imported where it runs alone.
+
+A row is ``count`` groups of ``block`` weights. It is worked on in tiles of GROUPS groups, SLOTS weights of each, as (GROUPS, SLOTS / EACH, EACH):
+EACH, the largest of 1, 2, 4 and 8 that divides ``block``, weights lie in one word of noise, which is hashed once for them, and they are read at once.
+"""
+
+import triton
+import triton.language as tl
+
+_LN_2 = tl.constexpr(0.69314718)
+
+
+@triton.jit
+def _noise(place, seed, table, EACH: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """Noise, in steps, of the EACH weights from each ``place`` (..., 1) on: the same hash as in ``noise.c`` and ``draws.py``."""
+    word = seed + (place >> 3).to(tl.uint64) * 0x9E3779B97F4A7C15
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    word = word ^ (word >> 31)
+    shift = ((place & 7) * 8).to(tl.uint64) + (tl.arange(0, EACH) * 8).to(tl.uint64)[None, None, :]
+    byte = ((word >> shift).to(tl.int32) & 0xFF) | 1  # odd bytes are symmetric about 0
+    byte = byte - ((byte & 0x80) << 1)
+    if GAUSSIAN:
+        return tl.load(table + ((byte + 127) >> 1))
+    return byte.to(tl.float32) * (1.0 / 256)
+
+
+@triton.jit
+def _places(row, first_group, first_slot, count, block, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr):
+    """Groups (GROUPS, 1, 1), and the places in the weight of each EACH of their weights (GROUPS, SLOTS / EACH, 1), and which are there."""
+    if EACH > 1:  # a 1 is no value but a constant
+        block = tl.multiple_of(block, EACH)
+    group = first_group + tl.arange(0, GROUPS)[:, None, None]
+    slot = first_slot + tl.arange(0, SLOTS // EACH)[None, :, None] * EACH
+    place = row * count * block + group * block + slot
+    return group, tl.multiple_of(place, [1, 1, EACH]), (group < count) & (slot < block)
+
+
+@triton.jit
+def _share(logit, gain):
+    return 1 / (1 + tl.exp2(-gain * 1.44269504 * logit))
+
+
+@triton.jit
+def _span(
+    weight, logits, spans, row, count, length, min_bits, bits_range, gain, CLIPS: tl.constexpr, GRID: tl.constexpr,
+    GROUPS: tl.constexpr, TILE: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The length of a row's range: see ``range_of`` in ``inline.h``."""
+    if EACH > 1:
+        length = tl.multiple_of(length, EACH)
+    inner = tl.arange(0, EACH)[None, :]
+    zero = tl.zeros((TILE // EACH, EACH), tl.float32)
+    low, high, total, square = zero + float("inf"), zero - float("inf"), zero, zero
+    for left in range(0, length, TILE):
+        column = left + tl.arange(0, TILE // EACH)[:, None] * EACH
+        there = column < length
+        value = tl.load(weight + (row * length + column + inner), mask=there, other=0).to(tl.float32)
+        low, high = tl.where(there & (value < low), value, low), tl.where(there & (value > high), value, high)
+        total, square = total + value, square + value * value
+    low, high = tl.min(tl.min(low, 1), 0), tl.max(tl.max(high, 1), 0)
+    total, square = tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(square, 1), 0)
+    if GRID == "symmetric":
+        high = tl.maximum(-low, high)
+        low = -high
+    if GRID == "affine":
+        low, high = tl.minimum(low, 0), tl.maximum(high, 0)
+    if CLIPS:
+        widest = tl.full((1,), float("-inf"), tl.float32)
+        for left in range(0, count, GROUPS):
+            group = left + tl.arange(0, GROUPS)
+            widest = tl.maximum(widest, tl.max(tl.load(logits + row * count + group, mask=group < count, other=float("-inf")), 0))
+        mean = total / length
+        mean = mean * 0 if GRID == "symmetric" else mean
+        up = tl.max(min_bits + bits_range * _share(widest, gain), 0) - 1
+        whole = tl.minimum(tl.maximum(tl.floor(up), 0), 14)
+        part = tl.minimum(tl.maximum(up - whole, 0), 1)
+        below, above = tl.load(spans + whole.to(tl.int32)), tl.load(spans + whole.to(tl.int32) + 1)
+        reach = tl.sqrt(tl.maximum(square / length - mean * mean, 0)) * (below + part * (above - below)) / 2
+        low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
+        if GRID == "affine":
+            low, high = tl.minimum(low, 0), tl.maximum(high, 0)
+    return tl.where(square == square, high - low, float("nan"))
+
+
+@triton.jit
+def add_noise(
+    weight, of_group, spans, seed, table, out, span_out, count, block, row_stride, min_bits, bits_range, gain,
+    LOGITS: tl.constexpr, CLIPS: tl.constexpr, GRID: tl.constexpr, GAUSSIAN: tl.constexpr,
+    GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """``out = w + step n``. ``of_group`` holds steps; with LOGITS the logits that steps are made of, as in ``diffq_fx_noisy``."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(seed).to(tl.uint64)
+    span = 1.0
+    if LOGITS:
+        span = _span(weight, of_group, spans, row, count, count * block, min_bits, bits_range, gain, CLIPS, GRID, GROUPS, GROUPS * SLOTS, EACH)
+        tl.store(span_out + row, span)
+    inner = tl.arange(0, EACH)[None, None, :]
+    for first_group in range(0, count, GROUPS):
+        group = first_group + tl.arange(0, GROUPS)[:, None, None]
+        step = tl.load(of_group + row * row_stride + group, mask=group < count, other=0).to(tl.float32)
+        if LOGITS:
+            step = span / (tl.exp2(min_bits + bits_range * _share(step, gain)) - 1)
+        for first_slot in range(0, block, SLOTS):
+            _, place, there = _places(row, first_group, first_slot, count, block, GROUPS, SLOTS, EACH)
+            value = tl.load(weight + (place + inner), mask=there).to(tl.float32)
+            noisy = value + step * _noise(place, start, table, EACH, GAUSSIAN)
+            tl.store(out + (place + inner), noisy.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def reduce_noise(
+    grad, logits, span, seed, table, sums, count, block, min_bits, bits_range, gain,
+    LOGITS: tl.constexpr, GAUSSIAN: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Sum of ``grad n`` over each group; with LOGITS the gradient of the logits, as in ``diffq_fx_noisy_backward``."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.load(seed).to(tl.uint64)
+    inner = tl.arange(0, EACH)[None, None, :]
+    for first_group in range(0, count, GROUPS):
+        group = first_group + tl.arange(0, GROUPS)
+        partial = tl.zeros((GROUPS, SLOTS // EACH, EACH), tl.float32)
+        for first_slot in range(0, block, SLOTS):
+            _, place, there = _places(row, first_group, first_slot, count, block, GROUPS, SLOTS, EACH)
+            value = tl.load(grad + (place + inner), mask=there, other=0).to(tl.float32)
+            partial += value * _noise(place, start, table, EACH, GAUSSIAN)
+        found = tl.sum(tl.sum(partial, 2), 1)
+        if LOGITS:
+            share = _share(tl.load(logits + row * count + group, mask=group < count, other=0), gain)
+            levels = tl.exp2(min_bits + bits_range * share)
+            found *= gain * bits_range * _LN_2 * levels * (share * (share - 1)) / ((levels - 1) * (levels - 1)) * tl.load(span + row)
+        tl.store(sums + row * count + group, found, mask=group < count)
