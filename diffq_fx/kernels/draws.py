@@ -1,7 +1,7 @@
 """Where the randomness of the noise comes from: one seed a draw, and the bytes that are a hash of it.
 
-The noise of weight i is byte ``i % 8`` of word ``i // 8``, and a word is splitmix64's finaliser of the seed and the word's own place. So C
-(``noise.c``), Triton (``triton_noise.py``) and torch's operations (here) draw the same, and nothing but the seed is kept for the backward.
+The noise of weight i is byte ``i % 8`` of word ``i // 8``, and a word is splitmix64's finaliser of the seed and the word's own place. So
+C (``noise.c``), Triton (``triton_kernels.py``) and torch's operations (here) draw the same, and a seed is all that the backward needs.
 """
 
 import functools

@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def kernels() -> ModuleType | None:
     """The kernels, or None where there is no Triton: torch has it with it wherever it has a GPU, but on Windows."""
     try:
-        return importlib.import_module("diffq_fx.kernels.triton_noise")
+        return importlib.import_module("diffq_fx.kernels.triton_kernels")
     except ImportError:
         return None
 
@@ -74,8 +74,44 @@ def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: Tensor, set
     return grad_logits
 
 
+def takes_ranges(weight: Tensor, width: Tensor, groups: GroupLayout, ranges: GroupLayout, grid: str, axis: int) -> bool:
+    """Whether the kernels can round this weight within kept ranges: of rows, or of the groups that have a width each."""
+    fits = grid != "float" and (ranges.kind == "channel" or (ranges.kind == "block" and width.shape == ranges.shape))
+    return fits and takes(weight, groups, axis)
+
+
+def round_in_range(
+    weight: Tensor, low: Tensor, high: Tensor, factor: Tensor | None, width: Tensor, groups: GroupLayout, grid: str
+) -> Tensor:
+    """The nearest weight on the grid of its range, kept ends times ``factor``; see :class:`~diffq_fx.kernels.RoundInRange`."""
+    out, layout = torch.empty_like(weight), groups if low.shape[1] == 1 else _a_row_each(groups)
+    how = {"SYMMETRIC": grid == "symmetric", "LEARNED": factor is not None}
+    learned = low if factor is None else factor
+    launch("round_in_range", layout, weight, low, high, learned, width, out, *_shape(layout), *_strides(width, layout), **how)
+    return out
+
+
+def slope_of_clip(
+    grad: Tensor,
+    weight: Tensor,
+    ends: tuple[Tensor, Tensor],
+    factor: Tensor,
+    width: Tensor,
+    groups: GroupLayout,
+    grid: str,
+    reach: float,
+    gain: float,
+) -> Tensor:
+    """The gradient of ``clip``, shape of ``factor``."""
+    slope, layout = torch.empty_like(factor), groups if factor.shape[1] == 1 else _a_row_each(groups)
+    strides = _strides(width, layout)
+    tensors = (grad.contiguous(), weight, *ends, factor, width, slope)
+    launch("slope_of_clip", layout, *tensors, *_shape(layout), *strides, reach, gain, SYMMETRIC=grid == "symmetric")
+    return slope
+
+
 def tile_of(layout: GroupLayout) -> dict[str, int]:
-    """How much of a row a program works on at a time, and by how many warps: the constants of ``triton_noise.py``."""
+    """How much of a row a program works on at a time, and by how many warps: the constants of ``triton_kernels.py``."""
     count, block = _shape(layout)
     each = math.gcd(block, 8)
     slots = max(min(_power_of_two(block), _TILE), each)
@@ -90,8 +126,17 @@ def launch(name: str, layout: GroupLayout, *arguments: Any, **constants: Any) ->
 
 def _by_range(settings: "OnePass") -> GroupLayout:
     """The layout with a row for each range: the noise of a weight depends on its place alone."""
-    groups = settings.groups
-    return groups if settings.ranges.kind == "channel" else GroupLayout.of(groups.num_groups, groups.block, "channel")
+    return settings.groups if settings.ranges.kind == "channel" else _a_row_each(settings.groups)
+
+
+def _a_row_each(groups: GroupLayout) -> GroupLayout:
+    return GroupLayout.of(groups.num_groups, groups.block, "channel")
+
+
+def _strides(width: Tensor, layout: GroupLayout) -> tuple[int, int]:
+    """From the width of a group to that in the next row, and in the next group of the row; none where one stands for all."""
+    rows, groups = (width.numel(), 1) if width.shape[0] != layout.rows and width.numel() > 1 else width.shape
+    return groups if rows > 1 else 0, int(groups > 1)
 
 
 def _shape(layout: GroupLayout) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def recorded() -> bool:
-    """Whether operations are recorded by a compiler or tracer: what they make has no memory, and kernels past torch's dispatcher are missed."""
+    """Whether a compiler or tracer records operations: what they make has no memory, and it would miss kernels past torch's dispatcher."""
     return torch.compiler.is_compiling() or _compat.in_dispatch_mode()
 
 

@@ -1,8 +1,8 @@
 """The range of each weight's groups, their steps and the noise in one pass over the weights, and one over their gradient backward.
 
 What :func:`~diffq_fx.kernels.normal_range`, :func:`~diffq_fx.kernels.step_of_logits` and :func:`~diffq_fx.kernels.add_noise` do one
-after the other, where the C or the Triton kernel runs and nothing records the operations: so a small weight costs one call, and a large one is
-read once. No step is kept for the backward, only the length of each range.
+after the other, where the C or the Triton kernel runs and nothing records the operations: so a small weight costs one call, and a
+large one is read once. No step is kept for the backward, only the length of each range.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,21 @@
 """True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffq_fx.functional.grid import Grid
 from diffq_fx.functional.groups import GroupLayout, to_rows
-from diffq_fx.kernels import native
+from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
 
 _CLIP_GAIN = 10.0
 """How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
-_JUST_BEYOND = 1 + 1e-4
+_REACH = 0.5 * (1 + 1e-4)
+"""Steps between a weight and its rounded value beyond which it is clipped."""
 
 
 def learned_factor(clip: Tensor) -> Tensor:
@@ -51,6 +54,7 @@ class RoundInRange:
     """The groups that have a scale."""
     ranges: GroupLayout
     """The groups that share a range."""
+    grid: Grid = "affine"
 
     def __call__(self, weight: Tensor, rounded: Tensor, logits: Tensor, clip: Tensor | None, scale: Tensor, span: Tensor) -> Tensor:
         """The values of ``rounded``, differentiable in weight and ``clip``.
@@ -64,6 +68,24 @@ class RoundInRange:
             span: high - low of each range, shape of ``ranges``.
         """
         return _RoundInRange.apply(self, weight, rounded, logits, clip, scale, span)
+
+    def takes(self, weight: Tensor, width: Tensor) -> bool:
+        """Whether one kernel can do all of it, from the kept range on, for this weight, here and now."""
+        plain = not native.recorded() and native.is_plain(weight)
+        return plain and gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
+
+    def in_one_pass(self, weight: Tensor, logits: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
+        """The nearest weight within the kept range ``[low, high]``, where :meth:`takes` says so; differentiable in weight and ``clip``.
+
+        Args:
+            weight: float.
+            logits: of the bits; they get a gradient of zero.
+            clip: shape of ``ranges``; None for a range that is not learned.
+            low: the kept end of each range, shape of ``ranges``.
+            high: the other end.
+            width: int32, one or one for each of the groups that have a width.
+        """
+        return _RoundInOnePass.apply(self, weight, logits, clip, low, high, width)
 
     def slope_of_clip(self, grad: Tensor, weight: Tensor, rounded: Tensor, clip: Tensor, scale: Tensor, span: Tensor) -> Tensor:
         """The gradient of ``clip``, without autograd."""
@@ -96,10 +118,34 @@ class _RoundInRange(torch.autograd.Function):
         return None, grad, None, torch.zeros_like(logits), grad_clip, None, None
 
 
+class _RoundInOnePass(torch.autograd.Function):
+    """The same from the kept range on, where one kernel does all of it and the backward makes the rounded weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, logits: Tensor, clip: Tensor | None, *kept: Tensor) -> Tensor:
+        factor, (low, high, width) = None if clip is None else learned_factor(clip), kept
+        ctx.kernel = kernel
+        ctx.save_for_backward(weight, logits, factor, low, high, width)
+        return gpu.round_in_range(weight, low, high, factor, width, kernel.groups, kernel.grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, logits, factor, *kept = ctx.saved_tensors
+        grad_clip = None
+        if factor is not None and ctx.needs_input_grad[3]:
+            grad_clip = first_alone(partial(_slope_in_one_pass, ctx.kernel), grad, weight, factor, *kept)
+        return None, grad, torch.zeros_like(logits), grad_clip, None, None, None
+
+
+def _slope_in_one_pass(kernel: RoundInRange, grad: Tensor, weight: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
+    low, high, width = kept
+    return gpu.slope_of_clip(grad, weight, (low, high), factor, width, kernel.groups, kernel.grid, _REACH, _CLIP_GAIN)
+
+
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:
     """Derivative of the loss in the logarithm of each group's range, shape of ``scale``."""
     if native.takes_rows(grad_OI, weight_OI, rounded_OI):
-        return native.range_slope(grad_OI, weight_OI, rounded_OI, scale, groups, 0.5 * _JUST_BEYOND)
+        return native.range_slope(grad_OI, weight_OI, rounded_OI, scale, groups, _REACH)
     error_OI = (rounded_OI.to(scale.dtype)).sub(weight_OI)
-    clipped_OI = error_OI.abs() > groups.expand(scale) * (0.5 * _JUST_BEYOND)
+    clipped_OI = error_OI.abs() > groups.expand(scale) * _REACH
     return groups.sum(torch.where(clipped_OI, rounded_OI, error_OI).mul_(grad_OI))

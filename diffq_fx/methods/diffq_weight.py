@@ -141,10 +141,13 @@ class DiffQWeight(GridQuantizer):
 
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
         spec, bits = self.spec, self.rounded_bits()
+        round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout, grid=spec.grid)
+        if self.config.clips and round_in_range.takes(weight, bits):
+            kept = self.get_buffer("range_low"), self.get_buffer("range_high"), bits
+            return round_in_range.in_one_pass(weight, self.logits, self.clip, *kept)
         low, high = self.range_of(to_rows(weight, spec.axis), bits)
         params = functional.quant_params(low, high, bits, spec.grid)
         rounded = self.round_to(weight.detach(), params)
-        round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout)
         return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low)
 
     def rounded_bits(self) -> Tensor:

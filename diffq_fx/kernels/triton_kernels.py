@@ -1,7 +1,8 @@
-"""The noise in Triton: what ``noise.c`` does on a CPU, one program for each row of a weight. Imported where it runs alone.
+"""The kernels in Triton: what ``noise.c`` and ``weights.c`` do on a CPU, a program for each row of a weight. Imported where they run alone.
 
-A row is ``count`` groups of ``block`` weights. It is worked on in tiles of GROUPS groups, SLOTS weights of each, as (GROUPS, SLOTS / EACH, EACH):
-EACH, the largest of 1, 2, 4 and 8 that divides ``block``, weights lie in one word of noise, which is hashed once for them, and they are read at once.
+A row is ``count`` groups of ``block`` weights. It is worked on in tiles of GROUPS groups and SLOTS weights of each, of shape
+(GROUPS, SLOTS / EACH, EACH). EACH is the largest of 1, 2, 4 and 8 that divides ``block``: so many weights lie in one word of noise,
+which is hashed once for them, and are read at once.
 """
 
 import triton
@@ -26,14 +27,13 @@ def _noise(place, seed, table, EACH: tl.constexpr, GAUSSIAN: tl.constexpr):
 
 
 @triton.jit
-def _places(row, first_group, first_slot, count, block, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr):
-    """Groups (GROUPS, 1, 1), and the places in the weight of each EACH of their weights (GROUPS, SLOTS / EACH, 1), and which are there."""
+def _places(row, group, first_slot, count, block, SLOTS: tl.constexpr, EACH: tl.constexpr):
+    """The places in the weight of each EACH weights of a tile, shape (GROUPS, SLOTS / EACH, 1), and which of them are there."""
     if EACH > 1:  # a 1 is no value but a constant
         block = tl.multiple_of(block, EACH)
-    group = first_group + tl.arange(0, GROUPS)[:, None, None]
     slot = first_slot + tl.arange(0, SLOTS // EACH)[None, :, None] * EACH
     place = row * count * block + group * block + slot
-    return group, tl.multiple_of(place, [1, 1, EACH]), (group < count) & (slot < block)
+    return tl.multiple_of(place, [1, 1, EACH]), (group < count) & (slot < block)
 
 
 @triton.jit
@@ -94,7 +94,9 @@ def add_noise(
     start = tl.load(seed).to(tl.uint64)
     span = 1.0
     if LOGITS:
-        span = _span(weight, of_group, spans, row, count, count * block, min_bits, bits_range, gain, CLIPS, GRID, GROUPS, GROUPS * SLOTS, EACH)
+        span = _span(
+            weight, of_group, spans, row, count, count * block, min_bits, bits_range, gain, CLIPS, GRID, GROUPS, GROUPS * SLOTS, EACH
+        )
         tl.store(span_out + row, span)
     inner = tl.arange(0, EACH)[None, None, :]
     for first_group in range(0, count, GROUPS):
@@ -103,7 +105,7 @@ def add_noise(
         if LOGITS:
             step = span / (tl.exp2(min_bits + bits_range * _share(step, gain)) - 1)
         for first_slot in range(0, block, SLOTS):
-            _, place, there = _places(row, first_group, first_slot, count, block, GROUPS, SLOTS, EACH)
+            place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
             value = tl.load(weight + (place + inner), mask=there).to(tl.float32)
             noisy = value + step * _noise(place, start, table, EACH, GAUSSIAN)
             tl.store(out + (place + inner), noisy.to(out.dtype.element_ty), mask=there)
@@ -119,15 +121,119 @@ def reduce_noise(
     start = tl.load(seed).to(tl.uint64)
     inner = tl.arange(0, EACH)[None, None, :]
     for first_group in range(0, count, GROUPS):
-        group = first_group + tl.arange(0, GROUPS)
+        group = first_group + tl.arange(0, GROUPS)[:, None, None]
         partial = tl.zeros((GROUPS, SLOTS // EACH, EACH), tl.float32)
         for first_slot in range(0, block, SLOTS):
-            _, place, there = _places(row, first_group, first_slot, count, block, GROUPS, SLOTS, EACH)
+            place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
             value = tl.load(grad + (place + inner), mask=there, other=0).to(tl.float32)
             partial += value * _noise(place, start, table, EACH, GAUSSIAN)
-        found = tl.sum(tl.sum(partial, 2), 1)
+        found = tl.sum(tl.sum(partial, 2), 1)[:, None, None]
         if LOGITS:
             share = _share(tl.load(logits + row * count + group, mask=group < count, other=0), gain)
             levels = tl.exp2(min_bits + bits_range * share)
             found *= gain * bits_range * _LN_2 * levels * (share * (share - 1)) / ((levels - 1) * (levels - 1)) * tl.load(span + row)
         tl.store(sums + row * count + group, found, mask=group < count)
+
+
+@triton.jit
+def _nearest(x):
+    """The nearest whole number, of two the even one; right within what a grid holds. A sum of this size has no room for a fraction."""
+    x = tl.minimum(tl.maximum(x, -1048576.0), 1048576.0)
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _grid_of(low, high, width, SYMMETRIC: tl.constexpr):
+    """Scale, zero point and top level: the operations of ``functional.quant_params``, each rounded as IEEE says, so the same bits."""
+    top = ((1 << width) - 1).to(tl.float32)
+    scale = tl.div_rn(high - low, top)
+    scale = tl.where(scale > 1.1754943508222875e-38, scale, 1.0)
+    if SYMMETRIC:
+        zero_point = (1 << (width - 1)).to(tl.float32)
+    else:
+        zero_point = tl.minimum(tl.maximum(_nearest(tl.div_rn(0 - low, scale)), 0), top)
+    return scale, zero_point, top
+
+
+@triton.jit
+def _rounded(value, scale, zero_point, top):
+    level = _nearest(tl.div_rn(value, scale)) + zero_point
+    return (tl.minimum(tl.maximum(level, 0), top) - zero_point) * scale
+
+
+@triton.jit
+def round_in_range(
+    weight,
+    low,
+    high,
+    factor,
+    width,
+    out,
+    count,
+    block,
+    width_row,
+    width_group,
+    SYMMETRIC: tl.constexpr,
+    LEARNED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """The nearest weights on the grid of each row's range, times ``factor`` where it is LEARNED, with the width of each group."""
+    row = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, EACH)[None, None, :]
+    moved = tl.load(factor + row) if LEARNED else 1.0
+    least, most = tl.load(low + row) * moved, tl.load(high + row) * moved
+    for first_group in range(0, count, GROUPS):
+        group = first_group + tl.arange(0, GROUPS)[:, None, None]
+        bits = tl.load(width + row * width_row + group * width_group, mask=group < count, other=1)
+        scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
+        for first_slot in range(0, block, SLOTS):
+            place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
+            value = tl.load(weight + (place + inner), mask=there, other=0).to(tl.float32)
+            rounded = _rounded(value, scale, zero_point, top)
+            tl.store(out + (place + inner), rounded.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def slope_of_clip(
+    grad,
+    weight,
+    low,
+    high,
+    factor,
+    width,
+    slope,
+    count,
+    block,
+    width_row,
+    width_group,
+    reach,
+    clip_gain,
+    SYMMETRIC: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """The gradient of ``clip``, of which ``factor`` is made: see ``RoundInRange``."""
+    row = tl.program_id(0).to(tl.int64)
+    inner = tl.arange(0, EACH)[None, None, :]
+    moved = tl.load(factor + row)
+    least, most = tl.load(low + row) * moved, tl.load(high + row) * moved
+    total, largest = tl.zeros((GROUPS, SLOTS // EACH, EACH), tl.float32), tl.zeros((GROUPS, 1, 1), tl.float32)
+    for first_group in range(0, count, GROUPS):
+        group = first_group + tl.arange(0, GROUPS)[:, None, None]
+        bits = tl.load(width + row * width_row + group * width_group, mask=group < count, other=16)
+        scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
+        largest = tl.maximum(largest, tl.where(group < count, scale, 0))
+        for first_slot in range(0, block, SLOTS):
+            place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
+            value = tl.load(weight + (place + inner), mask=there, other=0).to(tl.float32)
+            upstream = tl.load(grad + (place + inner), mask=there, other=0).to(tl.float32)
+            rounded = _rounded(value, scale, zero_point, top)
+            error = rounded - value
+            total += upstream * tl.where(tl.abs(error) > reach * scale, rounded, error)
+    found, step = tl.sum(tl.sum(tl.sum(total, 2), 1), 0), tl.max(tl.max(tl.max(largest, 2), 1), 0)
+    steps_in_range = tl.maximum((most - least) / step, 1)
+    lsq_scale = 1 / tl.sqrt(steps_in_range * (count * block))
+    tl.store(slope + row, found * lsq_scale / (step * step * clip_gain))
