@@ -33,8 +33,8 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Ten
     Returns:
         int32, shape (T,).
     """
-    bits = bits_T.double().cpu()
-    values = groups.values_T.double().cpu()
+    bits = bits_T.cpu().double()
+    values = groups.values_T.cpu().double()
     coding = float(groups.coding_bits(bits_T.round()))
     # What the coding of the widths takes depends on the widths: search the payload that leaves just enough for it.
     most = budget_bits - groups.fixed_bits

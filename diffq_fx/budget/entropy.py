@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
+from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.weights import WeightSpec
 
 SMALL_BYTES = 1 << 16
@@ -95,7 +96,7 @@ def bits_saved(weights: Iterable[RoundedWeight]) -> int:
 def _widths_saved(widths: Sequence[Tensor]) -> float:
     """Bits that coding takes off the widths, of which bit packing has as many for each as tell those of its weight apart."""
     packed = sum(width.numel() * int(width.max() - width.min()).bit_length() for width in widths)
-    return packed - float(_code_length(torch.bincount(torch.cat(list(widths)).long()).double()))
+    return packed - float(_code_length(widened(torch.bincount(torch.cat(list(widths)).long()))))
 
 
 def _of_ranges(weight: RoundedWeight) -> list[Tensor]:
@@ -124,7 +125,7 @@ def _levels_saved(weight: RoundedWeight) -> float:
     """Bits that coding takes off the levels of one weight."""
     _, rows_OI, width, params = weight
     layout, largest = weight.spec.scale_layout, int(width.max())
-    counts = torch.zeros((largest + 1) << largest, dtype=torch.float64, device=rows_OI.device)
+    counts = torch.zeros((largest + 1) << largest, dtype=widest_float(rows_OI.device), device=rows_OI.device)
     for part in layout.row_slices(rows_OI.device):
         own, own_width = layout.of_rows(part), width if width.shape[0] == 1 else width[part]
         of_rows = params.of_rows(part)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+WITHOUT_FLOAT64 = ("mps",)
+
 
 def widest_float(device: torch.device) -> torch.dtype:
     """The float type in which sums over many values are made on this device.
@@ -11,7 +13,7 @@ def widest_float(device: torch.device) -> torch.dtype:
         >>> widest_float(torch.device("cpu")), widest_float(torch.device("mps"))
         (torch.float64, torch.float32)
     """
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def widened(values: Tensor) -> Tensor:

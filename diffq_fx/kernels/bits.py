@@ -18,7 +18,7 @@ class _StepOfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, span: Tensor, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
         ctx.bits = (min_bits, max_bits, gain)
-        ctx.unmoved = None if unmoved is None else torch.zeros_like(unmoved)
+        ctx.unmoved = None if unmoved is None else unmoved.shape
         shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
         dtype = torch.promote_types(logits.dtype, span.dtype)
         empty = torch.empty if native.recorded() else memory.empty
@@ -33,7 +33,7 @@ class _StepOfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_logits = first_alone(lambda *given: _slope_of_step(*given, *ctx.bits), grad, *ctx.saved_tensors)
-        return grad_logits, None, ctx.unmoved, None, None, None
+        return grad_logits, None, None if ctx.unmoved is None else grad.new_zeros(ctx.unmoved), None, None, None
 
 
 def _slope_of_step(grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:

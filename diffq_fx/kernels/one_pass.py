@@ -72,7 +72,7 @@ class _OnePass(torch.autograd.Function):
         seed, ctx.settings, ctx.body = draw_seed(weight.device), settings, native if native.takes(weight, settings.axis) else gpu
         noisy, span = ctx.body.noisy(weight, logits, seed, settings)
         ctx.save_for_backward(logits, span, seed)
-        ctx.unmoved = None if unmoved is None else torch.zeros_like(unmoved)
+        ctx.unmoved = None if unmoved is None else unmoved.shape
         return noisy
 
     @staticmethod
@@ -81,4 +81,4 @@ class _OnePass(torch.autograd.Function):
         grad_logits = None
         if ctx.needs_input_grad[1]:
             grad_logits = first_alone(partial(ctx.body.noisy_backward, settings=ctx.settings), grad, logits, span, seed)
-        return grad, grad_logits, ctx.unmoved, None
+        return grad, grad_logits, None if ctx.unmoved is None else logits.new_zeros(ctx.unmoved), None
