@@ -24,7 +24,7 @@ SETTINGS = {
 
 def by(kernels, compute):
     """What ``compute`` gives with the kernels in Triton or with torch's operations, from the same seed."""
-    with mock.patch.object(extension, "kernels", lambda: None), mock.patch.object(gpu, "DEVICES", ("cpu",) if kernels else ()):
+    with mock.patch.object(extension, "kernels", return_value=None), mock.patch.object(gpu, "DEVICES", ("cpu",) if kernels else ()):
         torch.manual_seed(1)
         return compute()
 

@@ -98,7 +98,9 @@ def test_compiled_no_register_is_spilled_and_four_weights_are_read_at_once(kerne
     name, constants = KERNELS[kernel]
     made = compiled(name, GroupLayout.of(4096, 4096, group_size), architecture, constants)
     (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
-    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", tmp_path / "kernel.cubin"], capture_output=True, text=True, check=True
+    ).stdout
     registers, stack, local = (int(re.search(rf"{part}:(\d+)", usage)[1]) for part in ("REG", "STACK", "LOCAL"))
     assert (stack, local) == (0, 0), usage
     assert registers <= 128, usage  # four blocks of four warps on a multiprocessor
