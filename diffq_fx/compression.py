@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from diffq_fx.budget.pressure import worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import PreparationError
 from diffq_fx.functional.groups import to_rows
+from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
 from diffq_fx.methods.base import Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
@@ -36,7 +37,7 @@ class Compression(TrainingState):
     """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
 
     Buffers:
-        pressure_sums: float64, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of each optimizer, in the
+        pressure_sums: float64 where the device has it, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of each optimizer, in the
             row of the first weight whose bits it holds. None without a target.
     """
 
@@ -62,11 +63,20 @@ class Compression(TrainingState):
         self._groups: FlatGroups | None = None
         self._allocated: int | None = None
         self._passes = 0
-        sums = torch.zeros(len(learned), 6, dtype=torch.float64, device=self.steps.device) if learned and self.config.has_target else None
+        sums = torch.zeros(len(learned), 6, dtype=widest_float(self.steps.device), device=self.steps.device) if learned and self.config.has_target else None
         self.register_buffer("pressure_sums", sums)
         for quantizer in self.learned:
             quantizer.shared = self
         live.add(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Compression":
+        """Follow the model to another device, the sums in the widest type that it has."""
+        sums = self._buffers["pressure_sums"]
+        self._buffers["pressure_sums"] = None
+        super()._apply(fn, recurse)
+        if sums is not None:
+            self._buffers["pressure_sums"] = sums.to(self.steps.device, widest_float(self.steps.device))
+        return self
 
     @torch.no_grad()
     def freeze(self) -> None:

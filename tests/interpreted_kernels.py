@@ -69,7 +69,7 @@ def from_logits(columns, group_size, settings):
 
 def rounding(columns, group_size, settings):
     quantizer, weight = quantizer_of(columns, group_size, settings)
-    quantizer.compression = mock.Mock(frozen=True)
+    quantizer.shared = mock.Mock(frozen=True)
     with torch.no_grad():
         quantizer.width.copy_(torch.randint(1, 9, quantizer.width.shape))
         quantizer.range_low.fill_(-1.3)

@@ -62,7 +62,7 @@ def work_of_a_step(counted, weights, config, frozen):
     for model in (layers := nn.Sequential(*[nn.Linear(64, 64) for _ in range(weights)]), prepare_diffq(layers, torch.zeros(1, 64), config)):
         model = model.train().to("meta")
         if frozen and model is not layers:
-            model.compression.note(frozen=True)
+            model.compression.note(frozen=1)
         optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), torch.empty(8, 64, device="meta")
         for _ in range(3):
             counted.forget()

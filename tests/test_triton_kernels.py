@@ -28,7 +28,7 @@ KERNELS = {
     "rounding": ("round_in_range", {"SYMMETRIC": False, "LEARNED": True}),
     "slope of the range": ("slope_of_clip", {"SYMMETRIC": False}),
 }
-WHOLE_NUMBERS = {"seed": "*i64", "width": "*i32"}
+WHOLE_NUMBERS = {"seed": "*i64"}
 NUMBERS = ("min_bits", "bits_range", "gain", "reach", "clip_gain")
 
 

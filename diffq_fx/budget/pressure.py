@@ -72,10 +72,10 @@ def gradient_sums(state: BitState, rows: OpenRows, scale: Tensor | float) -> Ten
         scale: what the gradients are still multiplied with (a fused optimizer divides by GradScaler's scale itself).
 
     Returns:
-        float64, shape (6,).
+        Shape (6,), float64 where the device has it.
     """
     g, n, gg, gn, nn = torch.stack([moments(grad, growth) for grad, growth in _tiles(state, rows)]).sum(0).unbind()
-    count = g.new_tensor(float(sum(grad.numel() for _, _, grad in rows)))
+    count = torch.full_like(g, sum(grad.numel() for _, _, grad in rows))
     return torch.stack([g / scale, n, gg / (scale * scale), gn / scale, nn, count])
 
 

@@ -34,7 +34,7 @@ def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
         return
     layout = spec.bits_layout
     square_OI = to_rows(grad.detach(), spec.axis).float().square()
-    mean = layout.sum(square_OI) / layout.counts().to(square_OI.device)
+    mean = layout.sum(square_OI) / layout.counts_on(square_OI.device)
     sums[0] += mean.nan_to_num(0, 0, 0)
     sums[1] += mean > 0
 
@@ -51,7 +51,7 @@ def asked_bits(spec: WeightSpec, sums: Tensor, span: Tensor) -> Tensor:
         Shape of the spec's ``bits_layout``; minus infinity where nothing depends on a group.
     """
     square, seen = sums.unbind()
-    counts = spec.bits_layout.counts().to(square.device)
+    counts = spec.bits_layout.counts(square.device)
     whole = (square * counts).sum() / counts.sum()
     square = torch.lerp(whole, square, seen / (seen + _STEPS_OF_DOUBT))
     if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
@@ -67,7 +67,7 @@ def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | No
     lowest, centred_T = min(alike.limits.min_bits for alike in groups.alike), asked_T - asked_T.mean()
     guess_T = groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), centred_T + lowest)
     coding = float(groups.coding_bits(guess_T.round()))
-    values_T, bits_T = groups.values_T.double().cpu(), asked_T.double().cpu()
+    values_T, bits_T = groups.values_T.cpu().double(), asked_T.cpu().double()
     parts = [Part(each.of(values_T), each.of(bits_T), each.limits.min_bits, each.limits.max_bits) for each in groups.alike]
     bits_T = asked_T + common_shift(parts, budget - groups.fixed_bits - coding)
     return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits + _INSIDE, limits.max_bits - _INSIDE), bits_T)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
+from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels import bits_of_logits, size_of_logits, slope_of_size
 
 MIB_BITS = 8 * 2**20
@@ -21,7 +22,7 @@ _ALL = slice(None)
 
 def exact_bits(groups: FlatGroups, width_T: Tensor) -> int:
     """Size in bits for whole widths, shape (T,), in exact arithmetic."""
-    payload = (groups.values_T.double() * width_T.double()).sum()
+    payload = torch.dot(groups.values_T.cpu().double(), width_T.cpu().double())
     return round(payload.item()) + round(groups.coding_bits(width_T).item()) + groups.fixed_bits
 
 
@@ -40,10 +41,10 @@ def size_and_growth(state: BitState, rows: Sequence[Tensor] | None = None) -> tu
         rows: the logits of each segment, if they are at hand.
 
     Returns:
-        Two tensors, float64.
+        Two tensors, float64 where the device has it.
     """
     groups = state.groups
-    size = torch.zeros((), dtype=torch.float64, device=groups.device)
+    size = torch.zeros((), dtype=widest_float(groups.device), device=groups.device)
     growth = torch.zeros_like(size)
     limits: dict[int, tuple[Tensor, Tensor]] = {}
     few_rows = []

@@ -83,7 +83,7 @@ class RoundInRange:
             clip: shape of ``ranges``; None for a range that is not learned.
             low: the kept end of each range, shape of ``ranges``.
             high: the other end.
-            width: int32, one or one for each of the groups that have a width.
+            width: float32, near whole numbers, one or one for each of the groups that have a width.
         """
         return _RoundInOnePass.apply(self, weight, logits, clip, low, high, width)
 

@@ -186,7 +186,7 @@ def round_in_range(
     least, most = tl.load(low + row) * moved, tl.load(high + row) * moved
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
-        bits = tl.load(width + row * width_row + group * width_group, mask=group < count, other=1)
+        bits = _nearest(tl.load(width + row * width_row + group * width_group, mask=group < count, other=1)).to(tl.int32)
         scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
         for first_slot in range(0, block, SLOTS):
             place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
@@ -223,7 +223,7 @@ def slope_of_clip(
     total, largest = tl.zeros((GROUPS, SLOTS // EACH, EACH), tl.float32), tl.zeros((GROUPS, 1, 1), tl.float32)
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
-        bits = tl.load(width + row * width_row + group * width_group, mask=group < count, other=16)
+        bits = _nearest(tl.load(width + row * width_row + group * width_group, mask=group < count, other=16)).to(tl.int32)
         scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
         largest = tl.maximum(largest, tl.where(group < count, scale, 0))
         for first_slot in range(0, block, SLOTS):

@@ -140,11 +140,12 @@ class DiffQWeight(GridQuantizer):
         return self.span_in_training(self.weight) / (torch.exp2(self.bits()) - 1)
 
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
-        spec, bits = self.spec, self.rounded_bits()
+        spec = self.spec
         round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout, grid=spec.grid)
-        if self.config.clips and round_in_range.takes(weight, bits):
-            kept = self.get_buffer("range_low"), self.get_buffer("range_high"), bits
+        if self.config.clips and round_in_range.takes(weight, self.width):
+            kept = self.get_buffer("range_low"), self.get_buffer("range_high"), self.width
             return round_in_range.in_one_pass(weight, self.logits, self.clip, *kept)
+        bits = self.rounded_bits()
         low, high = self.range_of(to_rows(weight, spec.axis), bits)
         params = functional.quant_params(low, high, bits, spec.grid)
         rounded = self.round_to(weight.detach(), params)

@@ -71,7 +71,7 @@ class TrainingState(nn.Module):
         for buffer, before, after in zip((self.steps, self.bits_frozen, self.frozen_at, *self.coding), old, new, strict=True):
             if before != after:
                 buffer.fill_(after)
-        self.look()
+        self._known, self._known_from = new, self._versions()  # what was written is known: to read it would wait for the device
 
     def _versions(self) -> tuple[int, ...]:
         buffers = (self.steps, self.bits_frozen, self.coding)

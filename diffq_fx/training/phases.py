@@ -76,7 +76,8 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
             pressure.add_penalty(state, rows, scale * config.penalty / MIB_BITS)
         else:
             sums_W6 = compression.pressure_sums
-            sums_W6[list(held.weights)] = 0
+            for run in _in_runs(held.weights):  # no index that would have to be copied to the device
+                sums_W6[run].zero_()
             sums_W6[held.weights[0]] = pressure.gradient_sums(state, rows, scale)
             pressure.project(state, rows, sums_W6.sum(0), scale)
 
@@ -154,6 +155,17 @@ def _hold_coded_size(compression: Compression) -> None:
     excess = exact_bits(groups, width_T) - compression.saved_at(width_T) - (budget - compression.known.bits_saved)
     bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
     compression.range_scale.mul_(2**bits_a_weight)
+
+
+def _in_runs(rising: Sequence[int]) -> list[slice]:
+    """Rising numbers as slices.
+
+    Example:
+        >>> _in_runs([0, 1, 2, 5])
+        [slice(0, 3, None), slice(5, 6, None)]
+    """
+    starts = [i for i, number in enumerate(rising) if i == 0 or rising[i - 1] != number - 1]
+    return [slice(rising[first], rising[after - 1] + 1) for first, after in zip(starts, [*starts[1:], len(rising)], strict=True)]
 
 
 def _scale(optimizer: Optimizer) -> Tensor | float:
