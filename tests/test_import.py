@@ -18,6 +18,7 @@ HEAVY = (
     "constriction",
     "isal",
     "sklearn",
+    "triton",
 )
 
 
