@@ -37,8 +37,8 @@ class Compression(TrainingState):
     """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
 
     Buffers:
-        pressure_sums: float64 where the device has it, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of each optimizer, in the
-            row of the first weight whose bits it holds. None without a target.
+        pressure_sums: float64 where the device has it, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of
+            each optimizer, in the row of the first weight whose bits it holds. None without a target.
     """
 
     pressure_sums: Tensor
@@ -63,7 +63,11 @@ class Compression(TrainingState):
         self._groups: FlatGroups | None = None
         self._allocated: int | None = None
         self._passes = 0
-        sums = torch.zeros(len(learned), 6, dtype=widest_float(self.steps.device), device=self.steps.device) if learned and self.config.has_target else None
+        sums = (
+            torch.zeros(len(learned), 6, dtype=widest_float(self.steps.device), device=self.steps.device)
+            if learned and self.config.has_target
+            else None
+        )
         self.register_buffer("pressure_sums", sums)
         for quantizer in self.learned:
             quantizer.shared = self

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 from diffq_fx.capture.calls import MODES, ExampleCall, restored_state, strided_parts
 from diffq_fx.errors import CaptureError
+from diffq_fx.functional.precision import widened
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.passes._graph import attribute_of
 
@@ -64,7 +65,7 @@ def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
             return f"{what} has {a.shape[-1]} entries, the original's {b.shape[-1]}"
         same = (a == b) | ((a != a) & (b != b))
         if not bool(same.all()):
-            worst = (a.double() - b.double()).abs().nan_to_num(nan=float("inf")).max().item()
+            worst = (widened(a) - widened(b)).abs().nan_to_num(nan=float("inf")).max().item()
             return f"{int((~same).sum())} of {same.numel()} values of {what} differ, by up to {worst:.3g}"
     return ""
 

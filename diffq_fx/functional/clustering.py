@@ -6,6 +6,8 @@ Shape legend: N points, D their dimension, K centres.
 import torch
 from torch import Tensor
 
+from diffq_fx.functional.precision import widened, widest_float
+
 _COARSE = 512
 """Runs of sorted values that stand for all of them where the fast method looks for its start."""
 _CHUNK = 1 << 22
@@ -27,9 +29,9 @@ def optimal_levels(values_N: Tensor, entries: int, counts_N: Tensor | None = Non
         >>> optimal_levels(torch.tensor([0.0, 10.0, 1.0, 11.0]), 2)
         tensor([ 0.5000, 10.5000], dtype=torch.float64)
     """
-    middle = values_N.double().mean()  # far from zero the squares would cancel
-    values, order = (values_N.double() - middle).sort()
-    counts = torch.ones_like(values) if counts_N is None else counts_N.double()[order]
+    middle = widened(values_N).mean()  # far from zero the squares would cancel
+    values, order = (widened(values_N) - middle).sort()
+    counts = torch.ones_like(values) if counts_N is None else widened(counts_N)[order]
     zero = values.new_zeros(1)
     total, first, second = (torch.cat([zero, (counts * values**power).cumsum(0)]) for power in range(3))
     # cost[i, j]: squared error of values i..j-1 around their mean; infinite where there are none.
@@ -67,9 +69,9 @@ def levels(values_N: Tensor, entries: int, start: Tensor | None = None, iteratio
     """
     dtype = torch.promote_types(values_N.dtype, torch.float32)
     values = values_N.to(dtype).sort().values
-    sums = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
-    squares = torch.cat([sums[:1], values.double().square().cumsum(0)])
-    centres = _coarse_optimum(values, sums, entries) if start is None else start.double().sort().values
+    sums = torch.cat([values.new_zeros(1, dtype=widest_float(values.device)), widened(values).cumsum(0)])
+    squares = torch.cat([sums[:1], widened(values).square().cumsum(0)])
+    centres = _coarse_optimum(values, sums, entries) if start is None else widened(start).sort().values
     for _ in range(iterations):
         bounds = _bounds(values, centres)
         count, total = bounds.diff(), sums[bounds].diff()
@@ -107,7 +109,7 @@ def _refill(values: Tensor, bounds: Tensor, centres: Tensor, errors: Tensor) -> 
         worst = int(errors.argmax())
         if not float(errors[worst]) > 0:
             break
-        ends = values[torch.stack([bounds[worst], bounds[worst + 1] - 1])].double()
+        ends = widened(values[torch.stack([bounds[worst], bounds[worst + 1] - 1])])
         centres[empty] = ends[(ends - centres[worst]).abs().argmax()]
         errors[worst] = 0
     return centres.sort().values

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.clustering import levels, nearest
+from diffq_fx.functional.precision import widened
 
 CodebookKind = Literal["adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two"]
 KINDS: tuple[CodebookKind, ...] = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")
@@ -32,7 +33,7 @@ def scaled_binary(values_N: Tensor) -> Tensor:
         >>> scaled_binary(torch.tensor([1.0, -3.0]))
         tensor([-2.,  2.])
     """
-    scale = values_N.double().abs().mean().to(_entry_dtype(values_N))
+    scale = widened(values_N).abs().mean().to(_entry_dtype(values_N))
     return torch.stack([-scale, scale])
 
 
@@ -43,8 +44,8 @@ def scaled_ternary(values_N: Tensor) -> Tensor:
         >>> scaled_ternary(torch.tensor([2.0, -2.0, 0.1]))
         tensor([-2.,  0.,  2.])
     """
-    sums = values_N.double().abs().sort(descending=True).values.cumsum(0)
-    count = torch.arange(1, len(sums) + 1, dtype=torch.float64, device=sums.device)
+    sums = widened(values_N).abs().sort(descending=True).values.cumsum(0)
+    count = torch.arange(1, len(sums) + 1, dtype=sums.dtype, device=sums.device)
     best = (sums / count.sqrt()).argmax()
     scale = (sums[best] / count[best]).to(_entry_dtype(values_N))
     return torch.stack([-scale, torch.zeros_like(scale), scale])
@@ -76,14 +77,14 @@ def scaled(values_N: Tensor, entries: Sequence[float], start: Tensor | None = No
         >>> scaled(torch.tensor([1.0, 1.0, -2.0]), (-2.0, -1.0, 1.0, 2.0))
         tensor([-2., -1.,  1.,  2.])
     """
-    values = values_N.double()
-    base = torch.tensor(sorted(entries), dtype=torch.float64, device=values.device)
+    values = widened(values_N)
+    base = torch.tensor(sorted(entries), dtype=values.dtype, device=values.device)
     largest = values.abs().max() / base.abs().max()
     if not float(largest) > 0:
         return base.to(_entry_dtype(values_N))
-    scales = list((largest * torch.logspace(-2, 0.3, _SCALES, dtype=torch.float64, device=values.device)).unbind())
+    scales = list((largest * torch.logspace(-2, 0.3, _SCALES, dtype=values.dtype, device=values.device)).unbind())
     if start is not None:
-        scales.append((start.double().abs().max() / base.abs().max()).clamp(min=torch.finfo(torch.float64).tiny))
+        scales.append((widened(start).abs().max() / base.abs().max()).clamp(min=torch.finfo(values.dtype).tiny))
     best_error, best = torch.inf, base * largest
     for scale in scales:
         error, found = _refined_scale(values, base, scale)
