@@ -8,6 +8,7 @@ the export has made them.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -130,7 +131,8 @@ class _Constants:
         output = onnx.helper.make_empty_tensor_value_info(name)
         graph = onnx.helper.make_graph(nodes, "constant", [], [output], list(tensors.values()))
         model = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        return np.asarray(ReferenceEvaluator(model).run(None, {})[0])
+        values: Any = ReferenceEvaluator(model).run(None, {})
+        return np.asarray(values[0])
 
     def _collect(self, name: str, nodes: list[NodeProto], tensors: dict[str, TensorProto]) -> bool:
         """Gather what a value hangs on, in the order of computation; False if that is not initializers alone."""

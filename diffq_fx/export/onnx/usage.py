@@ -179,22 +179,18 @@ def _walk_nodes(graph: "GraphProto | FunctionProto", scope: str, values: _Values
 
 def _walk_call(node: "NodeProto", function: "FunctionProto", values: _Values, walk: _Walk) -> None:
     """Follow constants through the body of a function, which counts as one operator to whoever reads the file."""
-    given = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input)}  # noqa: B905
-    traces = [trace for of_one in given.values() for trace in of_one]
-    readers = [(trace, dict(trace.constant.readers)) for trace in traces]
-    body = dict(given)
+    body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
+    given = {trace.constant: trace for of_one in body.values() for trace in of_one}
+    readers = {constant: dict(constant.readers) for constant in given}
     _walk_nodes(function, "", body, _Walk(walk.functions))  # its own constants count once, with the function
-    for trace, before in readers:
-        if trace.constant.readers != before:
-            trace.constant.readers = before
-    for trace, before in readers:
-        goes_on = any(trace.constant is other.constant for name in function.output for other in body.get(name, ()))
-        if not goes_on:
+    carried = {trace.constant for name in function.output for trace in body.get(name, ())}
+    for constant, trace in given.items():
+        constant.readers = readers[constant]  # without the operators of the body
+        if constant not in carried:
             trace.end(node.op_type)
-    paths = {trace.constant: trace.path for trace in traces}
-    for formal, name in zip(function.output, node.output):  # noqa: B905
-        carried = [trace for trace in body.get(formal, ()) if trace.constant in paths]
-        values[name] = tuple(replace(trace, path=(*paths[trace.constant], node.op_type)) for trace in carried)
+    for formal, name in zip(function.output, node.output, strict=False):
+        traces = [trace for trace in body.get(formal, ()) if trace.constant in given]
+        values[name] = tuple(replace(trace, path=(*given[trace.constant].path, node.op_type)) for trace in traces)
 
 
 def _add(constant: Constant, name: str, values: _Values, walk: _Walk) -> None:

@@ -39,9 +39,11 @@ def call_functions(model: ir.Model) -> None:
     """
     marked = [value for node in model.graph for value in node.outputs if _WEIGHT in value.meta]
     bodies: dict[bytes, str] = {}
+    names: set[str | None] = set()
     for value in marked:
         nodes = list(dict.fromkeys(_producers(value)))
         if [node.op_type for node in nodes] == [_NAME]:
+            names.add(nodes[0].name)
             continue
         weight = value.meta[_WEIGHT]
         inputs = _inputs(nodes, weight)
@@ -51,7 +53,7 @@ def call_functions(model: ir.Model) -> None:
             bodies[key] = _NAME if not bodies else f"{_NAME}{len(bodies) + 1}"
             body.name = bodies[key]
             model.functions[body.identifier()] = body
-        _call(model.graph, bodies[key], list(inputs.values()), value, f"{weight}.dequantized")
+        _call(model.graph, bodies[key], list(inputs.values()), value, _unique(f"{weight}.dequantized", names))
     if bodies:
         model.opset_imports[FUNCTION_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
@@ -65,6 +67,13 @@ def _producers(value: ir.Value) -> Iterator[ir.Node]:
             if source is not None:
                 yield from _producers(source)
         yield node
+
+
+def _unique(name: str, taken: set[str | None]) -> str:
+    """``name``, or with a number behind it where a weight has several nodes."""
+    found = next(each for each in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if each not in taken)
+    taken.add(found)
+    return found
 
 
 def _is_baked(value: ir.Value) -> bool:
