@@ -70,9 +70,7 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
             return _translated(converted, _exported(converted, example, dynamic_shapes), example, ())
         try:
             program = _with_dynamic_batch(converted, example)
-            remarks = (
-                () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
-            )
+            remarks = () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
             return _translated(converted, program, example, remarks)
         except ExportError as error:
             try:
@@ -130,7 +128,9 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
 
 
-def _translated(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+def _translated(
+    converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]
+) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
         return _traced(_to_onnx(program, optimize=True), program, example, remarks)
