@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from diffq_fx.export import export_onnx, read_metadata
 from diffq_fx.export.onnx import saving
 from diffq_fx.export.onnx.inspection import inspect_onnx
+from diffq_fx.export.onnx.random_inputs import index_bounds
 
 MIXED = torch.tensor([2, 4, 8, 12])[torch.randint(4, (24, 1))]
 IMAGES = torch.randn(2, 16, 9, 9)
@@ -122,6 +123,12 @@ def test_inspection_takes_a_call_for_one_operator(path):
     assert {part.role for part in parts} == {"quantized"}
     assert sum(sum(part.learned_bits.values()) for part in parts) == 24 * 144
     assert read_metadata(path).weights[0].initializers == ("affine.levels",)
+
+
+def test_the_rows_of_a_table_are_seen_through_a_call(path):
+    export_onnx(Tied(100, 64, 4).eval(), torch.arange(6)[None], path)
+    assert onnx.load(path).functions
+    assert index_bounds([onnx.load(path)]) == {"ids": 100}
 
 
 def test_calls_read_data_outside_of_the_file(path, monkeypatch):
