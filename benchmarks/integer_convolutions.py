@@ -1,9 +1,10 @@
-"""onnxruntime's two kernels for integer convolutions: that for zero points of 0, and the product of matrices that others get.
+"""onnxruntime's kernels for integer products: what zero points, uint8 weights and a sum of two int8 terms cost.
 
     python benchmarks/integer_convolutions.py --threads 1
 
-Each shape's two models differ in one zero point and are timed in turns. The rule in ``diffq_fx/export/onnx/layout/int8.py`` follows
-the result.
+The models of a shape are timed in turns. A zero point of 0 has a kernel of its own, others get a product of matrices: the rule in
+``diffq_fx/export/onnx/layout/int8.py`` follows that. Levels of 8 bits are exact on every processor as uint8, or as the sum of two
+int8 terms within +-64 (twice the inputs): ``diffq_fx/export/onnx/layout/products.py`` takes uint8.
 """
 
 import argparse
@@ -39,12 +40,16 @@ SHAPES = (
 ROUNDS = 15
 
 
-def session(shape: tuple[int, ...], zero_point: int, threads: int) -> onnxruntime.InferenceSession:
+MATRICES = ((1, 384, 1536), (32, 384, 1536), (1, 1024, 1024), (64, 1024, 1024), (256, 1024, 1024), (32, 2048, 2048))
+"""Rows, inputs, outputs of MatMulInteger."""
+
+
+def session(shape: tuple[int, ...], zero_point: int, threads: int, dtype: type = np.int8) -> onnxruntime.InferenceSession:
     """One QLinearConv, whose first channel has this zero point and the others 0."""
     size, inputs, outputs, kernel, stride = shape
-    zero_points = np.zeros(outputs, np.int8)
+    zero_points = np.zeros(outputs, dtype)
     zero_points[0] = zero_point
-    levels = np.random.default_rng(0).integers(-7, 8, (outputs, inputs, kernel, kernel)).astype(np.int8)
+    levels = np.random.default_rng(0).integers(0, 8, (outputs, inputs, kernel, kernel)).astype(dtype)
     scale, middle = np.float32(0.02), np.uint8(128)
     constants = {
         "x_scale": scale,
@@ -67,22 +72,62 @@ def session(shape: tuple[int, ...], zero_point: int, threads: int) -> onnxruntim
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def compare(shape: tuple[int, ...], batch: int, threads: int) -> str:
-    """How many times as fast the product of matrices is: median [quartiles] of the pairs."""
-    pair = [session(shape, zero_point, threads) for zero_point in (0, 1)]
-    x = {"x": np.random.default_rng(1).integers(0, 255, (batch, shape[1], shape[0], shape[0])).astype(np.uint8)}
-    for each in pair:
-        each.run(None, x)
+def product(inputs: int, outputs: int, threads: int, dtype: type) -> onnxruntime.InferenceSession:
+    """One MatMulInteger with int8 or uint8 weights."""
+    levels = np.random.default_rng(0).integers(0, 64, (inputs, outputs)).astype(dtype)
+    node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, ["m", inputs])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.INT32, None)
+    graph = helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(levels, "w")])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=9)
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def compare(pair: list[onnxruntime.InferenceSession], feeds: list[np.ndarray]) -> str:
+    """How many times as fast the second one is: median [quartiles] of the pairs."""
+    for each, x in zip(pair, feeds, strict=True):
+        each.run(None, {"x": x})
     ratios = []
     for _ in range(ROUNDS):
         seconds = []
-        for each in pair:
+        for each, x in zip(pair, feeds, strict=True):
             began = time.perf_counter()
-            each.run(None, x)
+            each.run(None, {"x": x})
             seconds.append(time.perf_counter() - began)
         ratios.append(seconds[0] / seconds[1])
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def convolutions(threads: int) -> str:
+    """How fast a zero point of 1, and uint8, make each convolution."""
+    rows = []
+    for shape in SHAPES:
+        size, inputs, outputs, kernel, stride = shape
+        label = f"{inputs} to {outputs}, {kernel}x{kernel} / {stride}, {size}x{size}"
+        usual, moved, unsigned = (session(shape, zero, threads, dtype) for zero, dtype in ((0, np.int8), (1, np.int8), (1, np.uint8)))
+        cells = []
+        for other in (moved, unsigned):
+            for batch in (1, 8):
+                x = np.random.default_rng(1).integers(0, 255, (batch, inputs, size, size)).astype(np.uint8)
+                cells.append(compare([usual, other], [x, x]))
+        rows.append((label, inputs * kernel**2, *cells))
+    heads = ("zero point 1, batch 1", "batch 8", "uint8, batch 1", "batch 8")
+    return markdown_table(("convolution", "inputs of a filter", *heads), rows)
+
+
+def matrices(threads: int) -> str:
+    """How fast uint8, and two int8 terms, make each product of matrices."""
+    rows = []
+    for count, inputs, outputs in MATRICES:
+        x = np.random.default_rng(1).integers(0, 255, (count, inputs)).astype(np.uint8)
+        usual, unsigned = (product(inputs, outputs, threads, dtype) for dtype in (np.int8, np.uint8))
+        terms = product(2 * inputs, outputs, threads, np.int8)
+        cells = compare([usual, unsigned], [x, x]), compare([usual, terms], [x, np.concatenate([x, x], 1)])
+        rows.append((f"{count} rows, {inputs} to {outputs}", *cells))
+    return markdown_table(("MatMulInteger", "uint8", "two int8 terms"), rows)
 
 
 def main() -> None:
@@ -90,18 +135,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     threads = parser.parse_args().threads
-    rows = []
-    for shape in SHAPES:
-        size, inputs, outputs, kernel, stride = shape
-        label = f"{inputs} to {outputs}, {kernel}x{kernel} / {stride}, {size}x{size}"
-        rows.append((label, inputs * kernel**2, *(compare(shape, batch, threads) for batch in (1, 8))))
-    body = "How many times as fast one zero point of 1 makes the convolution: median [quartiles] of interleaved pairs.\n\n"
-    table = markdown_table(("convolution", "inputs of a filter", "batch 1", "batch 8"), rows)
-    print(
-        write_result(
-            f"integer_convolutions_{threads}thread", "Integer convolutions in onnxruntime", body + table, ["onnxruntime"]
-        ).read_text()
-    )
+    body = "How many times as fast as int8 weights with zero points of 0: median [quartiles] of interleaved pairs.\n\n"
+    body += f"{convolutions(threads)}\n\n{matrices(threads)}"
+    name = f"integer_convolutions_{threads}thread"
+    print(write_result(name, "Integer products in onnxruntime", body, ["onnxruntime"]).read_text())
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ the export has made them.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, inliner
 from onnx.reference import ReferenceEvaluator
 
 from diffq_fx.errors import ExportError
@@ -39,13 +40,15 @@ class IntegerProduct:
 
 
 def find_products(path: Path) -> list[IntegerProduct]:
-    """Find every integer product of a file, in its graph, the bodies of its nodes and its functions, and compute its weight.
+    """Find every integer product of a file, in its graph, the bodies of its nodes and the functions that it calls, and compute its weight.
 
     Args:
         path: an ONNX file.
     """
     model = onnx.load(path, load_external_data=False)
-    graphs = [*_graphs(model.graph), *model.functions]
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    graphs = list(_graphs(model.graph))
     producers = {output: node for graph in graphs for node in graph.node for output in node.output}
     constants = _Constants(model, path.parent, producers)
     found = []
@@ -127,10 +130,9 @@ class _Constants:
             return None
         output = onnx.helper.make_empty_tensor_value_info(name)
         graph = onnx.helper.make_graph(nodes, "constant", [], [output], list(tensors.values()))
-        model = onnx.helper.make_model(
-            graph, functions=self._model.functions, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
-        )
-        return np.asarray(ReferenceEvaluator(model).run(None, {})[0])
+        model = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        values: Any = ReferenceEvaluator(model).run(None, {})
+        return np.asarray(values[0])
 
     def _collect(self, name: str, nodes: list[NodeProto], tensors: dict[str, TensorProto]) -> bool:
         """Gather what a value hangs on, in the order of computation; False if that is not initializers alone."""

@@ -17,6 +17,7 @@ from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.halves import HalvedModel, halved_names, store_halves, wants_halves
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
+from diffq_fx.export.onnx.layout.functions import call_functions
 from diffq_fx.export.onnx.layout.int8 import watch
 from diffq_fx.export.onnx.layout.plan import LayoutRequest
 from diffq_fx.export.onnx.layout.table import read_table
@@ -135,6 +136,7 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
         weights=applied.records,
     )
     drop_what_is_derived(model)
+    call_functions(model)
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))

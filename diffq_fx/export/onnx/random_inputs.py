@@ -81,8 +81,11 @@ def index_bounds(models: "Iterable[ModelProto]") -> dict[str, int]:
     Returns:
         Input name -> exclusive upper bound; without the inputs for which no Gather was found.
     """
+    from onnx.inliner import inline_local_functions
+
     bounds: dict[str, int] = {}
     for model in models:
+        model = inline_local_functions(model) if model.functions else model
         inputs = {entry.name: frozenset((entry.name,)) for entry in model.graph.input}
         _visit_graph(model.graph, inputs, {}, bounds)
     return bounds

@@ -120,6 +120,14 @@ class _Trace:
 _Values = dict[str, tuple[_Trace, ...]]
 
 
+@dataclass
+class _Walk:
+    """What a walk over a model knows and collects."""
+
+    functions: "dict[tuple[str, str], FunctionProto]"
+    found: list[Constant] = field(default_factory=list)
+
+
 def find_constants(model: "ModelProto") -> list[Constant]:
     """Find every constant tensor of a model, its readers, its scales and its zero points.
 
@@ -129,11 +137,11 @@ def find_constants(model: "ModelProto") -> list[Constant]:
     Returns:
         The constants in the order of the file: those of the graph, of the graphs inside its nodes, of its functions.
     """
-    found: list[Constant] = []
-    _walk_graph(model.graph, "", {}, found)
+    walk = _Walk({(function.domain, function.name): function for function in model.functions})
+    _walk_graph(model.graph, "", {}, walk)
     for function in model.functions:
-        _walk_nodes(function, f"{function.name}/", {}, found)
-    return found
+        _walk_nodes(function, f"{function.name}/", {}, walk)
+    return walk.found
 
 
 def external_locations(model: "ModelProto") -> list[str]:
@@ -142,32 +150,51 @@ def external_locations(model: "ModelProto") -> list[str]:
     return sorted({region.location for region in regions if region is not None})
 
 
-def _walk_graph(graph: "GraphProto", scope: str, outer: _Values, found: list[Constant]) -> None:
+def _walk_graph(graph: "GraphProto", scope: str, outer: _Values, walk: _Walk) -> None:
     values = dict(outer)
     for tensor in graph.initializer:
-        _add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values, found)
+        _add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values, walk)
     for sparse in graph.sparse_initializer:
         name = sparse.values.name
-        _add(Constant(scope + name, sparse.values, tuple(sparse.dims), sparse.indices), name, values, found)
-    _walk_nodes(graph, scope, values, found)
+        _add(Constant(scope + name, sparse.values, tuple(sparse.dims), sparse.indices), name, values, walk)
+    _walk_nodes(graph, scope, values, walk)
     for output in graph.output:
         for trace in values.get(output.name, ()):
             trace.end("graph output")
 
 
-def _walk_nodes(graph: "GraphProto | FunctionProto", scope: str, values: _Values, found: list[Constant]) -> None:
+def _walk_nodes(graph: "GraphProto | FunctionProto", scope: str, values: _Values, walk: _Walk) -> None:
     for node in graph.node:
         if node.op_type == "Constant":
             for constant in _constant_of(node, scope):
-                _add(constant, node.output[0], values, found)
+                _add(constant, node.output[0], values, walk)
             continue
         for name, inner in _inner_graphs(node):
-            _walk_graph(inner, f"{scope}{node.name or node.op_type}/{name}/", values, found)
-        _visit(node, values)
+            _walk_graph(inner, f"{scope}{node.name or node.op_type}/{name}/", values, walk)
+        if (function := walk.functions.get((node.domain, node.op_type))) is not None:
+            _walk_call(node, function, values, walk)
+        else:
+            _visit(node, values)
 
 
-def _add(constant: Constant, name: str, values: _Values, found: list[Constant]) -> None:
-    found.append(constant)
+def _walk_call(node: "NodeProto", function: "FunctionProto", values: _Values, walk: _Walk) -> None:
+    """Follow constants through the body of a function, which counts as one operator to whoever reads the file."""
+    body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
+    given = {trace.constant: trace for of_one in body.values() for trace in of_one}
+    readers = {constant: dict(constant.readers) for constant in given}
+    _walk_nodes(function, "", body, _Walk(walk.functions))  # its own constants count once, with the function
+    carried = {trace.constant for name in function.output for trace in body.get(name, ())}
+    for constant, trace in given.items():
+        constant.readers = readers[constant]  # without the operators of the body
+        if constant not in carried:
+            trace.end(node.op_type)
+    for formal, name in zip(function.output, node.output, strict=False):
+        traces = [trace for trace in body.get(formal, ()) if trace.constant in given]
+        values[name] = tuple(replace(trace, path=(*given[trace.constant].path, node.op_type)) for trace in traces)
+
+
+def _add(constant: Constant, name: str, values: _Values, walk: _Walk) -> None:
+    walk.found.append(constant)
     values[name] = (_Trace(constant),)
 
 

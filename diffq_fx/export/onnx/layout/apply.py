@@ -13,6 +13,7 @@ from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
 from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter
 from diffq_fx.export.onnx.layout.fold import emit_folded
+from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.int8 import (
     RoundedValue,
     conv_refusal,
@@ -79,6 +80,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             convolutions |= set(plan.convolutions)
         elif isinstance(placed.weight, CodebookWeight):
             looked_up, record = emit_looked_up(emitter, placed.weight)
+            mark_weight(looked_up, record.name)
             _take_over(placed.node.outputs[0], looked_up)
             records.append(record)
         else:
@@ -156,11 +158,14 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Node, request: 
         rules.append("rows")
     if plan.convolutions and not request.twin:
         filters = emit_filters(stored, form_of_filters(plan.table, plan.convolutions))
+        mark_weight(filters, stored.name)
         for node in plan.convolutions:
             node.replace_input_with(1, filters)
         rules.append("int8")
     if _is_read(placeholder.outputs[0]):
-        _take_over(placeholder.outputs[0], emit_folded(stored))
+        folded = emit_folded(stored)
+        mark_weight(folded, stored.name)
+        _take_over(placeholder.outputs[0], folded)
         rules.append("fold")
     return "+".join(dict.fromkeys(rules))
 

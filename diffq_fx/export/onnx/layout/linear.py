@@ -19,6 +19,7 @@ from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Machines, Product, choose
 from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.products import choose_form
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
@@ -178,6 +179,7 @@ def emit_fused(stored: StoredTable, use: LinearUse, fusion: Fusion, copy: int) -
         labels = ("levels", "scale", "zero_point")
         inputs = [_own(stored, value, f"{name}.{label}", use.rows, copy) for value, label in zip(inputs, labels)]  # noqa: B905
     weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=fusion.block)
+    mark_weight(weight, name)
     product = replace_product(use, weight, stored.emit.unique(f"{name}.product"))
     spell_out_activation(stored.emit, product)
 

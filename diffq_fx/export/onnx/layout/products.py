@@ -96,8 +96,8 @@ def emit_factor(stored: StoredTable, form: Form) -> Factor:
         form: from :func:`choose_form` for its table.
     """
     scale = stored.scale
-    if is_rounded_anew(stored.table, form):
-        levels, scale = _rounded_anew(stored, form)
+    if stored.zero_point is not None and is_rounded_anew(stored.table, form):
+        levels, scale = _rounded_anew(stored, stored.zero_point, form)
     else:
         levels = stored.levels_as(form.dtype if form.offset == 0 and _is_as_stored(stored, form) else ir.DataType.INT16)
         if form.centred and stored.zero_point is not None:
@@ -128,11 +128,11 @@ def _moved(stored: StoredTable, values: ir.Value, form: Form, label: str) -> ir.
     return stored.cast(values, form.dtype, f"{name}.{form.dtype.name.lower()}")
 
 
-def _rounded_anew(stored: StoredTable, form: Form) -> tuple[ir.Value, ir.Value]:
+def _rounded_anew(stored: StoredTable, zero_point: ir.Value, form: Form) -> tuple[ir.Value, ir.Value]:
     """All levels about the middle of uint8, and their scales: rounded to a wider step in the rows that do not fit."""
     stretch = stored.emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
-    zero_point = stored.cast(stored.zero_point, ir.DataType.FLOAT, f"{stored.name}.zero_point.float")
-    centred = stored.emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), zero_point], f"{stored.name}.centred")
+    middle = stored.cast(zero_point, ir.DataType.FLOAT, f"{stored.name}.zero_point.float")
+    centred = stored.emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle], f"{stored.name}.centred")
     steps = stored.emit.op("Div", [centred, stretch], f"{stored.name}.stretched")
     rounded = stored.cast(stored.emit.op("Round", [steps], f"{stored.name}.rounded"), ir.DataType.INT16, f"{stored.name}.rounded.int16")
     return _moved(stored, rounded, form, "levels"), stored.emit.op("Mul", [stored.scale, stretch], f"{stored.name}.scale.stretched")
