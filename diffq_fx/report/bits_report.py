@@ -160,6 +160,9 @@ class BitsReport:
     """Size of the skipped parameters as they are kept (float32 or float16)."""
     rest_float_bits: int
     """Size of the skipped parameters in the float model."""
+    buffer_bits: int = 0
+    """What the state holds beside the parameters (statistics, tables of indices), as files keep it: integers in the smallest type that holds
+    them. No size has it in it."""
     target_bits: float | None = None
     """Bits per weight that training aims at, scales and coded widths included."""
     target_mib: float | None = None
@@ -240,6 +243,7 @@ class BitsReport:
             "lambda_per_mib": self.lambda_per_mib,
             "lambda_per_bit": self.lambda_per_bit,
             "compression_ratio": self.compression_ratio,
+            "buffers_mib": mib(self.buffer_bits),
             "sizes": {
                 "bit_packed": self.packed_size.as_dict(),
                 "onnx_container": self.container_size.as_dict(),

@@ -18,6 +18,7 @@ from diffq_fx.prepare import CHILD
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
+from diffq_fx.storage.packing import narrowed
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -119,6 +120,7 @@ def _report(root: nn.Module, record: Compression | CompressionRecord, rows: Sequ
         skipped=tuple(record.skipped),
         rest_bits=_rest_bits(record.rest_numel, choice),
         rest_float_bits=_rest_float_bits(root, record.skipped),
+        buffer_bits=_buffer_bits(root),
         target_bits=learned.target_bits if learned else None,
         target_mib=learned.target_mib if learned else None,
         penalty=penalty,
@@ -145,6 +147,19 @@ def _lambda_per_bit(record: Compression | CompressionRecord, penalty: float | No
 
 def _rest_bits(numel: int, choice: MethodChoice) -> int:
     return numel * (16 if choice.rest_dtype == "float16" else 32)
+
+
+def _buffer_bits(root: nn.Module) -> int:
+    """What the buffers of the state take that are not ours, equal tables once."""
+    ours = {id(b) for module in root.modules() if isinstance(module, StoredWeight | WeightQuantizer) for b in module.buffers()}
+    kept = root.state_dict(keep_vars=True)
+    tables = {name: narrowed(buffer) for name, buffer in root.named_buffers() if name in kept and id(buffer) not in ours}
+    found: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
+    for table in tables.values():
+        alike = found.setdefault((table.dtype, table.shape), [])
+        if table.is_floating_point() or not any(torch.equal(table, earlier) for earlier in alike):
+            alike.append(table)
+    return sum(8 * table.nbytes for alike in found.values() for table in alike)
 
 
 def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:

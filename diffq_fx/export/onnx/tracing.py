@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateHashedInitializersPass, InlinePass
 from onnxscript.values import Op, Opset
 from torch import nn
 
@@ -70,7 +70,9 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
             return _translated(converted, _exported(converted, example, dynamic_shapes), example, ())
         try:
             program = _with_dynamic_batch(converted, example)
-            remarks = () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
+            remarks = (
+                () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
+            )
             return _translated(converted, program, example, remarks)
         except ExportError as error:
             try:
@@ -128,9 +130,7 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
 
 
-def _translated(
-    converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]
-) -> TracedModel:
+def _translated(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
         return _traced(_to_onnx(program, optimize=True), program, example, remarks)
@@ -152,6 +152,7 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
     if translated is None:
         raise ValueError("torch.onnx returned no model")
     InlinePass()(translated.model)
+    DeduplicateHashedInitializersPass()(translated.model)  # one table of relative positions, not one for each layer
     ClearMetadataAndDocStringPass()(translated.model)  # stack traces with the paths of this machine
     graph = translated.model.graph
     for described in (translated.model, graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):

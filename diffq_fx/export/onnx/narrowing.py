@@ -1,4 +1,4 @@
-"""Parameters that are not quantized, stored as float16: half the bytes, cast back to float32 when the file is loaded."""
+"""What is not quantized in a smaller type, cast back when the file is loaded: parameters as float16, integer tables as few bits as they need."""
 
 import numpy as np
 import onnx_ir as ir
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.export.onnx.layout.emitter import Emitter
+from diffq_fx.storage.packing import narrowed
 
 _MIN_VALUES = 64
 """A tensor with fewer values would grow by its Cast node."""
@@ -39,12 +40,35 @@ def store_halves(model: ir.Model, names: set[str]) -> None:
     emitter = Emitter(model.graph)
     for name in sorted(names & set(model.graph.initializers)):
         value = model.graph.initializers[name]
-        if value.dtype != ir.DataType.FLOAT or value.const_value is None:
-            continue
-        half = emitter.initializer(f"{name}.float16", value.const_value.numpy().astype(np.float16))
-        value.replace_all_uses_with(emitter.op("Cast", [half], f"{name}.float32", dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT)))
-        del model.graph.initializers[name]
+        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
+            _store_as(emitter, value, value.const_value.numpy().astype(np.float16))
     emitter.flush()
+
+
+def store_narrow_tables(model: ir.Model) -> None:
+    """Replace large int64 initializers (indices of relative positions) by ones of a smaller type and a Cast, in place."""
+    emitter = Emitter(model.graph)
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == ir.DataType.INT64 and value.const_value is not None:
+            table = torch.from_numpy(np.array(value.const_value.numpy()))
+            small = narrowed(table)
+            if small.dtype != table.dtype:
+                _store_as(emitter, value, small.numpy())
+    emitter.flush()
+
+
+def _store_as(emitter: Emitter, value: ir.Value, stored: np.ndarray) -> None:
+    name, dtype = str(value.name), value.dtype
+    if dtype is None:
+        return
+    small = emitter.initializer(f"{name}.{stored.dtype}", stored)
+    cast = emitter.op("Cast", [small], f"{name}.{dtype.name.lower()}", dtype=dtype, to=int(dtype))
+    cast.shape = value.shape
+    is_output = value.is_graph_output()
+    value.replace_all_uses_with(cast, replace_graph_outputs=True)
+    del emitter.graph.initializers[name]
+    if is_output:
+        cast.name = name
 
 
 class HalvedModel(nn.Module):
