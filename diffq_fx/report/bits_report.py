@@ -161,8 +161,7 @@ class BitsReport:
     rest_float_bits: int
     """Size of the skipped parameters in the float model."""
     buffer_bits: int = 0
-    """What the state holds beside the parameters (statistics, tables of indices), as files keep it: integers in the smallest type that holds
-    them. No size has it in it."""
+    """What the state holds beside the parameters (statistics, tables of indices), as files keep it. No size has it in it."""
     target_bits: float | None = None
     """Bits per weight that training aims at, scales and coded widths included."""
     target_mib: float | None = None

@@ -1,4 +1,4 @@
-"""What is not quantized in a smaller type, cast back when the file is loaded: parameters as float16, integer tables as few bits as they need."""
+"""What is not quantized in a smaller type, cast back when a file is loaded: parameters as float16, tables of integers as they need."""
 
 import numpy as np
 import onnx_ir as ir
