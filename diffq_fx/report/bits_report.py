@@ -174,6 +174,13 @@ class BitsReport:
     """What else one should know."""
 
     @property
+    def target(self) -> str:
+        """What training aims at, in words; empty without a target."""
+        if self.target_bits is not None:
+            return f"{self.target_bits:g} bits per quantized weight, scales and coded widths included"
+        return "" if self.target_mib is None else f"{self.target_mib:g} MiB for the whole model"
+
+    @property
     def numel(self) -> int:
         """Number of quantized weights."""
         return sum(weight.numel for weight in self.weights)

@@ -150,10 +150,8 @@ def summary_lines(report: BitsReport) -> Iterator[str]:
     )
     if mib(report.buffer_bits) >= _LARGE_BUFFERS_MIB:
         yield f"buffers: {mib(report.buffer_bits):.4g} MiB beside the parameters (statistics, tables of indices), in none of the sizes"
-    if report.target_bits is not None:
-        yield f"target: {report.target_bits:g} bits per quantized weight, scales and coded widths included"
-    elif report.target_mib is not None:
-        yield f"target: {report.target_mib:g} MiB for the whole model"
+    if report.target:
+        yield f"target: {report.target}"
     elif report.penalty is None:
         yield "target: none"
     if report.lambda_per_bit is not None:

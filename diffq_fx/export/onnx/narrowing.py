@@ -7,26 +7,26 @@ from torch import Tensor, nn
 
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.export.onnx.layout.emitter import Emitter
+from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.storage.packing import narrowed
 
 _MIN_VALUES = 64
 """A tensor with fewer values would grow by its Cast node."""
 
 
-def wants_halves(converted: nn.Module) -> bool:
-    """Whether what is not quantized shall be stored as float16."""
-    record = getattr(converted, "compression", None)
-    if isinstance(record, CompressionRecord):
-        return record.method.rest_dtype == "float16"
-    return getattr(converted, "rest_dtype", None) is torch.float16
-
-
 def halved_names(converted: nn.Module) -> set[str]:
-    """Names of the float32 parameters that float16 can hold; buffers (running variances) need the range of float32."""
+    """Names of the float32 parameters to be stored as float16, where that holds them; buffers need the range of float32."""
+    parts = {path: vars(part)[CHILD].method.rest_dtype == "float16" for path, part in parts_of(converted, CompressionRecord).items()}
+    if getattr(converted, "rest_dtype", None) is torch.float16:
+        parts[""] = True
+    prefixes = tuple(f"{path}." if path else "" for path, halves in parts.items() if halves)
     return {
         name
         for name, parameter in converted.named_parameters(remove_duplicate=False)
-        if parameter.dtype == torch.float32 and parameter.numel() >= _MIN_VALUES and bool(parameter.half().isfinite().all())
+        if name.startswith(prefixes)
+        and parameter.dtype == torch.float32
+        and parameter.numel() >= _MIN_VALUES
+        and bool(parameter.half().isfinite().all())
     }
 
 

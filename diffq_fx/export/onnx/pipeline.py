@@ -21,7 +21,7 @@ from diffq_fx.export.onnx.layout.plan import LayoutRequest
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
-from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables, wants_halves
+from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
 from diffq_fx.export.onnx.saving import publish, save_draft
@@ -84,7 +84,7 @@ def export_file(
                 if isinstance(weight, IntegerWeight):
                     read_table(weight)  # a weight without ONNX form is found before the long work begins
             traced = trace(converted, example, dynamic_shapes)
-            halved = halved_names(converted) if wants_halves(converted) else set()
+            halved = halved_names(converted)
             job = _Job(
                 converted=converted,
                 weights=weights,

@@ -21,6 +21,7 @@ from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.sizes import name_sizes
+from diffq_fx.parts import stored_weights
 from diffq_fx.storage import StoredWeight
 
 BASE_OPSET = 20
@@ -48,8 +49,9 @@ class TracedModel:
 
 def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
     """Name of the initializer that holds a weight's levels or codes -> the weight, for every name that the weight has."""
+    named = {id(module): stored for module, stored in stored_weights(converted)}
     modules = converted.named_modules(remove_duplicate=False)
-    return {f"{name}.{module.packed_buffer}".lstrip("."): module for name, module in modules if isinstance(module, StoredWeight)}
+    return {f"{name}.{module.packed_buffer}".lstrip("."): named[id(module)] for name, module in modules if isinstance(module, StoredWeight)}
 
 
 def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> TracedModel:
