@@ -25,10 +25,13 @@ from diffq_fx.methods import STE
 X = torch.randn(6, 32)
 
 
+FIXED = (STE(bits=4), STE(bits=3))
+
+
 class Pair(nn.Module):
     """Two prepared parts, something of its own between them, and a float head."""
 
-    def __init__(self, scopes=("model", "module"), methods=(STE(bits=4), STE(bits=3))):
+    def __init__(self, scopes=("model", "module"), methods=FIXED):
         super().__init__()
         layers = (nn.Sequential(nn.Linear(32, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 64), nn.Tanh()))
         self.encoder, self.decoder = (
