@@ -289,3 +289,23 @@ def test_equal_tables_of_indices_are_stored_once_and_small(path):
     assert [t.data_type for t in tables] == [onnx.TensorProto.UINT8] * 2
     assert "Cast" not in result.operators  # done when the file is loaded
     assert_same(run_exact(path, x), model(x))
+
+
+def test_outputs_are_called_by_their_keys(path):
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 8, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return {"logits": y, "hidden": (y.relu(), y.tanh()), "x": x * 2}, y.exp()
+
+    export_onnx(Keyed().eval(), torch.randn(2, 16), path)
+    names = [output.name for output in onnx.load(path).graph.output]
+    assert names[:3] == ["logits", "hidden_0", "hidden_1"]
+    assert len(set(names)) == 5
+    x = torch.randn(3, 16)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["hidden_1"], {session.get_inputs()[0].name: x.numpy()})
+    assert found.shape == (3, 8)

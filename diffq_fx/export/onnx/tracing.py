@@ -19,8 +19,8 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
+from diffq_fx.export.onnx.naming import name_outputs, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
-from diffq_fx.export.onnx.sizes import name_sizes
 from diffq_fx.parts import stored_weights
 from diffq_fx.storage import StoredWeight
 
@@ -185,6 +185,9 @@ def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Exa
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
+    returned = program.call_spec.out_spec
+    if returned is not None and returned.num_leaves == len(model.graph.outputs):
+        name_outputs(model.graph, returned.unflatten(range(returned.num_leaves)))
     if len(inputs) != len(example.tensors):
         raise ExportError(
             f"the exported graph has {len(inputs)} inputs {[value.name for value in inputs]}, the example {len(example.tensors)} "
