@@ -289,14 +289,22 @@ def _is_one_of_several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-def find_compression(model: nn.Module) -> Compression | None:
-    """The compression of a prepared model, wrapped (DDP, EMA) or not; None where there is none."""
-    return next((module for module in model.modules() if isinstance(module, Compression)), None)
+def find_compressions(model: nn.Module) -> list[Compression]:
+    """The compression of each prepared part of a model: one for a prepared model, wrapped (DDP, EMA) or not."""
+    return [module for module in model.modules() if isinstance(module, Compression)]
+
+
+def require_compressions(model: nn.Module, caller: str) -> list[Compression]:
+    """The compressions of a model's prepared parts, or an error that says how to get one."""
+    found = find_compressions(model)
+    if not found:
+        raise PreparationError(f"{caller}: the {type(model).__name__} is not prepared. Call prepare_diffq(model, example_inputs) first.")
+    return found
 
 
 def require_compression(model: nn.Module, caller: str) -> Compression:
-    """The compression of a prepared model, or an error that says how to get one."""
-    compression = find_compression(model)
-    if compression is None:
-        raise PreparationError(f"{caller}: the {type(model).__name__} is not prepared. Call prepare_diffq(model, example_inputs) first.")
-    return compression
+    """The one compression of a model, or an error that says how to get one."""
+    found = require_compressions(model, caller)
+    if len(found) > 1:
+        raise PreparationError(f"{caller}: the {type(model).__name__} holds {len(found)} prepared parts. Give one of them at a time.")
+    return found[0]

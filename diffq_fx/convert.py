@@ -15,11 +15,11 @@ from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.parts import CHILD, parts_of, unwrapped
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
-from diffq_fx.prepare import CHILD
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import SkippedWeight
 
@@ -60,7 +60,8 @@ def convert_diffq(model: nn.Module) -> nn.Module:
     with the prepared model, which stays usable.
 
     Args:
-        model: from :func:`prepare_diffq`, trained; a wrapper such as DistributedDataParallel is looked through.
+        model: from :func:`prepare_diffq`, trained; or a module that holds prepared ones, such as a DistributedDataParallel
+            (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
 
     Returns:
         The converted model in eval mode: a GraphModule in model scope, else of the model's own class.
@@ -87,7 +88,8 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
     """Round every weight of a prepared model for good, each as its method stores it; the general :func:`convert_diffq`.
 
     Args:
-        model: from :func:`~diffq_fx.prepare`, trained; a wrapper such as DistributedDataParallel is looked through.
+        model: from :func:`~diffq_fx.prepare`, trained; or a module that holds prepared ones, such as a DistributedDataParallel
+            (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
         caller: the name to use in messages.
 
     Returns:
@@ -103,7 +105,13 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
         >>> convert(prepared).weight_quantized
         IntegerWeight('weight', shape=(32, 32), container_bits=4)
     """
-    root, compression = _prepared_root(model, caller)
+    model = unwrapped(model)
+    parts = _prepared_parts(model, caller)
+    converted = {id(part): _convert_part(part, vars(part)[CHILD], caller) for part in parts.values()}
+    return converted[id(model)] if id(model) in converted else copy_replacing(model, converted).eval()
+
+
+def _convert_part(root: nn.Module, compression: Compression, caller: str) -> nn.Module:
     if compression.learned:
         _warn_untrained(compression, caller)
     with torch.no_grad():
@@ -122,12 +130,15 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
     return converted.eval()
 
 
-def _prepared_root(model: nn.Module, caller: str) -> tuple[nn.Module, Compression]:
-    """The module that was prepared: the model itself, or the one inside its wrapper."""
-    for module in model.modules():
-        compression = vars(module).get(CHILD)
-        if isinstance(compression, Compression) and not isinstance(module, WeightQuantizer):
-            return module, compression
+def _prepared_parts(model: nn.Module, caller: str) -> dict[str, nn.Module]:
+    """The modules that were prepared: the model itself, or those that it holds."""
+    if parts := parts_of(model, Compression):
+        return parts
+    if any(isinstance(module, WeightQuantizer) for module in model.modules()):
+        raise ConversionError(
+            f"{caller}: the {type(model).__name__} is a part of a prepared model. Give the whole, as prepare returned it; "
+            "what was merged or wrapped inside it is converted with it."
+        )
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise ConversionError(f"{caller}: the {type(model).__name__} is converted already.")
     raise ConversionError(
@@ -145,7 +156,7 @@ def _warn_untrained(compression: Compression, caller: str) -> None:
             "Build the optimizer from the prepared model's "
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model).",
             DiffQWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif aimless and not compression.penalized:
         warnings.warn(
@@ -153,7 +164,7 @@ def _warn_untrained(compression: Compression, caller: str) -> None:
             "the config has no target and no penalty, and model_size(model) was "
             "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss.",
             DiffQWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

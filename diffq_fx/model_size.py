@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.budget.size import MIB_BITS, mib
-from diffq_fx.compression import require_compression
+from diffq_fx.compression import Compression, require_compressions
+from diffq_fx.parts import parameters_outside, parts_of
+
+_FLOAT_BITS = 32
 
 
 @overload
@@ -24,7 +27,7 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
     ``size="entropy"`` it is about what the packed file takes: levels, scales and what is not quantized at their entropy, buffers too.
 
     Args:
-        model: prepared, or a wrapper of a prepared model.
+        model: prepared, or a module that holds prepared ones: the sum of all, and of its own parameters as float32.
         exact: the achievable size with whole widths, those that eval() and convert use.
 
     Returns:
@@ -40,8 +43,11 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
         >>> 2290 < size <= 2304
         True
     """
-    compression = require_compression(model, "model_size")
+    compressions = require_compressions(model, "model_size")
+    outside = parameters_outside(model, parts_of(model, Compression))
+    other_bits = _FLOAT_BITS * sum(parameter.numel() for parameter in outside.values())
     if exact:
-        return mib(compression.exact_bits())
-    compression.penalized = compression.penalized or torch.is_grad_enabled()
-    return compression.expected_bits() / MIB_BITS
+        return mib(sum(compression.exact_bits() for compression in compressions) + other_bits)
+    for compression in compressions:
+        compression.penalized = compression.penalized or torch.is_grad_enabled()
+    return torch.stack([compression.expected_bits() for compression in compressions]).sum().add(other_bits) / MIB_BITS

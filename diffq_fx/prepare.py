@@ -18,11 +18,12 @@ from diffq_fx.capture.module_scope import ModuleScope, capture_modules
 from diffq_fx.capture.plan import WeightPlan, plan_weights
 from diffq_fx.capture.scopes import install_graph
 from diffq_fx.capture.swapping import owner_of
-from diffq_fx.compression import Compression, find_compression
+from diffq_fx.compression import Compression, find_compressions
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.parts import CHILD
 from diffq_fx.passes._graph import QUANTIZER_SUFFIX
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
 from diffq_fx.passes.insert_quantizers import insert_quantizers
@@ -32,9 +33,6 @@ from diffq_fx.storage import StoredWeight
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
 
 Scope = Literal["auto", "model", "module"]
-
-CHILD = "compression"
-"""Attribute of a prepared model that is its :class:`~diffq_fx.compression.Compression`."""
 
 _HELD = "model_compression"
 
@@ -125,7 +123,7 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
     if scope not in ("auto", "model", "module"):
         raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
-    if find_compression(model) is not None:
+    if find_compressions(model):
         raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")

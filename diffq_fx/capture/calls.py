@@ -112,8 +112,8 @@ def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     return copy_replacing(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
-    """Copy a model, with other tensors (by the identity of what they replace) in the copy, wherever the model holds them.
+def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module]) -> nn.Module:
+    """Copy a model, with other tensors or modules (by the identity of what they replace) in the copy, wherever the model holds them.
 
     A model may keep results of its last forward (an auxiliary loss, attention weights); torch does not copy a tensor with a
     history, so the copy gets its value.

@@ -82,8 +82,7 @@ def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightP
             continue
         _check_values(name, parameter, caller)
         group_size, range_size, grid = method.layout
-        plan.methods[key] = method
-        plan.specs[key] = WeightSpec(
+        spec = WeightSpec(
             name=name,
             aliases=tuple(aliases),
             shape=tuple(parameter.shape),
@@ -93,6 +92,11 @@ def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightP
             range_size=range_size,
             grid=grid,
         )
+        if spec.range_layout.num_groups >= spec.numel:
+            reason = f"shaped {spec.shape}: a range for each weight takes more than its float"
+            plan.skipped.append(SkippedWeight(name, spec.shape, reason))
+            continue
+        plan.methods[key], plan.specs[key] = method, spec
     if not plan.specs:
         seen = "; ".join(f"{s.name} {s.shape}: {s.reason}" for s in plan.skipped[:8]) or "it has no parameters"
         raise PreparationError(f"{caller}: the {type(model).__name__} has no weight to quantize ({seen}).")

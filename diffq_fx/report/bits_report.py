@@ -160,6 +160,8 @@ class BitsReport:
     """Size of the skipped parameters as they are kept (float32 or float16)."""
     rest_float_bits: int
     """Size of the skipped parameters in the float model."""
+    buffer_bits: int = 0
+    """What the state holds beside the parameters (statistics, tables of indices), as files keep it. No size has it in it."""
     target_bits: float | None = None
     """Bits per weight that training aims at, scales and coded widths included."""
     target_mib: float | None = None
@@ -170,6 +172,13 @@ class BitsReport:
     """What a bit costs now, in loss per bit of size: the Lagrange multiplier of the target, or the penalty. None if not known."""
     notes: tuple[str, ...] = ()
     """What else one should know."""
+
+    @property
+    def target(self) -> str:
+        """What training aims at, in words; empty without a target."""
+        if self.target_bits is not None:
+            return f"{self.target_bits:g} bits per quantized weight, scales and coded widths included"
+        return "" if self.target_mib is None else f"{self.target_mib:g} MiB for the whole model"
 
     @property
     def numel(self) -> int:
@@ -240,6 +249,7 @@ class BitsReport:
             "lambda_per_mib": self.lambda_per_mib,
             "lambda_per_bit": self.lambda_per_bit,
             "compression_ratio": self.compression_ratio,
+            "buffers_mib": mib(self.buffer_bits),
             "sizes": {
                 "bit_packed": self.packed_size.as_dict(),
                 "onnx_container": self.container_size.as_dict(),

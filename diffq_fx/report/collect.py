@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,12 +15,15 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
-from diffq_fx.prepare import CHILD
+from diffq_fx.parts import CHILD, parameters_outside, parts_of, unwrapped
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
+from diffq_fx.storage.packing import narrowed
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
+_FLOAT_BITS = 32
+"""Of a parameter that is not quantized, whatever its own type: files may keep it so."""
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -27,7 +31,7 @@ def bits_report(model: nn.Module) -> BitsReport:
     """Report the bits of every quantized weight, the sizes of the model, and what was left in float and why.
 
     Args:
-        model: from ``prepare_diffq`` (trained or not) or ``convert_diffq``; a wrapper such as DistributedDataParallel is looked through.
+        model: from ``prepare_diffq`` (trained or not) or ``convert_diffq``, or a module that holds several of them: then all of it.
             Its widths are those that eval() and convert use, and a converted model has the report of the prepared one it came from.
 
     Returns:
@@ -46,12 +50,11 @@ def bits_report(model: nn.Module) -> BitsReport:
         >>> report.average_bits, report.average_bits_in_all  # scale: 32 bits, zero point: 6 bits for 64 weights; 8 bits a weight tensor
         (6.0, 6.595703125)
     """
-    for module in model.modules():
-        record = module._modules.get(CHILD, module.__dict__.get(CHILD))
-        if isinstance(record, Compression):
-            return _of_prepared(module, record)
-        if isinstance(record, CompressionRecord):
-            return _of_converted(module, record)
+    model = unwrapped(model)
+    parts = parts_of(model, (Compression, CompressionRecord))
+    if parts:
+        reports = {path: _of_part(part) for path, part in parts.items()}
+        return reports[""] if "" in reports else _joined(model, reports, parameters_outside(model, parts))
     found = type(model).__name__
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(
@@ -60,6 +63,42 @@ def bits_report(model: nn.Module) -> BitsReport:
     raise PreparationError(
         f"bits_report: the {found} is neither prepared nor converted. Call prepare_diffq(model, example_inputs) first and give its result."
     )
+
+
+def _of_part(part: nn.Module) -> BitsReport:
+    record = vars(part)[CHILD]
+    return _of_prepared(part, record) if isinstance(record, Compression) else _of_converted(part, record)
+
+
+def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str, nn.Parameter]) -> BitsReport:
+    """One report of several parts and of what the model has beside them, under the names of the whole."""
+
+    def one_of(name: str) -> Any:
+        """What all parts say, if they say the same."""
+        values = list(dict.fromkeys(getattr(report, name) for report in reports.values()))
+        return values[0] if len(values) == 1 else " + ".join(values) if all(isinstance(value, str) for value in values) else None
+
+    own = [SkippedWeight(name, tuple(parameter.shape), "in no prepared part") for name, parameter in outside.items()]
+    moved = [replace(s, name=f"{path}.{s.name}") for path, report in reports.items() for s in report.skipped]
+    targets = {path: summary for path, report in reports.items() if (summary := report.target)}
+    return BitsReport(
+        model=type(model).__name__,
+        stage="prepared" if any(report.stage == "prepared" for report in reports.values()) else "converted",
+        **{name: one_of(name) for name in ("method", "scope", "scope_reason", "penalty", "lambda_per_bit")},
+        weights=tuple(_under(path, weight) for path, report in reports.items() for weight in report.weights),
+        skipped=(*moved, *own),
+        rest_bits=sum(report.rest_bits for report in reports.values()) + sum(_FLOAT_BITS * each.numel() for each in outside.values()),
+        rest_float_bits=sum(report.rest_float_bits for report in reports.values()) + sum(8 * each.nbytes for each in outside.values()),
+        buffer_bits=_buffer_bits(model),
+        notes=(
+            *(f"target of {path}: {target}" for path, target in targets.items()),
+            *(f"{path}: {note}" for path, report in reports.items() for note in report.notes),
+        ),
+    )
+
+
+def _under(path: str, weight: WeightBits) -> WeightBits:
+    return replace(weight, name=f"{path}.{weight.name}", aliases=tuple(f"{path}.{alias}" for alias in weight.aliases))
 
 
 def _of_prepared(root: nn.Module, compression: Compression) -> BitsReport:
@@ -119,6 +158,7 @@ def _report(root: nn.Module, record: Compression | CompressionRecord, rows: Sequ
         skipped=tuple(record.skipped),
         rest_bits=_rest_bits(record.rest_numel, choice),
         rest_float_bits=_rest_float_bits(root, record.skipped),
+        buffer_bits=_buffer_bits(root),
         target_bits=learned.target_bits if learned else None,
         target_mib=learned.target_mib if learned else None,
         penalty=penalty,
@@ -144,7 +184,20 @@ def _lambda_per_bit(record: Compression | CompressionRecord, penalty: float | No
 
 
 def _rest_bits(numel: int, choice: MethodChoice) -> int:
-    return numel * (16 if choice.rest_dtype == "float16" else 32)
+    return numel * (16 if choice.rest_dtype == "float16" else _FLOAT_BITS)
+
+
+def _buffer_bits(root: nn.Module) -> int:
+    """What the buffers of the state take that are not ours, equal tables once."""
+    ours = {id(b) for module in root.modules() if isinstance(module, StoredWeight | WeightQuantizer) for b in module.buffers()}
+    kept = root.state_dict(keep_vars=True)
+    tables = {name: narrowed(buffer) for name, buffer in root.named_buffers() if name in kept and id(buffer) not in ours}
+    found: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
+    for table in tables.values():
+        alike = found.setdefault((table.dtype, table.shape), [])
+        if table.is_floating_point() or not any(torch.equal(table, earlier) for earlier in alike):
+            alike.append(table)
+    return sum(8 * table.nbytes for alike in found.values() for table in alike)
 
 
 def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:

@@ -10,6 +10,7 @@ from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAMES_SHOWN = 6
 _LONGEST_RULE = 140
+_LARGE_BUFFERS_MIB = 0.01
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ def summary_lines(report: BitsReport) -> Iterator[str]:
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "
         f"{report.packed_size.total_mib:.4g} MiB bit-packed, {report.compression_ratio:.2f} times smaller than float"
     )
-    if report.target_bits is not None:
-        yield f"target: {report.target_bits:g} bits per quantized weight, scales and coded widths included"
-    elif report.target_mib is not None:
-        yield f"target: {report.target_mib:g} MiB for the whole model"
+    if mib(report.buffer_bits) >= _LARGE_BUFFERS_MIB:
+        yield f"buffers: {mib(report.buffer_bits):.4g} MiB beside the parameters (statistics, tables of indices), in none of the sizes"
+    if report.target:
+        yield f"target: {report.target}"
     elif report.penalty is None:
         yield "target: none"
     if report.lambda_per_bit is not None:

@@ -1,8 +1,11 @@
 """What a converted model holds in place of a float weight, whatever its method."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from diffq_fx.storage.footprint import Footprint
@@ -19,6 +22,17 @@ class StoredWeight(nn.Module, ABC):
     @abstractmethod
     def forward(self) -> Tensor:
         """The float weight, of the spec's shape and dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredWeight":
+        """Follow the model to another device, and give the float weight in the type that it goes to; what is stored keeps its own."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        buffer = next(self.buffers())
+        self.spec = replace(self.spec, dtype=fn(torch.empty(0, dtype=self.spec.dtype, device=buffer.device)).dtype)
+        return super()._apply(keep_dtype, recurse)
 
     @abstractmethod
     def payload_bits(self) -> int:

@@ -6,6 +6,25 @@ from torch import Tensor, nn
 CONTAINER_BITS = (2, 4, 8, 16)
 """The widths that ONNX (and a byte-addressed memory) can hold."""
 
+SMALL_TABLE_BYTES = 512
+"""Integers of fewer bytes are kept as they are: a smaller type would not pay for what says so."""
+
+_NARROW_TYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32)
+
+
+def narrowed(table: Tensor) -> Tensor:
+    """The same integers in the smallest type that holds them; anything else, and what is small, as it is.
+
+    Example:
+        >>> narrowed(torch.arange(300)).dtype, narrowed(torch.arange(3)).dtype
+        (torch.int16, torch.int64)
+    """
+    if table.dtype not in (torch.int64, torch.int32) or table.nbytes < SMALL_TABLE_BYTES:
+        return table
+    low, high = (int(end) for end in torch.aminmax(table))
+    fitting = (dtype for dtype in _NARROW_TYPES if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max)
+    return table.to(next(fitting, table.dtype))
+
 
 def container_for(bits: int) -> int:
     """Smallest container width that holds ``bits``.

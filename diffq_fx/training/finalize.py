@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffq_fx.capture.calls import ExampleCall
-from diffq_fx.compression import require_compression
+from diffq_fx.compression import require_compressions
 
 
 def freeze_bits(model: nn.Module) -> None:
@@ -19,7 +19,7 @@ def freeze_bits(model: nn.Module) -> None:
     ``DiffQConfig(training_steps=...)`` calls it by itself.
 
     Args:
-        model: prepared with trainable bits, or a wrapper of such a model.
+        model: prepared with trainable bits, or a module that holds such ones.
 
     Raises:
         PreparationError: the model is not prepared, or none of its weights has trainable bits.
@@ -31,9 +31,11 @@ def freeze_bits(model: nn.Module) -> None:
         >>> torch.equal(prepared.train()(torch.ones(1, 32)), prepared.eval()(torch.ones(1, 32)))
         True
     """
-    compression = require_compression(model, "freeze_bits")
-    compression.config  # noqa: B018  says so where no weight has trainable bits
-    compression.freeze()
+    compressions = require_compressions(model, "freeze_bits")
+    learned = [compression for compression in compressions if compression.learned]
+    for compression in learned or compressions[:1]:
+        compression.config  # noqa: B018  says so where no weight has trainable bits
+        compression.freeze()
 
 
 def distillation_loss(scores: Tensor, teacher_scores: Tensor, temperature: float = 1.0) -> Tensor:

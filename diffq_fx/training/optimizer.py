@@ -3,7 +3,7 @@
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from diffq_fx.compression import require_compression
+from diffq_fx.compression import require_compressions
 
 
 def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 1e-3) -> Optimizer:
@@ -14,7 +14,7 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
 
     Args:
         optimizer: any torch optimizer that holds the model's weights, with the bits among them or not.
-        model: prepared, or a wrapper of a prepared model.
+        model: prepared, or a module that holds prepared ones.
         bits_lr: learning rate of the bits.
 
     Returns:
@@ -32,12 +32,12 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.1, 0.01]
     """
-    compression = require_compression(model, "setup_optimizer")
+    compressions = require_compressions(model, "setup_optimizer")
     if not bits_lr > 0:
         raise ValueError(f"setup_optimizer: bits_lr must be positive, got {bits_lr}.")
-    if not compression.learned:
-        raise ValueError(f"setup_optimizer: no weight has trainable bits: the model was prepared with {compression.method.name}.")
-    bits = [quantizer.logits for quantizer in compression.learned]
+    bits = [quantizer.logits for compression in compressions for quantizer in compression.learned]
+    if not bits:
+        raise ValueError(f"setup_optimizer: no weight has trainable bits: the model was prepared with {compressions[0].method.name}.")
     ours = {id(logits) for logits in bits}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held & {id(p) for p in model.parameters()}:

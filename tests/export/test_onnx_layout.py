@@ -12,7 +12,7 @@ from stored_models import store
 
 from diffq_fx.export.onnx.layout.table import Storage, one_container, read_table, split_by_width
 from diffq_fx.export.onnx.layout.tensors import integer_tensor
-from diffq_fx.export.onnx.sizes import name_sizes
+from diffq_fx.export.onnx.naming import name_sizes
 
 
 @settings(max_examples=30, deadline=None)

@@ -228,3 +228,26 @@ def test_ranks_hold_the_same_entropy_coded_size(size, look, training_steps, tmp_
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, each in first.items():
         assert torch.equal(each, second[name]), name
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+@pytest.mark.parametrize("finish", [lambda model: model, convert_diffq])
+def test_safetensors_of_tied_weights_load(scope, finish, tmp_path):
+    """A file of safetensors holds a shared tensor under one of its names."""
+    from safetensors.torch import load_model, save_model
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    ids = torch.randint(0, 50, (2, 5))
+    saved, loaded = (finish(prepare_diffq(Tied(), ids, scope=scope)).eval() for _ in range(2))
+    assert not torch.equal(saved(ids), loaded(ids))
+    save_model(saved, tmp_path / "m.safetensors")
+    assert load_model(loaded, tmp_path / "m.safetensors") == (set(), [])
+    assert torch.equal(saved(ids), loaded(ids))

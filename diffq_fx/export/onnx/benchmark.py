@@ -143,7 +143,9 @@ def compare_latency(
     try:
         outputs_a, outputs_b = run_session(a, inputs, path_a), run_session(b, inputs, path_b)
     except DiffQError as error:
-        raise DiffQError(f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line).") from error
+        raise DiffQError(
+            f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
+        ) from error
     outputs = compare_outputs(outputs_a, outputs_b)
     runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))

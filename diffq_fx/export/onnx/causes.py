@@ -14,19 +14,18 @@ _MOST_CHARACTERS = 300
 _CACHES = (
     (
         r"Found <class '.*Cache'> in output",
-        "The model returns a cache of keys and values: add use_cache=False to example_inputs (a dict of keyword arguments).",
+        "it returns a cache of keys and values. Add use_cache=False to example_inputs (a dict of keyword arguments).",
     ),
     (
         r"Unsupported input type <class '.*Cache'>",
-        "Export a wrapper module that takes the cache's tensors, makes the cache in its forward and returns its tensors.",
+        "a cache of keys and values is no tensor. Export a wrapper that takes the cache's tensors and makes the cache in its forward.",
     ),
 )
 
 
 def tracing_cause(error: Exception) -> str:
     """Why torch.export fails, and what to do where that is known."""
-    text = _shown(error)
-    return next((f"{text}\n  {advice}" for pattern, advice in _CACHES if re.search(pattern, str(error))), text)
+    return next((advice for pattern, advice in _CACHES if re.search(pattern, str(error))), _shown(error))
 
 
 def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from diffq_fx import _compat
 
-
 _HIDES = -1e4
 """What is added to a score of attention to hide it lies below this."""
 

@@ -13,6 +13,7 @@ from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.layout.profiles import TARGETS
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 
@@ -146,6 +147,7 @@ def export_onnx(
         (21, 64, {4: 128})
     """
     _check_choices(layout, activations, target, calibration)
+    converted = unwrapped(converted)
     _check_converted(converted)
     from diffq_fx.export.onnx.layout.plan import LayoutRequest
     from diffq_fx.export.onnx.measuring import machines_of

@@ -20,7 +20,7 @@ from diffq_fx.export.onnx.files import (
     payload_bytes,
     size_bytes,
 )
-from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, from_props
+from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, metadata_of
 from diffq_fx.export.onnx.usage import Constant, external_locations, find_constants
 
 Role = Literal["quantized", "scale", "zero_point", "float", "other"]
@@ -153,7 +153,7 @@ def inspect_onnx(path: str | Path) -> OnnxInspection:
         (('MatMul',), 32, 32)
     """
     model = load_graph(path)
-    metadata = from_props({entry.key: entry.value for entry in model.metadata_props})
+    metadata = metadata_of(model)
     constants = find_constants(model)
     total = size_bytes(path, external_locations(model))
     learned = _learned_bits(constants, metadata)

@@ -24,9 +24,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.files import load_graph
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 SCHEMA_VERSION = 1
 PREFIX = "diffq_fx."
@@ -183,12 +187,15 @@ def read_metadata(path: str | Path) -> ExportMetadata | None:
         The metadata, or None for a file that diffq_fx has not written.
 
     Raises:
-        ExportError: The entries are of a newer schema, or damaged.
+        FileNotFoundError: There is no such file.
+        DiffQError: The file is not ONNX, or its entries are of a newer schema or damaged.
     """
-    import onnx
+    return metadata_of(load_graph(path))
 
-    proto = onnx.load(path, load_external_data=False)
-    return from_props({entry.key: entry.value for entry in proto.metadata_props})
+
+def metadata_of(model: "ModelProto") -> ExportMetadata | None:
+    """:func:`from_props` of a model that is read."""
+    return from_props({entry.key: entry.value for entry in model.metadata_props})
 
 
 def _record(name: str, entry: dict[str, Any]) -> WeightRecord:

@@ -98,8 +98,11 @@ def _both(session: Any, path: Path, reference: nn.Module, example: Example) -> t
 def _compare_what_is_seen(
     found: _Outputs, expected: list[np.ndarray], masks: list[torch.Tensor], error: ExportError
 ) -> tuple[float, float]:
-    """Compare without the places that a mask hides: what stands there means nothing, and where they see nothing in turn (padding on the
-    left of a causal model) attention is 0 in PyTorch and an average in onnxruntime."""
+    """Compare without the places that a mask hides.
+
+    What stands there means nothing, and where they see nothing in turn (padding on the left of a causal model) attention is 0 in PyTorch
+    and an average in onnxruntime.
+    """
     for mask in masks:
         for hidden in (to_numpy(mask) == value for value in (0, 1)):
             seen = [{name: _without(value, hidden) for name, value in found.items()}, [_without(value, hidden) for value in expected]]

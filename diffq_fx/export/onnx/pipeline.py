@@ -14,7 +14,6 @@ from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.exporter import ExportResult
-from diffq_fx.export.onnx.halves import HalvedModel, halved_names, store_halves, wants_halves
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
 from diffq_fx.export.onnx.layout.functions import call_functions
@@ -23,6 +22,7 @@ from diffq_fx.export.onnx.layout.plan import LayoutRequest
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
+from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
 from diffq_fx.export.onnx.saving import publish, save_draft
@@ -85,7 +85,7 @@ def export_file(
                 if isinstance(weight, IntegerWeight):
                     read_table(weight)  # a weight without ONNX form is found before the long work begins
             traced = trace(converted, example, dynamic_shapes)
-            halved = halved_names(converted) if wants_halves(converted) else set()
+            halved = halved_names(converted)
             job = _Job(
                 converted=converted,
                 weights=weights,
@@ -150,6 +150,7 @@ def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> t
     model = job.traced.model.clone()
     applied = apply_layout(model, job.weights, replace(job.request, refused=refused, twin=twin))
     store_halves(model, job.halved)
+    store_narrow_tables(model)
     return model, applied, set_opset(model, job.request.opset)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from diffq_fx.atomic import naming, put_in_place
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.files import load_graph
-from diffq_fx.export.onnx.metadata import from_props
+from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.usage import external_locations
 
 _PROTOBUF_LIMIT = 2**31 - 2**24
@@ -83,7 +83,7 @@ def _own_data_of(path: Path) -> list[Path]:
     """The second file of what an earlier export has left under ``path``."""
     try:
         model = load_graph(path)
-        if from_props({entry.key: entry.value for entry in model.metadata_props}) is None:
+        if metadata_of(model) is None:
             return []
     except (OSError, DiffQError):  # no file, or not one of ours
         return []

@@ -13,7 +13,7 @@ import torch
 from diffq_fx import _compat
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.files import load_graph
-from diffq_fx.export.onnx.metadata import PREFIX, from_props
+from diffq_fx.export.onnx.metadata import PREFIX, metadata_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -82,7 +82,7 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
     if threads < 0:
         raise ValueError(f"threads must be at least 0, got {threads}.")
     model = load_graph(path)
-    metadata = from_props({entry.key: entry.value for entry in model.metadata_props})
+    metadata = metadata_of(model)
     if metadata is None:
         raise ExportError(f"session_options: {str(path)!r} was not written by export_onnx; it asks for no options.")
     entries = session_entries(model)

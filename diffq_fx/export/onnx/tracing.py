@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, InlinePass
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateHashedInitializersPass, InlinePass
 from onnxscript.values import Op, Opset
 from torch import nn
 
@@ -19,8 +19,9 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
 from diffq_fx.export.onnx.examples import Example
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
+from diffq_fx.export.onnx.naming import name_outputs, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
-from diffq_fx.export.onnx.sizes import name_sizes
+from diffq_fx.parts import stored_weights
 from diffq_fx.storage import StoredWeight
 
 BASE_OPSET = 20
@@ -48,8 +49,9 @@ class TracedModel:
 
 def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
     """Name of the initializer that holds a weight's levels or codes -> the weight, for every name that the weight has."""
+    named = {id(module): stored for module, stored in stored_weights(converted)}
     modules = converted.named_modules(remove_duplicate=False)
-    return {f"{name}.{module.packed_buffer}".lstrip("."): module for name, module in modules if isinstance(module, StoredWeight)}
+    return {f"{name}.{module.packed_buffer}".lstrip("."): named[id(module)] for name, module in modules if isinstance(module, StoredWeight)}
 
 
 def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> TracedModel:
@@ -70,7 +72,9 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
             return _translated(converted, _exported(converted, example, dynamic_shapes), example, ())
         try:
             program = _with_dynamic_batch(converted, example)
-            remarks = () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
+            remarks = (
+                () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
+            )
             return _translated(converted, program, example, remarks)
         except ExportError as error:
             try:
@@ -128,9 +132,7 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
 
 
-def _translated(
-    converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]
-) -> TracedModel:
+def _translated(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
         return _traced(_to_onnx(program, optimize=True), program, example, remarks)
@@ -152,6 +154,7 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
     if translated is None:
         raise ValueError("torch.onnx returned no model")
     InlinePass()(translated.model)
+    DeduplicateHashedInitializersPass()(translated.model)  # one table of relative positions, not one for each layer
     ClearMetadataAndDocStringPass()(translated.model)  # stack traces with the paths of this machine
     graph = translated.model.graph
     for described in (translated.model, graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
@@ -182,6 +185,9 @@ def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Exa
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
+    returned = program.call_spec.out_spec
+    if returned is not None and returned.num_leaves == len(model.graph.outputs):
+        name_outputs(model.graph, returned.unflatten(range(returned.num_leaves)))
     if len(inputs) != len(example.tensors):
         raise ExportError(
             f"the exported graph has {len(inputs)} inputs {[value.name for value in inputs]}, the example {len(example.tensors)} "

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from diffq_fx.compression import Compression
-from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PackedFileError
-from diffq_fx.passes._graph import STORED_SUFFIX
-from diffq_fx.prepare import CHILD
+from diffq_fx.parts import parts_of, stored_weights, unwrapped
 from diffq_fx.storage import StoredWeight
 
 
@@ -23,6 +21,8 @@ class ModelContents:
     """Every stored weight once."""
     tensors: tuple[tuple[tuple[str, ...], Tensor], ...]
     """Every other tensor of the state_dict once, with all its names."""
+    modules: tuple[StoredWeight, ...] = ()
+    """The stored weights as the model holds them, where their names may be those of a part."""
 
 
 def contents_of(model: nn.Module) -> ModelContents:
@@ -34,28 +34,19 @@ def contents_of(model: nn.Module) -> ModelContents:
     Raises:
         PackedFileError: the model is not converted, or holds something that is not a tensor.
     """
-    root = _converted_root(model)
-    stored = list({id(m): m for m in root.modules() if isinstance(m, StoredWeight)}.values())
-    for weight in stored:
-        for name in weight.spec.names:
-            if dict(root.named_modules(remove_duplicate=False)).get(name + STORED_SUFFIX) is not weight:
-                raise PackedFileError(f"weight '{name}' is not where convert_diffq has put it: give the whole converted model")
+    root = unwrapped(model)
+    _check_converted(root)
+    modules, stored = zip(*stored_weights(root), strict=True)
     places = tuple(f"{name}." for name, m in root.named_modules(remove_duplicate=False) if isinstance(m, StoredWeight))
     rest = {name: value for name, value in root.state_dict(keep_vars=True).items() if not name.startswith(places)}
-    return ModelContents(tuple(stored), tuple((names, tensor) for names, tensor in grouped_by_storage(rest)))
+    return ModelContents(stored, tuple((names, tensor) for names, tensor in grouped_by_storage(rest)), modules)
 
 
-def _converted_root(model: nn.Module) -> nn.Module:
-    """The converted model: the model itself, or the one inside its wrapper."""
-    for module in model.modules():
-        record = vars(module).get(CHILD)
-        if isinstance(record, CompressionRecord):
-            return module
-        if isinstance(record, Compression):
-            raise PackedFileError(f"the {type(module).__name__} is prepared, not converted. Call convert_diffq(model) and give its result")
-    if any(isinstance(module, StoredWeight) for module in model.modules()):
-        return model
-    raise PackedFileError(f"the {type(model).__name__} was never converted. Prepare, train and convert it first")
+def _check_converted(root: nn.Module) -> None:
+    for part in parts_of(root, Compression).values():
+        raise PackedFileError(f"the {type(part).__name__} is prepared, not converted. Call convert_diffq(model) and give its result")
+    if not any(isinstance(module, StoredWeight) for module in root.modules()):
+        raise PackedFileError(f"the {type(root).__name__} was never converted. Prepare, train and convert it first")
 
 
 def grouped_by_storage(tensors: dict[str, Any]) -> list[tuple[tuple[str, ...], Tensor]]:

@@ -1,6 +1,7 @@
 """Fills the tensors of a model from a packed file: first everything that can fail, then everything that changes the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -71,7 +72,9 @@ def fill_converted(model: nn.Module, reader: PackedReader) -> None:
     for tensor, value in plain:
         for target in targets[tensor.name]:
             target.copy_(value)
-    _replace_modules(model, {id(stored): restored[stored.spec.name] for stored in existing.stored})
+    for module, stored in zip(existing.modules, existing.stored, strict=True):
+        restored[stored.spec.name].spec = replace(restored[stored.spec.name].spec, name=module.spec.name, aliases=module.spec.aliases)
+    _replace_modules(model, {id(m): restored[stored.spec.name] for m, stored in zip(existing.modules, existing.stored, strict=True)})
 
 
 def fill_rows(target: Tensor, part: Part, codes: DecodedPart) -> None:

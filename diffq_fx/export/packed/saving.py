@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_writing import FEW_WEIGHTS, encode_shard
 from diffq_fx.export.packed.shards import Span
 from diffq_fx.storage import StoredWeight
+from diffq_fx.storage.packing import SMALL_TABLE_BYTES, narrowed
 
 PackedCompression = Literal["entropy", "bits"]
 
@@ -86,7 +87,9 @@ def write_packed(model: ModelContents, path: Path, *, entropy: bool) -> None:
         PackedFileError: a weight cannot be packed, a tensor's type or name is not possible, or the file cannot be written.
     """
     packed = [_packed(stored) for stored in model.stored]
-    tensors = sorted((_plain(names, tensor) for names, tensor in model.tensors), key=lambda pair: -pair[0].stored_dtype.itemsize)
+    tensors = sorted(
+        (_plain(names, tensor) for names, tensor in _equal_tables_once(model.tensors)), key=lambda pair: -pair[0].stored_dtype.itemsize
+    )
     commons = [_common(index, each, stored) for index, (each, stored) in enumerate(zip(packed, model.stored, strict=True)) if each.common]
     shards, blobs = [], []
     for spans in plan_shards(packed):
@@ -116,9 +119,20 @@ def _packed(stored: StoredWeight) -> PackedWeight:
         raise PackedFileError(f"weight '{stored.spec.name}': {error}") from error
 
 
+def _equal_tables_once(tensors: Sequence[tuple[tuple[str, ...], Tensor]]) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Large integer tables that are equal (relative positions, in every layer) as one with several names."""
+    found: dict[Any, tuple[tuple[str, ...], Tensor]] = {}
+    for names, tensor in tensors:
+        is_table = not tensor.is_floating_point() and not tensor.is_complex() and tensor.nbytes >= SMALL_TABLE_BYTES
+        key = (tensor.dtype, tensor.shape, bytes_of(tensor)) if is_table else names
+        earlier, _ = found.get(key, ((), tensor))
+        found[key] = (*earlier, *names), tensor
+    return list(found.values())
+
+
 def _plain(names: tuple[str, ...], tensor: Tensor) -> tuple[PlainTensor, bytes]:
-    """A tensor and its bytes, in float16 where that holds the same values."""
-    stored = tensor
+    """A tensor and its bytes, in float16 or a smaller integer type where that holds the same values."""
+    stored = narrowed(tensor)
     if tensor.dtype == torch.float32:
         half = tensor.half()
         if bytes_of(half.float()) == bytes_of(tensor):

@@ -67,6 +67,21 @@ TENSOR_TYPES = TypeNames(
 """Types of whole tensors, by their name in safetensors."""
 
 
+_INTEGERS = {each: torch.iinfo(each) for each in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)}
+
+
+def can_stand_for(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a file may keep a tensor in a smaller type: float32 as float16, int32 or int64 as integers of fewer bits.
+
+    Example:
+        >>> can_stand_for(torch.uint16, torch.int64), can_stand_for(torch.int64, torch.uint8)
+        (True, False)
+    """
+    if dtype in (torch.int32, torch.int64) and stored in _INTEGERS:
+        return _INTEGERS[stored].bits < _INTEGERS[dtype].bits
+    return (stored, dtype) == (torch.float16, torch.float32)
+
+
 def bytes_of(tensor: Tensor) -> bytes:
     """A tensor's values, row by row, little endian.
 

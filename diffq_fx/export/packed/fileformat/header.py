@@ -15,7 +15,7 @@ from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.coding.classes import BINS, MAX_WIDTH, CodeClass
 from diffq_fx.export.packed.fileformat.container import MOST_SIDES, RESERVED, Entry, is_integers
-from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES
+from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES, can_stand_for
 from diffq_fx.export.packed.kinds import kind_of_name
 from diffq_fx.export.packed.kinds.base import PackedWeight
 from diffq_fx.export.packed.shard_reading import shard_size
@@ -292,7 +292,7 @@ def _tensor_from_json(name: str, value: Any, entry: Entry, *, is_small: bool) ->
     _, aliases = _names(name, value.get("aliases", []))
     stored = TENSOR_TYPES.parse(entry.dtype)
     dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else _widened(stored)
-    if dtype != stored and (stored, dtype) != (torch.float16, torch.float32):
+    if dtype != stored and not can_stand_for(stored, dtype):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
     tensor = PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
     if tensor.is_small != is_small:

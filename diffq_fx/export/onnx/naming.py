@@ -1,8 +1,37 @@
-"""Readable names for the dynamic sizes of a graph: "batch" rather than the "s17" of torch.export."""
+"""Readable names for the dynamic sizes and the outputs of a graph: "batch" rather than torch.export's "s17", "logits" for "linear_14"."""
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
+
+
+def name_outputs(graph: ir.Graph, returned: Any) -> None:
+    """Call outputs by the keys of the mappings that a model returns; those of a plain tuple keep their names.
+
+    Args:
+        graph: the main graph; changed in place.
+        returned: what the model returns, with the number of each output in its place.
+    """
+    taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers)
+    taken |= {value.name for value in graph.inputs}
+    for number, name in _keys(returned, ""):
+        value = graph.outputs[number]
+        if value.producer() is not None and name not in taken:
+            value.name = name
+            taken.add(name)
+
+
+def _keys(returned: Any, name: str) -> Iterator[tuple[int, str]]:
+    if isinstance(returned, Mapping):
+        for key, inner in returned.items():
+            yield from _keys(inner, f"{name}_{key}".lstrip("_"))
+    elif isinstance(returned, list | tuple):
+        for place, inner in enumerate(returned):
+            yield from _keys(inner, name and f"{name}_{place}")
+    elif isinstance(returned, int) and name:
+        yield returned, name
 
 
 def name_sizes(graph: ir.Graph) -> dict[str, str]:

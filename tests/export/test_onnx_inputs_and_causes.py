@@ -1,0 +1,311 @@
+"""What an export is checked with, what it says where it fails, and what it does where only a part of torch.onnx fails."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from stored_models import Linear, assert_same, run_exact
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffq_fx import DiffQWarning, ExportError
+from diffq_fx.export import export_onnx
+from diffq_fx.export.onnx import tracing
+from diffq_fx.export.onnx.examples import Example
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.onnx"
+
+
+class Attention(nn.Module):
+    """A causal decoder whose mask may come in every form that models take."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = Linear(16, 48, 4)
+
+    def forward(self, x, mask):
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        if mask.is_floating_point():
+            return scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, 0]
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        return scaled_dot_product_attention(q, k, v, attn_mask=causal & mask[:, None, None, :].bool())[:, 0]
+
+
+def right_padded():
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, -3:] = 0
+    return mask
+
+
+def additive(hides):
+    causal = torch.full((7, 7), hides).triu(1)
+    return causal.expand(2, 1, 7, 7).contiguous()
+
+
+MASKS = {
+    "integers": right_padded(),
+    "booleans": right_padded().bool(),
+    "added": additive(-1e5),
+    "added, infinite": additive(-math.inf),
+    "added, the least float": additive(torch.finfo(torch.float32).min),
+}
+
+
+@pytest.mark.parametrize("kind", ["integers", "booleans", "added, infinite"])
+def test_masks_of_every_form(kind, path):
+    model, mask = Attention().eval(), MASKS[kind]
+    result = export_onnx(model, (torch.randn(2, 7, 16), mask), path)
+    assert result.max_relative_error < 1e-4
+    assert result.remarks == ()
+
+
+def test_what_a_mask_hides_is_no_difference_and_is_said(path):
+    """Padding on the left: the first rows of a causal model see nothing, which torch and onnxruntime fill differently."""
+    model, mask = Attention().eval(), right_padded().flip(1)
+    with pytest.warns(DiffQWarning, match="differ where it hides one"):
+        result = export_onnx(model, (torch.randn(2, 7, 16), mask), path)
+    assert result.max_relative_error < 1e-4
+
+    class Wrong(Attention):
+        def forward(self, x, mask):
+            return super().forward(x, mask) * (1 if torch.compiler.is_exporting() else 1.01)
+
+    with pytest.raises(ExportError, match="differs from PyTorch"):  # also where the mask shows a place
+        export_onnx(Wrong().eval(), (torch.randn(2, 7, 16), mask), path)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("change", [-1, 0, 1])
+def test_no_row_of_a_redrawn_mask_is_all_hidden(kind, change):
+    mask = MASKS[kind]
+    for example in (mask, mask.flip(-1)):
+        sizes = tuple(size + change * (axis in (0, mask.dim() - 1)) for axis, size in enumerate(mask.shape))
+        (drawn,) = Example((example,), {}).redrawn(torch.Generator().manual_seed(3), [sizes]).tensors
+        assert drawn.shape == sizes
+        rows = drawn.double().flatten(0, -2)
+        assert bool((rows.amax(-1) == example.double().max()).all()), "a row sees nothing"
+        assert set(drawn.unique().tolist()) <= set(example.unique().tolist())
+
+
+def test_a_size_that_is_a_sum_stays_one():
+    sizes = {"batch": 2, "ids_1": 3, "mask_0": 2, "mask_1": 8, "past_2": 5}
+    assert tracing._other_sizes(sizes, {}) == {"batch": 3, "ids_1": 4, "mask_0": 3, "mask_1": 10, "past_2": 6}
+    assert tracing._other_sizes(sizes, {"mask_1": 8})["mask_1"] == 7  # no room
+
+
+def test_values_that_make_nothing_finite_are_not_used(path):
+    """A mask of ones in float may be any float: what the model makes of random ones is not finite."""
+
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 7, 4)
+
+        def forward(self, x, mask):
+            return (self.layer(x) + (1 - mask) * torch.finfo(torch.float32).min * 2).softmax(-1)
+
+    assert export_onnx(Scored().eval(), (torch.randn(3, 16), torch.ones(3, 7)), path).max_relative_error < 1e-4
+
+
+def test_one_tensor_for_two_inputs(path):
+    class Difference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 8, 4)
+
+        def forward(self, a, b):
+            return self.layer(a) - 2 * self.layer(b)
+
+    model, x, y = Difference().eval(), torch.randn(3, 16), torch.randn(3, 16)
+    for example in ((x, x), {"a": x, "b": x[:]}):
+        export_onnx(model, example, path)
+        assert len(onnx.load(path).graph.input) == 2
+    assert_same(run_exact(path, x, y), model(x, y))
+
+
+def test_outputs_that_no_input_decides(path):
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(64, 64, 4)
+            self.scale, self.plain = nn.Parameter(torch.tensor(2.6)), nn.Parameter(torch.randn(100))
+            self.register_buffer("positions", torch.arange(300))
+
+        def forward(self, x):
+            return self.layer(x), self.scale.exp(), self.plain, self.positions, x, self.plain
+
+    model, x = Constants().eval(), torch.randn(3, 64)
+    for rest in (None, torch.float16):
+        model.rest_dtype = rest
+        export_onnx(model, torch.randn(2, 64), path)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for ours, theirs in zip(found[1:], model(x)[1:], strict=True):
+            np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-3)
+
+
+class Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = Linear(32, 96, 4)
+
+    def forward(self, x):
+        return scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+class Untranslated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Linear(8, 8, 4)
+
+    def forward(self, x):
+        return torch.linalg.svdvals(self.layer(x))
+
+
+class WithCache(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Linear(8, 8, 4)
+
+    def forward(self, x):
+        class DynamicCache:
+            pass
+
+        return self.layer(x), DynamicCache()
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs):
+        return self.inner(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "says"),
+    [
+        (Holder(Three()), (2, 9, 32), r"scaled_dot_product_attention\.default in 'inner' \(Three\): AssertionError: only 4D query"),
+        (Holder(Untranslated()), (2, 8, 8), r"_linalg_svd\.default in 'inner' \(Untranslated\) has no translation to ONNX"),
+        (WithCache(), (2, 8), r"cannot trace the WithCache: it returns a cache of keys and values\. Add use_cache=False"),
+    ],
+)
+def test_the_cause_is_named(model, shape, says, path):
+    with pytest.raises(ExportError, match=says) as caught:
+        export_onnx(model.eval(), torch.randn(shape), path)
+    assert "\x1b" not in str(caught.value)
+    assert "Next steps" not in str(caught.value)
+
+
+class GroupsOfTheBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(1, 8, 4, 3, 3)), Linear(6, 4, 4)
+
+    def forward(self, x, z):
+        b = x.shape[0]
+        w = (self.weight * self.style(z).view(b, 1, 4, 1, 1)).view(b * 8, 4, 3, 3)
+        return nn.functional.conv2d(x.reshape(1, -1, 8, 8), w, padding=1, groups=b).view(b, 8, 8, 8)
+
+
+class Chunks(nn.Module):
+    """The encoder of optical flow: both images in one batch, then split."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Linear(64, 64, 4)
+
+    def forward(self, a, b):
+        x, y = torch.chunk(self.encoder(torch.cat([a, b])), 2)
+        return x * y
+
+
+def test_a_static_batch_where_a_dynamic_one_cannot_be_translated(path):
+    example = (torch.randn(2, 4, 8, 8), torch.randn(2, 6))
+    with pytest.warns(DiffQWarning, match=r"is static \(2, 2\): with a dynamic one .*aten\.conv2d\.default: .*Give dynamic_shapes"):
+        export_onnx(GroupsOfTheBatch().eval(), example, path)
+
+
+def test_without_the_optimizer_where_that_fails(path, monkeypatch):
+    """As it does where a chunk's size hangs on the batch; which graphs it fails on is another matter in every version."""
+    to_onnx = tracing._to_onnx
+
+    def without(program, *, optimize):
+        if optimize:
+            raise RuntimeError("the optimizer fails")
+        return to_onnx(program, optimize=False)
+
+    monkeypatch.setattr(tracing, "_to_onnx", without)
+    model, (a, b) = Chunks().eval(), torch.randn(2, 5, 64)
+    with pytest.warns(DiffQWarning, match=r"not optimized by torch\.onnx, which fails on it \(RuntimeError: the optimizer fails\)"):
+        export_onnx(model, (a[:2], b[:2]), path)
+    assert_same(run_exact(path, a, b), model(a, b))
+
+
+def test_a_mask_that_is_learned(path):
+    """With gradients on torch takes attention apart into other operators, whose layout the reshape does not fit."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.slopes = Linear(64, 192, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            b, n, c = x.shape
+            q, k, v = self.qkv(x).reshape(b, n, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+            bias = self.slopes[:, None, None] * torch.arange(n, dtype=x.dtype)
+            y = scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(1, 4, n, n).contiguous())
+            return y.transpose(1, 2).reshape(b, n, c)
+
+    assert export_onnx(Biased().eval(), torch.randn(2, 9, 64), path).max_relative_error < 1e-4
+
+
+class Biased(nn.Module):
+    """Attention with relative positions, as in Swin: a table of indices in every layer."""
+
+    def __init__(self, shift=0):
+        super().__init__()
+        self.linear, self.table = Linear(16, 16, 4), nn.Parameter(torch.randn(300, 1))
+        self.register_buffer("index", (torch.arange(120)[:, None] - torch.arange(120) + 119 + shift))
+
+    def forward(self, x):
+        return self.linear(torch.softmax(self.table[self.index].squeeze(-1), -1) @ x)
+
+
+def test_equal_tables_of_indices_are_stored_once_and_small(path):
+    model, x = nn.Sequential(*(Biased() for _ in range(3)), Biased(shift=1)).eval(), torch.randn(2, 120, 16)
+    for index, layer in enumerate(model):
+        layer.linear.weight.spec = replace(layer.linear.weight.spec, name=f"{index}.weight")
+    result = export_onnx(model, x, path)
+    tables = [t for t in onnx.load(path).graph.initializer if list(t.dims) == [120, 120]]
+    assert [t.data_type for t in tables] == [onnx.TensorProto.UINT8] * 2
+    assert "Cast" not in result.operators  # done when the file is loaded
+    assert_same(run_exact(path, x), model(x))
+
+
+def test_outputs_are_called_by_their_keys(path):
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 8, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return {"logits": y, "hidden": (y.relu(), y.tanh()), "x": x * 2}, y.exp()
+
+    export_onnx(Keyed().eval(), torch.randn(2, 16), path)
+    names = [output.name for output in onnx.load(path).graph.output]
+    assert names[:3] == ["logits", "hidden_0", "hidden_1"]
+    assert len(set(names)) == 5
+    x = torch.randn(3, 16)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["hidden_1"], {session.get_inputs()[0].name: x.numpy()})
+    assert found.shape == (3, 8)
