@@ -22,8 +22,7 @@ from diffq_fx.export.onnx.layout.profiles import KINDS, THIS_MACHINE
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, one_container
 from diffq_fx.export.onnx.opset import set_opset
-from diffq_fx.export.onnx.sessions import open_session
-from diffq_fx.export.onnx.sessions import wanted_entries
+from diffq_fx.export.onnx.sessions import open_session, wanted_entries
 from diffq_fx.export.onnx.timing import Clock, Run, runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.tracing import BASE_OPSET
 from diffq_fx.storage.packing import container_for
