@@ -27,8 +27,8 @@ from diffq_fx.export.onnx.layout import profiles
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose, parts_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 
-SQUARES = [(size, size) for size in (64, 128, 256, 512, 1024, 2048)]
-SHAPES = [*SQUARES, (384, 1536), (1536, 384), (128, 1024), (1024, 128), (512, 2048), (2048, 512), (768, 768)]
+SQUARES = [(size, size) for size in (32, 64, 128, 256, 512, 1024, 2048)]
+SHAPES = [*SQUARES, (384, 1536), (1536, 384), (128, 1024), (1024, 128), (512, 2048), (2048, 512), (1024, 4096)]
 ROWS = (1, 4, 16, 64, 256)
 FUSED = [
     Kernel(name, block) for name, blocks in (("fused 2", (32, 128)), ("fused 4", (32, 256)), ("fused 8", (32, 256))) for block in blocks
@@ -110,7 +110,7 @@ def fit(name: str, *, write: bool) -> None:
         errors += [abs(float(row @ found) - 1) for row in relative]
     margin = next((m for m in MARGINS if min(_choices(cells, [_profile(name, kind, m, costs)]), default=1.0) >= SLOWEST), MARGINS[-1])
     source = (
-        f"medians of {len(cells)} shapes (K and N {SHAPES[0][0]} to 2048, {ROWS[0]} to {ROWS[-1]} rows) by benchmarks/product_costs.py, "
+        f"medians of {len(cells)} shapes (K and N {SHAPES[0][0]} to 4096, {ROWS[0]} to {ROWS[-1]} rows) by benchmarks/product_costs.py, "
         f"one thread, {cells[0]['machine'].split(',')[0]}, {kind_title(kind)}; half of the predictions within {np.median(errors):.0%}"
     )
     profile = _profile(name, kind, margin, costs, source)
