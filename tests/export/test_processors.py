@@ -121,7 +121,7 @@ def test_a_file_computes_the_same_on_another_processor(request, exported, proces
     for found, here, wanted in zip(outputs(folder, rule, processor), outputs(folder, rule, "here"), expected[rule], strict=True):
         largest = float(np.abs(wanted).max())
         from_torch, from_here = (float(np.abs(found - other).max()) / largest for other in (wanted, here))
-        print(f"{processor}, {rule}: {from_torch:.2g} from PyTorch, {from_here:.2g} from this machine")
+        print(f"{processor}, {rule}: {from_torch:.2g} from PyTorch, {from_here:.2g} from this machine")  # noqa: T201 - what `make processors` is for
         assert from_torch < ROUNDED.get(rule, 1e-4)
         if rule in ("dynamic", "int8"):  # rounded by operators of the file; inside fused products each kernel has its own way
             assert from_here < 1e-3
