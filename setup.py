@@ -20,7 +20,7 @@ FILES = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "unpacking
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 AVX2 = ["-mavx2", "-mfma", "-mbmi2"]  # module.c asks the processor for the same
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "cd", "dq", "vl")), "-mprefer-vector-width=512"]
-VARIANTS = {"baseline": []} | ({"avx2": AVX2, "avx512": AVX512} if X86_64 else {})
+VARIANTS = {"baseline": ["-msse4.1"], "avx2": AVX2, "avx512": AVX512} if X86_64 else {"baseline": []}
 
 ONE_FOR_ALL_PYTHONS = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no limited API
 

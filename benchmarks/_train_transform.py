@@ -110,7 +110,7 @@ def _kernels(name: str, groups: int, quick: bool) -> str:
     def ours(weight: Tensor, step: Tensor) -> Tensor:
         return add_noise(weight, step, axis=0, block=1024 // groups)
 
-    def without_compiler() -> None:
+    def without_kernels() -> None:
         with mock.patch.object(extension, "kernels", return_value=None):
             over(ours)()
 
@@ -120,15 +120,15 @@ def _kernels(name: str, groups: int, quick: bool) -> str:
     over(compiled)()
     compiling = time.perf_counter() - begin
     ways: dict[str, tuple[Step, float]] = {
-        "C file, called by ctypes": (over(ours), 0),
-        "torch's operations, in tiles (no compiler at hand)": (without_compiler, 1),
+        "C code, an extension of CPython": (over(ours), 0),
+        "torch's operations, in tiles (no kernels built)": (without_kernels, 1),
         "torch.compile (Inductor), written out with rand_like": (over(compiled), _kept(compiled)),
         "torch's operations, written out with rand_like": (over(_written_out), _kept(_written_out)),
     }
     seconds = interleaved({way: step for way, (step, _) in ways.items()}, 5 if quick else 15, warm_up=3)
-    first = seconds["C file, called by ctypes"]
+    first = seconds["C code, an extension of CPython"]
     rows = [[way, f"{1e3 * statistics.median(t) / MILLIONS:.2f}", ratio(t, first), f"{ways[way][1]:g}"] for way, t in seconds.items()]
-    header = (f"8.4 M weights, {name}", "ms per million weights", "over the C file", "bytes kept per weight")
+    header = (f"8.4 M weights, {name}", "ms per million weights", "over the C code", "bytes kept per weight")
     return markdown_table(header, rows) + f"\n\nThe first call of Inductor took {compiling:.0f} s."
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --part transform     # the noise, forward and backward, over the weights alone
     python benchmarks/train_step.py --part kernels       # the ways to make the noise that were weighed
+    python benchmarks/train_step.py --part variants      # each kernel in C in each variant that the processor can run
     python benchmarks/train_step.py --part eval          # forward in eval(), after the first
     python benchmarks/train_step.py --part memory        # peak memory of training steps
     python benchmarks/train_step.py --part size          # size and pressure on the bits of 300 weights
@@ -132,7 +133,7 @@ def _plot_steps(cells: dict[tuple[str, str], tuple[float, float, float]], names:
 def main() -> None:
     """Run one part and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["step", "transform", "kernels", "eval", "memory", "growth", "size"], required=True)
+    parser.add_argument("--part", choices=["step", "transform", "kernels", "variants", "eval", "memory", "growth", "size"], required=True)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     parser.add_argument("--systems", default="", help="only those with this in their name; for --part step")
     parser.add_argument("--task", default="", help="only those with this in their name; for --part step")
@@ -154,6 +155,10 @@ def main() -> None:
         body = memory(arguments.quick)
     elif part == "eval":
         body = part_eval(arguments.quick)
+    elif part == "variants":
+        from _train_variants import part_variants
+
+        body = part_variants(arguments.quick)
     elif part == "size":
         from _train_size import part_size
 
@@ -162,9 +167,10 @@ def main() -> None:
         from _train_transform import part_kernels, part_transform
 
         body = {"transform": part_transform, "kernels": part_kernels}[part](arguments.quick)
-    name = f"train_{part}" + ("_torch" if os.environ.get("DIFFQ_FX_KERNELS") == "torch" else "")
+    kernels = os.environ.get("DIFFQ_FX_KERNELS", "native")
+    name = f"train_{part}" + ("" if kernels == "native" else f"_{kernels}")
     name += "_untrimmed" if os.environ.get("MALLOC_TRIM_THRESHOLD_") else ""
-    path = write_result(name, f"Training with noise: {part}", body, PACKAGES)
+    path = write_result(name, f"Training with noise: {part}", body, ("torch",) if part == "variants" else PACKAGES)
     if rows:
         plot(rows, path.with_suffix(".png"))
     print(path.read_text())

@@ -39,50 +39,70 @@ ALWAYS_INLINE float sigmoid_of(float x) {
     return inverse_of(1 + exp2_of(-x * LOG2_E));
 }
 
-// Sixteen sums side by side, in vectors of GCC and Clang: in the same order on every processor, however long its vectors are.
-#define LANES 16
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t Chosen __attribute__((vector_size(4 * LANES)));
+// Sums are made in lanes side by side, whose number follows from that of the elements: so in the same order on every processor, however
+// long its vectors are. `MAKE(n)` does it in n lanes, which the compiler has to know.
+#define IN_LANES(count, MAKE)  \
+    if ((count) >= 16) MAKE(16); \
+    else if ((count) >= 8) MAKE(8); \
+    else if ((count) >= 4) MAKE(4); \
+    else MAKE(1)
 
-ALWAYS_INLINE float sum_of(Lanes lanes) {
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+typedef float Four __attribute__((vector_size(16)));
+
+ALWAYS_INLINE Four four_at(const float *x) {
+    Four four;
+    memcpy(&four, x, sizeof four);
+    return four;
 }
 
-ALWAYS_INLINE Lanes either(Chosen chosen, Lanes yes, Lanes no) { return (Lanes)((chosen & (Chosen)yes) | (~chosen & (Chosen)no)); }
+// The sum of 16, 8, 4 or 1 lanes.
+ALWAYS_INLINE float sum_of_lanes(const float *sums, int lanes) {
+    Four four;
+    if (lanes == 1) return sums[0];
+    if (lanes == 16)
+        four = (four_at(sums) + four_at(sums + 8)) + (four_at(sums + 4) + four_at(sums + 12));
+    else
+        four = lanes == 8 ? four_at(sums) + four_at(sums + 4) : four_at(sums);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
 
-// Smallest and largest of a run, its sum and that of its squares; the first two NaN where one of its elements is.
-ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
-    float l = x[0], h = x[0], s = 0, q = 0;
+ALWAYS_INLINE void statistics_in(int lanes, const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
+    float l[16], h[16], s[16] = {0}, q[16] = {0}, smallest = x[0], largest = x[0];
     int64_t i = 0;
-    if (count >= LANES) {
-        Lanes lows = l - (Lanes){0}, highs = lows, sums = {0}, squares = {0}, v;
-        for (; i + LANES <= count; i += LANES) {
-            memcpy(&v, x + i, sizeof v);
-            lows = either(v < lows, v, lows);
-            highs = either(v > highs, v, highs);
-            sums += v;
-            squares += v * v;
+    for (int lane = 0; lane < lanes; lane++) l[lane] = h[lane] = x[0];
+    for (; i + lanes <= count; i += lanes)
+#pragma omp simd
+        for (int lane = 0; lane < lanes; lane++) {
+            float v = x[i + lane];
+            l[lane] = v < l[lane] ? v : l[lane];
+            h[lane] = v > h[lane] ? v : h[lane];
+            s[lane] += v;
+            q[lane] += v * v;
         }
-        s = sum_of(sums);
-        q = sum_of(squares);
-        for (int lane = 0; lane < LANES; lane++) {
-            l = lows[lane] < l ? lows[lane] : l;
-            h = highs[lane] > h ? highs[lane] : h;
-        }
+    s[0] = sum_of_lanes(s, lanes);
+    q[0] = sum_of_lanes(q, lanes);
+#pragma omp simd reduction(min : smallest) reduction(max : largest)
+    for (int lane = 0; lane < lanes; lane++) {
+        smallest = l[lane] < smallest ? l[lane] : smallest;
+        largest = h[lane] > largest ? h[lane] : largest;
     }
     for (; i < count; i++) {
         float v = x[i];
-        l = v < l ? v : l;
-        h = v > h ? v : h;
-        s += v;
-        q += v * v;
+        smallest = v < smallest ? v : smallest;
+        largest = v > largest ? v : largest;
+        s[0] += v;
+        q[0] += v * v;
     }
-    *low = q != q ? NAN : l;
-    *high = q != q ? NAN : h;
-    *sum = s;
-    *square = q;
+    *low = q[0] != q[0] ? NAN : smallest;
+    *high = q[0] != q[0] ? NAN : largest;
+    *sum = s[0];
+    *square = q[0];
+}
+
+// Smallest and largest of a run, its sum and that of its squares; the first two NaN where one of its elements is.
+ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *low, float *high, float *sum, float *square) {
+#define STATISTICS(LANES) statistics_in(LANES, x, count, low, high, sum, square)
+    IN_LANES(count, STATISTICS);
 }
 
 // The range of a run: mean +- span(b) std / 2 within its smallest and largest weight, where `spans` has the span, in standard deviations,

@@ -33,8 +33,10 @@ static int runs_here(const Variant *variant) {
     if (!strcmp(variant->name, "avx512"))
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
+    return __builtin_cpu_supports("sse4.1"); // every x86-64 since 2008
+#else
     return 1;
+#endif
 }
 
 static PyObject *call(PyObject *self, PyObject *const *values, Py_ssize_t count) {

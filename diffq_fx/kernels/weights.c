@@ -39,10 +39,23 @@ static void statistics(const float *weight, float *results, int64_t rows, int64_
         }
 }
 
-ALWAYS_INLINE float rounding_error(float weight, float inverse, float scale, float zero_point, float top) {
-    float q = __builtin_rintf(weight * inverse) + zero_point;
-    q = q < 0 ? 0 : q > top ? top : q;
-    return (q - zero_point) * scale - weight;
+// Of a weight on a grid whose levels, counted from the zero point, go from `low` to `high`.
+ALWAYS_INLINE float squared_error(float weight, float inverse, float scale, float low, float high) {
+    float level = __builtin_rintf(weight * inverse);
+    level = level < low ? low : level > high ? high : level;
+    float off = level * scale - weight;
+    return off * off;
+}
+
+ALWAYS_INLINE float error_in(int lanes, const float *restrict w, int64_t count, float scale, float zero_point, float top) {
+    float sums[16] = {0}, inverse = 1 / scale, low = -zero_point, high = top - zero_point;
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes)
+#pragma omp simd
+        for (int lane = 0; lane < lanes; lane++) sums[lane] += squared_error(w[i + lane], inverse, scale, low, high);
+    float error = sum_of_lanes(sums, lanes);
+    for (; i < count; i++) error += squared_error(w[i], inverse, scale, low, high);
+    return error;
 }
 
 // Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
@@ -58,39 +71,41 @@ static void rounding_errors(const float *weight, const float *scale, const float
             const float *restrict w = weight + row * columns + b * block;
             int64_t at = row * row_stride + b;
             for (int64_t g = 0; g < grids; g++) {
-                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], t = top[at], inverse = 1 / s;
-                Lanes sums = {0}, off;
-                int64_t i = 0;
-                for (; i + LANES <= count; i += LANES) {
-                    for (int lane = 0; lane < LANES; lane++) off[lane] = rounding_error(w[i + lane], inverse, s, z, t);
-                    sums += off * off;
-                }
-                float error = sum_of(sums);
-                for (; i < count; i++) {
-                    float last = rounding_error(w[i], inverse, s, z, t);
-                    error += last * last;
-                }
-                errors[(g * rows + row) * blocks + b] = error;
+                float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], *error = errors + (g * rows + row) * blocks + b;
+#define ERROR(LANES) *error = error_in(LANES, w, count, s, z, top[at])
+                IN_LANES(count, ERROR);
             }
         }
+}
+
+ALWAYS_INLINE float slope_at(float grad, float weight, float rounded, float limit) {
+    float error = rounded - weight;
+    return grad * (__builtin_fabsf(error) > limit ? rounded : error);
+}
+
+ALWAYS_INLINE float slope_in(int lanes, const float *restrict g, const float *restrict w, const float *restrict r, int64_t count, float limit) {
+    float sums[16] = {0};
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes)
+#pragma omp simd
+        for (int lane = 0; lane < lanes; lane++) sums[lane] += slope_at(g[i + lane], w[i + lane], r[i + lane], limit);
+    float slope = sum_of_lanes(sums, lanes);
+    for (; i < count; i++) slope += slope_at(g[i], w[i], r[i], limit);
+    return slope;
 }
 
 // Derivative of a loss in the logarithm of each group's range: the sum of grad * (rounded - weight), for weights further than `reach` steps
 // from their rounded value, which are clipped, of grad * rounded.
 static void range_slope(const float *grad, const float *weight, const float *rounded, const float *scale, float *sums, int64_t rows,
-                          int64_t columns, int64_t block, int64_t row_stride, float reach, int threads) {
+                        int64_t columns, int64_t block, int64_t row_stride, float reach, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t b = 0; b < blocks; b++) {
-            int64_t left = row * columns + b * block, end = b * block + block < columns ? left + block : (row + 1) * columns;
-            float limit = reach * scale[row * row_stride + (row_stride ? b : 0)], sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t i = left; i < end; i++) {
-                float error = rounded[i] - weight[i];
-                sum += grad[i] * (__builtin_fabsf(error) > limit ? rounded[i] : error);
-            }
-            sums[row * blocks + b] = sum;
+            int64_t at = row * columns + b * block, count = columns - b * block < block ? columns - b * block : block;
+            float limit = reach * scale[row * row_stride + (row_stride ? b : 0)], *sum = sums + row * blocks + b;
+#define SLOPE(LANES) *sum = slope_in(LANES, grad + at, weight + at, rounded + at, count, limit)
+            IN_LANES(count, SLOPE);
         }
 }
 

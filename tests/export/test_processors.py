@@ -72,7 +72,7 @@ def exported(tmp_path_factory):
     folder, expected = tmp_path_factory.mktemp("files"), {}
     for rule, (model, x, settings) in files().items():
         result = export_onnx(model.eval(), x, folder / f"{rule}.onnx", **settings)
-        assert {record.rule for record in result.weights} == {rule}
+        assert rule in {record.rule for record in result.weights}
         found = model(x)
         expected[rule] = [each.detach().numpy() for each in (found if isinstance(found, tuple) else (found,))]
         np.save(folder / f"{rule}.npy", x.numpy())
@@ -114,14 +114,12 @@ def processor(request, exported):
 
 
 @pytest.mark.parametrize("rule", ["linear", "fold", "rows", "codebook", "qdq", "dynamic", "int8"])
-def test_a_file_computes_the_same_on_another_processor(request, exported, processor, rule):
+def test_a_file_computes_the_same_on_another_processor(exported, processor, rule):
     folder, expected = exported
-    if processor == "Haswell" and rule in ("dynamic", "int8"):
-        request.applymarker(pytest.mark.xfail(reason="products of int8 and uint8 saturate without VNNI"))
     for found, here, wanted in zip(outputs(folder, rule, processor), outputs(folder, rule, "here"), expected[rule], strict=True):
         largest = float(np.abs(wanted).max())
         from_torch, from_here = (float(np.abs(found - other).max()) / largest for other in (wanted, here))
-        print(f"{processor}, {rule}: {from_torch:.2g} from PyTorch, {from_here:.2g} from this machine")
+        print(f"{processor}, {rule}: {from_torch:.2g} from PyTorch, {from_here:.2g} from this machine")  # noqa: T201 - what `make processors` is for
         assert from_torch < ROUNDED.get(rule, 1e-4)
         if rule in ("dynamic", "int8"):  # rounded by operators of the file; inside fused products each kernel has its own way
             assert from_here < 1e-3
