@@ -124,6 +124,7 @@ def test_looking_at_the_size_changes_no_training(settings):
     for each, look in ((model, lambda: None), (looked_at, lambda: model_size(looked_at, exact=True))):
         torch.manual_seed(4)
         train(each, adam(each), 12, after=look)
+        model_size(each, exact=True)  # the widths of this moment
     assert_same_state(looked_at, model)
 
 
