@@ -60,7 +60,7 @@ class TrainingState(nn.Module):
         """Read the values from the buffers."""
         if self.steps.device.type != "meta":
             saved, rest = self.coding.tolist()
-            steps, frozen, frozen_at = (each.item() for each in (self.steps, self.bits_frozen, self.frozen_at))
+            steps, frozen, frozen_at = self.steps.item(), self.bits_frozen.item(), self.frozen_at.item()
             self._known = Known(round(steps), frozen > _SURELY, round(frozen_at), round(saved), round(rest))
             self._known_from = self._versions()
 

@@ -210,7 +210,7 @@ def _count_step(compression: Compression) -> None:
 def _refuse_what_is_not_finite(held: Held) -> None:
     """End a training that has diverged, before the step; on a CPU, since elsewhere the look would make every step wait."""
     compression = held.compression
-    small = [q.clip if compression.frozen else q.logits for q in (compression.learned[i] for i in held.weights)]
+    small = [compression.learned[i].clip for i in held.weights] if compression.frozen else [held.logits[i] for i in held.weights]
     grads = [each.grad for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"]
     if not grads or bool(torch.isfinite(_compat.flatten(grads).sum())):
         return
