@@ -16,7 +16,7 @@ from diffq_fx.budget.entropy import RoundedWeight, bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
 from diffq_fx.budget.pressure import worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
-from diffq_fx.errors import PreparationError
+from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
@@ -25,7 +25,7 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
-from diffq_fx.weights import SkippedWeight
+from diffq_fx.weights import SkippedWeight, not_finite
 
 live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 """The compressions of all models in this process: optimizers know none of them."""
@@ -187,6 +187,9 @@ class Compression(TrainingState):
         other = self.fixed_bits() + self.rest_bits_now()
         if not self.learned:
             return other
+        for quantizer in self.learned if self.is_coded else ():
+            if where := not_finite(quantizer.weight):
+                raise DivergenceError(f"weight {quantizer.spec.name!r} {where}: it has no entropy-coded size. Load an earlier state.")
         self.allocate()
         width_T = self.width_T()
         return exact_bits(self.groups(), width_T) - self.saved_at(width_T) + other
@@ -236,6 +239,9 @@ class Compression(TrainingState):
             width_T = self.width_T().round()
             self.bit_state().set_bits(width_T)
             return width_T
+        for quantizer in self.learned:
+            if where := not_finite(quantizer.logits):
+                raise DivergenceError(f"the bits of weight {quantizer.spec.name!r}: a logit {where}. Load an earlier state.")
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)

@@ -21,7 +21,7 @@ from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
 from diffq_fx.storage import StoredWeight
-from diffq_fx.weights import SkippedWeight
+from diffq_fx.weights import SkippedWeight, not_finite
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,8 @@ def _warn_untrained(compression: Compression, caller: str) -> None:
 
 def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, caller: str) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
+    if where := not_finite(weight):
+        raise ConversionError(f"{caller}: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
     stored = quantizer.store(weight.detach())
     stored.spec = replace(stored.spec, dtype=weight.dtype)  # the model may have gone to another type since it was prepared
     if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):

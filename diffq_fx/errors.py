@@ -34,7 +34,7 @@ class PackedFileError(DiffQError):
 
 
 class DivergenceError(DiffQError):
-    """A training step of a driver left values that are not finite; the last good state is back."""
+    """A training has diverged: a step that would use values that are not finite is not made, or is taken back."""
 
 
 class DiffQWarning(UserWarning):

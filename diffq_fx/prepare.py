@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -110,8 +111,9 @@ def prepare(
     _refuse_unfit(model, scope, caller)
     call = ExampleCall.of(example_inputs)
     plan = plan_weights(model, choice, caller)
-    expected = _reference(model, call, caller)
-    prepared, compression = _first_faithful(model, call, plan, choice, expected, scope, caller)
+    with torch.inference_mode(False):  # what is made in that mode could never train
+        expected = _reference(model, call, caller)
+        prepared, compression = _first_faithful(model, call, plan, choice, expected, scope, caller)
     _check_target(compression, caller)
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
@@ -127,6 +129,11 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
         raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
+    made_in_inference = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    if made_in_inference is not None:
+        raise PreparationError(
+            f"{caller}: {made_in_inference!r} was made under torch.inference_mode() and can never train. Make the model outside of it."
+        )
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm | SpectralNorm):

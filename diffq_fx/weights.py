@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupLayout, GroupSize, combine
@@ -68,3 +69,16 @@ class SkippedWeight:
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+def not_finite(tensor: Tensor) -> str:
+    """Where a tensor is not finite, for a message; empty if it is finite everywhere.
+
+    Example:
+        >>> not_finite(torch.tensor([[1.0, float("nan")]]))
+        'is not finite in 1 of 2 places, first at (0, 1)'
+    """
+    bad = ~torch.isfinite(tensor.detach())
+    if not bool(bad.any()):
+        return ""
+    return f"is not finite in {int(bad.sum())} of {bad.numel()} places, first at {tuple(torch.nonzero(bad)[0].tolist())}"

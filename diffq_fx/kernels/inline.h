@@ -8,7 +8,7 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-// 2^x for |x| < 120, to 2 units in the last place: plain arithmetic, so that a compiler can do many at once.
+// 2^x for |x| < 120, NaN for NaN, to 2 units in the last place: plain arithmetic, so that a compiler can do many at once.
 ALWAYS_INLINE float exp2_of(float x) {
     float whole = __builtin_floorf(x), f = x - whole;
     float p = 2.161380824e-4f; // least squares in the relative error on [0, 1), 2e-9
@@ -18,7 +18,7 @@ ALWAYS_INLINE float exp2_of(float x) {
     p = p * f + 2.402293251e-1f;
     p = p * f + 6.931470423e-1f;
     p = p * f + 1.0f;
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
+    union { int32_t bits; float value; } power = {((int32_t)(x == x ? whole : 0) + 127) << 23};
     return p * power.value;
 }
 
@@ -116,7 +116,7 @@ ALWAYS_INLINE void range_of(const float *restrict x, int64_t count, float bits, 
     if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
     if (spans) {
         float mean = symmetric ? 0 : sum / count, variance = square / count - mean * mean;
-        float up = bits - 1, whole = up < 0 ? 0 : up > 14 ? 14 : __builtin_floorf(up), part = up - whole;
+        float up = bits - 1, whole = up > 0 ? up > 14 ? 14 : __builtin_floorf(up) : 0, part = up - whole;
         part = part < 0 ? 0 : part > 1 ? 1 : part;
         const float *span = spans + (int)whole;
         float reach = __builtin_sqrtf(variance > 0 ? variance : 0) * (span[0] + part * (span[1] - span[0])) / 2;

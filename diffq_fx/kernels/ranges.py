@@ -46,7 +46,7 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     mean = total / counts if grid != "symmetric" else torch.zeros_like(low)
     variance = square / counts - mean.square()
     table = span_table(low.device, low.dtype)
-    below = (bits - 1).clamp(0, len(table) - 2).floor()
+    below = (bits - 1).nan_to_num(0).clamp(0, len(table) - 2).floor()
     index = below.long()
     span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
     reach = variance.clamp(min=0).sqrt() * span / 2

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from diffq_fx import _compat
+from diffq_fx.errors import DiffQError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.kernels.checksum import checksum
@@ -175,6 +177,11 @@ class WeightQuantizer(nn.Module, ABC):
         """The weight to compute with, of the weight's shape and dtype."""
         if self._stand_in is not None:
             return self._stand_in()
+        if _compat.in_function_transform():
+            raise DiffQError(
+                f"weight {self.spec.name!r}: torch.func's transforms (vmap, grad, jvp, jacrev, ...) do not go through a prepared model. "
+                "Use torch.autograd, or transform the float model or the converted one."
+            )
         if self.training:
             recompute = None if torch.compiler.is_compiling() else active()
             return self.training_weight(weight) if recompute is None else recompute.make(self, weight)

@@ -135,10 +135,10 @@ class LCWeight(WeightQuantizer):
         super().__init__(spec)
         self.config = config
         code_dtype = torch.uint8 if config.num_entries <= 256 else torch.int32
-        self.register_buffer("entries", torch.zeros(config.num_entries, device=device))
+        self.register_buffer("entries", torch.zeros(config.num_entries, dtype=torch.float32, device=device))
         self.register_buffer("codes", torch.zeros(spec.shape, dtype=code_dtype, device=device))
-        self.register_buffer("multipliers", torch.zeros(spec.shape, device=device))
-        self.register_buffer("penalty", torch.zeros((), device=device))
+        self.register_buffer("multipliers", torch.zeros(spec.shape, dtype=torch.float32, device=device))
+        self.register_buffer("penalty", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     def training_weight(self, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
 from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.weights import not_finite
 
 _CODING_ROUNDS = 3
 _CODING_EVERY = 50
@@ -31,6 +32,8 @@ class Held(NamedTuple):
     """The logits of all weights of the model."""
     coded: Sequence[DiffQWeight]
     """Weights themselves that it holds, where the size is that of their code."""
+    ranges: Sequence[Tensor]
+    """Learned ranges that it holds and that have not trained yet, once they are about to."""
     kept: list[Tensor]
     """Final logits, in one row: neither momentum nor decay is to move them."""
 
@@ -82,12 +85,10 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
             pressure.project(state, rows, sums_W6.sum(0), scale)
 
 
-def begin_with_ranges(optimizer: Optimizer, held: Held) -> None:
-    """Let the state of the optimizer for the ranges begin with the first step in which they train, whatever steps it has counted before."""
-    steps, frozen, frozen_at, *_ = held.compression.known
-    if frozen and steps == frozen_at:
-        for i in held.weights:
-            optimizer.state.pop(held.compression.learned[i].clip, None)  # pyright: ignore[reportCallIssue, reportArgumentType]
+def new_ranges(compression: Compression) -> list[Tensor]:
+    """The learned ranges in the step in which they begin to train, else none."""
+    steps, frozen, frozen_at, *_ = compression.known
+    return [q.clip for q in compression.learned if q.clip is not None] if frozen and steps == frozen_at else []
 
 
 @torch.no_grad()
@@ -216,12 +217,9 @@ def _refuse_what_is_not_finite(held: Held) -> None:
         return
     step = compression.known.steps + 1
     for what, name, tensor in _suspects(compression):
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            place = tuple(torch.nonzero(bad)[0].tolist())
+        if where := not_finite(tensor):
             raise DivergenceError(
-                f"optimizer step {step}: {what}{name!r} is not finite in {int(bad.sum())} of {bad.numel()} places, first at {place}. "
-                "The step was not made and the bits are as they were.\n"
+                f"optimizer step {step}: {what}{name!r} {where}. The step was not made.\n"
                 "  Lower the learning rate, clip the gradients, or load an earlier state; with float16 use torch.amp.GradScaler."
             )
 

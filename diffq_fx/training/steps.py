@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from diffq_fx.compression import Compression, live
-from diffq_fx.training.phases import Held, after_step, before_step, begin_with_ranges, shorten_code
+from diffq_fx.training.phases import Held, after_step, before_step, new_ranges, shorten_code
 
 
 @dataclass(eq=False)
@@ -86,7 +86,8 @@ def _prepare(step: _Step, *, again: bool) -> None:
     """Do what comes before a step; ``again`` where a closure has made the gradients anew."""
     around = _steps.stack[: _steps.stack.index(step)] if step in _steps.stack else []
     for held in step.held:
-        begin_with_ranges(step.optimizer, held)
+        for clip in held.ranges:  # their state begins now, whatever steps the optimizer has counted before
+            step.optimizer.state.pop(clip, None)
         if not again and any(held.compression in outer.prepared for outer in around):
             continue
         if held.weights:
@@ -101,8 +102,9 @@ def _holdings(optimizer: Optimizer) -> Iterator[Held]:
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
         coded = [q for q in compression.learned if id(q.place[0].get(q.place[1])) in parameters] if compression.is_coded else []
-        if weights or coded:
-            yield Held(compression, weights, logits, coded, [])
+        ranges = [clip for clip in new_ranges(compression) if id(clip) in parameters]
+        if weights or coded or ranges:
+            yield Held(compression, weights, logits, coded, ranges, [])
 
 
 def _changes_nothing(optimizer: Optimizer) -> bool:
