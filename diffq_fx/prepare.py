@@ -129,7 +129,7 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
         raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
-    made_in_inference = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
+    made_in_inference = next((name for name, p in model.named_parameters() if not nn.parameter.is_lazy(p) and p.is_inference()), None)
     if made_in_inference is not None:
         raise PreparationError(
             f"{caller}: {made_in_inference!r} was made under torch.inference_mode() and can never train. Make the model outside of it."

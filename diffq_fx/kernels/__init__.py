@@ -4,7 +4,7 @@ from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import add_noise
 from diffq_fx.kernels.one_pass import OnePass
-from diffq_fx.kernels.ranges import least_error_range, normal_range
+from diffq_fx.kernels.ranges import least_error_range, normal_range, normal_span
 from diffq_fx.kernels.rounding import RoundInRange, learned_factor
 from diffq_fx.kernels.statistics import extremes, statistics
 
@@ -18,6 +18,7 @@ __all__ = [
     "least_error_range",
     "moments",
     "normal_range",
+    "normal_span",
     "release",
     "size_of_logits",
     "slope_of_size",

@@ -16,7 +16,9 @@ class _StepOfLogits(torch.autograd.Function):
     """``step = span / (2^b - 1)`` with ``b = b_min + sigmoid(gain l) (b_max - b_min)``, and its derivative in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, span: Tensor, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, span: Tensor, growth: Tensor | None, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float
+    ) -> Tensor:
         ctx.bits = (min_bits, max_bits, gain)
         ctx.unmoved = None if unmoved is None else unmoved.shape
         shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
@@ -27,18 +29,26 @@ class _StepOfLogits(torch.autograd.Function):
             share = torch.sigmoid_(_rows_of(logits, rows) * gain)
             levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
             step[rows] = _rows_of(span, rows) / levels.sub_(1)
-        ctx.save_for_backward(logits, span, step)
+        ctx.save_for_backward(logits, span, step, growth)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logits = first_alone(lambda *given: _slope_of_step(*given, *ctx.bits), grad, *ctx.saved_tensors)
-        return grad_logits, None, None if ctx.unmoved is None else grad.new_zeros(ctx.unmoved), None, None, None
+        *tensors, growth = ctx.saved_tensors
+        grad_logits = first_alone(lambda *given: _slope_of_step(*given, growth, *ctx.bits), grad, *tensors)
+        unmoved = None if ctx.unmoved is None else grad.new_zeros(ctx.unmoved)
+        return grad_logits, None, None, unmoved, None, None, None
 
 
-def _slope_of_step(grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, min_bits: float, max_bits: float, gain: float) -> Tensor:
-    """``d step / d l = -ln 2 step levels / (levels - 1) db/dl`` times ``grad``, where ``levels / (levels - 1) = 1 + step / span``."""
+def _slope_of_step(
+    grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, growth: Tensor | None, min_bits: float, max_bits: float, gain: float
+) -> Tensor:
+    """``d step / d l = -ln 2 step levels / (levels - 1) db/dl`` times ``grad``, where ``levels / (levels - 1) = 1 + step / span``.
+
+    The widest bits of each range lengthen all of its steps: ``ln 2 step growth db/dl``.
+    """
     factor = -gain * (max_bits - min_bits) * math.log(2)
+    grown = None if growth is None else _of_widest((grad * step).sum_to_size(span.shape) * growth, logits)
     inverse = torch.where(span > 0, span, 1).reciprocal_()
     if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
         grad = (grad * step).addcmul_(grad * step, step * inverse).sum_to_size(logits.shape)
@@ -48,8 +58,20 @@ def _slope_of_step(grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, min
         if logits.shape == step.shape:
             into = torch.addcmul(one, step[rows], _rows_of(inverse, rows)).mul_(into).mul_(step[rows])
         share = torch.sigmoid_(logits[rows] * gain)
+        into = into if grown is None else into - grown[rows]
         torch.mul(torch.ops.aten.sigmoid_backward(into.to(share.dtype), share), factor, out=grad_logits[rows])
     return grad_logits
+
+
+def _of_widest(per_range: Tensor, logits: Tensor) -> Tensor:
+    """What belongs to each range, given to the logits that are largest in it: each of several gets its share."""
+    shape = [min(sizes) for sizes in zip(per_range.shape, logits.shape, strict=True)]
+    per_range, widest = per_range.sum_to_size(shape), logits
+    for axis, size in enumerate(shape):
+        if size == 1 < widest.shape[axis]:
+            widest = widest.amax(axis, keepdim=True)
+    are_widest = (logits == widest).to(per_range.dtype)
+    return are_widest * (per_range / are_widest.sum_to_size(shape).clamp(min=1))
 
 
 def _tiles(shape: torch.Size, device: torch.device) -> list[slice]:
@@ -63,17 +85,27 @@ def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[rows]
 
 
-def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: float, gain: float, unmoved: Tensor | None = None) -> Tensor:
+def step_of_logits(
+    logits: Tensor,
+    span: Tensor,
+    *,
+    min_bits: float,
+    max_bits: float,
+    gain: float,
+    growth: Tensor | None = None,
+    unmoved: Tensor | None = None,
+) -> Tensor:
     """Step of each group from its trainable logit: ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``.
 
     The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
 
     Args:
         logits: shape (R, C).
-        span: high - low of each range, shape that broadcasts with ``logits``; a constant.
+        span: high - low of each range, shape that broadcasts with ``logits``.
         min_bits: smallest width, in bits.
         max_bits: largest width, in bits.
         gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
+        growth: how fast ``log2(span)`` grows with the widest bits of each range, shape of ``span``; None for a span that is a constant.
         unmoved: a parameter of the weight that has no part in the noise: it gets a gradient of zero, so that
             DistributedDataParallel meets it.
 
@@ -84,7 +116,7 @@ def step_of_logits(logits: Tensor, span: Tensor, *, min_bits: float, max_bits: f
         >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), min_bits=1, max_bits=3, gain=1)
         tensor([[0.3333]])
     """
-    return _StepOfLogits.apply(logits, span, unmoved, min_bits, max_bits, gain)
+    return _StepOfLogits.apply(logits, span, growth, unmoved, min_bits, max_bits, gain)
 
 
 def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -107,23 +107,25 @@ ALWAYS_INLINE void statistics_of(const float *restrict x, int64_t count, float *
 
 // The range of a run: mean +- span(b) std / 2 within its smallest and largest weight, where `spans` has the span, in standard deviations,
 // for 1 to 16 bits; without `spans` from the smallest to the largest weight. It holds zero if `with_zero`, and is symmetric about it, with
-// a mean of zero, if `symmetric`.
-ALWAYS_INLINE void range_of(const float *restrict x, int64_t count, float bits, const float *spans, int with_zero, int symmetric, float *low,
-                            float *high) {
+// a mean of zero, if `symmetric`. Its length, and how fast the logarithm of that to base 2 grows with the bits.
+ALWAYS_INLINE void range_of(const float *restrict x, int64_t count, float bits, const float *spans, int with_zero, int symmetric,
+                            float *length, float *growth) {
     float l, h, sum, square;
     statistics_of(x, count, &l, &h, &sum, &square);
     if (symmetric) h = -l > h ? -l : h, l = -h;
     if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+    *growth = 0;
     if (spans) {
         float mean = symmetric ? 0 : sum / count, variance = square / count - mean * mean;
         float up = bits - 1, whole = up > 0 ? up > 14 ? 14 : __builtin_floorf(up) : 0, part = up - whole;
         part = part < 0 ? 0 : part > 1 ? 1 : part;
         const float *span = spans + (int)whole;
-        float reach = __builtin_sqrtf(variance > 0 ? variance : 0) * (span[0] + part * (span[1] - span[0])) / 2;
-        if (mean - reach > l) l = mean - reach;
-        if (mean + reach < h) h = mean + reach;
+        float half_std = __builtin_sqrtf(variance > 0 ? variance : 0) / 2, reach = half_std * (span[0] + part * (span[1] - span[0]));
+        int ends = 0; // that move with the bits
+        if (mean - reach > l) l = mean - reach, ends += !with_zero || l < 0;
+        if (mean + reach < h) h = mean + reach, ends += !with_zero || h > 0;
         if (with_zero) l = l > 0 ? 0 : l, h = h < 0 ? 0 : h;
+        if (ends && h > l && up >= 0 && up <= 15) *growth = LOG2_E * ends * half_std * (span[1] - span[0]) / (h - l);
     }
-    *low = l;
-    *high = h;
+    *length = h - l;
 }

@@ -53,9 +53,10 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
 
 
 def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor]:
-    """Noisy weight, and the length of each range."""
+    """Noisy weight; the length of each range and, behind all lengths, how it grows with the bits."""
     groups = settings.groups
-    out, span = memory.empty(weight.shape, weight.dtype, weight.device), memory.empty(settings.ranges.shape, torch.float32, weight.device)
+    out = memory.empty(weight.shape, weight.dtype, weight.device)
+    span = memory.empty((2, *settings.ranges.shape), torch.float32, weight.device)
     extension.loaded().noisy(
         weight.data_ptr(),
         logits.data_ptr(),

@@ -143,7 +143,7 @@ static void reduce_noise(const float *grad, float *sums, int64_t rows, int64_t c
 
 // w + step n with everything that the step is made of: step = span / (2^b - 1) with the bits b = min_bits + sigmoid(gain l) bits_range of each
 // block and the length of its range (see range_of), which is kept in `span`: one for each block if `own_ranges`, else one for each row, which
-// suits the widest of its blocks.
+// suits the widest of its blocks. Behind all lengths `span` holds how they grow with the bits.
 static void noisy(const float *weight, const float *logits, const float *spans, float *out, float *span, int64_t rows, int64_t columns,
                     int64_t block, int own_ranges, int with_zero, int symmetric, float min_bits, float bits_range, float gain, uint64_t seed,
                     const float *table, int threads) {
@@ -151,12 +151,12 @@ static void noisy(const float *weight, const float *logits, const float *spans, 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *w = weight + row * columns, *l = logits + row * blocks;
-        float noise[CHUNK], step[CHUNK], *length = span + row * ranges;
+        float noise[CHUNK], step[CHUNK], *length = span + row * ranges, *growth = length + rows * ranges;
         for (int64_t r = 0; r < ranges; r++) {
-            float low, high, widest = own_ranges ? l[r] : largest_of(l, blocks);
+            float widest = own_ranges ? l[r] : largest_of(l, blocks);
             int64_t count = columns - r * range < range ? columns - r * range : range;
-            range_of(w + r * range, count, min_bits + bits_range * sigmoid_of(gain * widest), spans, with_zero, symmetric, &low, &high);
-            length[r] = high - low;
+            range_of(w + r * range, count, min_bits + bits_range * sigmoid_of(gain * widest), spans, with_zero, symmetric, length + r,
+                     growth + r);
         }
         for (int64_t left = 0, count; left < columns; left += count) {
             count = piece(left, columns, block);
@@ -169,7 +169,8 @@ static void noisy(const float *weight, const float *logits, const float *spans, 
     }
 }
 
-// d loss / d l = -span ln 2 levels / (levels - 1)^2 db/dl sum(grad n), with levels = 2^b.
+// d loss / d l = -span ln 2 levels / (levels - 1)^2 db/dl sum(grad n), with levels = 2^b, and what the growth of the range with the bits of
+// the widest block adds: all steps of the range are in proportion to it. Of several that are widest each gets its share.
 static void noisy_backward(const float *grad, const float *logits, const float *span, float *grad_logits, int64_t rows, int64_t columns,
                              int64_t block, int own_ranges, float min_bits, float bits_range, float gain, uint64_t seed, const float *table,
                              int threads) {
@@ -177,14 +178,24 @@ static void noisy_backward(const float *grad, const float *logits, const float *
     float slope = gain * bits_range * 0.69314718f;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const float *restrict l = logits + row * blocks, *restrict length = span + row * (own_ranges ? blocks : 1);
+        int64_t ranges = own_ranges ? blocks : 1;
+        const float *restrict l = logits + row * blocks, *restrict length = span + row * ranges, *restrict growth = length + rows * ranges;
         float *restrict into = grad_logits + row * blocks;
         sum_row(grad + row * columns, into, row * columns, columns, block, seed, table);
+        float grown = 0, widest = own_ranges ? 0 : largest_of(l, blocks);
+#pragma omp simd reduction(+ : grown)
         for (int64_t b = 0; b < blocks; b++) {
             float share = sigmoid_of(gain * l[b]), levels = exp2_of(min_bits + bits_range * share), under = inverse_of(levels - 1);
+            grown += into[b] * under;
             into[b] *= slope * levels * (share * (share - 1)) * (under * under);
+            if (own_ranges) into[b] *= 1 - growth[b] * (levels - 1) / levels;
         }
         for (int64_t b = 0; b < blocks; b++) into[b] *= own_ranges ? length[b] : length[0];
+        if (own_ranges || growth[0] == 0) continue;
+        int64_t equal = 0;
+        for (int64_t b = 0; b < blocks; b++) equal += l[b] == widest;
+        float share = sigmoid_of(gain * widest), added = grown * growth[0] * length[0] * slope * share * (1 - share) / (equal > 0 ? equal : 1);
+        for (int64_t b = 0; b < blocks; b++) into[b] += l[b] == widest ? added : 0;
     }
 }
 

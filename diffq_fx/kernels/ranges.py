@@ -3,6 +3,7 @@
 Shape legend: O rows, I columns, R x C grid of groups that share a range, K candidates.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -39,6 +40,22 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
         >>> bool(-1.7 < low < -1.3) and bool(1.3 < high < 1.7)
         True
     """
+    return _normal_range(rows_OI, layout, bits, grid)[:2]
+
+
+def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The length of :func:`normal_range`, and how fast its logarithm to base 2 grows with the bits; two tensors of shape (R, C).
+
+    Example:
+        >>> span, growth = normal_span(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[1.5]]), "symmetric")
+        >>> bool((growth - (2.987 - 1.596) / 2.2915 / 0.6931).abs() < 1e-3)
+        True
+    """
+    low, high, growth = _normal_range(rows_OI, layout, bits, grid)
+    return high - low, growth
+
+
+def _normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     rows_OI = rows_OI.detach()
     low, high, total, square = statistics(rows_OI, layout)
     low, high = grid_range(low, high, grid)
@@ -49,9 +66,14 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     below = (bits - 1).nan_to_num(0).clamp(0, len(table) - 2).floor()
     index = below.long()
     span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
-    reach = variance.clamp(min=0).sqrt() * span / 2
-    low, high = torch.maximum(low, mean - reach), torch.minimum(high, mean + reach)
-    return (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
+    half_std = variance.clamp(min=0).sqrt() / 2
+    inner_low, inner_high = mean - half_std * span, mean + half_std * span
+    moving = (inner_low > low) & ((inner_low < 0) | (grid != "affine")), (inner_high < high) & ((inner_high > 0) | (grid != "affine"))
+    low, high = torch.maximum(low, inner_low), torch.minimum(high, inner_high)
+    low, high = (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
+    ends = (moving[0].to(low.dtype) + moving[1].to(low.dtype)) * ((bits >= 1) & (bits <= 16))
+    growth = ends * half_std * (table[index + 1] - table[index]) / math.log(2)
+    return low, high, torch.where(high > low, growth / (high - low), 0)
 
 
 def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_range, step_of_logits
+from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_span, step_of_logits
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.weights import WeightSpec
@@ -113,17 +113,20 @@ class DiffQWeight(GridQuantizer):
             return self.one_pass(weight, self.logits, self.clip)
         spec, config = self.spec, self.config
         limits = {"min_bits": config.min_bits, "max_bits": config.max_bits, "gain": config.bits_gain}
-        step = step_of_logits(self.logits, self.span_in_training(weight), unmoved=self.clip, **limits)
+        span, growth = self._span_and_growth(weight)
+        step = step_of_logits(self.logits, span, growth=growth, unmoved=self.clip, **limits)
         return add_noise(weight, step, axis=spec.axis, block=spec.scale_layout.block, gaussian=config.noise == "gaussian")
 
     def span_in_training(self, weight: Tensor) -> Tensor:
         """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
+        return self._span_and_growth(weight)[0]
+
+    def _span_and_growth(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
-        if not self.config.clips:
-            low, high = super().range_of(rows_OI, self.width)
-        else:
-            low, high = normal_range(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
-        return high - low
+        if self.config.clips:
+            return normal_span(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
+        low, high = super().range_of(rows_OI, self.width)
+        return high - low, None
 
     @torch.no_grad()
     def _widest_bits(self) -> Tensor:
