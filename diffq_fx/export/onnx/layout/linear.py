@@ -179,7 +179,7 @@ def emit_fused(stored: StoredTable, use: LinearUse, fusion: Fusion, copy: int) -
         labels = ("levels", "scale", "zero_point")
         inputs = [_own(stored, value, f"{name}.{label}", use.rows, copy) for value, label in zip(inputs, labels)]  # noqa: B905
     weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=fusion.block)
-    mark_weight(weight, name)
+    mark_weight(weight, stored.name)
     product = replace_product(use, weight, stored.emit.unique(f"{name}.product"))
     spell_out_activation(stored.emit, product)
 
