@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
 .PHONY: demo test check processors format clean
@@ -10,14 +11,14 @@ demo: .venv/ready
 	$(BIN)/diffq-fx demo
 
 test: $(KERNELS)
-	$(BIN)/pytest -n $(WORKERS) -q
+	$(PYTEST)
 
 # What a developer runs before a commit: format, lint, types, tests, doctests.
 check: $(KERNELS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/pytest -n $(WORKERS) -q
+	$(PYTEST)
 	$(BIN)/pytest -q --doctest-modules diffq_fx
 
 # Exported files on an x86 of 2013 and on Arm, by qemu-user (apt-get install qemu-user); the first of the two is part of `make test`.

@@ -1,4 +1,8 @@
-"""What every test shares: a seed, and a few small models."""
+"""What every test shares: a seed, and what torch makes anew for every export."""
+
+import copy
+import functools
+import importlib
 
 import pytest
 import torch
@@ -9,3 +13,26 @@ torch.set_num_threads(1)  # the test runner itself uses all cores
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_looks_up_its_operators_once():
+    """Of the export of a small model more than half goes into a table of torch's translations to ONNX, the same every time."""
+    try:
+        registry = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+        utils = importlib.import_module("torch._export.utils")
+        of_opset, materialize = registry.from_torchlib, utils._materialize_cpp_cia_ops
+    except (ImportError, AttributeError):  # another version of torch, which takes its time
+        yield
+        return
+    kept = functools.cache(of_opset)
+
+    def from_torchlib(*opset, **named):
+        made = copy.copy(kept(*opset, **named))
+        made.functions = {name: list(ways) for name, ways in made.functions.items()}  # an export adds its own in front
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(from_torchlib))
+        patch.setattr(utils, "_materialize_cpp_cia_ops", functools.cache(materialize))
+        yield

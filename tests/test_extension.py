@@ -18,6 +18,7 @@ from diffq_fx.kernels import add_noise, extension, native
 
 VARIANTS = extension.variants()
 built = pytest.mark.skipif(not VARIANTS, reason="the kernels are not built")
+in_one_process = pytest.mark.xdist_group("wheels")
 ROOT = Path(__file__).parents[1]
 
 
@@ -142,6 +143,7 @@ def wheel_of(sdist, folder, **environment):
     return wheel
 
 
+@in_one_process
 def test_the_sdist_has_all_sources_of_the_kernels(sdist):
     with tarfile.open(sdist) as archive:
         names = {Path(name).name for name in archive.getnames() if "/kernels/" in name}
@@ -149,6 +151,7 @@ def test_the_sdist_has_all_sources_of_the_kernels(sdist):
 
 
 @built
+@in_one_process
 @pytest.mark.slow
 def test_a_wheel_from_the_sdist_brings_the_kernels_for_every_python(sdist, tmp_path):
     wheel = wheel_of(sdist, tmp_path / "wheels")
@@ -163,6 +166,7 @@ def test_a_wheel_from_the_sdist_brings_the_kernels_for_every_python(sdist, tmp_p
     assert variants == list(VARIANTS)
 
 
+@in_one_process
 @pytest.mark.parametrize(("environment", "tag"), [({"DIFFQ_FX_KERNELS": "torch"}, "py3-none-any"), ({"CC": "false"}, "")])
 def test_a_wheel_without_the_kernels(sdist, tmp_path, environment, tag):
     wheel = wheel_of(sdist, tmp_path / "wheels", **environment)

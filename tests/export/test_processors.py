@@ -22,6 +22,7 @@ from diffq_fx.methods import LC
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("processors"),
     pytest.mark.filterwarnings("ignore:export_onnx. rounding activations changes"),
 ]
 ROWS, IMAGE, IDS = torch.randn(32, 256), torch.randn(1, 32, 6, 6), torch.arange(12).reshape(3, 4)

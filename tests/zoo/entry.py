@@ -77,5 +77,6 @@ def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
 
 
 def parameters_of(entries: list[Entry]) -> list[Any]:
-    """The entries as pytest parameters, the slow ones marked."""
-    return [pytest.param(entry, id=entry.name, marks=[pytest.mark.slow] * entry.slow) for entry in entries]
+    """The entries as pytest parameters, the slow ones marked; all tests of one run in one process, which keeps what it has made."""
+    slow = pytest.mark.slow
+    return [pytest.param(entry, id=entry.name, marks=[pytest.mark.xdist_group(entry.name), *[slow] * entry.slow]) for entry in entries]
