@@ -63,11 +63,8 @@ class Compression(TrainingState):
         self._groups: FlatGroups | None = None
         self._allocated: int | None = None
         self._passes = 0
-        sums = (
-            torch.zeros(len(learned), 6, dtype=widest_float(self.steps.device), device=self.steps.device)
-            if learned and self.config.has_target
-            else None
-        )
+        device = self.steps.device
+        sums = torch.zeros(len(learned), 6, dtype=widest_float(device), device=device) if learned and self.config.has_target else None
         self.register_buffer("pressure_sums", sums)
         for quantizer in self.learned:
             quantizer.shared = self
