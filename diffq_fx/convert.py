@@ -108,7 +108,15 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
     model = unwrapped(model)
     parts = _prepared_parts(model, caller)
     converted = {id(part): _convert_part(part, vars(part)[CHILD], caller) for part in parts.values()}
-    return converted[id(model)] if id(model) in converted else copy_replacing(model, converted).eval()
+    if id(model) in converted:
+        return converted[id(model)]
+    try:
+        return copy_replacing(model, converted).eval()
+    except Exception as error:  # any object that the model holds may refuse to be copied
+        raise ConversionError(
+            f"{caller}: the {type(model).__name__} cannot be copied: {type(error).__name__}: {error}\n"
+            f"  Convert its prepared parts by themselves: {', '.join(parts)}."
+        ) from error
 
 
 def _convert_part(root: nn.Module, compression: Compression, caller: str) -> nn.Module:

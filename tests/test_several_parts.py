@@ -177,3 +177,12 @@ def test_a_piece_of_a_prepared_model_is_refused():
     prepared = prepare(nn.Sequential(nn.Sequential(nn.Linear(32, 8), nn.ReLU()), nn.Tanh()), X, STE(bits=4), scope="module")
     with pytest.raises(ConversionError, match="is a part of a prepared model. Give the whole"):
         convert(prepared[0])
+
+
+def test_a_wrapper_that_cannot_be_copied_names_its_parts():
+    model = Pair().eval()
+    model.results = (x for x in range(3))
+    with pytest.raises(
+        ConversionError, match=r"(?s)the Pair cannot be copied: TypeError.*Convert its prepared parts.*: encoder, decoder\."
+    ):
+        convert(model)

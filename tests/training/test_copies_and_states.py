@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, model_size, prepare_diffq, recompute_weights
+from diffq_fx import DiffQConfig, convert, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, recompute_weights
+from diffq_fx.methods import LSQ
 
 SIZES = {
     "bits": {},
@@ -232,7 +233,7 @@ def test_ranks_hold_the_same_entropy_coded_size(size, look, training_steps, tmp_
 
 
 @pytest.mark.parametrize("scope", ["model", "module"])
-@pytest.mark.parametrize("finish", [lambda model: model, convert_diffq])
+@pytest.mark.parametrize("finish", [lambda model: model, convert])
 def test_safetensors_of_tied_weights_load(scope, finish, tmp_path):
     """A file of safetensors holds a shared tensor under one of its names."""
     from safetensors.torch import load_model, save_model
@@ -247,7 +248,7 @@ def test_safetensors_of_tied_weights_load(scope, finish, tmp_path):
             return self.head(self.table(ids))
 
     ids = torch.randint(0, 50, (2, 5))
-    saved, loaded = (finish(prepare_diffq(Tied(), ids, scope=scope)).eval() for _ in range(2))
+    saved, loaded = (finish(prepare(Tied(), ids, LSQ(bits=4), scope=scope)).eval() for _ in range(2))
     assert not torch.equal(saved(ids), loaded(ids))
     save_model(saved, tmp_path / "m.safetensors")
     assert load_model(loaded, tmp_path / "m.safetensors") == (set(), [])
