@@ -2,7 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.sharded import gathered, whole
 from diffq_fx.weights import SkippedWeight, not_finite
 
 live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
@@ -117,8 +119,14 @@ class Compression(TrainingState):
         return self._groups
 
     def bit_state(self) -> BitState:
-        """The bits of this moment."""
-        return BitState(self.groups(), self.logits, self.config.bits_gain)
+        """The bits of this moment; to change them see :meth:`changing_bits`."""
+        return BitState(self.groups(), [whole(logits) for logits in self.logits], self.config.bits_gain)
+
+    @contextmanager
+    def changing_bits(self) -> Iterator[BitState]:
+        """The bits of this moment, to be changed."""
+        with gathered(self.logits) as logits:
+            yield BitState(self.groups(), logits, self.config.bits_gain)
 
     def width_T(self) -> Tensor:
         """The whole widths of every group as last worked out, float32, shape (T,)."""
@@ -133,7 +141,7 @@ class Compression(TrainingState):
 
     def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
         """Expected bits of the code of some of the weights, 0-d, differentiable in them."""
-        return expected_code_length((quantizer.spec, quantizer.weight, quantizer.step_in_training()) for quantizer in among)
+        return expected_code_length((quantizer.spec, whole(quantizer.weight), quantizer.step_in_training()) for quantizer in among)
 
     @property
     def lambda_per_bit(self) -> Tensor | None:
@@ -228,16 +236,17 @@ class Compression(TrainingState):
     def _checksum(self) -> int:
         weights = [quantizer.weight for quantizer in self.learned] if self.is_coded else []
         widths = [quantizer.width for quantizer in self.learned]
-        return device_checksum([*self.logits, *widths, *weights, self.bits_frozen, self.coding])
+        return device_checksum([*map(whole, (*self.logits, *weights)), *widths, self.bits_frozen, self.coding])  # one for all ranks
 
     def _rounded_bits(self) -> Tensor:
         """The whole widths of all groups, within the target where there is one, shape (T,)."""
         if self.frozen:  # final, even beside other logits: those of an average over a training
             width_T = self.width_T().round()
-            self.bit_state().set_bits(width_T)
+            with self.changing_bits() as state:
+                state.set_bits(width_T)
             return width_T
         for quantizer in self.learned:
-            if where := not_finite(quantizer.logits):
+            if where := not_finite(whole(quantizer.logits)):
                 raise DivergenceError(f"the bits of weight {quantizer.spec.name!r}: a logit {where}. Load an earlier state.")
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
@@ -284,7 +293,7 @@ class Compression(TrainingState):
 
 
 def _rounded_at(quantizer: DiffQWeight, width: Tensor) -> RoundedWeight:
-    rows_OI, width = to_rows(quantizer.weight.detach(), quantizer.spec.axis), width.view(quantizer.width.shape)
+    rows_OI, width = to_rows(whole(quantizer.weight.detach()), quantizer.spec.axis), width.view(quantizer.width.shape)
     return RoundedWeight(quantizer.spec, rows_OI, width, quantizer.params(rows_OI, width))
 
 

@@ -20,6 +20,7 @@ from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
+from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import SkippedWeight, not_finite
 
@@ -120,6 +121,12 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
 
 
 def _convert_part(root: nn.Module, compression: Compression, caller: str) -> nn.Module:
+    if sharded := [quantizer.spec.name for quantizer in compression.quantizers if is_sharded(quantizer.weight)]:
+        raise ConversionError(
+            f"{caller}: weight {sharded[0]!r} is sharded over ranks.\n"
+            "  Gather the state (get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into "
+            "a prepared model that is not sharded, and convert that."
+        )
     if compression.learned:
         _warn_untrained(compression, caller)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Whether values have changed, whatever wrote them: torch counts the writes to a tensor, but not those through ``.data`` or its memory."""
 
+import ctypes
 import functools
 from collections.abc import Iterable
 from types import ModuleType
@@ -47,7 +48,8 @@ def checksum(tensors: Iterable[Tensor]) -> int | None:
         if tensor.device.type != "cpu" or not native.is_plain(tensor):
             return None
         tensor = tensor.detach().contiguous()
-        value = crc32((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), value)
+        if tensor.numel():  # read in place: numpy() would fix the size of the storage, which FSDP changes
+            value = crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), value)
     return value
 
 

@@ -27,10 +27,13 @@ def draw_seed(device: torch.device) -> Tensor:
     So ``torch.manual_seed`` repeats a run, activation checkpointing recomputes the same noise, and ranks that were seeded alike
     still draw different noise. Nothing waits for the device, and a CUDA graph that is replayed draws anew.
     """
-    seed = torch.randint(2**62, (1,), device=device)
-    distributed = torch.distributed
-    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    seed, rank = torch.randint(2**62, (1,), device=device), _rank()
     return seed.add_(rank * _GOLDEN % 2**63).bitwise_and_(2**63 - 1) if rank else seed
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def noise_bytes(seed: Tensor, first: int, count: int) -> Tensor:

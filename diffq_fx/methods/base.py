@@ -18,6 +18,7 @@ from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
+from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
@@ -181,6 +182,12 @@ class WeightQuantizer(nn.Module, ABC):
             raise DiffQError(
                 f"weight {self.spec.name!r}: torch.func's transforms (vmap, grad, jvp, jacrev, ...) do not go through a prepared model. "
                 "Use torch.autograd, or transform the float model or the converted one."
+            )
+        if is_sharded(weight):
+            raise DiffQError(
+                f"weight {self.spec.name!r} is a DTensor where its quantizer reads it, of which this rank holds a part alone.\n"
+                '  Tensor parallelism is not supported. For FSDP2 prepare with scope="module", or call fully_shard on the whole prepared '
+                "model: in model scope the forward of a single layer is not called, so nothing gathers its weights."
             )
         if self.training:
             recompute = None if torch.compiler.is_compiling() else active()

@@ -10,6 +10,7 @@ from diffq_fx.functional.groups import to_rows
 from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_span, step_of_logits
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class DiffQWeight(GridQuantizer):
 
     def bits(self) -> Tensor:
         """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""
-        return functional.bits_from_logits(self.logits, self.config.min_bits, self.config.max_bits, self.config.bits_gain)
+        return functional.bits_from_logits(whole(self.logits), self.config.min_bits, self.config.max_bits, self.config.bits_gain)
 
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
@@ -87,7 +88,7 @@ class DiffQWeight(GridQuantizer):
             low, high = super().range_of(rows_OI, bits)
             return (low, high) if self.range_scale is None else (low * self.range_scale, high * self.range_scale)
         if self.frozen:
-            moved = 1.0 if self.clip is None else learned_factor(self.clip.detach())
+            moved = 1.0 if self.clip is None else learned_factor(whole(self.clip.detach()))
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
         return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.spec.grid)
 
@@ -95,7 +96,7 @@ class DiffQWeight(GridQuantizer):
     def keep_range(self) -> None:
         """Fix the range from which clipping is learned; for when the bits become final."""
         if self.config.clips:
-            low, high = self.range_of(to_rows(self.weight, self.spec.axis), self.rounded_bits())
+            low, high = self.range_of(to_rows(whole(self.weight), self.spec.axis), self.rounded_bits())
             self.get_buffer("range_low").copy_(low)
             self.get_buffer("range_high").copy_(high)
 
@@ -131,7 +132,7 @@ class DiffQWeight(GridQuantizer):
     @torch.no_grad()
     def _widest_bits(self) -> Tensor:
         """The most bits among the groups of each range."""
-        widest = self.logits
+        widest = whole(self.logits)
         for axis, size in enumerate(self.spec.range_layout.shape):
             if size == 1 < widest.shape[axis]:
                 widest = widest.amax(axis, keepdim=True)
@@ -140,7 +141,7 @@ class DiffQWeight(GridQuantizer):
     @torch.no_grad()
     def step_in_training(self) -> Tensor:
         """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
-        return self.span_in_training(self.weight) / (torch.exp2(self.bits()) - 1)
+        return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
 
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
         spec = self.spec

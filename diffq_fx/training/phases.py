@@ -13,6 +13,7 @@ from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
 from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.sharded import gathered, own_part, whole
 from diffq_fx.weights import not_finite
 
 _CODING_ROUNDS = 3
@@ -52,7 +53,8 @@ def start(compression: Compression) -> None:
         measure_coding(compression)
         return
     for _ in range(_CODING_ROUNDS if compression.is_coded else 1):
-        compression.bit_state().set_bits(pressure.same_bits(compression.groups(), compression.budget_bits() or 0))
+        with compression.changing_bits() as state:
+            state.set_bits(pressure.same_bits(compression.groups(), compression.budget_bits() or 0))
         measure_coding(compression)
 
 
@@ -65,16 +67,17 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
     if compression.frozen:
         for grad in grads.values():
             grad.zero_()  # and not None: checkpoints want a state of the optimizer for every parameter
-        held.kept.append(_compat.flatten([held.logits[i] for i in held.weights]).clone())
+        held.kept.append(_compat.flatten([own_part(held.logits[i]) for i in held.weights]).clone())
         return
     config, budget = compression.config, compression.budget_bits()
     if held.counts and is_first_time and _gathers(compression):
         for quantizer in compression.learned:
-            sensitivity.observe(quantizer.spec, quantizer.weight.grad, quantizer.get_buffer("gradient_sums"))
+            grad = quantizer.weight.grad
+            sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), quantizer.get_buffer("gradient_sums"))
     if not grads or (config.penalty is None and budget is None):
         return
     scale, state = _scale(optimizer), compression.bit_state()
-    with pressure.open_rows(state, grads) as rows:
+    with gathered(list(grads.values())) as every, pressure.open_rows(state, dict(zip(grads, every, strict=True))) as rows:
         if config.penalty is not None:
             pressure.add_penalty(state, rows, scale * config.penalty / MIB_BITS)
         else:
@@ -96,7 +99,7 @@ def after_step(held: Held) -> None:
     """Move the bits once it is known where to, hold the size, and go on to the next phase."""
     compression = held.compression
     if held.kept:
-        own = [held.logits[i] for i in held.weights]
+        own = [own_part(held.logits[i]) for i in held.weights]
         _compat.copy_each(own, _compat.unflatten(held.kept.pop(), own))
     if not compression.frozen:
         budget = compression.budget_bits()
@@ -104,7 +107,8 @@ def after_step(held: Held) -> None:
         if moved or _measures_now(compression):
             measure_coding(compression)
         if budget is not None:
-            pressure.shift_to(compression.bit_state(), compression.budget_bits() or budget)
+            with compression.changing_bits() as state:
+                pressure.shift_to(state, compression.budget_bits() or budget)
     elif held.counts and _measures_now(compression):
         _hold_coded_size(compression)
     if held.counts:
@@ -184,11 +188,14 @@ def _move_bits(compression: Compression, budget: int) -> bool:
     """After the last step that counts, give every group the bits it asks for, all together within the budget; whether it did."""
     if compression.known.steps + 1 != compression.config.sensitivity_step:
         return False
-    asked = [sensitivity.asked_bits(q.spec, q.get_buffer("gradient_sums"), q.span_in_training(q.weight)) for q in compression.learned]
+    spans = [quantizer.span_in_training(whole(quantizer.weight)) for quantizer in compression.learned]
+    sums = [quantizer.get_buffer("gradient_sums") for quantizer in compression.learned]
+    asked = [sensitivity.asked_bits(q.spec, *each) for q, *each in zip(compression.learned, sums, spans, strict=True)]
     bits_T = sensitivity.bits_within(compression.groups(), torch.cat([each.reshape(-1) for each in asked]), budget)
     if bits_T is None:
         return False  # no gradient reached any weight
-    compression.bit_state().set_bits(bits_T)
+    with compression.changing_bits() as state:
+        state.set_bits(bits_T)
     for quantizer in compression.learned:
         quantizer.get_buffer("gradient_sums").zero_()
     return True
@@ -212,12 +219,12 @@ def _refuse_what_is_not_finite(held: Held) -> None:
     """End a training that has diverged, before the step; on a CPU, since elsewhere the look would make every step wait."""
     compression = held.compression
     small = [compression.learned[i].clip for i in held.weights] if compression.frozen else [held.logits[i] for i in held.weights]
-    grads = [each.grad for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"]
+    grads = [whole(each.grad) for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"]
     if not grads or bool(torch.isfinite(_compat.flatten(grads).sum())):
         return
     step = compression.known.steps + 1
     for what, name, tensor in _suspects(compression):
-        if where := not_finite(tensor):
+        if where := not_finite(whole(tensor)):
             raise DivergenceError(
                 f"optimizer step {step}: {what}{name!r} {where}. The step was not made.\n"
                 "  Lower the learning rate, clip the gradients, or load an earlier state; with float16 use torch.amp.GradScaler."

@@ -1,0 +1,66 @@
+"""Tensors that FSDP2 (``fully_shard``) divides between ranks, as the whole that bits and ranges are worked out from.
+
+What is worked out is the same on every rank, from the same gathered values, so each rank keeps its own part of the result. To gather is a
+collective operation: all ranks must do it, in the same order.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of a tensor: a DTensor, told by what it has, since most models need no distributed package."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """All values of a tensor, gathered from all ranks if it is sharded; differentiable.
+
+    Example:
+        >>> import torch
+        >>> tensor = torch.ones(2)
+        >>> whole(tensor) is tensor
+        True
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_part(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor, in its own memory.
+
+    Example:
+        >>> import torch
+        >>> own_part(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@contextmanager
+def gathered(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Give the whole of each tensor, to be changed in place: in the end each rank keeps its part. Others are given as they are.
+
+    Example:
+        >>> import torch
+        >>> tensor = torch.ones(2)
+        >>> with gathered([tensor]) as (values,):
+        ...     _ = values.mul_(3)
+        >>> tensor
+        tensor([3., 3.])
+    """
+    given = [whole(tensor.detach()) if is_sharded(tensor) else tensor for tensor in tensors]
+    yield given
+    for tensor, values in zip(tensors, given, strict=True):
+        if is_sharded(tensor):
+            _keep_part(tensor, values)
+
+
+def _keep_part(sharded: Any, values: Tensor) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    everywhere = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    sharded.detach().copy_(everywhere.redistribute(placements=sharded.placements))
