@@ -62,6 +62,8 @@ class Compression(TrainingState):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.penalized = False  # whether model_size was ever part of a loss
+        self.trained_since = False  # whether a weight was read in training since an optimizer's latest step, of whatever it holds
+        self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
         self._groups: FlatGroups | None = None
         self._allocated: int | None = None
         self._passes = 0
@@ -142,6 +144,15 @@ class Compression(TrainingState):
     def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
         """Expected bits of the code of some of the weights, 0-d, differentiable in them."""
         return expected_code_length((quantizer.spec, whole(quantizer.weight), quantizer.step_in_training()) for quantizer in among)
+
+    def note_training(self) -> None:
+        """Note that a weight is read for a step of training: some optimizer should hold it."""
+        self.trained_since = True
+
+    def parameter_ids(self) -> set[int]:
+        """The ids of all parameters of the model: weights, bits, ranges and what is not quantized."""
+        own = {id(parameter) for quantizer in self.quantizers for parameter in (quantizer.weight, *quantizer.parameters())}
+        return own | {id(registry.get(name)) for registry, name in self.rest}
 
     @property
     def lambda_per_bit(self) -> Tensor | None:

@@ -107,6 +107,8 @@ class DiffQWeight(GridQuantizer):
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
+        if self.shared is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.shared.note_training()
         return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
 
     def _noisy(self, weight: Tensor) -> Tensor:

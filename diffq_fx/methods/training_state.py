@@ -45,6 +45,10 @@ class TrainingState(nn.Module):
         self._known, self._known_from = Known(), self._versions()
 
     @abstractmethod
+    def note_training(self) -> None:
+        """Note that a weight is read for a step of training."""
+
+    @abstractmethod
     def follow(self, reader: nn.Module) -> None:
         """Bring the widths of all weights up to date with their logits, before ``reader`` rounds its weight."""
 

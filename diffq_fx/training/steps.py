@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from diffq_fx.compression import Compression, live
+from diffq_fx.errors import DiffQError
 from diffq_fx.training.phases import Held, after_step, before_step, new_ranges, shorten_code
+
+_PATIENCE = 50
+"""Steps of optimizers that hold no parameter of a model, which trains between them, until that is an error."""
 
 
 @dataclass(eq=False)
@@ -48,6 +52,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     stack[:] = [step for step in stack if _runs(step.frame, frame)]
     step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(optimizer)))
     stack.append(step)
+    _refuse_flat_copies(optimizer)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
         _prepare(step, again=False)
@@ -105,6 +110,23 @@ def _holdings(optimizer: Optimizer) -> Iterator[Held]:
         ranges = [clip for clip in new_ranges(compression) if id(clip) in parameters]
         if weights or coded or ranges:
             yield Held(compression, weights, logits, coded, ranges, [])
+
+
+def _refuse_flat_copies(optimizer: Optimizer) -> None:
+    """End a training whose optimizer works on copies of the parameters, as DeepSpeed's ZeRO does: its steps tell nothing of the bits."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for compression in list(live):
+        if not compression.trained_since:
+            continue
+        compression.trained_since = False
+        compression.foreign_steps = 0 if held & compression.parameter_ids() else compression.foreign_steps + 1
+        if compression.foreign_steps >= _PATIENCE:
+            raise DiffQError(
+                f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
+                "its bits do not move, and its size is not held.\n"
+                "  Build the optimizer from the prepared model's parameters(). Optimizers over flat copies of these, such as DeepSpeed's "
+                "ZeRO, are not supported: use FSDP2 (fully_shard) or DistributedDataParallel."
+            )
 
 
 def _changes_nothing(optimizer: Optimizer) -> bool:
