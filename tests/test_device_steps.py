@@ -94,7 +94,7 @@ def test_six_operations_a_weight_and_no_copy_to_or_from_the_device(settings, fro
 @pytest.mark.parametrize("frozen", [False, True])
 def test_without_triton_nothing_is_copied_either(frozen, counted):
     each, _ = per_weight_and_once(counted, frozen)
-    assert each <= 110
+    assert each <= 140
     assert counted.crossings == []
 
 

@@ -56,9 +56,9 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
 
 
 def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor]:
-    """Noisy weight, and the length of each range."""
+    """Noisy weight, and the length of each range and how fast it grows with the bits, one behind the other."""
     out, layout = torch.empty_like(weight), _by_range(settings)
-    span = logits.new_empty(settings.ranges.shape)
+    span = logits.new_empty(2, *settings.ranges.shape)
     how = {"LOGITS": True, "CLIPS": settings.clips, "GRID": settings.grid, "GAUSSIAN": settings.gaussian}
     table, spans = _table(settings.gaussian, weight), span_table(weight.device)
     count, block = _shape(layout)

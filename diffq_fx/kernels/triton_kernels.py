@@ -46,7 +46,7 @@ def _span(
     weight, logits, spans, row, count, length, min_bits, bits_range, gain, CLIPS: tl.constexpr, GRID: tl.constexpr,
     GROUPS: tl.constexpr, TILE: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """The length of a row's range: see ``range_of`` in ``inline.h``."""
+    """The length of a row's range, and how fast its logarithm to base 2 grows with the bits: see ``range_of`` in ``inline.h``."""
     if EACH > 1:
         length = tl.multiple_of(length, EACH)
     inner = tl.arange(0, EACH)[None, :]
@@ -65,6 +65,7 @@ def _span(
         low = -high
     if GRID == "affine":
         low, high = tl.minimum(low, 0), tl.maximum(high, 0)
+    growth = 0.0
     if CLIPS:
         widest = tl.full((1,), float("-inf"), tl.float32)
         for left in range(0, count, GROUPS):
@@ -76,11 +77,17 @@ def _span(
         whole = tl.minimum(tl.maximum(tl.floor(up), 0), 14)
         part = tl.minimum(tl.maximum(up - whole, 0), 1)
         below, above = tl.load(spans + whole.to(tl.int32)), tl.load(spans + whole.to(tl.int32) + 1)
-        reach = tl.sqrt(tl.maximum(square / length - mean * mean, 0)) * (below + part * (above - below)) / 2
+        half_std = tl.sqrt(tl.maximum(square / length - mean * mean, 0)) / 2
+        reach = half_std * (below + part * (above - below))
+        low_moves, high_moves = mean - reach > low, mean + reach < high
         low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
         if GRID == "affine":
+            low_moves, high_moves = low_moves & (low < 0), high_moves & (high > 0)
             low, high = tl.minimum(low, 0), tl.maximum(high, 0)
-    return tl.where(square == square, high - low, float("nan"))
+        ends = low_moves.to(tl.float32) + high_moves.to(tl.float32)
+        growth = 1.44269504 * ends * half_std * (above - below) / (high - low)
+        growth = tl.where((high > low) & (up >= 0) & (up <= 15), growth, 0.0)
+    return tl.where(square == square, high - low, float("nan")), growth
 
 
 @triton.jit
@@ -94,10 +101,11 @@ def add_noise(
     start = tl.load(seed).to(tl.uint64)
     span = 1.0
     if LOGITS:
-        span = _span(
+        span, growth = _span(
             weight, of_group, spans, row, count, count * block, min_bits, bits_range, gain, CLIPS, GRID, GROUPS, GROUPS * SLOTS, EACH
         )
         tl.store(span_out + row, span)
+        tl.store(span_out + tl.num_programs(0) + row, growth)  # behind all lengths
     inner = tl.arange(0, EACH)[None, None, :]
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
@@ -120,6 +128,11 @@ def reduce_noise(
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(seed).to(tl.uint64)
     inner = tl.arange(0, EACH)[None, None, :]
+    slope, grown, widest = (
+        gain * bits_range * _LN_2,
+        tl.zeros((GROUPS, 1, 1), tl.float32),
+        tl.full((GROUPS, 1, 1), float("-inf"), tl.float32),
+    )
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
         partial = tl.zeros((GROUPS, SLOTS // EACH, EACH), tl.float32)
@@ -129,10 +142,26 @@ def reduce_noise(
             partial += value * _noise(place, start, table, EACH, GAUSSIAN)
         found = tl.sum(tl.sum(partial, 2), 1)[:, None, None]
         if LOGITS:
-            share = _share(tl.load(logits + row * count + group, mask=group < count, other=0), gain)
+            logit = tl.load(logits + row * count + group, mask=group < count, other=float("-inf"))
+            share = _share(logit, gain)
             levels = tl.exp2(min_bits + bits_range * share)
-            found *= gain * bits_range * _LN_2 * levels * (share * (share - 1)) / ((levels - 1) * (levels - 1)) * tl.load(span + row)
+            grown, widest = grown + tl.where(group < count, found / (levels - 1), 0), tl.maximum(widest, logit)
+            found *= slope * levels * (share * (share - 1)) / ((levels - 1) * (levels - 1)) * tl.load(span + row)
         tl.store(sums + row * count + group, found, mask=group < count)
+    if LOGITS:
+        growth = tl.load(span + tl.num_programs(0) + row)
+        if growth != 0:  # the widest bits lengthen all steps of the range; of several that are widest each gets its share
+            most, equal = tl.max(tl.max(tl.max(widest, 2), 1), 0), tl.zeros((GROUPS, 1, 1), tl.float32)
+            for first_group in range(0, count, GROUPS):
+                group = first_group + tl.arange(0, GROUPS)[:, None, None]
+                equal += (tl.load(logits + row * count + group, mask=group < count, other=float("nan")) == most).to(tl.float32)
+            share, alike = _share(most, gain), tl.maximum(tl.sum(tl.sum(tl.sum(equal, 2), 1), 0), 1)
+            added = tl.sum(tl.sum(tl.sum(grown, 2), 1), 0) * growth * tl.load(span + row) * slope * share * (1 - share) / alike
+            for first_group in range(0, count, GROUPS):
+                group = first_group + tl.arange(0, GROUPS)[:, None, None]
+                is_widest = tl.load(logits + row * count + group, mask=group < count, other=float("nan")) == most
+                place = sums + row * count + group
+                tl.store(place, tl.load(place, mask=is_widest) + added, mask=is_widest)
 
 
 @triton.jit
