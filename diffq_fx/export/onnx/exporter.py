@@ -103,7 +103,7 @@ def export_onnx(
     ``products`` tell). Each written file is searched for products that are not exact, with or without ``verify``.
 
     Args:
-        converted: from ``convert_diffq``; exported in eval mode, its own mode is restored.
+        converted: from ``convert_diffq``, or a module that holds such models; exported in eval mode, its own mode is restored.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         path: the file to write.
         layout: see above.

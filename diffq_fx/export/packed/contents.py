@@ -29,7 +29,7 @@ def contents_of(model: nn.Module) -> ModelContents:
     """The contents of a converted model.
 
     Args:
-        model: from ``convert_diffq``; a wrapper such as DistributedDataParallel is looked through.
+        model: from ``convert_diffq``, a piece of one, or a module that holds some.
 
     Raises:
         PackedFileError: the model is not converted, or holds something that is not a tensor.

@@ -48,7 +48,7 @@ def save_packed(model: nn.Module, path: str | Path, compression: PackedCompressi
     every value bit by bit. The file takes its place at once: whoever kills the process finds the old file or the new one.
 
     Args:
-        model: from ``convert_diffq``; a wrapper such as DistributedDataParallel is looked through.
+        model: from ``convert_diffq``, a piece of one, or a module that holds some.
         path: the file to write; its folder must exist.
         compression: "entropy" codes levels at their entropy (smaller), "bits" packs them at their width (faster to load).
 
