@@ -174,7 +174,9 @@ def main() -> int:
         results[row.name] |= {"asked": asdict(row), "date": datetime.date.today().isoformat()}
         stored.write_text(json.dumps(results, indent=1) + "\n")
         print(table({row.name: results[row.name]}) if options.rows else f"{row.name}: done", flush=True)
-    text = f"# The versions that the package works with\n\n    make matrix\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n"
+    text = (
+        f"# The versions that the package works with\n\n    make matrix\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n"
+    )
     stored.with_suffix(".md").write_text(text)
     return int(any(result.get("failed") for result in results.values()))
 

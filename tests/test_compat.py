@@ -127,7 +127,9 @@ def test_errors_of_onnxruntime_have_a_sentence_of_ours_without_its_list(monkeypa
 
 def test_a_torch_too_old_to_export_is_named_first(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
-    with pytest.raises(ExportError, match=r"needs torch 2\.9 or newer, this is torch 2\.8\.1\+cpu\. Save the converted model with save_packed"):
+    with pytest.raises(
+        ExportError, match=r"needs torch 2\.9 or newer, this is torch 2\.8\.1\+cpu\. Save the converted model with save_packed"
+    ):
         export_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
