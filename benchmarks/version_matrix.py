@@ -50,16 +50,11 @@ class Row:
 
 ROWS = (
     Row("oldest", "3.10", ("torch==2.5.1", "numpy==1.26.4", "onnx==1.20.0", "onnxruntime==1.23.2", "onnxscript==0.7.0", "onnx-ir==1.0.0")),
-    Row("oldest ONNX export", "3.13", ("torch==2.9.1", "onnx==1.20.0", "onnxruntime==1.23.2", "onnxscript==0.7.0", "onnx-ir==1.0.0")),
+    Row("oldest ONNX export", "3.13", ("torch==2.9.1", "onnx==1.20.0", "onnxruntime==1.24.1", "onnxscript==0.7.0", "onnx-ir==1.0.0")),
     Row("pinned", "3.11", ("--constraint", "constraints.txt")),
     Row("middle", "3.12", ("torch==2.12.1", "onnx==1.21.0", "onnxruntime==1.26.0")),
     Row("newest", "3.14"),
 )
-
-
-def interpreter(row: Row, asked: str | None) -> str | None:
-    """The Python of a row: the one that was asked for, or the one on the PATH."""
-    return asked or shutil.which(f"python{row.python}")
 
 
 def run_row(row: Row, python: str, folder: Path, keep: bool) -> dict[str, object]:
@@ -169,23 +164,20 @@ def main() -> int:
     if unknown or (options.python and len(options.rows) != 1):
         parser.error(f"unknown rows {sorted(unknown)}" if unknown else "--python is for one row")
     stored = RESULTS / f"matrix_{platform.machine()}.json"
-    results = json.loads(stored.read_text()) if stored.exists() else {}
     for row in ROWS:
         if options.rows and row.name not in options.rows:
             continue
-        python = interpreter(row, options.python)
-        if python is None:
-            results[row.name] = {"why": f"there is no python{row.python} on the PATH"}
-        else:
-            results[row.name] = run_row(row, python, ROOT / ".matrix" / row.name.replace(" ", "-"), options.keep)
-        results[row.name] |= {"asked": asdict(row), "date": datetime.date.today().isoformat()}
+        python = options.python or shutil.which(f"python{row.python}")
+        result: dict = {"why": f"there is no python{row.python} on the PATH"}
+        if python is not None:
+            result = run_row(row, python, ROOT / ".matrix" / row.name.replace(" ", "-"), options.keep)
+        results = json.loads(stored.read_text()) if stored.exists() else {}  # only now: rows may be run side by side
+        results[row.name] = result | {"asked": asdict(row), "date": datetime.date.today().isoformat()}
         stored.write_text(json.dumps(results, indent=1) + "\n")
-        print(table({row.name: results[row.name]}) if options.rows else f"{row.name}: done", flush=True)
-    text = (
-        f"# The versions that the package works with\n\n    make matrix\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n"
-    )
-    stored.with_suffix(".md").write_text(text)
-    return int(any(result.get("failed") for result in results.values()))
+        text = f"# The versions that the package works with\n\n    make matrix\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n"
+        stored.with_suffix(".md").write_text(text)
+        print(f"{row.name}: {result.get('why') or {kind: result[kind] for kind in ('passed', 'failed')}}", flush=True)
+    return int(any("why" in result or result["failed"] for result in json.loads(stored.read_text()).values()))
 
 
 EXPLAINED = "Each row is an environment of its own with the package installed; the tests are those of `benchmarks/version_matrix.py`."
