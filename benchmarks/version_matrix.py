@@ -174,12 +174,12 @@ def main() -> int:
         results = json.loads(stored.read_text()) if stored.exists() else {}  # only now: rows may be run side by side
         results[row.name] = result | {"asked": asdict(row), "date": datetime.date.today().isoformat()}
         stored.write_text(json.dumps(results, indent=1) + "\n")
-        text = f"# The versions that the package works with\n\n    make matrix\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n"
-        stored.with_suffix(".md").write_text(text)
+        stored.with_suffix(".md").write_text(f"{TITLE}\n\n{platform.machine()}, Linux. {EXPLAINED}\n\n{table(results)}\n")
         print(f"{row.name}: {result.get('why') or {kind: result[kind] for kind in ('passed', 'failed')}}", flush=True)
     return int(any("why" in result or result["failed"] for result in json.loads(stored.read_text()).values()))
 
 
+TITLE = "# The versions that the package works with\n\n    make matrix"
 EXPLAINED = "Each row is an environment of its own with the package installed; the tests are those of `benchmarks/version_matrix.py`."
 
 if __name__ == "__main__":
