@@ -49,8 +49,8 @@ class Row:
 
 
 ROWS = (
-    Row("oldest", "3.10", ("torch==2.5.1", "numpy==1.26.4", "onnx==1.20.0", "onnxruntime==1.23.2", "onnxscript==0.7.0", "onnx-ir==1.0.0")),
-    Row("oldest ONNX export", "3.13", ("torch==2.9.1", "onnx==1.20.0", "onnxruntime==1.24.1", "onnxscript==0.7.0", "onnx-ir==1.0.0")),
+    Row("oldest", "3.10", ("torch==2.5.1", "numpy==1.26.4", "onnx==1.20.0", "onnxruntime==1.23.2", "onnxscript==0.7.1", "onnx-ir==1.0.0")),
+    Row("oldest ONNX export", "3.13", ("torch==2.9.1", "onnx==1.20.0", "onnxruntime==1.24.1", "onnxscript==0.7.1", "onnx-ir==1.0.0")),
     Row("pinned", "3.11", ("--constraint", "constraints.txt")),
     Row("middle", "3.12", ("torch==2.12.1", "onnx==1.21.0", "onnxruntime==1.26.0")),
     Row("newest", "3.14"),
