@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
-.PHONY: demo test check processors format clean
+.PHONY: demo test check processors matrix format clean
 
 demo: .venv/ready
 	$(BIN)/diffq-fx demo
@@ -27,6 +27,10 @@ processors: $(KERNELS) .arm/proc/cpuinfo
 
 .arm/proc/cpuinfo: benchmarks/arm_root.sh
 	$< .arm $(BIN)/python
+
+# The core of the tests beside old and new versions of Python, torch and onnxruntime: needs python3.10 to python3.14, and downloads 10 GB.
+matrix:
+	$(PYTHON) benchmarks/version_matrix.py
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -16,6 +16,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from diffq_fx.errors import ExportError
+
+OLDEST_TORCH_FOR_ONNX = (2, 9)
+"""Before 2.6, torch.onnx takes no translations of operators of a library; 2.6 cannot translate recurrent layers with a dynamic size."""
+
 
 def _private(module: str, name: str) -> Any:
     try:
@@ -40,11 +45,11 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
     return _flatten(tensors) if _flatten is not None else torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def unflatten(row: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def unflatten(row: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Views of a row in the shapes of these tensors. Without torch's C++ function: slower for hundreds of tensors."""
     if _unflatten is not None:
         return _unflatten(row, tensors)
-    return [part.view_as(tensor) for part, tensor in zip(row.split([tensor.numel() for tensor in tensors]), tensors, strict=True)]
+    return tuple(part.view_as(tensor) for part, tensor in zip(row.split([tensor.numel() for tensor in tensors]), tensors, strict=True))
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -96,13 +101,13 @@ def shapes_without_running(shapes: Mapping[Any, Callable[..., Any]]) -> Iterator
     Without torch's tables they run them instead: slower, and a recurrent layer's sequence keeps the length of the example, of which
     export_onnx warns.
     """
-    tables = [(getattr(operator, "py_kernels", None), getattr(operator, "_dispatch_cache", None)) for operator in shapes]
-    if _dispatch_key is None or not all(isinstance(table, dict) for table in (_decompositions, *itertools.chain(*tables))):
+    tables = [[getattr(operator, name, None) for name in ("py_kernels", "_dispatch_cache")] for operator in shapes]
+    if _dispatch_key is None or not all(isinstance(table, dict) for table in [_decompositions, *itertools.chain(*tables)]):
         yield
         return
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(_decompositions, shapes))
-        for (kernels, cache), function in zip(tables, shapes.values(), strict=True):
+        for (kernels, cache), function in zip(cast("list[list[dict[Any, Any]]]", tables), shapes.values(), strict=True):
             stack.callback(cache.clear)  # after the patch below is undone
             stack.enter_context(mock.patch.dict(kernels, {_dispatch_key.CompositeImplicitAutograd: function}))
             cache.clear()
@@ -117,3 +122,18 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
         return (Exception,)
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (RuntimeError, ValueError, *own) if own else (Exception,)
+
+
+def check_torch_translates_operators() -> None:
+    """Refuse to export with a torch.onnx that is too old.
+
+    Raises:
+        ExportError: which torch this is, and which it takes.
+    """
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST_TORCH_FOR_ONNX:
+        oldest = ".".join(map(str, OLDEST_TORCH_FOR_ONNX))
+        raise ExportError(
+            f"export_onnx: needs torch {oldest} or newer, this is torch {torch.__version__}. Save the converted model with save_packed "
+            f"here, load_packed it with a newer torch and export it there."
+        )

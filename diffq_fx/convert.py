@@ -77,7 +77,8 @@ def convert_diffq(model: nn.Module) -> nn.Module:
         >>> import warnings
         >>> from diffq_fx import prepare_diffq
         >>> prepared = prepare_diffq(torch.nn.Linear(32, 32), torch.zeros(1, 32))
-        >>> with warnings.catch_warnings(action="ignore"):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     converted = convert_diffq(prepared)
         >>> sorted(name for name, _ in converted.named_parameters())
         ['bias']

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import diffq_fx
-from diffq_fx import CaptureError, DiffQConfig, DiffQError, _compat, convert, convert_diffq, prepare, prepare_diffq
+from diffq_fx import CaptureError, DiffQConfig, DiffQError, ExportError, _compat, convert, convert_diffq, prepare, prepare_diffq
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.export.onnx.sessions import open_session
 from diffq_fx.kernels import native
@@ -123,6 +123,15 @@ def test_errors_of_onnxruntime_have_a_sentence_of_ours_without_its_list(monkeypa
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(DiffQError, match="cannot load"):
         open_session(tmp_path / "model.onnx", 1, {})
+
+
+def test_a_torch_too_old_to_export_is_named_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
+    with pytest.raises(
+        ExportError, match=r"needs torch 2\.9 or newer, this is torch 2\.8\.1\+cpu\. Save the converted model with save_packed"
+    ):
+        export_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 class Checkpointed(nn.Module):

@@ -420,7 +420,8 @@ def test_model_scope_and_module_scope_from_end_to_end(path):
     example = torch.randn(1, 3, 8, 8)
     for scope in ("model", "module"):
         prepared = diffq_fx.prepare_diffq(model, example, scope=scope)
-        with warnings.catch_warnings(action="ignore", category=DiffQWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DiffQWarning)
             converted = diffq_fx.convert_diffq(prepared)
         result = export_onnx(converted, example, path)
         assert [record.name for record in result.weights] == ["0.weight", "3.weight"]
@@ -461,7 +462,8 @@ def test_weights_of_equal_levels_and_other_scales(tmp_path):
         net[2].weight.copy_(2 * net[0].weight)
         net[4].weight.copy_(net[0].weight)
     x = torch.randn(2, 16)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         converted = convert_diffq(prepare_diffq(net, x, DiffQConfig(clipping="none")))
     first, second = (converted.get_submodule(f"{i}.weight_quantized") for i in (0, 2))
     assert torch.equal(first.levels_OI(), second.levels_OI())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from diffq_fx import _compat
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.layout.profiles import TARGETS
 from diffq_fx.export.onnx.metadata import WeightRecord
@@ -119,9 +120,9 @@ def export_onnx(
         What was written.
 
     Raises:
-        ExportError: the model is not converted, holds a weight without ONNX form (the float grid), cannot be traced, does not fit
-            ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be written or does not compute
-            what the model computes.
+        ExportError: torch is older than 2.9; the model is not converted, holds a weight without ONNX form (the float grid), cannot
+            be traced, does not fit ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be
+            written or does not compute what the model computes.
         TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
         ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
             use.
@@ -147,6 +148,7 @@ def export_onnx(
         >>> result.opset, result.payload_bytes, result.weights[0].containers
         (21, 64, {4: 128})
     """
+    _compat.check_torch_translates_operators()
     _check_choices(layout, activations, target, calibration)
     converted = unwrapped(converted)
     _check_converted(converted)

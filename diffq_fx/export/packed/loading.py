@@ -54,7 +54,8 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
         >>> from diffq_fx import convert_diffq, prepare_diffq
         >>> from diffq_fx.export import load_packed, save_packed
         >>> model = torch.nn.Linear(64, 64)
-        >>> with warnings.catch_warnings(action="ignore"):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     converted = convert_diffq(prepare_diffq(model, torch.zeros(1, 64)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_packed(converted, Path(folder) / "model.safetensors")

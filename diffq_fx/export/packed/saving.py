@@ -64,7 +64,8 @@ def save_packed(model: nn.Module, path: str | Path, compression: PackedCompressi
         >>> from diffq_fx import convert_diffq, prepare_diffq
         >>> from diffq_fx.export import load_packed, save_packed
         >>> model = torch.nn.Linear(64, 64)
-        >>> with warnings.catch_warnings(action="ignore"):
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
         ...     converted = convert_diffq(prepare_diffq(model, torch.zeros(1, 64)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     weights = load_packed(save_packed(converted, Path(folder) / "model.safetensors"))
