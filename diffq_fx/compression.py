@@ -26,6 +26,7 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.parts import CHILD
 from diffq_fx.sharded import gathered, whole
 from diffq_fx.weights import SkippedWeight, not_finite
 
@@ -314,7 +315,8 @@ def _is_one_of_several() -> bool:
 
 def find_compressions(model: nn.Module) -> list[Compression]:
     """The compression of each prepared part of a model: one for a prepared model, wrapped (DDP, EMA) or not."""
-    return [module for module in model.modules() if isinstance(module, Compression)]
+    own = vars(model).get(CHILD)
+    return [own] if isinstance(own, Compression) else [module for module in model.modules() if isinstance(module, Compression)]
 
 
 def require_compressions(model: nn.Module, caller: str) -> list[Compression]:

@@ -26,12 +26,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def parts_of(model: nn.Module, kind: type | tuple[type, ...]) -> dict[str, nn.Module]:
     """Path -> module, for each module whose ``compression`` is of this kind, once; the path of the model itself is empty."""
-    modules = model.named_modules()
+    inner = unwrapped(model)
+    whole = isinstance(vars(inner).get(CHILD), kind)  # nothing prepared is within a prepared model: no need to look at all modules
+    modules = [next(each for each in model.named_modules() if each[1] is inner)] if whole else model.named_modules()
     return {path: module for path, module in modules if isinstance(vars(module).get(CHILD), kind) and not isinstance(module, StoredWeight)}
 
 
 def parameters_outside(model: nn.Module, parts: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The parameters of a model that belong to none of its parts: a head of the wrapper's own."""
+    if unwrapped(model) in parts.values():
+        return {}
     inside = {id(parameter) for part in parts.values() for parameter in part.parameters()}
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
 

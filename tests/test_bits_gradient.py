@@ -6,6 +6,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, prepare_diffq
 from diffq_fx.kernels import native
+from diffq_fx.kernels.draws import SPAN_OF_NORMAL
 
 LAYOUTS = {
     "channel": {},
@@ -80,7 +81,7 @@ def test_the_expected_error_falls_with_the_bits_as_the_gradient_says(bits):
     per_bit = float(gradient / slope / loss.detach()) / 0.6931
 
     def expected(at):
-        table = native.SPAN_OF_NORMAL
+        table = SPAN_OF_NORMAL
         span = table[int(at) - 1] + (at - int(at)) * (table[int(at)] - table[int(at) - 1])
         return 2 * torch.log2(torch.tensor(span / (2**at - 1))).item()
 

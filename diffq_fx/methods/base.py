@@ -178,7 +178,7 @@ class WeightQuantizer(nn.Module, ABC):
         """The weight to compute with, of the weight's shape and dtype."""
         if self._stand_in is not None:
             return self._stand_in()
-        if _compat.in_function_transform():
+        if not torch.compiler.is_compiling() and _compat.in_function_transform():
             raise DiffQError(
                 f"weight {self.spec.name!r}: torch.func's transforms (vmap, grad, jvp, jacrev, ...) do not go through a prepared model. "
                 "Use torch.autograd, or transform the float model or the converted one."

@@ -1,5 +1,9 @@
 """DiffQ in all its settings, from prepare to convert."""
 
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -154,3 +158,21 @@ def test_a_manual_update_without_an_optimizer_still_converts_at_the_target():
                 parameter.grad = None
     budget = (model.compression.budget_bits() + model.compression.rest_bits) / 8 / 2**20
     assert model_size(model, exact=True) == pytest.approx(budget, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_bits": 4, "target_bits": 3}, {"min_bits": 6, "target_bits": 7.5}, {"max_bits": 2, "target_bits": None}]
+)
+def test_a_start_that_nobody_asked_for_refuses_no_limits(settings):
+    config = DiffQConfig(**settings)
+    assert config.min_bits < config.start_bits <= config.max_bits
+    model = prepare_diffq(nn.Linear(64, 32), torch.zeros(1, 64), config)
+    train_a_little(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), dataclasses.replace])
+@pytest.mark.parametrize("settings", [{}, {"penalty": 2.0}, {"target_mib": 1.0}, {"target_bits": None}])
+def test_a_copied_config_has_the_same_aim(settings, way):
+    config = DiffQConfig(**settings)
+    assert way(config) == config
+    assert config.target_bits == (None if settings else 4)
