@@ -181,7 +181,9 @@ def test_a_loss_that_is_not_finite_is_an_error_before_the_step(settings, value, 
     before = copy.deepcopy(model.state_dict())
     optimizer.zero_grad()
     (model(X).square().mean() * value).backward()
-    with pytest.raises(DivergenceError, match=rf"step {phase + 1}: the gradient of '0.weight' is not finite in \d+ of 1536 places, first at"):
+    with pytest.raises(
+        DivergenceError, match=rf"step {phase + 1}: the gradient of '0.weight' is not finite in \d+ of 1536 places, first at"
+    ):
         optimizer.step()
     for (name, found), each in zip(model.state_dict().items(), before.values(), strict=True):
         assert torch.equal(found, each), name
@@ -194,7 +196,9 @@ def test_a_loss_that_is_not_finite_is_an_error_before_the_step(settings, value, 
 def test_convert_names_a_weight_that_is_not_finite(method):
     model = make(METHODS[method])
     model.get_parameter("2.weight").data[1, 2] = float("inf")
-    with pytest.raises(ConversionError, match=r"weight '2.weight' is not finite in 1 of 384 places, first at \(1, 2\): its training diverged"):
+    with pytest.raises(
+        ConversionError, match=r"weight '2.weight' is not finite in 1 of 384 places, first at \(1, 2\): its training diverged"
+    ):
         convert(model)
 
 
@@ -240,7 +244,10 @@ def test_inference_mode_before_and_after():
     x = X.clone().requires_grad_()
     (model(x).sum() + converted(x).sum()).backward()
     train(model.train(), 3)
-    with torch.inference_mode(), pytest.raises(PreparationError, match=r"'weight' was made under torch.inference_mode\(\) and can never train"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(PreparationError, match=r"'weight' was made under torch.inference_mode\(\) and can never train"),
+    ):
         prepare_diffq(nn.Linear(32, 4), X)
 
 
