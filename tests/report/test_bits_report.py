@@ -228,7 +228,7 @@ class TestWhatIsGiven:
         prepared = tiny()
         converted = convert(prepared)
         expected = bits_report(converted).weights
-        copies = [nn.Sequential(converted), copy.deepcopy(converted), pickle.loads(pickle.dumps(converted)), copy.deepcopy(prepared)]
+        copies = [nn.DataParallel(converted), copy.deepcopy(converted), pickle.loads(pickle.dumps(converted)), copy.deepcopy(prepared)]
         for model in copies:
             assert bits_report(model).weights == expected
 
