@@ -109,7 +109,9 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
     """
     model = unwrapped(model)
     parts = _prepared_parts(model, caller)
-    converted = {id(part): _convert_part(part, vars(part)[CHILD], caller) for part in parts.values()}
+    converted: dict[int, nn.Module] = {}
+    for part in parts.values():
+        converted[id(part)] = _convert_part(part, vars(part)[CHILD], caller)
     if id(model) in converted:
         return converted[id(model)]
     try:
