@@ -1,6 +1,7 @@
 """From the trainable logits of the bits to the steps of the grid and to the size of the model, in few passes over memory."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,18 +36,19 @@ class _StepOfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, growth = ctx.saved_tensors
-        grad_logits = first_alone(lambda *given: _slope_of_step(*given, growth, *ctx.bits), grad, *tensors)
+        grad_logits = first_alone(partial(_slope_of_step, growth=growth, bits=ctx.bits), grad, *tensors)
         unmoved = None if ctx.unmoved is None else grad.new_zeros(ctx.unmoved)
         return grad_logits, None, None, unmoved, None, None, None
 
 
 def _slope_of_step(
-    grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, growth: Tensor | None, min_bits: float, max_bits: float, gain: float
+    grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, *, growth: Tensor | None, bits: tuple[float, float, float]
 ) -> Tensor:
     """``d step / d l = -ln 2 step levels / (levels - 1) db/dl`` times ``grad``, where ``levels / (levels - 1) = 1 + step / span``.
 
     The widest bits of each range lengthen all of its steps: ``ln 2 step growth db/dl``.
     """
+    min_bits, max_bits, gain = bits
     factor = -gain * (max_bits - min_bits) * math.log(2)
     grown = None if growth is None else _of_widest((grad * step).sum_to_size(span.shape) * growth, logits)
     inverse = torch.where(span > 0, span, 1).reciprocal_()
