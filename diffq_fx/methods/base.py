@@ -186,8 +186,7 @@ class WeightQuantizer(nn.Module, ABC):
         if is_sharded(weight):
             raise DiffQError(
                 f"weight {self.spec.name!r} is a DTensor where its quantizer reads it, of which this rank holds a part alone.\n"
-                '  Tensor parallelism is not supported. For FSDP2 prepare with scope="module", or call fully_shard on the whole prepared '
-                "model: in model scope the forward of a single layer is not called, so nothing gathers its weights."
+                "  Tensor parallelism is not supported; fully_shard (FSDP2) is, on prepared layers or on the whole prepared model."
             )
         if weight.shape != self.spec.shape:
             raise PreparationError(
