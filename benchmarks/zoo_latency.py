@@ -49,18 +49,19 @@ def _build(entry: Any, folder: Path) -> dict[str, Any]:
 
     from diffq_fx import DiffQConfig, ExportError, convert_diffq, prepare_diffq
     from diffq_fx.export import export_onnx
-    from diffq_fx.export.onnx.examples import Example
+    from diffq_fx.export.onnx.examples import ExportExample
     from diffq_fx.export.onnx.tracing import trace
 
     args, kwargs = entry.example()
     example = kwargs or args
     model = entry.make().eval()
     try:
-        traced = trace(model, Example.of(example), None)
+        traced = trace(model, ExportExample.of(example), None)
     except ExportError:
         return {"reason": "torch cannot export the float model"}
     ir.save(traced.model, folder / "float.onnx")
-    inputs = {str(value.name): tensor.numpy() for value, tensor in zip(traced.model.graph.inputs, Example.of(example).tensors, strict=True)}
+    tensors = ExportExample.of(example).tensors
+    inputs = {str(value.name): tensor.numpy() for value, tensor in zip(traced.model.graph.inputs, tensors, strict=True)}
     np.savez(folder / "inputs.npz", **inputs)
     rules: dict[str, dict[str, int]] = {}
     for bits in BITS:

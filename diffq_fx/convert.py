@@ -1,28 +1,27 @@
 """convert: a prepared model in, the same model with integer weights and real rounding out."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from diffq_fx import kernels
-from diffq_fx.capture.calls import copy_replacing
-from diffq_fx.capture.model_scope import CapturedModel
-from diffq_fx.capture.scopes import ScopedModule, answer_for_stored_weights, install_graph, scope_graph
-from diffq_fx.capture.swapping import owner_of
+from diffq_fx.capture.copies import copy_replacing
+from diffq_fx.capture.scope import ScopedModule, install_graph
+from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parts_of, unwrapped
-from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
 from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import StoredWeight
-from diffq_fx.weights import SkippedWeight, not_finite
+from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, not_finite, owner_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def convert_diffq(model: nn.Module) -> nn.Module:
             (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
 
     Returns:
-        The converted model in eval mode: a GraphModule in model scope, else of the model's own class.
+        The converted model in eval mode, of the class of the prepared one.
 
     Raises:
         ConversionError: the model was never prepared, or is converted already.
@@ -83,16 +82,15 @@ def convert_diffq(model: nn.Module) -> nn.Module:
         >>> sorted(name for name, _ in converted.named_parameters())
         ['bias']
     """
-    return convert(model, caller="convert_diffq")
+    return _convert(model, "convert_diffq")
 
 
-def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
+def convert(model: nn.Module) -> nn.Module:
     """Round every weight of a prepared model for good, each as its method stores it; the general :func:`convert_diffq`.
 
     Args:
         model: from :func:`~diffq_fx.prepare`, trained; or a module that holds prepared ones, such as a DistributedDataParallel
             (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
-        caller: the name to use in messages.
 
     Returns:
         The converted model in eval mode; it computes exactly what the prepared model computes in eval().
@@ -107,11 +105,16 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
         >>> convert(prepared).weight_quantized
         IntegerWeight('weight', shape=(32, 32), container_bits=4)
     """
+    return _convert(model, "convert")
+
+
+def _convert(model: nn.Module, caller: str) -> nn.Module:
     model = unwrapped(model)
     parts = _prepared_parts(model, caller)
+    names = {path: _names_now(part, vars(part)[CHILD], caller) for path, part in parts.items()}  # of all, before the first is converted
     converted: dict[int, nn.Module] = {}
-    for part in parts.values():
-        converted[id(part)] = _convert_part(part, vars(part)[CHILD], caller)
+    for path, part in parts.items():
+        converted[id(part)] = _convert_part(part, vars(part)[CHILD], names[path], caller)
     if id(model) in converted:
         return converted[id(model)]
     try:
@@ -123,7 +126,7 @@ def convert(model: nn.Module, *, caller: str = "convert") -> nn.Module:
         ) from error
 
 
-def _convert_part(root: nn.Module, compression: Compression, caller: str) -> nn.Module:
+def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tuple[str, ...]], caller: str) -> nn.Module:
     if sharded := [quantizer.spec.name for quantizer in compression.quantizers if is_sharded(quantizer.weight)]:
         raise ConversionError(
             f"{caller}: weight {sharded[0]!r} is sharded over ranks.\n"
@@ -134,14 +137,12 @@ def _convert_part(root: nn.Module, compression: Compression, caller: str) -> nn.
         _warn_untrained(compression, caller)
     with torch.no_grad():
         compression.allocate()
-        weights = {quantizer.spec.name: root.get_parameter(quantizer.spec.name) for quantizer in compression.quantizers}
-        stored = {q.spec.name: _stored(q, weights[q.spec.name], caller) for q in compression.quantizers}
+        weights = {id(q): root.get_parameter(names[id(q)][0]) for q in compression.quantizers}
+        stored = [_stored(q, weights[id(q)], names[id(q)], caller) for q in compression.quantizers]
         kernels.release()
     converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
-    if isinstance(converted, CapturedModel):
-        _convert_model_scope(converted, stored)
-    else:
-        _convert_module_scope(converted, stored)
+    _take_off_wrapper(root, converted, caller)
+    _put_in_stored(converted, stored)
     object.__setattr__(converted, CHILD, CompressionRecord.of(compression))
     if compression.method.rest_dtype == "float16":
         _round_rest_to_half(converted)
@@ -165,6 +166,35 @@ def _prepared_parts(model: nn.Module, caller: str) -> dict[str, nn.Module]:
     )
 
 
+def _names_now(root: nn.Module, compression: Compression, caller: str) -> dict[int, tuple[str, ...]]:
+    """Where the weight of each quantizer is now, by the quantizer's identity: layers may have been moved since the model was prepared."""
+    names: dict[int, tuple[str, ...]] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        if isinstance(module, WeightQuantizer) and path.endswith(QUANTIZER_SUFFIX):
+            names[id(module)] = (*names.get(id(module), ()), path.removesuffix(QUANTIZER_SUFFIX))
+    _refuse_wrapped_layers(root, caller)
+    lost = []
+    for quantizer in compression.quantizers:
+        spec, found = quantizer.spec, [_parameter_at(root, name) for name in names.get(id(quantizer), ())]
+        if not found:
+            lost.append(f"{spec.name!r} is gone: the layer that held it was replaced")
+        elif any(each is None for each in found):
+            lost.append(f"{names[id(quantizer)][0]!r} is no parameter any more: something else makes it now")
+        elif any(tuple(each.shape) != spec.shape for each in found if each is not None):
+            lost.append(f"{spec.name!r} had shape {spec.shape} and has {tuple(found[0].shape) if found[0] is not None else ''} now")
+    if lost:
+        raise ConversionError(
+            f"{caller}: the {type(root).__name__} is not the model that was prepared any more: weight {'; weight '.join(lost)}.\n"
+            "  Put the layer back that was prepared, or change the float model first, and prepare and train it then."
+        )
+    return names
+
+
+def _parameter_at(root: nn.Module, name: str) -> nn.Parameter | None:
+    owner, attribute = owner_of(root, name)
+    return owner._parameters.get(attribute)
+
+
 def _warn_untrained(compression: Compression, caller: str) -> None:
     config = compression.config
     aimless = config.target_bits is None and config.target_mib is None and config.penalty is None
@@ -186,59 +216,56 @@ def _warn_untrained(compression: Compression, caller: str) -> None:
         )
 
 
-def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, caller: str) -> StoredWeight:
+def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, ...], caller: str) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
     if where := not_finite(weight):
         raise ConversionError(f"{caller}: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
     stored = quantizer.store(weight.detach())
-    stored.spec = replace(stored.spec, dtype=weight.dtype)  # the model may have gone to another type since it was prepared
+    name, *aliases = names
+    stored.spec = replace(stored.spec, dtype=weight.dtype, name=name, aliases=tuple(aliases))  # as the model is now
     if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
         raise ConversionError(f"{caller}: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
     return stored
 
 
-def _register_stored(model: nn.Module, stored: dict[str, StoredWeight]) -> list[tuple[nn.Module, str]]:
-    """Put the stored weights beside the weights, under every name; returns where."""
-    places = []
-    for weight in stored.values():
-        for name in weight.spec.names:
-            owner, attribute = owner_of(model, name)
-            owner.add_module(attribute + STORED_SUFFIX, weight)
-            places.append((owner, attribute))
-    return places
-
-
-def _drop_floats(places: list[tuple[nn.Module, str]]) -> None:
-    """Remove the float weights and their quantizers; an RNN also keeps its weights in a list."""
-    for owner, attribute in places:
+def _put_in_stored(converted: nn.Module, stored: Iterable[StoredWeight]) -> None:
+    """Put the stored weights where the weights and their quantizers are, under every name."""
+    places = [(*owner_of(converted, name), weight) for weight in stored for name in weight.spec.names]
+    for owner, attribute, weight in places:
+        owner._modules[attribute + STORED_SUFFIX] = weight
+    if isinstance(converted, CapturedModel) and converted.uses_graph:
+        run_passes(converted, [replace_quantizers, verify_converted])
+    for owner, attribute, _ in places:
         owner._parameters.pop(attribute, None)
         owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)
         if isinstance(owner, nn.RNNBase):
-            owner._flat_weights = [owner._parameters.get(name) for name in owner._flat_weights_names]
-            owner._flat_weight_refs = [None] * len(owner._flat_weights)
+            owner._flat_weight_refs = [None] * len(owner._flat_weights_names)
+    for module in converted.modules():
+        if isinstance(module, ScopedModule) and module.taken_over.traced:
+            install_graph(module)
 
 
-def _convert_model_scope(converted: CapturedModel, stored: dict[str, StoredWeight]) -> None:
-    places = _register_stored(converted, stored)
-    run_passes(converted, [replace_quantizers, verify_converted])
-    _drop_floats(places)
+def _take_off_wrapper(root: nn.Module, converted: nn.Module, caller: str) -> None:
+    """Leave out a forward that was set on the prepared model's instance: it calls the prepared model, and not the converted one."""
+    if "forward" not in vars(root):
+        return
+    for name in ("forward", "_original_forward"):  # accelerate keeps the second
+        vars(converted).pop(name, None)
+    warnings.warn(
+        f"{caller}: the forward that was set on the {type(root).__name__} itself, as accelerate and transformers' Trainer do for mixed "
+        "precision, is not part of the converted model, which computes in the type of its weights.",
+        DiffQWarning,
+        stacklevel=5,
+    )
 
 
-def _convert_module_scope(converted: nn.Module, stored: dict[str, StoredWeight]) -> None:
-    scopes = [m for m in converted.modules() if isinstance(m, ScopedModule) and m.scope_kind in ("own forward", "weights")]
-    graphs = [scope_graph(module) for module in scopes]
-    places = _register_stored(converted, stored)
-    for module, gm in zip(scopes, graphs, strict=True):
-        for node in gm.graph.nodes:
-            target = str(node.target)
-            if node.op == "call_module" and target.endswith(QUANTIZER_SUFFIX) and module_of(gm, node) is not None:
-                name = target.removesuffix(QUANTIZER_SUFFIX) + STORED_SUFFIX
-                gm.add_submodule(name, module.get_submodule(name))
-        run_passes(gm, [replace_quantizers, verify_converted])
-        install_graph(module, module.scope_kind, gm)
-    _drop_floats(places)
-    for owner, _ in places:
-        answer_for_stored_weights(owner)
+def _refuse_wrapped_layers(root: nn.Module, caller: str) -> None:
+    for path, module in root.named_modules():
+        if module is not root and isinstance(module, ScopedModule) and "forward" in vars(module):
+            raise ConversionError(
+                f"{caller}: the forward of layer {path!r} was set after prepare, and a converted layer would call the prepared one by it.\n"
+                f"  Take it off (del model.{path}.forward), or set it on the float model before prepare."
+            )
 
 
 def _round_rest_to_half(model: nn.Module) -> None:

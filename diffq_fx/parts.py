@@ -6,8 +6,8 @@ from dataclasses import replace
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffq_fx.passes._graph import STORED_SUFFIX
 from diffq_fx.storage import StoredWeight
+from diffq_fx.weights import STORED_SUFFIX
 
 CHILD = "compression"
 """Attribute of a prepared model that is its :class:`~diffq_fx.compression.Compression`, and of a converted one that is its record."""

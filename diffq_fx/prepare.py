@@ -8,30 +8,29 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from diffq_fx.budget.size import mib
-from diffq_fx.capture.calls import ExampleCall, copy_sharing_parameters
+from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
-from diffq_fx.capture.model_scope import capture_model
-from diffq_fx.capture.module_scope import ModuleScope, capture_modules
-from diffq_fx.capture.plan import WeightPlan, plan_weights
-from diffq_fx.capture.scopes import install_graph
-from diffq_fx.capture.swapping import owner_of
+from diffq_fx.capture.readers import find_readers
+from diffq_fx.capture.scope import TakenOver, capture_own_forward, install_graph, take_over, takeovers
+from diffq_fx.capture.whole_graph import capture_model
 from diffq_fx.compression import Compression, find_compressions
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
+from diffq_fx.example import Example
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD
-from diffq_fx.passes._graph import QUANTIZER_SUFFIX
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
 from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
+from diffq_fx.selection import Selection, select_weights
 from diffq_fx.storage import StoredWeight
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
+from diffq_fx.unfit import refuse_unfit_modules, refuse_unfit_names
+from diffq_fx.weights import QUANTIZER_SUFFIX, owner_of
 
 Scope = Literal["auto", "model", "module"]
 
@@ -52,11 +51,12 @@ def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | N
         example_inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments. The example is run
             through the original and the prepared model in train and eval mode, and both must agree bit by bit with the noise off.
         config: the settings; by default 4 bits a weight.
-        scope: "model" traces the whole model into one fx graph; "module" rewrites only the modules that read weights and keeps the class,
-            methods and signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says which and why.
+        scope: "model" traces the whole model into one fx graph, which runs until Python changes what it was made from (a hook on a layer,
+            an attribute); "module" rewrites only the modules that read weights and keeps the signature of the model; "auto" takes the
+            first where it is faithful. ``model.compression`` says which and why.
 
     Returns:
-        The prepared model; a GraphModule in model scope, else of the model's own class.
+        The prepared model, of the model's own class; in model scope a GraphModule too.
 
     Raises:
         PreparationError: there is no weight to quantize, one is not finite, or the model is prepared already.
@@ -70,17 +70,10 @@ def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | N
         >>> [node.name for node in prepared.graph.nodes if "quantizer" in node.name]
         ['_0_weight_quantizer', '_2_weight_quantizer']
     """
-    return prepare(model, example_inputs, config or DiffQConfig(), scope=scope, caller="prepare_diffq")
+    return prepare_as("prepare_diffq", model, example_inputs, config or DiffQConfig(), scope)
 
 
-def prepare(
-    model: nn.Module,
-    example_inputs: Any,
-    method: Method | Mapping[str, Method],
-    *,
-    scope: Scope = "auto",
-    caller: str = "prepare",
-) -> nn.Module:
+def prepare(model: nn.Module, example_inputs: Any, method: Method | Mapping[str, Method], *, scope: Scope = "auto") -> nn.Module:
     """Put a method's quantizer on every weight of a model; :func:`prepare_diffq` says what is shared and what is raised.
 
     Args:
@@ -89,7 +82,6 @@ def prepare(
         method: a config of :mod:`diffq_fx.methods`, or a mapping of patterns of state_dict names to configs, of which the first that
             matches decides; what no pattern matches stays in float.
         scope: "auto", "model" or "module".
-        caller: the name to use in messages.
 
     Returns:
         The prepared model.
@@ -107,20 +99,27 @@ def prepare(
         >>> [type(quantizer).__name__ for quantizer in prepared.compression.quantizers]
         ['LSQWeight', 'DiffQWeight']
     """
-    choice = MethodChoice.of(method, caller)
-    _refuse_unfit(model, scope, caller)
-    call = ExampleCall.of(example_inputs)
-    plan = plan_weights(model, choice, caller)
-    with torch.inference_mode(False):  # what is made in that mode could never train
-        expected = _reference(model, call, caller)
-        prepared, compression = _first_faithful(model, call, plan, choice, expected, scope, caller)
-    _check_target(compression, caller)
+    return prepare_as("prepare", model, example_inputs, method, scope)
+
+
+def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Method | Mapping[str, Method], scope: Scope) -> nn.Module:
+    """Prepare for the public function ``caller``, whose name stands in messages."""
+    with torch.inference_mode(False), torch.enable_grad():  # a forward may be tried and traced wherever prepare is called
+        choice = MethodChoice.of(method, caller)
+        _check_arguments(model, scope, caller)
+        refuse_unfit_modules(model, caller)
+        example = Example.of(example_inputs)
+        selection = select_weights(model, choice, caller)
+        refuse_unfit_names(model, selection, caller)
+        expected = _reference(model, example, caller)
+        prepared, compression = _first_faithful(model, example, selection, choice, expected, scope, caller)
+        _check_target(compression, caller)
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
     return prepared
 
 
-def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
+def _check_arguments(model: nn.Module, scope: str, caller: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
     if scope not in ("auto", "model", "module"):
@@ -129,50 +128,30 @@ def _refuse_unfit(model: nn.Module, scope: str, caller: str) -> None:
         raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
     if any(isinstance(module, StoredWeight) for module in model.modules()):
         raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
-    made_in_inference = next((name for name, p in model.named_parameters() if not nn.parameter.is_lazy(p) and p.is_inference()), None)
-    if made_in_inference is not None:
-        raise PreparationError(
-            f"{caller}: {made_in_inference!r} was made under torch.inference_mode() and can never train. Make the model outside of it."
-        )
-    for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm | SpectralNorm):
-                kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-                raise PreparationError(
-                    f"{caller}: {path or 'the model'} makes its {hook.name} in a hook of torch.nn.utils.{kind}, "
-                    "where no quantizer can stand.\n"
-                    f"  Use torch.nn.utils.parametrizations.{kind}."
-                )
     if hasattr(model, CHILD):
         raise PreparationError(f"{caller}: the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it.")
 
 
-def _reference(model: nn.Module, call: ExampleCall, caller: str) -> Reference:
+def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
     """What the original does, run on a copy; whatever it raises is the example's fault."""
     try:
-        twin = copy_sharing_parameters(model)
+        twin = copy_replacing(model, {})
     except Exception as err:  # any object in the model may refuse to be copied
         raise PreparationError(
             f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
             "  An attribute of the model is in the way of copy.deepcopy(model)."
         ) from err
     try:
-        return Reference.of(twin, call)
+        return Reference.of(model, twin, example)
     except Exception as err:  # the user's forward may raise anything
-        given = ", ".join([_described(a) for a in call.args] + [f"{k}={_described(v)}" for k, v in call.kwargs.items()])
         raise ValueError(
-            f"{caller}: the model does not run on example_inputs ({given}).\n  {type(err).__name__}: {err}\n"
+            f"{caller}: the model does not run on example_inputs ({example}).\n  {type(err).__name__}: {err}\n"
             "  Give what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device."
         ) from err
 
 
-def _described(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ if shape is None else f"{value.dtype} {tuple(shape)} on {value.device}"
-
-
 def _first_faithful(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
+    model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
 ) -> tuple[nn.Module, Compression]:
     """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
     ways = {
@@ -184,45 +163,52 @@ def _first_faithful(
     }
     reasons: list[str] = []
     for name, way in ways.get(scope, ways["model"] + ways["module"]):
-        own_plan = WeightPlan(dict(plan.specs), list(plan.skipped), plan.parameters, plan.methods)
+        own = replace(selection, specs=dict(selection.specs), skipped=list(selection.skipped))
         try:
-            prepared, compression = way(model, call, own_plan, choice)
-            check_faithful(prepared, compression.quantizers, call, expected)
+            prepared, compression = way(model, example, own, choice)
+            check_faithful(prepared, compression.quantizers, example, expected)
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
             continue
         compression.scope, compression.scope_reason = name, "; ".join(reasons) or "asked for" * (scope != "auto")
         return prepared, compression
-    unsteady = unrepeatable(copy_sharing_parameters(model), call, expected)
+    unsteady = unrepeatable(model, example, expected)
     if unsteady:
         reasons.append(f"the original model itself gives another result when it runs again from the same seed ({unsteady})")
     raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
 
 
-def _prepare_model_scope(model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice) -> tuple[nn.Module, Compression]:
-    captured = capture_model(model, call, plan)
-    run_passes(captured, [partial(annotate_weights, plan=plan)])
+def _prepare_model_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> tuple[nn.Module, Compression]:
+    captured = capture_model(model, example, selection)
+    run_passes(captured, [partial(annotate_weights, selection=selection)])
     read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
-    unread = [spec.name for spec in plan.specs.values() if spec.name not in read]
+    unread = [spec.name for spec in selection.specs.values() if spec.name not in read]
     if unread:
         raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
-    quantizers = _add_quantizers(captured, plan)
+    quantizers = _add_quantizers(captured, selection)
     run_passes(captured, [insert_quantizers, verify_prepared])
-    return captured, _add_compression(captured, plan, choice, quantizers)
+    return captured, _add_compression(captured, selection, choice, quantizers)
 
 
 def _prepare_module_scope(
-    model: nn.Module, call: ExampleCall, plan: WeightPlan, choice: MethodChoice, *, trace_forwards: bool
+    model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, *, trace_forwards: bool
 ) -> tuple[nn.Module, Compression]:
-    private, scopes, unseen = capture_modules(model, call, plan, trace_forwards=trace_forwards)
-    for each in scopes:
-        run_passes(each.graph, [partial(annotate_weights, plan=plan)])
-    for key, spec in plan.specs.items():
-        plan.specs[key] = replace(spec, consumer=spec.consumer or "nothing in the example")
-    quantizers = _add_quantizers(private, plan)
-    for each in scopes:
-        _rewrite_scope(each)
-    compression = _add_compression(private, plan, choice, quantizers)
+    readers, unseen = find_readers(copy_replacing(model, {}), example, selection)
+    private = copy_sharing_parameters(model)
+    graphs = _graphs_of_readers(private, readers, selection) if trace_forwards else {}
+    _note_readers(private, {path: names for path, names in readers.items() if path not in graphs}, unseen, selection)
+    quantizers = _add_quantizers(private, selection)
+    readers = readers | {path: _weights_in(gm) for path, gm in graphs.items()}
+    found = takeovers(private, readers, selection.names())
+    for path, each in ({"": TakenOver()} | found).items() if "forward" in vars(private) else found.items():
+        module, gm = private.get_submodule(path), graphs.get(path)
+        take_over(module, replace(each, traced=gm is not None))
+        if gm is not None:
+            for name in each.weights:
+                owner, attribute = owner_of(module, name)
+                gm.add_submodule(f"{name}{QUANTIZER_SUFFIX}", owner.get_submodule(attribute + QUANTIZER_SUFFIX))
+            install_graph(module, run_passes(gm, [insert_quantizers, verify_prepared]))
+    compression = _add_compression(private, selection, choice, quantizers)
     if unseen:
         compression.notes = (
             f"the example never read {', '.join(unseen)}; their noise is put where the weights are kept. "
@@ -231,38 +217,58 @@ def _prepare_module_scope(
     return private, compression
 
 
-def _rewrite_scope(scope: ModuleScope) -> None:
-    """Insert the quantizer nodes into one module's graph, and make the graph its forward."""
-    weights = []
-    for node in scope.graph.graph.nodes:
-        if META_KEY in node.meta:
-            owner, attribute = owner_of(scope.module, node.target)
-            scope.graph.add_submodule(f"{node.target}{QUANTIZER_SUFFIX}", owner.get_submodule(attribute + QUANTIZER_SUFFIX))
-            weights.append(node.target)
-    gm: fx.GraphModule = run_passes(scope.graph, [insert_quantizers, verify_prepared])
-    install_graph(scope.module, scope.kind, gm, tuple(weights))
+def _graphs_of_readers(model: nn.Module, readers: Mapping[str, tuple[str, ...]], selection: Selection) -> dict[str, fx.GraphModule]:
+    """The forwards of those modules, by path, that a graph can stand for; annotated."""
+    graphs = {}
+    for path, names in readers.items():
+        module = model.get_submodule(path)
+        try:
+            gm = capture_own_forward(module)
+        except CaptureError:
+            continue  # its weights are made before its forward runs
+        run_passes(gm, [partial(annotate_weights, selection=selection)])
+        read = {id(module.get_parameter(name)) for name in _weights_in(gm)}
+        if read >= {id(module.get_parameter(name)) for name in names}:
+            graphs[path] = gm
+    return graphs
 
 
-def _add_quantizers(model: nn.Module, plan: WeightPlan) -> list[WeightQuantizer]:
+def _weights_in(gm: fx.GraphModule) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(node.target) for node in gm.graph.nodes if META_KEY in node.meta))
+
+
+def _note_readers(model: nn.Module, readers: Mapping[str, tuple[str, ...]], unseen: list[str], selection: Selection) -> None:
+    """Write down what reads the weights that no graph reads."""
+    consumers = {
+        id(model.get_submodule(path).get_parameter(name)): type(model.get_submodule(path)).__name__
+        for path, names in readers.items()
+        for name in names
+    }
+    for key, spec in selection.specs.items():
+        reader = "nothing in the example" if spec.name in unseen else consumers.get(key, "")
+        selection.specs[key] = replace(spec, consumer=spec.consumer or reader)
+
+
+def _add_quantizers(model: nn.Module, selection: Selection) -> list[WeightQuantizer]:
     """Make one quantizer per weight and register it beside the weight under each of its names."""
     quantizers = []
-    for key, spec in plan.specs.items():
-        quantizer = plan.methods[key].make_quantizer(spec, plan.parameters[key])
+    for key, spec in selection.specs.items():
+        quantizer = selection.methods[key].make_quantizer(spec, selection.parameters[key])
         for name in spec.names:
             owner, attribute = owner_of(model, name)
-            owner.add_module(attribute + QUANTIZER_SUFFIX, quantizer)
+            owner._modules[attribute + QUANTIZER_SUFFIX] = quantizer  # not add_module: a graph would take it for a change of the user's
         quantizers.append(quantizer)
     return quantizers
 
 
-def _add_compression(model: nn.Module, plan: WeightPlan, choice: MethodChoice, quantizers: list[WeightQuantizer]) -> Compression:
+def _add_compression(model: nn.Module, selection: Selection, choice: MethodChoice, quantizers: list[WeightQuantizer]) -> Compression:
     """Make the handle and let the model show it.
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
     for quantizer in quantizers:
         quantizer.place = _place_of(model, quantizer.spec.name)
-    compression = Compression(choice, quantizers, plan.skipped, _rest_of(model, plan, quantizers))
+    compression = Compression(choice, quantizers, selection.skipped, _rest_of(model, selection, quantizers))
     phases.start(compression)
     quantizers[0].add_module(_HELD, compression)
     object.__setattr__(model, CHILD, compression)
@@ -279,9 +285,9 @@ def _round_what_was_loaded(model: nn.Module, _: Any) -> None:
         compression.eval()
 
 
-def _rest_of(model: nn.Module, plan: WeightPlan, quantizers: list[WeightQuantizer]) -> list[Place]:
+def _rest_of(model: nn.Module, selection: Selection, quantizers: list[WeightQuantizer]) -> list[Place]:
     """Where the parameters and buffers are that stay as they are and belong to the model's state, each once."""
-    known = {id(plan.parameters[key]) for key in plan.specs}
+    known = {id(selection.parameters[key]) for key in selection.specs}
     known.update(id(tensor) for quantizer in quantizers for tensor in (*quantizer.parameters(), *quantizer.buffers()))
     kept, places = model.state_dict().keys(), []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

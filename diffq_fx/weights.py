@@ -3,10 +3,21 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupLayout, GroupSize, combine
+
+QUANTIZER_SUFFIX = "_quantizer"
+"""``<weight>_quantizer`` is the quantizer of a prepared model, registered beside its weight."""
+STORED_SUFFIX = "_quantized"
+"""``<weight>_quantized`` is the stored weight of a converted model, where the weight was."""
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds the parameter ``name`` directly, and the parameter's own name there."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
 
 
 @dataclass(frozen=True, kw_only=True)

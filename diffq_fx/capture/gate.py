@@ -1,40 +1,102 @@
 """The gate: a prepared model computes what the original computes, and every weight reaches it through its quantizer alone.
 
-One experiment shows both. Each quantizer hands out the true weight (noise off), and the weights themselves are replaced by NaN. If output,
-arguments and buffers still equal the original's bit by bit, in train, eval and eval without grad, then nothing was changed and
-nothing reads a weight past its quantizer. No hook is installed, since hooks switch fast paths off.
+One experiment shows both, on copies: no value that the user holds is written. Each quantizer hands out the true weight (noise off), and
+the weights themselves are NaN. If output, arguments, buffers and gradients still equal the original's bit by bit, in train, eval and
+eval without grad, then nothing was changed and nothing reads a weight past its quantizer. No hook is installed, since hooks switch fast
+paths off.
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.capture.calls import MODES, ExampleCall, restored_state, strided_parts
+from diffq_fx.capture.copies import copy_replacing, strided_parts
 from diffq_fx.errors import CaptureError
+from diffq_fx.example import MODES, Example
 from diffq_fx.functional.precision import widened
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.passes._graph import attribute_of
+
+_Gradients = dict[str, Tensor | None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
     """What the original model does with the example, and what it leaves behind."""
 
-    outcomes: list[tuple[Any, Any]]
-    """Output, and arguments after the call, one pair for each of ``MODES``."""
-    buffers: dict[str, Tensor]
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
+    """For each of ``MODES`` what it gives, by what it is called in messages."""
+    left: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    """Buffers after the calls, and the parameters that a forward has changed."""
 
     @staticmethod
-    def of(model: nn.Module, call: ExampleCall) -> "Reference":
-        """Run the original; ``model`` is a copy that may be run."""
-        outcomes = [_compat.map_tensors(Tensor.detach, call.outcome(model, mode)) for mode in MODES]  # no graph kept alive
-        return Reference(outcomes, {name: buffer.detach().clone() for name, buffer in model.named_buffers()})
+    def of(model: nn.Module, twin: nn.Module, example: Example) -> "Reference":
+        """Run a twin of the original, with parameters of its own."""
+        reference = Reference()
+        weights = dict(twin.named_parameters())
+        for mode in MODES:
+            outcome = _outcome(twin, example, mode, weights)
+            reference.outcomes.append(_compat.map_tensors(_without_history, outcome))  # no graph kept alive
+        reference.left = _left_behind(model, twin, weights)
+        return reference
+
+
+def _without_history(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _left_behind(model: nn.Module, twin: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a twin's forwards left in buffers, and in parameters that are not the model's any more."""
+    before = dict(model.named_parameters())
+    changed = {name: each.detach() for name, each in parameters.items() if name in before and not torch.equal(each, before[name])}
+    return {name: each.detach().clone() for name, each in twin.named_buffers()}, changed
+
+
+def _outcome(model: nn.Module, example: Example, mode: Any, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Run a model; in train mode also backward, from every output to parameters and inputs."""
+    backward = mode == "train"
+    try:
+        output, arguments, leaves = example.outcome(model, mode, inputs_require_grad=backward)
+    except Exception:  # the user's forward may refuse an input that has a history
+        if not backward:
+            raise
+        output, arguments, leaves = example.outcome(model, mode)
+    found = {"the output": output, "the arguments after the call": (arguments.args, arguments.kwargs)}
+    if backward:
+        named = {f"input {index}": leaf for index, leaf in enumerate(leaves)} | dict(parameters)
+        found["the gradients"] = _gradients(output, {name: each for name, each in named.items() if each.requires_grad})
+    return found
+
+
+def _gradients(output: Any, leaves: Mapping[str, Tensor]) -> _Gradients | str:
+    """The gradients of a loss that weighs every element of the output differently; what the backward raises is an outcome too."""
+    generator, outputs = torch.Generator().manual_seed(1), [each for each in _tensors_within(output) if each.requires_grad]
+    weights = [torch.randn(each.shape, generator=generator, dtype=torch.float32).to(each) for each in outputs]
+    try:
+        torch.autograd.backward(outputs, weights, inputs=list(leaves.values()))
+    except Exception as err:  # the user's backward may raise anything  # noqa: BLE001
+        return f"a {type(err).__name__}"
+    gradients = {name: leaf.grad for name, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.grad = None
+    return gradients
+
+
+def _tensors_within(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors of an output of any type, each once."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in _parts(value).values():
+            yield from _tensors_within(part, seen)
 
 
 def _difference(found: Any, expected: Any, what: str, seen: dict[tuple[int, int], Any] | None = None) -> str:
@@ -58,7 +120,7 @@ def _difference(found: Any, expected: Any, what: str, seen: dict[tuple[int, int]
 
 @torch.no_grad()
 def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
-    if (found.shape, found.dtype, found.layout) != (expected.shape, expected.dtype, expected.layout):
+    if _kind(found) != _kind(expected):
         return f"{what} is {_kind(found)}, the original's {_kind(expected)}"
     for a, b in zip(strided_parts(found), strided_parts(expected), strict=True):
         if a.shape != b.shape:
@@ -72,7 +134,7 @@ def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
 
 def _kind(tensor: Tensor) -> str:
     layout = "" if tensor.layout is torch.strided else f"{tensor.layout} "
-    return f"{layout}{tensor.dtype} {tuple(tensor.shape)}"
+    return f"{layout}{tensor.dtype} {tuple(tensor.shape)}" + " that requires grad" * tensor.requires_grad
 
 
 def _parts(value: Any) -> dict[Any, Any]:
@@ -86,52 +148,96 @@ def _parts(value: Any) -> dict[Any, Any]:
     return {} if isinstance(value, type) or callable(value) else getattr(value, "__dict__", {})
 
 
-@contextmanager
-def _noise_off_and_weights_unreadable(model: nn.Module, quantizers: Sequence[WeightQuantizer]) -> Iterator[None]:
-    """Quantizers hand out the true weights; the weights themselves are one NaN each, whoever holds them: no memory."""
-    values: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        for quantizer in quantizers:
-            weight = model.get_parameter(quantizer.spec.name)
-            values.append((weight, weight.data))
-            readable = nn.Parameter(weight.data, weight.requires_grad)
-            quantizer.pass_through(lambda readable=readable: readable)
-            # Not another parameter in its place: a list or an attribute of the user's may hold this one.
-            weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        yield
-    finally:
-        for weight, data in values:
-            weight.data = data
-        for quantizer in quantizers:
-            quantizer.pass_through(None)
+def _gradient_difference(found: _Gradients | str, expected: _Gradients | str) -> str:
+    """What differs between two sets of gradients; empty if they are the same, or as close as another order of summation leaves them.
+
+    A graph sums in the order of the original, but for a weight with several readers, and on a GPU, whose kernels sum in any order. Close
+    means a difference below the square root of the type's precision, so a gradient that is lost, doubled or reversed is never close.
+    """
+    if isinstance(found, str) or isinstance(expected, str):
+        same = found if isinstance(found, str) else "gradients", expected if isinstance(expected, str) else "gradients"
+        return "" if same[0] == same[1] else f"the backward gives {same[0]}, the original's {same[1]}"
+    for name, gradient in expected.items():
+        mine, what = found.get(name), f"the gradient of {name}"
+        if gradient is None or mine is None:
+            if mine is not gradient:
+                return f"{what} is {'none' if mine is None else 'there'}, the original's {'none' if gradient is None else 'there'}"
+        elif (difference := _tensor_difference(mine, gradient, what)) and not _is_close(mine, gradient, expected):
+            return difference
+    return ""
 
 
-def check_faithful(prepared: nn.Module, quantizers: Sequence[WeightQuantizer], call: ExampleCall, reference: Reference) -> None:
-    """Compare what a prepared model does with what the original did, noise off and weights unreadable.
+def _is_close(found: Tensor, expected: Tensor, gradients: _Gradients) -> bool:
+    if (found.shape, found.layout) != (expected.shape, expected.layout) or found.layout is not torch.strided:
+        return False
+    close = torch.finfo(expected.dtype).eps ** 0.5
+    scale = float(widened(expected).norm())
+    if expected.device.type != "cpu":  # what cancels out to nothing is noise there
+        largest = max(float(widened(each).norm()) for each in gradients.values() if each is not None and each.layout is torch.strided)
+        scale = max(scale, close * largest)
+    return float((widened(found) - widened(expected)).norm()) <= close * scale
+
+
+def check_faithful(prepared: nn.Module, quantizers: Sequence[WeightQuantizer], example: Example, reference: Reference) -> None:
+    """Compare what a prepared model does with what the original did, noise off and weights unreadable, on a copy.
 
     Raises:
         CaptureError: in which mode and by how much they differ, or what the prepared model raised.
     """
-    with restored_state(prepared), _noise_off_and_weights_unreadable(prepared, quantizers):
-        difference = _first_difference(prepared, call, reference)
-        if difference:
-            raise CaptureError(f"with noise off, {difference}")
+    memo: dict[int, Tensor] = {}
+    readable: dict[str, nn.Parameter] = {}
+    twins: dict[int, Any] = {}
+    for quantizer in quantizers:
+        weight = prepared.get_parameter(quantizer.spec.name)
+        readable[quantizer.spec.name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        nan = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device)  # one value: no memory
+        memo[id(weight)] = nn.Parameter(nan.expand(weight.shape), weight.requires_grad)
+    twin = copy_replacing(prepared, memo, twins)
+    for quantizer in quantizers:
+        value = readable[quantizer.spec.name]
+        twins[id(quantizer)].pass_through(lambda value=value: value)
+    difference = _first_difference(prepared, twin, readable, example, reference)
+    if difference:
+        raise CaptureError(f"with noise off, {difference}")
 
 
-def _first_difference(model: nn.Module, call: ExampleCall, reference: Reference) -> str:
-    """Run a model as the original was run, and say what comes out different first."""
-    for mode, (output, arguments) in zip(MODES, reference.outcomes, strict=True):
+def _first_difference(prepared: nn.Module, twin: nn.Module, readable: Mapping[str, Tensor], example: Example, reference: Reference) -> str:
+    """Run a twin of a model as the original was run, and say what comes out different first."""
+    parameters = dict(twin.named_parameters()) | dict(readable)
+    for mode, expected in zip(MODES, reference.outcomes, strict=True):
         try:
-            found_output, found_arguments = call.outcome(model, mode)
+            found = _outcome(twin, example, mode, parameters)
         except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
             return f"in {mode} the model fails: {type(err).__name__}: {err}"
-        pairs = ((found_output, output, "the output"), (found_arguments, arguments, "the arguments after the call"))
-        for difference in filter(None, (_difference(*pair) for pair in pairs)):
-            return f"in {mode}: {difference}"
-    buffers = {name: attribute_of(model, name) for name in reference.buffers}
-    return _difference(buffers, reference.buffers, "the buffers after the call")
+        past = _read_past(found["the output"], {id(prepared.get_parameter(name)): name for name in readable})
+        if past:
+            return f"in {mode} weight {past!r} is read from the model that was given, by a copy of it: a function or a global holds it"
+        for what, value in expected.items():
+            difference = _gradient_difference(found[what], value) if what == "the gradients" else _difference(found[what], value, what)
+            if difference:
+                return f"in {mode}: {difference}"
+    buffers, changed = _left_behind(prepared, twin, parameters)
+    wanted, wanted_changes = reference.left
+    mine = {name: buffers.get(name) for name in wanted}
+    return _difference(mine, wanted, "the buffers after the call") or _difference(changed, wanted_changes, "what changed of the parameters")
 
 
-def unrepeatable(model: nn.Module, call: ExampleCall, reference: Reference) -> str:
+def _read_past(output: Any, weights: Mapping[int, str]) -> str:
+    """The name of a weight of the prepared model itself, not of its twin, that an output of the twin depends on."""
+    nodes = [each.grad_fn for each in _tensors_within(output) if each.grad_fn is not None]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = weights.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            return name
+        nodes.extend(each for each, _ in node.next_functions if each is not None)
+    return ""
+
+
+def unrepeatable(model: nn.Module, example: Example, reference: Reference) -> str:
     """What differs when the original model runs again from the same seed; empty if nothing does."""
-    return _first_difference(model, call, reference)
+    return _first_difference(model, copy_replacing(model, {}), {}, example, reference)

@@ -6,7 +6,6 @@ Way in: torchao's own ``quantize_``, with its filter functions or its FqnToConfi
 
 import copy
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +15,17 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from diffq_fx.capture.model_scope import CapturedModel
-from diffq_fx.capture.scopes import ScopedModule, scope_graph
+from diffq_fx.capture.scope import ScopedModule, scope_graph
+from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.errors import ConversionError, PreparationError
 from diffq_fx.functional.groups import from_rows
 from diffq_fx.methods.base import Method
 from diffq_fx.passes._graph import module_of
-from diffq_fx.prepare import Scope, prepare
+from diffq_fx.prepare import Scope, prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
+from diffq_fx.weights import STORED_SUFFIX
 
 _MARK = "_diffq_fx_method"
 _READERS = frozenset({"linear", "conv2d", "embedding"})
@@ -92,7 +92,7 @@ def prepare_marked(model: nn.Module, example_inputs: Any, *, scope: Scope = "aut
     for module in unmarked:
         object.__delattr__(module, _MARK)
     try:
-        return prepare(model, example_inputs, mapping, scope=scope, caller="prepare_marked")
+        return prepare_as("prepare_marked", model, example_inputs, mapping, scope)
     except BaseException:
         for module, method in zip(unmarked, marked.values(), strict=True):
             object.__setattr__(module, _MARK, method)
@@ -161,7 +161,7 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
         ConversionError: the model holds no stored weight, or torchao has a form for none of them; says why for each.
 
     Example:
-        >>> from diffq_fx import convert
+        >>> from diffq_fx import convert, prepare
         >>> from diffq_fx.methods import STE
         >>> result = to_torchao(convert(prepare(nn.Linear(16, 8), torch.zeros(1, 16), STE(bits=4))))
         >>> result.mapped, result.kept
@@ -198,12 +198,17 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
 
 def _readers(model: nn.Module) -> dict[int, set[str]]:
     """What reads each stored weight in the model's graphs, by the weight's identity."""
-    if isinstance(model, CapturedModel):
-        graphs: Iterable[fx.GraphModule] = [model]
-    else:
-        scoped = [m for m in model.modules() if isinstance(m, ScopedModule) and m.scope_kind in ("own forward", "weights")]
-        graphs = [scope_graph(module) for module in scoped]
     readers: dict[int, set[str]] = {}
+    graphs: list[fx.GraphModule] = []
+    if isinstance(model, CapturedModel) and model.uses_graph:
+        graphs.append(model)
+    else:
+        for module in [module for module in model.modules() if isinstance(module, ScopedModule)]:
+            if module.taken_over.traced:
+                graphs.append(scope_graph(module))
+            for name in () if module.taken_over.traced else module.taken_over.weights:
+                stored = module.get_submodule(name + STORED_SUFFIX)
+                readers.setdefault(id(stored), set()).add("a module's own code")
     for graph in graphs:
         for node in graph.graph.nodes:
             stored = module_of(graph, node)
@@ -215,7 +220,7 @@ def _readers(model: nn.Module) -> dict[int, set[str]]:
 def _name_of(graph: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "call_module":
         return type(module_of(graph, node)).__name__
-    return "a module's own code" if node.op == "output" else getattr(node.target, "__name__", str(node.target))
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _reason_to_keep(stored: StoredWeight, readers: set[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.errors import DiffQError
+from diffq_fx.errors import DiffQError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.kernels.checksum import checksum
@@ -186,8 +186,12 @@ class WeightQuantizer(nn.Module, ABC):
         if is_sharded(weight):
             raise DiffQError(
                 f"weight {self.spec.name!r} is a DTensor where its quantizer reads it, of which this rank holds a part alone.\n"
-                '  Tensor parallelism is not supported. For FSDP2 prepare with scope="module", or call fully_shard on the whole prepared '
-                "model: in model scope the forward of a single layer is not called, so nothing gathers its weights."
+                "  Tensor parallelism is not supported; fully_shard (FSDP2) is, on prepared layers or on the whole prepared model."
+            )
+        if weight.shape != self.spec.shape:
+            raise PreparationError(
+                f"weight {self.spec.name!r} was prepared with shape {tuple(self.spec.shape)} and has {tuple(weight.shape)} now.\n"
+                "  Resize layers before they are prepared, or prepare the float model anew."
             )
         if self.training:
             recompute = None if torch.compiler.is_compiling() else active()

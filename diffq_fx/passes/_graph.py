@@ -2,9 +2,6 @@
 
 from torch import fx, nn
 
-QUANTIZER_SUFFIX = "_quantizer"
-STORED_SUFFIX = "_quantized"
-
 
 def attribute_of(gm: nn.Module, target: str) -> object:
     """What a get_attr or call_module target names; None where it names nothing."""

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from diffq_fx.capture.plan import WeightPlan
 from diffq_fx.passes._graph import attribute_of, module_of
+from diffq_fx.selection import Selection
 from diffq_fx.weights import WeightSpec
 
 META_KEY = "weight_spec"
@@ -19,15 +19,15 @@ _MATMUL = {torch.matmul, torch.mm, torch.bmm}
 _ADDMM = {torch.addmm, torch.baddbmm}
 
 
-def annotate_weights(gm: fx.GraphModule, plan: WeightPlan) -> PassResult:
-    """Give every get_attr node of a planned weight its WeightSpec.
+def annotate_weights(gm: fx.GraphModule, selection: Selection) -> PassResult:
+    """Give every get_attr node of a selected weight its WeightSpec.
 
     The spec's consumer is set, and its axis where a matrix product shows that the output channels come last. A tied weight keeps
     what its first reader says.
 
     Args:
         gm: a captured graph in which weights are get_attr nodes.
-        plan: the weights to quantize; its specs are completed.
+        selection: the weights to quantize; its specs are completed.
 
     Returns:
         The same GraphModule; modified if a node was newly marked.
@@ -37,12 +37,12 @@ def annotate_weights(gm: fx.GraphModule, plan: WeightPlan) -> PassResult:
         if node.op != "get_attr":
             continue
         parameter = attribute_of(gm, node.target)
-        spec = plan.spec_of(parameter)
+        spec = selection.spec_of(parameter)
         if spec is None or node.meta.get(META_KEY) == spec:
             continue
         if not spec.consumer:
             spec = _completed(gm, node, spec)
-            plan.specs[id(parameter)] = spec
+            selection.specs[id(parameter)] = spec
         node.meta[META_KEY] = spec
         modified = True
     return PassResult(gm, modified)
@@ -56,8 +56,6 @@ def _completed(gm: fx.GraphModule, node: fx.Node, spec: WeightSpec) -> WeightSpe
     if reader.op == "call_module":
         return replace(spec, consumer=type(module_of(gm, reader)).__name__)
     name = getattr(reader.target, "__name__", str(reader.target))
-    if reader.op == "output":
-        return replace(spec, consumer="the whole module")
     last = spec.axis
     if reader.target in _TRANSPOSED:
         last = 1

@@ -4,7 +4,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.passes._graph import QUANTIZER_SUFFIX, STORED_SUFFIX, module_of
+from diffq_fx.passes._graph import module_of
+from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX
 
 
 def replace_quantizers(gm: fx.GraphModule) -> PassResult:

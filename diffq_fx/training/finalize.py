@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from diffq_fx.capture.calls import ExampleCall
 from diffq_fx.compression import require_compressions
+from diffq_fx.example import Example
 
 
 def freeze_bits(model: nn.Module) -> None:
@@ -89,8 +89,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # a plain mean over the batches
             norm.training = True
         for batch in batches:
-            call = ExampleCall.of(batch)
-            model(*call.args, **call.kwargs)
+            example = Example.of(batch)
+            model(*example.args, **example.kwargs)
             count += 1
         if not count:
             raise ValueError(

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from diffq_fx import DiffQWarning, ExportError
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx import tracing
-from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.examples import ExportExample
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_no_row_of_a_redrawn_mask_is_all_hidden(kind, change):
     mask = MASKS[kind]
     for example in (mask, mask.flip(-1)):
         sizes = tuple(size + change * (axis in (0, mask.dim() - 1)) for axis, size in enumerate(mask.shape))
-        (drawn,) = Example((example,), {}).redrawn(torch.Generator().manual_seed(3), [sizes]).tensors
+        (drawn,) = ExportExample((example,), {}).redrawn(torch.Generator().manual_seed(3), [sizes]).tensors
         assert drawn.shape == sizes
         rows = drawn.double().flatten(0, -2)
         assert bool((rows.amax(-1) == example.double().max()).all()), "a row sees nothing"

@@ -7,11 +7,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from diffq_fx.capture.calls import ExampleCall
-from diffq_fx.capture.model_scope import capture_model
-from diffq_fx.capture.plan import plan_weights
-from diffq_fx.capture.swapping import owner_of
+from diffq_fx.capture.whole_graph import capture_model
 from diffq_fx.errors import PassError
+from diffq_fx.example import Example
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
@@ -19,6 +17,8 @@ from diffq_fx.passes.insert_quantizers import insert_quantizers
 from diffq_fx.passes.replace_quantizers import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted, verify_prepared
+from diffq_fx.selection import select_weights
+from diffq_fx.weights import owner_of
 
 CONFIG = DiffQConfig(target_bits=None)
 X = torch.randn(3, 6)
@@ -45,8 +45,8 @@ class NoWeight(nn.Module):
 
 def captured():
     model = Model()
-    plan = plan_weights(model, MethodChoice.of(CONFIG, "test"), "test")
-    return model, plan, capture_model(model, ExampleCall.of(X), plan)
+    plan = select_weights(model, MethodChoice.of(CONFIG, "test"), "test")
+    return model, plan, capture_model(model, Example.of(X), plan)
 
 
 def annotated():
@@ -186,4 +186,4 @@ def test_runner_refuses_a_graph_that_a_pass_broke():
 
 def test_runner_accepts_partials():
     _, plan, gm = captured()
-    assert run_passes(gm, [partial(annotate_weights, plan=plan)]) is gm
+    assert run_passes(gm, [partial(annotate_weights, selection=plan)]) is gm

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PassError, prepare, prepare_diffq
-from diffq_fx.capture import consumers, gate, model_scope, module_scope, tracing
-from diffq_fx.capture.calls import ExampleCall, ModelState
+from diffq_fx.capture import gate, readers, trace, whole_graph
+from diffq_fx.capture.copies import ModelState
+from diffq_fx.example import Example
 from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.passes.insert_quantizers import insert_quantizers
 from zoo.checks import noise_off, prepared, run, tensors_in
@@ -56,22 +57,22 @@ def test_a_consumer_that_is_missed(name: str, which: int, monkeypatch: pytest.Mo
 
     Not bare_parameters: one graph reads all its weights, and all that a graph reads gets its quantizer, found or not.
     """
-    find = consumers.find_consumers
+    find = readers.find_readers
 
-    def miss_one(*args: Any) -> tuple[dict[str, list[str]], list[str]]:
+    def miss_one(*args: Any) -> tuple[dict[str, tuple[str, ...]], list[str]]:
         found, unseen = find(*args)
         path = list(found)[which]
         found[path] = found[path][:-1]
         return {path: names for path, names in found.items() if names}, unseen
 
-    monkeypatch.setattr(module_scope, "find_consumers", miss_one)
+    monkeypatch.setattr(PREPARE, "find_readers", miss_one)
     with pytest.raises(CaptureError, match="values of the output.* differ, by up to inf"):
         prepared(BY_NAME[name], scope="module")
 
 
 def test_the_fast_path_of_transformer_layers_if_it_were_not_known(monkeypatch: pytest.MonkeyPatch):
     """The probe switches the fast path off and so cannot see who reads there; the gate has no hook and can."""
-    monkeypatch.setattr(consumers, "_READS_ITS_CHILDREN", (nn.MultiheadAttention,))
+    monkeypatch.setattr(readers, "_READS_ITS_CHILDREN", (nn.MultiheadAttention,))
     with pytest.raises(CaptureError, match="in eval without grad: .* differ, by up to inf"):
         prepared(BY_NAME["transformer_encoder"], scope="module")
 
@@ -79,13 +80,14 @@ def test_the_fast_path_of_transformer_layers_if_it_were_not_known(monkeypatch: p
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_weight_whose_quantizer_is_not_inserted(name: str, which: int, monkeypatch: pytest.MonkeyPatch):
-    """verify_prepared refuses the graph; without verify_prepared, the gate does."""
+    """verify_prepared refuses the graph; without verify_prepared, the gate does, and no graph at all is right by itself."""
     monkeypatch.setattr(PREPARE, "insert_quantizers", functools.partial(_insert_all_but, which=which))
     with pytest.raises(PassError, match="expected one reader, its quantizer"):
         prepared(BY_NAME[name])
     monkeypatch.setattr(PREPARE, "verify_prepared", lambda gm: PassResult(gm, False))
     with pytest.raises(CaptureError, match="differ, by up to inf"):
-        prepared(BY_NAME[name])
+        prepared(BY_NAME[name], scope="model")
+    assert prepared(BY_NAME[name]).compression.scope == "module"
 
 
 def _insert_all_but(gm: fx.GraphModule, which: int) -> PassResult:
@@ -98,7 +100,7 @@ def _insert_all_but(gm: fx.GraphModule, which: int) -> PassResult:
 
 def test_a_weight_that_a_list_of_the_users_hides(monkeypatch: pytest.MonkeyPatch):
     """Tensors swapped into the registries do not reach the list; that the weights themselves are unreadable does."""
-    monkeypatch.setattr(module_scope, "capture_own_forward", _refuse)
+    monkeypatch.setattr(PREPARE, "capture_own_forward", _refuse)
     with pytest.raises(CaptureError, match="differ, by up to inf"):
         prepared(BY_NAME["weights_in_a_list"], scope="module")
 
@@ -121,14 +123,14 @@ def test_a_quantizer_node_that_changes_the_weight_a_little(name: str, monkeypatc
 @pytest.mark.parametrize("name", ["tests_its_mode", "functional_dropout"])
 def test_a_mode_that_is_baked_in(name: str, monkeypatch: pytest.MonkeyPatch):
     """If only eval mode were traced, the gate's run in train mode would tell."""
-    monkeypatch.setattr(model_scope, "trace_in_both_modes", _trace_eval_only)
+    monkeypatch.setattr(whole_graph, "trace_in_both_modes", _trace_eval_only)
     with pytest.raises(CaptureError, match="in train: .* values of the output differ"):
         prepared(BY_NAME[name], scope="model")
 
 
 def _trace_eval_only(make_copy: Any, make_tracer: Any) -> tuple[fx.Graph, fx.Tracer]:
     tracer = make_tracer()
-    return tracing._traced(make_copy(False), tracer), tracer
+    return trace._traced(make_copy(False), tracer), tracer
 
 
 def test_a_state_that_is_baked_in(monkeypatch: pytest.MonkeyPatch):
@@ -303,7 +305,7 @@ def test_checking_leaves_no_trace_on_the_prepared_model(name: str):
 
 def test_the_example_is_not_changed():
     x = X.clone()
-    prepare(BY_NAME["adds_to_its_input"].make(), ExampleCall.of(x), CONFIG)
+    prepare(BY_NAME["adds_to_its_input"].make(), Example.of(x), CONFIG)
     assert torch.equal(x, X)
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.plan import Range
 from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
 
@@ -21,12 +21,12 @@ class Calibration:
 
     ranges: dict[str, Range]
     """Name of each value -> its range over all items."""
-    first: Example
+    first: ExportExample
     """The first item."""
 
 
 def calibrate(
-    path: Path, watched: Mapping[str, tuple[str, str]], calibration: Iterable[Any], example: Example, graph: ir.Graph
+    path: Path, watched: Mapping[str, tuple[str, str]], calibration: Iterable[Any], example: ExportExample, graph: ir.Graph
 ) -> Calibration:
     """Run a file on every item.
 
@@ -61,13 +61,13 @@ def calibrate(
     return Calibration(ranges, first)
 
 
-def _tensors(item: Any, number: int, example: Example) -> list[torch.Tensor]:
+def _tensors(item: Any, number: int, example: ExportExample) -> list[torch.Tensor]:
     try:
-        given = Example.of(item)
+        given = ExportExample.of(item)
     except TypeError as error:
         raise ExportError(f"calibration item {number} is a {type(item).__name__}, not inputs in the form of example_inputs.") from error
     if set(given.kwargs) == set(example.kwargs):
-        given = Example(given.args, {name: given.kwargs[name] for name in example.kwargs})
+        given = ExportExample(given.args, {name: given.kwargs[name] for name in example.kwargs})
     if len(given.tensors) != len(example.tensors) or set(given.kwargs) != set(example.kwargs):
         raise ExportError(
             f"calibration item {number} has {len(given.tensors)} tensors, example_inputs {len(example.tensors)}: "

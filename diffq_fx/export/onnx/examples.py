@@ -1,47 +1,20 @@
 """Example inputs: read in every form that torch.export takes, made dynamic, repeated along the batch, drawn anew."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
+from diffq_fx.example import Example
 
 _HIDES = -1e4
 """What is added to a score of attention to hide it lies below this."""
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """Positional and keyword arguments of one call of a model."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @staticmethod
-    def of(example_inputs: Any) -> "Example":
-        """Read what users write: a tensor, a tuple (or list) of positional arguments, or a dict of keyword arguments.
-
-        Raises:
-            TypeError: It is none of these.
-        """
-        if isinstance(example_inputs, Tensor):
-            return Example((example_inputs,), {})
-        if isinstance(example_inputs, tuple | list):
-            return Example(tuple(example_inputs), {})
-        if isinstance(example_inputs, Mapping):
-            return Example((), dict(example_inputs))
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
-            f"got {type(example_inputs).__name__}."
-        )
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors in the order of the exported graph's inputs."""
-        return [leaf for leaf in _compat.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+class ExportExample(Example):
+    """The example of a call as an export uses it."""
 
     @property
     def masks(self) -> list[Tensor]:
@@ -53,24 +26,19 @@ class Example:
         with torch.no_grad():
             return _compat.tree_leaves(model(*self.args, **self.kwargs))
 
-    def map(self, change: Callable[[Tensor], Any]) -> "Example":
-        """Replace each tensor."""
-        args, kwargs = _compat.map_tensors(change, (self.args, self.kwargs))
-        return Example(args, kwargs)
-
-    def on_its_own(self) -> "Example":
+    def on_its_own(self) -> "ExportExample":
         """Tensors that share nothing.
 
         torch.export guards the sizes of the tensor that a view is of, and makes one input of a tensor that is given twice.
         """
         return self.map(lambda tensor: tensor.detach().clone())
 
-    def replace(self, tensors: list[Tensor]) -> "Example":
+    def replace(self, tensors: list[Tensor]) -> "ExportExample":
         """Replace all tensors, in their order."""
         remaining = iter(tensors)
         return self.map(lambda _: next(remaining))
 
-    def repeated(self) -> "Example | None":
+    def repeated(self) -> "ExportExample | None":
         """The example with every batch of one repeated to two, since torch.export bakes in a size of one; None without any."""
         if not any(tensor.dim() and tensor.shape[0] == 1 for tensor in self.tensors):
             return None
@@ -86,7 +54,7 @@ class Example:
 
     def redrawn(
         self, generator: torch.Generator, sizes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False
-    ) -> "Example":
+    ) -> "ExportExample":
         """Fresh random inputs like these: floats and integers within the range of the example's, masks of the example's rows.
 
         Integers in ascending order (offsets, positions) keep their values, since their order means something.

@@ -13,7 +13,7 @@ from torch import nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.differences import largest_difference
-from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.sessions import EXACT_LEVEL, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
 
@@ -53,7 +53,9 @@ class DraftFiles:
     """The same numbers with activations that are not rounded in the graph; the published file itself if it rounds none there."""
 
 
-def check_parity(files: DraftFiles, reference: nn.Module, example: Example, traced: TracedModel, typical: Example | None = None) -> Parity:
+def check_parity(
+    files: DraftFiles, reference: nn.Module, example: ExportExample, traced: TracedModel, typical: ExportExample | None = None
+) -> Parity:
     """Compare a file with the model that it was made of, on fresh random inputs at the example's size and at another batch.
 
     Args:
@@ -88,7 +90,7 @@ def check_parity(files: DraftFiles, reference: nn.Module, example: Example, trac
     return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized, hidden)
 
 
-def _both(session: Any, path: Path, reference: nn.Module, example: Example) -> tuple[_Outputs, list[np.ndarray]]:
+def _both(session: Any, path: Path, reference: nn.Module, example: ExportExample) -> tuple[_Outputs, list[np.ndarray]]:
     """What the file and the model make of the same inputs."""
     feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(session.get_inputs(), example.tensors, strict=True)}
     expected = [to_numpy(leaf) for leaf in example.map(torch.clone).run(reference) if isinstance(leaf, torch.Tensor)]
@@ -118,10 +120,10 @@ def _without(output: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return output[~hidden] if output.shape[:2] == hidden.shape and not hidden.all() else output
 
 
-def _that_runs(reference: nn.Module, example: Example, generator: torch.Generator, shapes: list[tuple[int, ...]]) -> Example:
+def _that_runs(reference: nn.Module, example: ExportExample, generator: torch.Generator, shapes: list[tuple[int, ...]]) -> ExportExample:
     """Fresh inputs; the example's own integers, or own values, where the model refuses other ones or makes nothing finite of them."""
     kept: list[Callable[[torch.Tensor], bool]] = [lambda _: False, lambda tensor: not tensor.is_floating_point(), lambda _: True]
-    ran: list[Example] = []
+    ran: list[ExportExample] = []
     for keep in kept:
         fresh = example.redrawn(generator, shapes, keep)
         try:

@@ -12,7 +12,7 @@ import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
-from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
@@ -41,14 +41,14 @@ class _Job:
 
     converted: nn.Module
     weights: dict[str, StoredWeight]
-    example: Example
+    example: ExportExample
     traced: TracedModel
     halved: set[str]
     folder: Path
     path: Path
     request: LayoutRequest
     verify: bool
-    typical: Example | None = None
+    typical: ExportExample | None = None
     """Inputs as the model sees them in use, if the user has given any."""
 
 
@@ -77,7 +77,7 @@ def export_file(
     Raises:
         ExportError: Any of the steps fails; the target is as it was.
     """
-    example = Example.of(example_inputs).on_its_own()
+    example = ExportExample.of(example_inputs).on_its_own()
     try:
         with draft_folder(path, ExportError) as folder:
             weights = weights_by_initializer(converted)

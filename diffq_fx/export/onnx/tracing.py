@@ -17,7 +17,7 @@ from torch import nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
-from diffq_fx.export.onnx.examples import Example
+from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.export.onnx.naming import name_outputs, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
@@ -54,7 +54,7 @@ def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
     return {f"{name}.{module.packed_buffer}".lstrip("."): named[id(module)] for name, module in modules if isinstance(module, StoredWeight)}
 
 
-def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> TracedModel:
+def trace(converted: nn.Module, example: ExportExample, dynamic_shapes: Any) -> TracedModel:
     """Trace a model with torch.export and translate it to ONNX.
 
     Where that fails it is tried without torch.onnx's optimizer, then with a static batch; a remark says so.
@@ -84,18 +84,18 @@ def trace(converted: nn.Module, example: Example, dynamic_shapes: Any) -> Traced
                 raise error from error.__cause__
 
 
-def _with_dynamic_batch(converted: nn.Module, example: Example) -> torch.export.ExportedProgram:
+def _with_dynamic_batch(converted: nn.Module, example: ExportExample) -> torch.export.ExportedProgram:
     repeated = _repeated(converted, example)
     program = _exported(converted, repeated, repeated.dynamic_batch())
     return program if repeated is example or _has_dynamic_batch(program) else _exported(converted, example, None)
 
 
-def _static_remark(example: Example, reason: str) -> str:
+def _static_remark(example: ExportExample, reason: str) -> str:
     sizes = ", ".join(str(tensor.shape[0]) for tensor in example.tensors if tensor.dim())
     return f"the batch, size 0 of the inputs, is static ({sizes}): {reason}. Give dynamic_shapes where the batch is another size"
 
 
-def _repeated(converted: nn.Module, example: Example) -> Example:
+def _repeated(converted: nn.Module, example: ExportExample) -> ExportExample:
     """The example with a batch of two instead of one, if the model can run on that."""
     repeated = example.repeated()
     if repeated is None:
@@ -107,7 +107,7 @@ def _repeated(converted: nn.Module, example: Example) -> Example:
     return repeated
 
 
-def _exported(converted: nn.Module, example: Example, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+def _exported(converted: nn.Module, example: ExportExample, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     try:
         program = torch.export.export(converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except _TRACING_ERRORS as error:
@@ -132,7 +132,9 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
 
 
-def _translated(converted: nn.Module, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+def _translated(
+    converted: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...]
+) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
         return _traced(_to_onnx(program, optimize=True), program, example, remarks)
@@ -181,7 +183,7 @@ def _placeholder() -> Any:
     return dequantize
 
 
-def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Example, remarks: tuple[str, ...]) -> TracedModel:
+def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...]) -> TracedModel:
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)

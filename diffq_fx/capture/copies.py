@@ -1,89 +1,14 @@
-"""The example call: running a model the way its user does, without leaving a trace of it."""
+"""Copies of a model to run or trace, and what a forward changed on one."""
 
 import copy
-import pickle
-import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import _compat
-
-Mode = Literal["train", "eval", "eval without grad"]
-MODES: tuple[Mode, ...] = ("train", "eval", "eval without grad")
-
-_SEED = 20210422  # any fixed one: the original and the prepared model must draw the same dropout
-
-
-@dataclass(frozen=True)
-class ExampleCall:
-    """The arguments of one call of the model."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @staticmethod
-    def of(example_inputs: Any) -> "ExampleCall":
-        """From what users write: one tensor, a tuple or list of positional arguments, or a dict of keyword arguments."""
-        if isinstance(example_inputs, ExampleCall):
-            return example_inputs
-        if isinstance(example_inputs, Mapping):
-            return ExampleCall((), dict(example_inputs))
-        if isinstance(example_inputs, tuple | list):
-            return ExampleCall(tuple(example_inputs), {})
-        return ExampleCall((example_inputs,), {})
-
-    def run(self, model: nn.Module, mode: Mode) -> Any:
-        """Run the model in one mode on its own copy of the arguments, from a fixed seed; the random state is as before."""
-        return self.outcome(model, mode)[0]
-
-    def outcome(self, model: nn.Module, mode: Mode) -> tuple[Any, Any]:
-        """Run the model as :meth:`run` does; its output, and the arguments as it left them."""
-        args, kwargs = copy.deepcopy((self.args, self.kwargs))
-        devices = sorted({t.device.index or 0 for t in tensors_of((args, kwargs)) if t.is_cuda})
-        model.train(mode == "train")
-        with restored_random_state(devices), torch.set_grad_enabled(mode != "eval without grad"):
-            _seed_everything()
-            return model(*args, **kwargs), (args, kwargs)
-
-
-def _seed_everything() -> None:
-    torch.manual_seed(_SEED)
-    random.seed(_SEED)
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        numpy_random.seed(_SEED)
-
-
-@contextmanager
-def restored_random_state(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Put the random states of torch (CPU and these CUDA devices), Python and numpy back as they are now."""
-    python_state = random.getstate()
-    numpy_random = sys.modules.get("numpy.random")
-    numpy_state = numpy_random.get_state(legacy=False) if numpy_random else None
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
-
-
-def random_fingerprint() -> tuple[Any, ...]:
-    """Equal to an earlier one unless torch (on the CPU), Python or numpy drew a random number in between."""
-    numpy_random = sys.modules.get("numpy.random")
-    numpy_state = pickle.dumps(numpy_random.get_state(legacy=False)) if numpy_random else b""
-    return torch.get_rng_state().tolist(), random.getstate(), numpy_state
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    return [leaf for leaf in _compat.tree_leaves(tree) if isinstance(leaf, Tensor)]
+from diffq_fx.example import tensors_of
 
 
 def strided_parts(tensor: Tensor) -> list[Tensor]:
@@ -112,13 +37,18 @@ def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     return copy_replacing(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module]) -> nn.Module:
+def copy_replacing(
+    model: nn.Module, replaced: Mapping[int, Tensor | nn.Module], copies: dict[int, Any] | None = None
+) -> nn.Module:
     """Copy a model, with other tensors or modules (by the identity of what they replace) in the copy, wherever the model holds them.
+
+    ``copies`` gathers the copy of every object, by the identity of what it is a copy of.
 
     A model may keep results of its last forward (an auxiliary loss, attention weights); torch does not copy a tensor with a
     history, so the copy gets its value.
     """
-    memo: dict[int, Any] = dict(replaced)
+    memo: dict[int, Any] = {} if copies is None else copies
+    memo.update(replaced)
     for module in model.modules():
         memo.update({id(kept): kept.detach().clone() for kept in tensors_of(list(vars(module).values())) if not kept.is_leaf})
     return copy.deepcopy(model, memo)
@@ -165,7 +95,9 @@ class ModelState:
                 (value.extend if isinstance(value, list) else value.update)(contents)
         with torch.no_grad():
             for _, tensor, _, value in self._tensors:
-                if not same_values(tensor, value):  # the version does not tell: batch norm writes its statistics past it
+                if tensor.shape != value.shape:
+                    tensor.data = value
+                elif not same_values(tensor, value):  # the version does not tell: batch norm writes its statistics past it
                     tensor.detach().copy_(value)
 
 

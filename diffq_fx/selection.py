@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
-from diffq_fx.capture.swapping import owner_of
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.mapping import MethodChoice, matches
-from diffq_fx.weights import SkippedWeight, WeightSpec
+from diffq_fx.weights import SkippedWeight, WeightSpec, owner_of
 
 _KNOWN_OWNERS = (
     nn.Linear,
@@ -26,7 +25,7 @@ _KNOWN_OWNERS = (
 
 
 @dataclass
-class WeightPlan:
+class Selection:
     """The weights of one model: what is quantized (by the parameter's identity) and what is not."""
 
     specs: dict[int, WeightSpec] = field(default_factory=dict)
@@ -44,7 +43,7 @@ class WeightPlan:
         return [name for spec in self.specs.values() for name in spec.names]
 
 
-def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightPlan:
+def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selection:
     """Decide for every parameter of the model whether it is a weight to quantize, and by which method.
 
     Args:
@@ -61,7 +60,7 @@ def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightP
         ValueError: a pattern matches no parameter.
     """
     names: dict[int, list[str]] = {}
-    plan = WeightPlan()
+    plan = Selection()
     everything = list(model.named_parameters(remove_duplicate=False))
     for name, parameter in everything:
         if isinstance(parameter, UninitializedTensorMixin):
@@ -104,7 +103,7 @@ def plan_weights(model: nn.Module, choice: MethodChoice, caller: str) -> WeightP
     return plan
 
 
-def _check_answered(choice: MethodChoice, plan: WeightPlan, names: dict[int, list[str]], caller: str) -> None:
+def _check_answered(choice: MethodChoice, plan: Selection, names: dict[int, list[str]], caller: str) -> None:
     """Refuse a pattern that asks for parameters of which its method can quantize none."""
     for pattern, method in choice.entries:
         asked = [key for key, own in names.items() if any(matches(name, pattern) for name in own)]
@@ -153,6 +152,10 @@ def _axis(owner: nn.Module) -> int:
 
 
 def _check_values(name: str, parameter: Tensor, caller: str) -> None:
+    if type(parameter.data) is not Tensor:
+        raise PreparationError(
+            f"{caller}: weight {name!r} is a {type(parameter.data).__name__}, quantized or distributed already. Prepare the float model."
+        )
     if parameter.is_meta:
         raise PreparationError(f"{caller}: weight {name!r} is on the meta device and has no values. Load the weights first.")
     low, high = torch.aminmax(parameter.detach())

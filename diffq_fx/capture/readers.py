@@ -4,7 +4,7 @@ The reader of a weight need not be its owner: MultiheadAttention reads ``out_pro
 reads the weights of all its children. The probe itself switches that path off, so such layers are known by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
-from diffq_fx.capture.calls import MODES, ExampleCall, tensors_of
-from diffq_fx.capture.plan import WeightPlan
+from diffq_fx.errors import CaptureError
+from diffq_fx.example import MODES, Example, tensors_of
+from diffq_fx.selection import Selection
 
 _READS_ITS_CHILDREN = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -21,16 +22,20 @@ _READS_ITS_CHILDREN = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 class _ReadProbe(TorchFunctionMode):
     """Notes, for every weight that a torch function computes with, the module whose forward is running."""
 
-    def __init__(self, plan: WeightPlan, stack: list[nn.Module], readers: dict[int, set[nn.Module]]) -> None:
+    def __init__(self, keys: dict[int, int], selection: Selection, stack: list[nn.Module], readers: dict[int, set[nn.Module]]) -> None:
         super().__init__()
-        self.plan, self.stack, self.readers = plan, stack, readers
+        self.keys, self.selection, self.stack, self.readers = keys, selection, stack, readers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.stack and tensors_of(result):  # reading .dtype or .shape is not a use
             for tensor in tensors_of((args, kwargs)):
-                if self.plan.spec_of(tensor):
-                    self.readers.setdefault(id(tensor), set()).add(self.stack[-1])
+                if id(tensor) in self.keys:
+                    self.readers.setdefault(self.keys[id(tensor)], set()).add(self.stack[-1])
+                elif spec := self.selection.spec_of(tensor):
+                    raise CaptureError(
+                        f"weight {spec.name!r} is read from the model that was given, by a copy of it: a function or a global holds it"
+                    )
         return result
 
 
@@ -56,33 +61,41 @@ def _module_stack() -> Iterator[list[nn.Module]]:
             hook.remove()
 
 
-def find_consumers(model: nn.Module, call: ExampleCall, plan: WeightPlan) -> tuple[dict[str, list[str]], list[str]]:
+def find_readers(model: nn.Module, example: Example, selection: Selection) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Run the example in train, eval and eval without grad, and see who reads which weight.
 
     Args:
-        model: a copy that may be run (its buffers change).
-        call: the example.
-        plan: the weights of interest.
+        model: a copy that may be run, with parameters of its own.
+        example: the call.
+        selection: the weights of interest.
 
     Returns:
-        For every consuming module (by path) the names, relative to it, of the weights it reads; and the names of the weights that the
+        For every reading module (by path) the names, relative to it, of the weights it reads; and the names of the weights that the
         example never read, which are given to their owners.
+
+    Raises:
+        CaptureError: a weight is read past the model, where no copy has it.
     """
+    keys = {id(model.get_parameter(spec.name)): key for key, spec in selection.specs.items()}
     readers: dict[int, set[nn.Module]] = {}
     with _module_stack() as stack:
         for mode in MODES:
-            with _ReadProbe(plan, stack, readers):
-                call.run(model, mode)
+            with _ReadProbe(keys, selection, stack, readers):
+                example.outcome(model, mode)
     paths = {module: path for path, module in model.named_modules()}
+    seen = {key: {paths[module] for module in modules if module in paths} for key, modules in readers.items()}
+    unseen = [spec.name for key, spec in selection.specs.items() if not seen.get(key)]
+    return reading_modules(model, seen, selection), unseen
+
+
+def reading_modules(model: nn.Module, seen: Mapping[int, set[str]], selection: Selection) -> dict[str, tuple[str, ...]]:
+    """From who reads a weight (paths, by the weight's identity) to who makes it: a module that contains it, each weight once in a call."""
     uses: list[tuple[str, str]] = []
-    unseen: list[str] = []
-    for key, spec in plan.specs.items():
-        frames = {_climb(paths[module], spec.names) for module in readers.get(key, ()) if module in paths}
-        if not frames:
-            unseen.append(spec.name)
-            frames = {(name.rpartition(".")[0], name) for name in spec.names}
-        uses.extend((_reader_above(model, path), name) for path, name in frames)
-    return _by_consumer(uses), unseen
+    for key, spec in selection.specs.items():
+        frames = {_climb(path, spec.names) for path in sorted(seen.get(key, ()))}
+        frames = frames or {(name.rpartition(".")[0], name) for name in spec.names}
+        uses.extend((_reader_above(model, path), name) for path, name in sorted(frames))
+    return {path: tuple(names) for path, names in _by_reader(uses).items()}
 
 
 def _climb(path: str, names: tuple[str, ...]) -> tuple[str, str]:
@@ -104,23 +117,23 @@ def _reader_above(model: nn.Module, path: str) -> str:
     return path
 
 
-def _by_consumer(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group by consumer; where one consumer contains another of the same weight, the outer one takes it."""
-    consumers: dict[str, list[str]] = {}
+def _by_reader(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Group by reader; where one reader contains another of the same weight, the outer one takes it."""
+    readers: dict[str, list[str]] = {}
     for path, name in uses:
         if any(other == name and path != outer and (not outer or path.startswith(outer + ".")) for outer, other in uses):
             continue
         relative = name[len(path) + 1 :] if path else name
-        if relative not in consumers.setdefault(path, []):
-            consumers[path].append(relative)
-    return consumers
+        if relative not in readers.setdefault(path, []):
+            readers[path].append(relative)
+    return readers
 
 
-def hooked_modules(model: nn.Module, plan: WeightPlan) -> list[str]:
+def hooked_modules(model: nn.Module, selection: Selection) -> list[str]:
     """Paths of modules that hold weights and have hooks of the user's, which a traced graph would bake in or lose."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [
         path or "the model"
         for path, module in model.named_modules()
-        if any(getattr(module, kind) for kind in kinds) and any(plan.spec_of(parameter) for parameter in module.parameters())
+        if any(getattr(module, kind) for kind in kinds) and any(selection.spec_of(parameter) for parameter in module.parameters())
     ]

@@ -1,0 +1,139 @@
+"""What a graph of a whole model depends on beside tensors: the attributes that Python read while it was traced, and hooks.
+
+The graph does not read them again. A change of one, or a hook on a module that the graph does not call, ends the use of the graph:
+from then on the model runs its original forward, in which every module makes its own weights.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_backward_hook",
+    "add_module",
+)
+"""Methods of a module that change what it does or runs."""
+
+_ABSENT = object()
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), *dir(nn.Module), "graph_watch"}) - {"_modules", "forward"}
+
+
+@dataclass
+class GraphUse:
+    """Whether a model's graph still stands for its forward; one for all modules of the model."""
+
+    ended_by: str = ""
+    """What was changed; empty while the graph is used."""
+
+
+@dataclass
+class GraphWatch:
+    """What to watch on one module."""
+
+    use: GraphUse
+    path: str
+    names: frozenset[str]
+    """Attributes that were read while tracing."""
+
+    def end(self, change: str) -> None:
+        """The model runs its original forward from now on."""
+        self.use.ended_by = self.use.ended_by or f"{self.path or 'the model'}: {change}"
+
+
+def note_change(module: Any, name: str, value: Any) -> None:
+    """End the use of the graph if an attribute is to get another value that the traced forward has read."""
+    watch: GraphWatch | None = module.__dict__.get("graph_watch")
+    if watch is None or (name not in watch.names and not isinstance(value, nn.Module)):
+        return
+    before = module._modules.get(name, module.__dict__.get(name, _ABSENT))
+    follows = name in module._parameters or name in module._buffers  # the graph reads tensors where they are
+    if before is value or (follows and (value is None or isinstance(value, Tensor))):
+        return
+    if not (type(before) is type(value) and isinstance(value, int | float | str) and before == value):
+        watch.end(f"{name} was set")
+
+
+def note_call(module: Any, method: str) -> None:
+    """End the use of the graph if a method is called that changes what its module does."""
+    watch: GraphWatch | None = module.__dict__.get("graph_watch")
+    if watch is not None and (method != "add_module" or "_modules" in watch.names):
+        watch.end(f"{method} was called")
+
+
+class WatchedAttributes:
+    """Mixed into the class of a module that a graph of the whole model runs through: what Python changes on it, the graph cannot see."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        note_change(self, name, value)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        note_change(self, name, None)
+        super().__delattr__(name)
+
+
+class WatchedModule(WatchedAttributes):
+    """The same for a module that the graph does not call: no hook on it would fire."""
+
+
+def _watched(method: str) -> Callable[..., Any]:
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note_call(self, method)
+        return getattr(super(WatchedModule, self), method)(*args, **kwargs)
+
+    return functools.wraps(getattr(nn.Module, method))(change)
+
+
+for _method in HOOKS:
+    setattr(WatchedModule, _method, _watched(_method))
+
+
+@dataclass
+class Reads:
+    """Records which attributes Python reads of the modules of a model."""
+
+    names: dict[str, set[str]] = field(default_factory=dict)
+    is_on: bool = False
+
+    def watch(self, model: nn.Module) -> nn.Module:
+        """Let the modules of a copy report what is read of them; the copy is good for nothing else afterwards."""
+        for path, module in model.named_modules():
+            module.__class__ = _reporting(type(module), self._note(path))
+        return model
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What fx itself reads is no read of the forward."""
+        before, self.is_on = self.is_on, False
+        try:
+            yield
+        finally:
+            self.is_on = before
+
+    def of(self, path: str) -> frozenset[str]:
+        """What was read of a module and is its own; methods count, since they can be set on the instance too."""
+        return frozenset(self.names.get(path, ())) - _OF_EVERY_MODULE
+
+    def _note(self, path: str) -> Callable[[str], None]:
+        def note(name: str) -> None:
+            if self.is_on:
+                self.names.setdefault(path, set()).add(name)
+
+        return note
+
+
+def _reporting(original: type[nn.Module], note: Callable[[str], None]) -> type[nn.Module]:
+    def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
+        note(name)
+        return original.__getattribute__(self, name)
+
+    body = {"__getattribute__": __getattribute__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), body)

@@ -1,0 +1,160 @@
+"""Model scope: the whole model as one GraphModule, every weight to quantize a get_attr node of its graph.
+
+It is the model still: of its class, with its modules and its methods. A module that the graph runs through makes its own weights where
+Python calls it, and the model's original forward runs in place of the graph once Python has changed what the graph was made from.
+"""
+
+import copy
+import functools
+from typing import Any, cast
+
+from torch import fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+from diffq_fx.capture.copies import copy_sharing_parameters
+from diffq_fx.capture.handing import weight_properties
+from diffq_fx.capture.readers import hooked_modules, reading_modules
+from diffq_fx.capture.scope import TakenOver, python_forward, take_over, takeovers
+from diffq_fx.capture.trace import OwnForwardTracer, WeightTracer, omitted_arguments, trace_in_both_modes
+from diffq_fx.capture.watch import GraphUse, GraphWatch, Reads, WatchedAttributes
+from diffq_fx.errors import CaptureError
+from diffq_fx.example import Example
+from diffq_fx.selection import Selection
+
+_NAMES_OF_FX = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
+
+
+class CapturedModel(WatchedAttributes, fx.GraphModule):
+    """A GraphModule that is also of the class of the model that it was made from, and keeps all that the model holds."""
+
+    original_class: Any
+    taken_over: TakenOver
+    graph_watch: GraphWatch
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether calls run the graph; else they run the original forward."""
+        return not self.graph_watch.use.ended_by
+
+    def recompile(self) -> Any:
+        """Make the code of the graph, as fx does."""
+        code = super().recompile()
+        cls, of_the_graph, of_python = type(self), type(self).forward, python_forward(self.original_class)
+
+        @functools.wraps(of_the_graph)
+        def forward(self: "CapturedModel", *args: Any, **kwargs: Any) -> Any:
+            return (of_the_graph if self.uses_graph else of_python)(self, *args, **kwargs)
+
+        cls.forward = forward
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModel":
+        """Copy the graph and everything that the module holds."""
+        copied = memo[id(self)] = _empty(self.original_class, self.taken_over)
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
+        copied.graph = copy.deepcopy(self.graph)
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Pickle as fx does; the body is a state, since the compression in it may refer to the model."""
+        _, (body, imports) = super().__reduce__()
+        return _empty, (self.original_class, self.taken_over), (body, imports, _calls(self.graph))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As ``__reduce__``, whatever the model's own class does."""
+        return self.__reduce__()
+
+    def __setstate__(self, state: tuple[dict[str, Any], str, list[tuple[str, str]]]) -> None:
+        """Restore: a pickle holds code, and fx makes the graph again by tracing it; that must give the graph that was saved."""
+        body, imports, calls = state
+        graph = cast(fx.Graph, reduce_graph_module(dict(body), imports).graph)
+        if _calls(graph) != calls:
+            raise CaptureError(
+                f"the graph of the saved {self.original_class.__name__} cannot be made again. "
+                "Save its state_dict() instead, and load it into a model prepared anew."
+            )
+        vars(self).update(body)
+        self.graph = graph
+
+
+class _WithoutInit(nn.Module):
+    """Between GraphModule and the model's class: fx initializes what it makes, the model's own ``__init__`` wants its arguments."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+def _empty(original: type[nn.Module], taken_over: TakenOver) -> CapturedModel:
+    """A model with an empty graph and no parts."""
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "original_class": original,
+        "taken_over": taken_over,
+        **weight_properties(original, taken_over.owned),
+    }
+    made = type(original.__name__, (CapturedModel, _WithoutInit, original), body)
+    empty = made.__new__(made)
+    empty.__init__({}, fx.Graph(tracer_cls=OwnForwardTracer), original.__name__)
+    return empty
+
+
+def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
+    return [(node.op, getattr(node.target, "__name__", str(node.target))) for node in graph.nodes if node.op.startswith("call")]
+
+
+def _become(model: nn.Module, graph: fx.Graph, taken_over: TakenOver, watch: GraphWatch) -> CapturedModel:
+    """Make a model its own GraphModule, in place: what refers to it still does."""
+    empty = _empty(type(model), taken_over)
+    attributes = {name: value for name, value in vars(empty).items() if name not in vars(nn.Module())}
+    model.__class__ = type(empty)
+    vars(model).update(attributes, graph_watch=watch)
+    captured = cast(CapturedModel, model)
+    captured.graph = graph
+    return captured
+
+
+def capture_model(model: nn.Module, example: Example, selection: Selection) -> CapturedModel:
+    """Trace the whole model into one graph.
+
+    Args:
+        model: the float model; not changed.
+        example: the graph has the arguments that it gives.
+        selection: the weights that must be get_attr nodes.
+
+    Returns:
+        A GraphModule that shares the model's Parameters and has its own copies of everything else.
+
+    Raises:
+        CaptureError: says why a graph of the whole model would not be faithful.
+    """
+    _refuse_unfit(model, example, selection)
+    reads = Reads()
+    graph, tracer = trace_in_both_modes(
+        lambda training: reads.watch(copy_sharing_parameters(model).train(training)), lambda: WeightTracer(selection, reads)
+    )
+    for node in graph.find_nodes(op="placeholder"):
+        node.args = ()  # a default that the example did not use was never traced
+    graph._tracer_cls = OwnForwardTracer  # what makes the graph of a pickle again
+    private = copy_sharing_parameters(model)
+    found = takeovers(private, reading_modules(private, tracer.readers, selection), selection.names())
+    use = GraphUse()
+    for path, module in private.named_modules():
+        names = reads.of(path) - (set() if path in tracer.run_through else {"forward"})
+        watch = GraphWatch(use, path, names) if names and path not in tracer.called_whole else None
+        if path and (watch or path in found):
+            take_over(module, found.get(path, TakenOver()), watch)
+    return _become(private, graph, found.get("", TakenOver()), GraphWatch(use, "", reads.of("") - {"forward"}))
+
+
+def _refuse_unfit(model: nn.Module, example: Example, selection: Selection) -> None:
+    hooked = hooked_modules(model, selection)
+    if hooked:
+        raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")
+    taken = sorted(name for name in _NAMES_OF_FX if hasattr(model, name))
+    if taken:
+        raise CaptureError(f"the model has a {taken[0]!r} of its own, and so has every GraphModule")
+    omitted = omitted_arguments(model, example)
+    if omitted:
+        raise CaptureError(f"the forward also takes {', '.join(omitted)}, which the example leaves out and a graph would lose")

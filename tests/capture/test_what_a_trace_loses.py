@@ -1,0 +1,214 @@
+"""What a forward does beside computing values: a graph would lose it, so it is kept, by module scope or as a leaf, with the reason said."""
+
+import contextlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffq_fx import CaptureError, DiffQConfig, prepare_diffq
+from diffq_fx.capture import gate, trace
+
+CONFIG = DiffQConfig(penalty=1.0)
+X = torch.randn(8, 16)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(self.between(self.body(x)))
+
+    def between(self, x):
+        return x
+
+
+class Reverse(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.view_as(x))
+    backward = staticmethod(lambda ctx, grad: -grad)
+
+
+class Sign(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.sign())
+    backward = staticmethod(lambda ctx, grad: grad)
+
+
+class Frozen(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+
+class FrozenByDecorator(Net):
+    body_of = torch.set_grad_enabled(False)(lambda self, x: self.body(x))
+
+    def forward(self, x):
+        return self.head(self.body_of(x))
+
+
+class FrozenInInference(Net):
+    def forward(self, x):
+        with torch.inference_mode():
+            x = self.body(x)
+        return self.head(x.clone())
+
+
+class Dann(Net):
+    def between(self, x):
+        return Reverse.apply(x)
+
+
+class Binary(Net):
+    def between(self, x):
+        return Sign.apply(x)
+
+
+class BinaryWeights(nn.Module):
+    """The straight-through sign is on the weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head(F.linear(x, Sign.apply(self.body.weight), self.body.bias))
+
+
+class InFloat32(Net):
+    def between(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return x.float() @ x.float().T @ x.float()
+
+
+class Offloads(Net):
+    def between(self, x):
+        with torch.autograd.graph.save_on_cpu():
+            return x.sin()
+
+
+LOSE = {
+    Frozen: "switches gradients",
+    FrozenByDecorator: "switches gradients",
+    FrozenInInference: "switches gradients",
+    Dann: "autograd.Function Reverse",
+    Binary: "autograd.Function Sign",
+    BinaryWeights: "autograd.Function Sign",
+    InFloat32: "a region of autocast",
+    Offloads: "hooks on saved tensors",
+}
+
+
+def gradients(model):
+    model.zero_grad()
+    with contextlib.ExitStack() as stack:
+        for quantizer in model.compression.quantizers if hasattr(model, "compression") else ():
+            weight = model.get_parameter(quantizer.spec.name)
+            quantizer.pass_through(lambda weight=weight: weight)
+            stack.callback(quantizer.pass_through, None)
+        model.train()(X).pow(2).mean().backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters() if not name.endswith("logits")}
+
+
+@pytest.mark.parametrize("model_class", LOSE)
+def test_module_scope_is_taken_and_gradients_are_the_originals(model_class):
+    original = model_class()
+    wanted = gradients(original)
+    model = prepare_diffq(original, X, CONFIG)
+    assert model.compression.scope == "module"
+    assert re.search(LOSE[model_class], model.compression.scope_reason)
+    found = gradients(model)
+    assert found.keys() >= wanted.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] is None) == (gradient is None), name
+        assert gradient is None or torch.equal(found[name], gradient), name
+    with pytest.raises(CaptureError, match=LOSE[model_class]):
+        prepare_diffq(original, X, CONFIG, scope="model")
+
+
+@pytest.mark.parametrize("model_class", [Frozen, Dann, Binary])
+def test_the_gate_sees_it_where_tracing_does_not(model_class, monkeypatch):
+    """Outputs are equal; gradients are not."""
+    monkeypatch.setattr(trace, "_refused_while_tracing", contextlib.nullcontext)
+    monkeypatch.setattr(trace, "_grad_state", lambda: None)
+    with pytest.raises(CaptureError, match="in train: .*the gradient of|in train: .*values of the gradient of"):
+        prepare_diffq(model_class(), X, CONFIG, scope="model")
+
+
+def test_a_module_without_weights_stays_a_leaf_whatever_it_does():
+    class Reversal(nn.Module):
+        def forward(self, x):
+            return Reverse.apply(x)
+
+    original = nn.Sequential(nn.Linear(16, 32), Reversal(), nn.Linear(32, 8))
+    model = prepare_diffq(original, X, CONFIG)
+    assert model.compression.scope == "model"
+    wanted, found = gradients(original), gradients(model)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_detach_is_an_operation_and_stays_in_the_graph():
+    class Detaches(Net):
+        def between(self, x):
+            return x.detach()
+
+    original = Detaches()
+    model = prepare_diffq(original, X, CONFIG)
+    assert model.compression.scope == "model"
+    assert gradients(model)["body.bias"] is None
+
+
+def test_a_backward_that_fails_is_no_reason_to_refuse():
+    class NoBackward(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.view_as(x))
+
+    class Inference(Net):
+        def between(self, x):
+            return NoBackward.apply(x)
+
+    assert prepare_diffq(Inference(), X, CONFIG).compression.scope == "module"
+
+
+def test_an_input_that_may_not_have_a_history():
+    """The gate asks for the gradients of inputs; a forward that refuses such inputs is run without."""
+
+    class Refuses(Net):
+        def forward(self, x):
+            if x.requires_grad:
+                raise ValueError("not this one")
+            return super().forward(x)
+
+    assert prepare_diffq(Refuses(), X, CONFIG).compression.quantizers
+
+
+G = {"w": torch.randn(4, 4), "none": None}
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (G | {"w": G["w"] * 2}, "16 of 16 values of the gradient of w differ"),
+        (G | {"w": -G["w"]}, "differ"),
+        (G | {"w": torch.zeros(4, 4)}, "differ"),
+        (G | {"w": None}, "the gradient of w is none, the original's there"),
+        (G | {"none": torch.zeros(1)}, "the gradient of none is there, the original's none"),
+        ("a RuntimeError", "the backward gives a RuntimeError, the original's gradients"),
+        (G | {"w": G["w"] * (1 + 1e-3)}, "differ"),
+    ],
+)
+def test_the_gate_sees_another_gradient(found, says):
+    assert re.search(says, gate._gradient_difference(found, G))
+
+
+def test_the_gate_takes_another_order_of_summation_for_the_same():
+    assert gate._gradient_difference(G | {"w": G["w"] * (1 + 1e-6)}, G) == ""
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_an_output_that_lost_its_history_is_seen(scope):
+    """Values are equal in eval too; only ``requires_grad`` tells."""
+    assert "that requires grad" in gate._difference(X, X.clone().requires_grad_(), "the output")
