@@ -150,10 +150,14 @@ class Compression(TrainingState):
         """Note that a weight is read for a step of training: some optimizer should hold it."""
         self.trained_since = True
 
-    def parameter_ids(self) -> set[int]:
-        """The ids of all parameters of the model: weights, bits, ranges and what is not quantized."""
-        own = {id(parameter) for quantizer in self.quantizers for parameter in (quantizer.weight, *quantizer.parameters())}
-        return own | {id(registry.get(name)) for registry, name in self.rest}
+    def has_one_of(self, ids: set[int]) -> bool:
+        """Whether one of these tensors, by id, is a parameter of the model: bits, weights, what is not quantized, or ranges."""
+        places = (*(quantizer.place for quantizer in self.quantizers), *self.rest)
+        return (
+            any(id(logits) in ids for logits in self.logits)
+            or any(id(registry.get(name)) in ids for registry, name in places)
+            or any(id(parameter) in ids for quantizer in self.quantizers for parameter in quantizer.parameters())
+        )
 
     @property
     def lambda_per_bit(self) -> Tensor | None:

@@ -119,7 +119,7 @@ def _refuse_flat_copies(optimizer: Optimizer) -> None:
         if not compression.trained_since:
             continue
         compression.trained_since = False
-        compression.foreign_steps = 0 if held & compression.parameter_ids() else compression.foreign_steps + 1
+        compression.foreign_steps = 0 if compression.has_one_of(held) else compression.foreign_steps + 1
         if compression.foreign_steps >= _PATIENCE:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
