@@ -27,7 +27,7 @@ from diffq_fx.methods.diffq_weight import DiffQWeight
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.parts import CHILD
-from diffq_fx.sharded import gathered, whole
+from diffq_fx.sharded import gathered, whole, wholes
 from diffq_fx.weights import SkippedWeight, not_finite
 
 live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
@@ -123,7 +123,7 @@ class Compression(TrainingState):
 
     def bit_state(self) -> BitState:
         """The bits of this moment; to change them see :meth:`changing_bits`."""
-        return BitState(self.groups(), [whole(logits) for logits in self.logits], self.config.bits_gain)
+        return BitState(self.groups(), wholes(self.logits), self.config.bits_gain)
 
     @contextmanager
     def changing_bits(self) -> Iterator[BitState]:
@@ -252,7 +252,7 @@ class Compression(TrainingState):
     def _checksum(self) -> int:
         weights = [quantizer.weight for quantizer in self.learned] if self.is_coded else []
         widths = [quantizer.width for quantizer in self.learned]
-        return device_checksum([*map(whole, (*self.logits, *weights)), *widths, self.bits_frozen, self.coding])  # one for all ranks
+        return device_checksum([*wholes([*self.logits, *weights]), *widths, self.bits_frozen, self.coding])  # one for all ranks
 
     def _rounded_bits(self) -> Tensor:
         """The whole widths of all groups, within the target where there is one, shape (T,)."""

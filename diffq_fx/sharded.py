@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
+
+_PLAIN = {Tensor, Parameter}
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -26,6 +29,17 @@ def whole(tensor: Any) -> Tensor:
         True
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`whole` of each; of hundreds of plain tensors without a call for each.
+
+    Example:
+        >>> import torch
+        >>> wholes([torch.ones(2)])
+        [tensor([1., 1.])]
+    """
+    return list(tensors) if _PLAIN.issuperset(map(type, tensors)) else [whole(tensor) for tensor in tensors]
 
 
 def own_part(tensor: Any) -> Tensor:
@@ -51,6 +65,9 @@ def gathered(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         >>> tensor
         tensor([3., 3.])
     """
+    if _PLAIN.issuperset(map(type, tensors)):
+        yield list(tensors)
+        return
     given = [whole(tensor.detach()) if is_sharded(tensor) else tensor for tensor in tensors]
     yield given
     for tensor, values in zip(tensors, given, strict=True):

@@ -13,7 +13,7 @@ from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
 from diffq_fx.methods.diffq_weight import DiffQWeight
-from diffq_fx.sharded import gathered, own_part, whole
+from diffq_fx.sharded import gathered, own_part, whole, wholes
 from diffq_fx.weights import not_finite
 
 _CODING_ROUNDS = 3
@@ -219,7 +219,7 @@ def _refuse_what_is_not_finite(held: Held) -> None:
     """End a training that has diverged, before the step; on a CPU, since elsewhere the look would make every step wait."""
     compression = held.compression
     small = [compression.learned[i].clip for i in held.weights] if compression.frozen else [held.logits[i] for i in held.weights]
-    grads = [whole(each.grad) for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"]
+    grads = wholes([each.grad for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"])
     if not grads or bool(torch.isfinite(_compat.flatten(grads).sum())):
         return
     step = compression.known.steps + 1

@@ -4,6 +4,7 @@ Every loop passes there, with gradients that are accumulated, reduced over ranks
 after each step of any optimizer. Where the gradients are made by a closure, it is this that is followed by what else comes before a step.
 """
 
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -50,9 +51,10 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     frame, stack = sys._getframe(1), _steps.stack
     stack[:] = [step for step in stack if _runs(step.frame, frame)]
-    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(optimizer)))
+    parameters = {*itertools.chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)}
+    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters)))
     stack.append(step)
-    _refuse_flat_copies(optimizer)
+    _refuse_flat_copies(parameters)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
         _prepare(step, again=False)
@@ -101,8 +103,8 @@ def _prepare(step: _Step, *, again: bool) -> None:
         step.prepared.add(held.compression)
 
 
-def _holdings(optimizer: Optimizer) -> Iterator[Held]:
-    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _holdings(parameters: set[int]) -> Iterator[Held]:
+    """What an optimizer with these parameters, by their ids, holds of each prepared model."""
     for compression in list(live):
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
@@ -112,14 +114,13 @@ def _holdings(optimizer: Optimizer) -> Iterator[Held]:
             yield Held(compression, weights, logits, coded, ranges, [])
 
 
-def _refuse_flat_copies(optimizer: Optimizer) -> None:
+def _refuse_flat_copies(parameters: set[int]) -> None:
     """End a training whose optimizer works on copies of the parameters, as DeepSpeed's ZeRO does: its steps tell nothing of the bits."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for compression in list(live):
         if not compression.trained_since:
             continue
         compression.trained_since = False
-        compression.foreign_steps = 0 if compression.has_one_of(held) else compression.foreign_steps + 1
+        compression.foreign_steps = 0 if compression.has_one_of(parameters) else compression.foreign_steps + 1
         if compression.foreign_steps >= _PATIENCE:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
