@@ -13,7 +13,6 @@ from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import ExportExample
-from diffq_fx.export.onnx.exporter import ExportResult
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
 from diffq_fx.export.onnx.layout.functions import call_functions
@@ -25,6 +24,7 @@ from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
+from diffq_fx.export.onnx.result import ExportResult
 from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
