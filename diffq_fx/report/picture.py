@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
-from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.report.tables import named_sizes, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from diffq_fx.report.bits_report import BitsReport, WeightBits
 
 MOST_ROWS = 80
 """Beyond that the picture shows modules in place of weights."""
@@ -52,7 +53,7 @@ class Row:
         return sum(width * count for width, count in self.histogram.items()) / self.numel
 
 
-def picture_rows(weights: Sequence[WeightBits], limit: int = MOST_ROWS) -> list[Row]:
+def picture_rows(weights: "Sequence[WeightBits]", limit: int = MOST_ROWS) -> list[Row]:
     """What to draw a bar for: each weight, or where there are more than ``limit`` what a module holds, else runs of neighbours.
 
     Args:
@@ -64,6 +65,7 @@ def picture_rows(weights: Sequence[WeightBits], limit: int = MOST_ROWS) -> list[
 
     Example:
         >>> from dataclasses import replace
+        >>> from diffq_fx.report.bits_report import WeightBits
         >>> first = WeightBits(name="a.0.weight", shape=(2, 2), consumer="linear", histogram={3: 4}, scale_bits=0, coding_bits=0,
         ...                    container_bits=4, container_scale_bits=0, float_bits=128)
         >>> [row.label for row in picture_rows([first, replace(first, name="b.weight")])]
@@ -82,7 +84,7 @@ def picture_rows(weights: Sequence[WeightBits], limit: int = MOST_ROWS) -> list[
     return [_together(f"{run[0].name} ... {run[-1].name}", run) for run in runs]
 
 
-def _together(label: str, weights: Sequence[WeightBits]) -> Row:
+def _together(label: str, weights: "Sequence[WeightBits]") -> Row:
     if len(weights) == 1:
         return Row(_shortened(weights[0].name), weights[0].histogram)
     histogram: dict[int, int] = {}
@@ -98,7 +100,7 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
 
 
-def draw(report: BitsReport) -> "Figure":
+def draw(report: "BitsReport") -> "Figure":
     """Draw the report.
 
     Args:
@@ -125,14 +127,14 @@ def draw(report: BitsReport) -> "Figure":
     return figure
 
 
-def _title(report: BitsReport) -> str:
+def _title(report: "BitsReport") -> str:
     return (
         f"{report.model}, {report.stage}: {report.average_bits:.2f} bits a weight "
         f"({report.average_bits_in_all:.2f} with scales and widths), {report.compression_ratio:.1f}x smaller than float"
     )
 
 
-def _draw_sizes(axes: "Axes", report: BitsReport) -> None:
+def _draw_sizes(axes: "Axes", report: "BitsReport") -> None:
     """The three sizes as bars, each in its parts."""
     sizes = named_sizes(report)
     longest = max(size.total_mib for _, size in sizes)
@@ -196,7 +198,7 @@ def _colors(widths: Sequence[int]) -> list[tuple[float, float, float, float]]:
     return [matplotlib.colormaps[_COLORMAP](0.02 + 0.96 * (width - low) / (high - low)) for width in widths]
 
 
-def _bits_legend(axes: "Axes", report: BitsReport) -> None:
+def _bits_legend(axes: "Axes", report: "BitsReport") -> None:
     """Which colour is which width, and what share of the model has it."""
     widths = list(report.histogram)
     labels = [f"{width} ({percent(report.histogram[width] / report.numel)})" for width in widths]
@@ -220,7 +222,7 @@ def _legend(axes: "Axes", title: str, labels: Sequence[str], colors: Sequence[An
     )
 
 
-def save(report: BitsReport, path: str | Path) -> Path:
+def save(report: "BitsReport", path: str | Path) -> Path:
     """Draw the report into a file; an older file survives until the new one is complete.
 
     Args:

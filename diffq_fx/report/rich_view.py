@@ -1,14 +1,17 @@
 """The report as rich tables that fit the console: where it is narrow, the less important columns go, never a row."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from diffq_fx.report.bits_report import BitsReport
 from diffq_fx.report.tables import TextTable, size_table, skipped_table, summary_lines, weight_table
+
+if TYPE_CHECKING:
+    from diffq_fx.report.bits_report import BitsReport
 
 _GAP = 3
 _NARROWEST_NAME = 24
@@ -17,7 +20,7 @@ _NARROWEST_NAME = 24
 class RichReport:
     """What ``rich.print`` shows of a report."""
 
-    def __init__(self, report: BitsReport) -> None:
+    def __init__(self, report: "BitsReport") -> None:
         self.report = report
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from diffq_fx.budget.size import mib
-from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
+
+if TYPE_CHECKING:
+    from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAMES_SHOWN = 6
@@ -32,7 +35,7 @@ class TextTable:
     rows: tuple[tuple[str, ...], ...]
 
 
-def plain_text(report: BitsReport) -> str:
+def plain_text(report: "BitsReport") -> str:
     """The whole report in ASCII (but for the names), a line per weight.
 
     Args:
@@ -60,7 +63,7 @@ def _plain(table: TextTable) -> str:
     return "\n".join([table.title, rule, lines[0], rule, *lines[1:]])
 
 
-def weight_table(report: BitsReport, *, blocks: bool) -> TextTable:
+def weight_table(report: "BitsReport", *, blocks: bool) -> TextTable:
     """One row per quantized weight.
 
     Args:
@@ -106,7 +109,7 @@ def weight_table(report: BitsReport, *, blocks: bool) -> TextTable:
     return TextTable(f"{report.model}, {report.stage}: bits of {_count(len(rows), 'weight tensor')}", columns, tuple(rows))
 
 
-def size_table(report: BitsReport) -> TextTable:
+def size_table(report: "BitsReport") -> TextTable:
     """The three sizes of the model, each in its parts."""
     headings = ("levels", "overhead", "not quantized", "total", "of float")
     columns = (Column("size", left=True), *(Column(heading) for heading in headings))
@@ -119,7 +122,7 @@ def size_table(report: BitsReport) -> TextTable:
     return TextTable("sizes of the parameters in MiB (overhead: scales, zero points and coded widths)", columns, tuple(rows))
 
 
-def named_sizes(report: BitsReport) -> tuple[tuple[str, SizeParts], ...]:
+def named_sizes(report: "BitsReport") -> "tuple[tuple[str, SizeParts], ...]":
     """The three sizes and what to call them."""
     return (
         ("bit-packed (exact)", report.packed_size),
@@ -128,7 +131,7 @@ def named_sizes(report: BitsReport) -> tuple[tuple[str, SizeParts], ...]:
     )
 
 
-def skipped_table(report: BitsReport) -> TextTable:
+def skipped_table(report: "BitsReport") -> TextTable:
     """The parameters that stay in float, by reason."""
     by_reason: dict[str, list[str]] = {}
     for each in report.skipped:
@@ -142,7 +145,7 @@ def skipped_table(report: BitsReport) -> TextTable:
     return TextTable("not quantized", columns, tuple(rows))
 
 
-def summary_lines(report: BitsReport) -> Iterator[str]:
+def summary_lines(report: "BitsReport") -> Iterator[str]:
     """What holds for the whole model, a line each."""
     yield (
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "
@@ -171,7 +174,7 @@ class _MibFormat:
         return f"{mib(bits):.{self.decimals}f}"
 
 
-def _mib_format(report: BitsReport) -> _MibFormat:
+def _mib_format(report: "BitsReport") -> _MibFormat:
     return _MibFormat(4 if report.float_size.total_mib >= 1 else 6)
 
 
@@ -179,7 +182,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != 1)
 
 
-def _shares(weight: WeightBits) -> str:
+def _shares(weight: "WeightBits") -> str:
     """``2:25% 4:75%``."""
     return " ".join(f"{width}:{percent(count / weight.numel)}" for width, count in weight.histogram.items())
 
@@ -194,7 +197,7 @@ def percent(share: float) -> str:
     return "<1%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
-def _sparkline(weight: WeightBits, widths: range) -> str:
+def _sparkline(weight: "WeightBits", widths: range) -> str:
     """One character per width, as high as the share of the weights that have it; a dot for none."""
     shares = [weight.histogram.get(width, 0) / weight.numel for width in widths]
     return "".join(_BLOCKS[math.ceil(share * len(_BLOCKS)) - 1] if share else "·" for share in shares)
