@@ -108,7 +108,9 @@ def _options(threads: int, entries: Mapping[str, str]) -> Any:
     return options
 
 
-def open_session(path: str | Path, threads: int, entries: Mapping[str, str], profile: Path | None = None) -> "InferenceSession":
+def open_session(
+    path: str | Path, threads: int, entries: Mapping[str, str], profile: Path | None = None, optimized: Path | None = None
+) -> "InferenceSession":
     """Load a file with onnxruntime's CPU provider.
 
     Args:
@@ -116,6 +118,7 @@ def open_session(path: str | Path, threads: int, entries: Mapping[str, str], pro
         threads: threads inside an operator; 0 leaves it to onnxruntime.
         entries: session entries, see :func:`session_entries`.
         profile: how the name of a profile shall begin; None for none.
+        optimized: where to write the graph as onnxruntime runs it; None for nowhere.
 
     Returns:
         The session.
@@ -131,6 +134,8 @@ def open_session(path: str | Path, threads: int, entries: Mapping[str, str], pro
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _compat.onnxruntime_errors() as error:
