@@ -38,6 +38,7 @@ _tree_leaves = _private("torch.utils._pytree", "tree_leaves")
 _tree_map_only = _private("torch.utils._pytree", "tree_map_only")
 _decompositions = _private("torch._decomp", "decomposition_table")
 _dispatch_key = _private("torch._C", "DispatchKey")
+_graph_task = _private("torch._C", "_current_graph_task_id")
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -61,9 +62,14 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         target.copy_(source)
 
 
-def in_function_transform() -> bool:
-    """Whether this runs inside a transform of torch.func. True if torch does not tell: then no C kernel runs, which is always right."""
-    return _interpreter_stack is None or _interpreter_stack() is not None
+def in_function_transform(unknown: bool) -> bool:
+    """Whether this runs inside a transform of torch.func; ``unknown`` if torch does not tell."""
+    return unknown if _interpreter_stack is None else _interpreter_stack() is not None
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass. False if torch does not tell: then what cannot work there ends in torch's own error."""
+    return _graph_task is not None and _graph_task() != -1
 
 
 def in_dispatch_mode() -> bool:

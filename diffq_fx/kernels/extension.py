@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 @functools.cache
 def kernels() -> SimpleNamespace | None:
     """The kernels, a function each that takes addresses and numbers; None where torch's operations are to be used."""
-    wanted, found = os.environ.get("DIFFQ_FX_KERNELS", "native"), variants()
+    wanted, found = os.environ.get("DIFFQ_FX_KERNELS") or "native", variants()
     if wanted not in ("native", "torch", *found):
         here = ", ".join(f'"{name}"' for name in found) or "none is built"
         raise ValueError(

@@ -155,7 +155,9 @@ def takes_logits(logits: Tensor) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor's memory holds what it stands for: not so for subclasses such as DTensor and inside torch.func."""
-    return type(tensor) in (Tensor, Parameter) and not _compat.in_function_transform()
+    return type(tensor) in (Tensor, Parameter) and not _compat.in_function_transform(
+        unknown=True
+    )  # then torch works on it, which is always right
 
 
 def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -139,9 +139,19 @@ class WeightQuantizer(nn.Module, ABC):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight, as the model has it now."""
+        """The weight, as the model has it now.
+
+        Raises:
+            PreparationError: something has put it elsewhere since.
+        """
         registry, name = self.place
-        return registry[name]
+        weight = registry.get(name)
+        if weight is None:
+            raise PreparationError(
+                f"weight {self.spec.name!r} is no longer where it was prepared: it was removed, parametrized or pruned since. "
+                "Do that to the float model and prepare it then."
+            )
+        return weight
 
     @abstractmethod
     def training_weight(self, weight: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ class WeightQuantizer(nn.Module, ABC):
         """The weight to compute with, of the weight's shape and dtype."""
         if self._stand_in is not None:
             return self._stand_in()
-        if not torch.compiler.is_compiling() and _compat.in_function_transform():
+        if not torch.compiler.is_compiling() and _compat.in_function_transform(unknown=False):
             raise DiffQError(
                 f"weight {self.spec.name!r}: torch.func's transforms (vmap, grad, jvp, jacrev, ...) do not go through a prepared model. "
                 "Use torch.autograd, or transform the float model or the converted one."

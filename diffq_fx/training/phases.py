@@ -13,7 +13,7 @@ from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
 from diffq_fx.methods.diffq_weight import DiffQWeight
-from diffq_fx.sharded import gathered, own_part, whole, wholes
+from diffq_fx.sharded import gathered, is_sharded, own_part, whole, wholes
 from diffq_fx.weights import not_finite
 
 _CODING_ROUNDS = 3
@@ -218,9 +218,15 @@ def _count_step(compression: Compression) -> None:
 def _refuse_what_is_not_finite(held: Held) -> None:
     """End a training that has diverged, before the step; on a CPU, since elsewhere the look would make every step wait."""
     compression = held.compression
-    small = [compression.learned[i].clip for i in held.weights] if compression.frozen else [held.logits[i] for i in held.weights]
-    grads = wholes([each.grad for each in small if each is not None and each.grad is not None and each.grad.device.type == "cpu"])
-    if not grads or bool(torch.isfinite(_compat.flatten(grads).sum())):
+    if compression.learned[0].logits.device.type != "cpu":
+        return
+    learned = [compression.learned[i] for i in held.weights]
+    small = [clip for q in learned if (clip := q.clip) is not None] if compression.frozen else [held.logits[i] for i in held.weights]
+    looked_at = wholes([*small, *(each.grad for each in small if each.grad is not None)])
+    sums = [_compat.flatten(looked_at).sum()] if looked_at else []
+    if compression.frozen:  # before, the gradients of the bits tell of the weights; no rank looks at its part of one alone
+        sums += [weight.detach().sum(dtype=torch.float32) for q in learned if not is_sharded(weight := q.weight)]
+    if not sums or bool(torch.isfinite(torch.stack(sums).sum())):
         return
     step = compression.known.steps + 1
     for what, name, tensor in _suspects(compression):
@@ -235,6 +241,10 @@ def _suspects(compression: Compression) -> Iterator[tuple[str, str, Tensor]]:
     """What may not be finite, the cause before its effects."""
     for quantizer in compression.learned:
         yield "the weight ", quantizer.spec.name, quantizer.weight.detach()
+    for quantizer in compression.learned:
+        for what, tensor in (("the bits of ", quantizer.logits), ("the range of ", quantizer.clip)):
+            if tensor is not None:
+                yield what, quantizer.spec.name, tensor
     for quantizer in compression.learned:
         own = {"": quantizer.weight, "the bits of ": quantizer.logits, "the range of ": quantizer.clip}
         for what, tensor in own.items():

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from diffq_fx import _compat
 from diffq_fx.compression import Compression, live
 from diffq_fx.errors import DiffQError
 from diffq_fx.training.phases import Held, after_step, before_step, new_ranges, shorten_code
@@ -98,6 +99,12 @@ def _prepare(step: _Step, *, again: bool) -> None:
         if not again and any(held.compression in outer.prepared for outer in around):
             continue
         if held.weights:
+            if held.compression.config.has_target and _compat.in_backward():
+                raise DiffQError(
+                    "an optimizer step inside backward() (from a hook on the gradient of a parameter) cannot hold a size target: it "
+                    "changes the bits of weights whose gradients are still to come. Step after backward(), or train with penalty and "
+                    "target_bits=None."
+                )
             before_step(step.optimizer, held, is_first_time=held.compression not in step.prepared)
         shorten_code(step.optimizer, held)
         step.prepared.add(held.compression)

@@ -51,8 +51,14 @@ def find_products(path: Path) -> list[IntegerProduct]:
     graphs = list(_graphs(model.graph))
     producers = {output: node for graph in graphs for node in graph.node for output in node.output}
     constants = _Constants(model, path.parent, producers)
+    readers: dict[str, list[NodeProto]] = {}
+    for node in (node for graph in graphs for node in graph.node):
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
     found = []
     for node in (node for graph in graphs for node in graph.node):
+        if _gets_levels_at_load(node, producers, readers):
+            found.append(IntegerProduct(node.name or node.output[0], node.op_type, node.input[0], None))
         if (factors := _factors(node, producers)) is not None:
             name = node.name or node.output[0]
             found.append(IntegerProduct(name, node.op_type, factors[0], constants.value(factors[1])))
@@ -70,7 +76,10 @@ def check_products(path: Path) -> None:
     """
     for product in find_products(path):
         if product.levels is None:
-            raise ExportError(f"the integer product {product.name!r} ({product.operator}) has no constant weight: it may saturate.")
+            raise ExportError(
+                f"the integer product {product.name!r} ({product.operator}) has no constant levels in the file: it may saturate. "
+                "The file was not written; please report this model."
+            )
         if not is_exact(product.levels):
             low, high = product.levels.min(), product.levels.max()
             raise ExportError(
@@ -97,6 +106,24 @@ def _factors(node: NodeProto, producers: dict[str, NodeProto]) -> tuple[str, str
     sources = [_dequantized(name, producers) for name in node.input[:2]]
     known = [source for source in sources if source is not None]
     return (known[0], known[1]) if len(known) == 2 else None
+
+
+def _gets_levels_at_load(node: NodeProto, producers: dict[str, NodeProto], readers: dict[str, list[NodeProto]]) -> bool:
+    """Whether onnxruntime quantizes the float weight of a product by itself: between a DequantizeLinear and a QuantizeLinear it does."""
+    if node.op_type not in (*_FUSED_PRODUCTS, "ConvTranspose") or node.domain or _dequantized(node.input[0], producers) is None:
+        return False
+    if _dequantized(node.input[1], producers) is not None:
+        return False
+    pending = list(readers.get(node.output[0], ()))
+    if len(pending) == 1 and pending[0].op_type == "Add":
+        pending = list(readers.get(pending[0].output[0], ()))
+    while pending:
+        reader = pending.pop()
+        if reader.op_type == "QuantizeLinear":
+            return True
+        if reader.op_type in (*_MOVING, "Relu", "Clip"):
+            pending += readers.get(reader.output[0], ())
+    return False
 
 
 def _dequantized(name: str, producers: dict[str, NodeProto]) -> str | None:

@@ -20,6 +20,7 @@ from diffq_fx.export.onnx.layout.int8 import (
     emit_filters,
     find_rounded,
     form_of_filters,
+    keep_in_float,
     round_values,
     without_empty_scales,
 )
@@ -89,6 +90,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
     rounded = find_rounded(model.graph, convolutions)
     if request.ranges is not None and not request.twin:
         round_values(emitter, rounded, request.ranges)
+        keep_in_float(emitter, convolutions)
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     return Applied(tuple(records), tuple(rounded))

@@ -21,6 +21,7 @@ from diffq_fx.export.onnx.layout.table import WeightTable
 _COMPUTING = {"Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool"}
 _MOVING = {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"}
 """What gives out numbers that it has read: the same scale before and behind."""
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _LEVELS = 255
 _MIN_GROUP = 32
 """Channels a group from which int8 was measured to be faster than float: 1.3 to 5 times slower below, but for depthwise convolutions."""
@@ -259,6 +260,49 @@ def round_values(emitter: Emitter, rounded: Sequence[RoundedValue], ranges: Mapp
     }
     for entry in rounded:
         _round(emitter, entry, constants[entry.source])
+
+
+def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
+    """Put a Max in front of the QuantizeLinear of each product whose weight stays in float.
+
+    onnxruntime (1.31) gives such a weight, between a DequantizeLinear and a QuantizeLinear, int8 levels of its own when it loads the file:
+    one scale for all of it, up to 127. These saturate on x86 without VNNI, and are less exact everywhere.
+
+    Args:
+        emitter: of the graph, which is changed.
+        convolutions: the Conv nodes that are integer ones.
+    """
+    lowest = None
+    for node in list(emitter.graph):
+        if node.op_type not in _PRODUCTS or node.domain or node in convolutions or not _hangs_on_integers(node.inputs[0]):
+            continue
+        readers = node.outputs[0].consumers()
+        last = readers[0] if len(readers) == 1 and readers[0].op_type == "Add" else node  # onnxruntime makes a Gemm of MatMul and Add
+        result = last.outputs[0]
+        if not _leads_to_integers(result):
+            continue
+        lowest = lowest or emitter.initializer("lowest", np.finfo(np.float32).min)
+        kept = make_node("Max", [result, lowest], emitter.unique(f"{result.name}.float"))
+        describe_like(kept.outputs[0], result)
+        for reader, index in [use for use in result.uses() if use[0] is not kept]:
+            reader.replace_input_with(index, kept.outputs[0])
+        emitter.graph.insert_after(last, [kept])
+    emitter.flush()
+
+
+def _hangs_on_integers(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in _MOVING and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _leads_to_integers(value: ir.Value) -> bool:
+    """Whether onnxruntime may move the QuantizeLinear of what is made of a value up to the value itself."""
+    readers = value.consumers()
+    if any(reader.op_type == "QuantizeLinear" for reader in readers):
+        return True
+    return any(_leads_to_integers(reader.outputs[0]) for reader in readers if reader.op_type in _MOVING | {"Relu", "Clip"})
 
 
 def _round(emitter: Emitter, entry: RoundedValue, constants: list[ir.Value]) -> None:
