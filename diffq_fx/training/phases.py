@@ -88,10 +88,10 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
             pressure.project(state, rows, sums_W6.sum(0), scale)
 
 
-def new_ranges(compression: Compression) -> list[Tensor]:
-    """The learned ranges in the step in which they begin to train, else none."""
+def ranges_begin(compression: Compression) -> bool:
+    """Whether this is the step in which the learned ranges begin to train."""
     steps, frozen, frozen_at, *_ = compression.known
-    return [q.clip for q in compression.learned if q.clip is not None] if frozen and steps == frozen_at else []
+    return frozen and steps == frozen_at
 
 
 @torch.no_grad()

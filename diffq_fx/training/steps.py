@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from diffq_fx import _compat
 from diffq_fx.compression import Compression, live
 from diffq_fx.errors import DiffQError
-from diffq_fx.training.phases import Held, after_step, before_step, new_ranges, shorten_code
+from diffq_fx.training.phases import Held, after_step, before_step, ranges_begin, shorten_code
 
 _PATIENCE = 50
 """Steps of optimizers that hold no parameter of a model, which trains between them, until that is an error."""
@@ -116,7 +116,8 @@ def _holdings(parameters: set[int]) -> Iterator[Held]:
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
         coded = [q for q in compression.learned if id(q.place[0].get(q.place[1])) in parameters] if compression.is_coded else []
-        ranges = [clip for clip in new_ranges(compression) if id(clip) in parameters]
+        ranges = [clip for q in compression.learned if (clip := q._parameters.get("clip")) is not None and id(clip) in parameters]
+        ranges = ranges if ranges and ranges_begin(compression) else []
         if weights or coded or ranges:
             yield Held(compression, weights, logits, coded, ranges, [])
 

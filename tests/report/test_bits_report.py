@@ -192,7 +192,7 @@ class TestWhatIsReported:
 
     def test_a_multiplier_is_shown_where_there_is_one(self):
         prepared = tiny()
-        prepared.compression.pressure.lambda_per_bit = torch.tensor(0.5)
+        prepared.compression.pressure_sums[0] = torch.tensor([-0.5, 1, 0, 0, 0, 1])
         report = bits_report(prepared)
         assert (report.lambda_per_bit, report.lambda_per_mib) == (0.5, 0.5 * MIB_BITS)
         assert "0.5 loss per bit" in str(report)

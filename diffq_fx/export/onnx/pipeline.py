@@ -136,7 +136,8 @@ def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
         weights=applied.records,
     )
     drop_what_is_derived(model)
-    call_functions(model)
+    if request.layout != "qdq":  # other runtimes may not know functions
+        call_functions(model)
     model.producer_name = "diffq_fx"
     model.producer_version = diffq_fx.__version__
     model.metadata_props.update(to_props(metadata))
