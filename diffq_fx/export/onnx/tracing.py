@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -156,6 +157,9 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
     if translated is None:
         raise ValueError("torch.onnx returned no model")
     InlinePass()(translated.model)
+    for value in translated.model.graph.initializers.values():  # the next pass cannot read expanded tensors
+        if value.const_value is not None and not (array := value.const_value.numpy()).flags.c_contiguous:
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), dtype=value.const_value.dtype, name=value.name)
     DeduplicateHashedInitializersPass()(translated.model)  # one table of relative positions, not one for each layer
     ClearMetadataAndDocStringPass()(translated.model)  # stack traces with the paths of this machine
     graph = translated.model.graph
