@@ -1,7 +1,8 @@
 """What a graph of a whole model depends on beside tensors: the attributes that Python read while it was traced, and hooks.
 
 The graph does not read them again. A change of one, or a hook on a module that the graph does not call, ends the use of the graph:
-from then on the model runs its original forward, in which every module makes its own weights.
+from then on the model runs its original forward, in which every module makes its own weights. Most changes are met where they are made;
+what changes in place is compared at each forward.
 """
 
 import functools
@@ -10,7 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from diffq_fx.capture.contents import can_change_in_place, contents_of, is_unchanged
 
 HOOKS = (
     "register_forward_hook",
@@ -32,6 +36,27 @@ class GraphUse:
 
     ended_by: str = ""
     """What was changed; empty while the graph is used."""
+    changeable: list[tuple[str, Any, tuple[Any, ...]]] = field(default_factory=list)
+    """What was read and can change in place: name, object, and what it held."""
+
+    def note(self, name: str, value: Any) -> None:
+        """Watch an object that was read, if it can change in place.
+
+        Raises:
+            CaptureError: its changes could not be seen.
+        """
+        if can_change_in_place(value):
+            self.changeable.append((name, value, contents_of(value, name)))
+
+    def stands(self) -> bool:
+        """Whether nothing was changed that the graph depends on. A compiled model is what it was when it was compiled."""
+        if self.ended_by or torch.compiler.is_dynamo_compiling():
+            return not self.ended_by
+        for name, value, contents in self.changeable:
+            if not is_unchanged(value, contents):
+                self.ended_by = f"{name} was changed in place"
+                return False
+        return True
 
 
 @dataclass

@@ -34,7 +34,7 @@ class CapturedModel(WatchedAttributes, fx.GraphModule):
     @property
     def uses_graph(self) -> bool:
         """Whether calls run the graph; else they run the original forward."""
-        return not self.graph_watch.use.ended_by
+        return self.graph_watch.use.stands()
 
     def recompile(self) -> Any:
         """Make the code of the graph, as fx does."""
@@ -142,6 +142,8 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
     use = GraphUse()
     for path, module in private.named_modules():
         names = reads.of(path) - (set() if path in tracer.run_through else {"forward"})
+        for name in sorted(names & vars(module).keys() - {"_modules"}):
+            use.note(f"{path}.{name}".removeprefix("."), vars(module)[name])
         watch = GraphWatch(use, path, names) if names and path not in tracer.called_whole else None
         if path and (watch or path in found):
             take_over(module, found.get(path, TakenOver()), watch)

@@ -1,0 +1,167 @@
+"""What a forward reads and Python changes in place, on a class or for all modules counts, as it does in the original model."""
+
+import copy
+import functools
+import pickle
+import types
+import warnings
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+
+from diffq_fx import DiffQConfig, convert, prepare_diffq
+from diffq_fx.capture import contents
+
+CONFIG = DiffQConfig(penalty=1.0)
+X = torch.randn(4, 16)
+
+
+class Held:
+    """An object with state behind a method."""
+
+    kind = 1.0
+
+    def __init__(self):
+        self.gain = 1.0
+
+    def value(self):
+        return self.gain * self.kind
+
+
+class Slotted:
+    __slots__ = ("gain",)
+
+    def __init__(self):
+        self.gain = 1.0
+
+
+class Inner(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.linear, self.shared = nn.Linear(16, 16), shared
+
+    def forward(self, x):
+        return self.linear(x) * self.shared["inner"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.settings = {"gain": 1.0, "inner": 1.0, "deep": [{"gain": 1.0}]}
+        self.inner, self.head = Inner(self.settings), nn.Linear(16, 8)
+        self.items, self.last, self.flags = [1.0], deque([1.0]), set()
+        self.space, self.held, self.slotted = types.SimpleNamespace(gain=1.0), Held(), Slotted()
+        self.pair = (1.0, [1.0])
+
+    def forward(self, x):
+        gain = self.settings["gain"] * self.settings["deep"][0]["gain"] * self.items[0] * self.last[-1] * self.pair[1][0]
+        gain = gain * self.space.gain * self.held.value() * self.slotted.gain * (2.0 if "on" in self.flags else 1.0)
+        return self.head(self.inner(x)) * gain
+
+
+CHANGES = {
+    "dict": lambda model: model.settings.update(gain=2.0),
+    "dict of a child": lambda model: model.inner.shared.update(gain=2.0),
+    "nested": lambda model: model.settings["deep"][0].update(gain=2.0),
+    "list": lambda model: model.items.__setitem__(0, 2.0),
+    "deque": lambda model: model.last.append(2.0),
+    "set": lambda model: model.flags.add("on"),
+    "list in a tuple": lambda model: model.pair[1].__setitem__(0, 2.0),
+    "namespace": lambda model: setattr(model.space, "gain", 2.0),
+    "object": lambda model: setattr(model.held, "gain", 2.0),
+    "slots": lambda model: setattr(model.slotted, "gain", 2.0),
+}
+changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+
+
+def prepared(model, scope="model"):
+    model = prepare_diffq(model, X, CONFIG).eval()
+    assert model.compression.scope == scope, model.compression.scope_reason
+    return model
+
+
+def converted(model):
+    with warnings.catch_warnings(action="ignore"):
+        return convert(model)
+
+
+@changes
+@torch.no_grad()
+def test_a_change_in_place_is_followed(change):
+    model = prepared(Net())
+    before = model(X)
+    others = [converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    change(model)
+    assert torch.equal(converted(model)(X), before * 2), "before the prepared model has run"
+    assert torch.equal(model(X), before * 2)
+    for other in others:
+        assert torch.equal(other(X), before), "copies have objects of their own"
+        assert other.uses_graph
+        change(other)
+        assert torch.equal(other(X), before * 2)
+
+
+def test_the_reason_why_a_graph_is_not_used_any_more():
+    model = prepared(Net())
+    model.settings["gain"] = 2.0
+    assert not model.uses_graph
+    assert "settings was changed in place" in model.graph_watch.use.ended_by
+
+
+class Reads(nn.Module):
+    def __init__(self, kept, read):
+        super().__init__()
+        self.linear, self.kept, self.read = nn.Linear(16, 8), kept, read
+
+    def forward(self, x):
+        return self.linear(x) * type(self).call(self)
+
+    def call(self):
+        return float(self.read(self.kept))
+
+
+@pytest.mark.parametrize(
+    ("kept", "what"),
+    [
+        (torch.Generator(), "a Generator"),
+        ({"in a dict": bytearray(1)}, "a bytearray"),
+        (list(range(contents.MOST_VALUES + 1)), "more than 1000 values"),
+    ],
+    ids=["generator", "bytearray", "large"],
+)
+def test_an_object_whose_changes_cannot_be_seen(kept, what):
+    model = prepared(Reads(kept, read_nothing), "module")
+    assert f"the forward reads kept, which holds {what}" in model.compression.scope_reason
+
+
+def read_nothing(kept):
+    return 2.0
+
+
+def scaled(by, kept):
+    return by["gain"]
+
+
+def test_functions_with_state_are_looked_into():
+    for make in (counter, lambda state: functools.partial(scaled, state), lambda state: types.MethodType(scaled, state)):
+        state = {"gain": 1.0}
+        model = prepared(Reads(None, make(state)))
+        before = model(X)
+        mine = model.read.__closure__[0].cell_contents if make is counter else getattr(model.read, "__self__", None) or model.read.args[0]
+        mine["gain"] = 2.0
+        assert torch.equal(model(X), before * 2)
+
+
+def counter(state):
+    return lambda kept: state["gain"]
+
+
+def test_objects_that_hold_each_other_or_the_model():
+    net = Net()
+    net.space.back, net.space.model, net.settings["space"] = net.space, net, net.space
+    model = prepared(net)
+    before = model(X)
+    model.space.gain = 2.0
+    assert torch.equal(model(X), before * 2)
