@@ -38,6 +38,8 @@ class GraphUse:
     """What was changed; empty while the graph is used."""
     changeable: list[tuple[str, Any, tuple[Any, ...]]] = field(default_factory=list)
     """What was read and can change in place: name, object, and what it held."""
+    on_classes: dict[tuple[type, str], tuple[Any, ...]] = field(default_factory=dict)
+    """What was read and belongs to a class, methods included; an object that can change in place by what it held."""
 
     def note(self, name: str, value: Any) -> None:
         """Watch an object that was read, if it can change in place.
@@ -48,15 +50,44 @@ class GraphUse:
         if can_change_in_place(value):
             self.changeable.append((name, value, contents_of(value, name)))
 
+    def note_class(self, cls: type, name: str) -> None:
+        """Watch what a class has under a name.
+
+        Raises:
+            CaptureError: its changes could not be seen.
+        """
+        value = _on_class(cls, name)
+        is_plain = hasattr(type(value), "__get__") or not can_change_in_place(value)
+        self.on_classes[cls, name] = (value,) if is_plain else contents_of(value, name)
+
     def stands(self) -> bool:
         """Whether nothing was changed that the graph depends on. A compiled model is what it was when it was compiled."""
-        if self.ended_by or torch.compiler.is_dynamo_compiling():
-            return not self.ended_by
+        if not self.ended_by and not torch.compiler.is_dynamo_compiling():
+            self.ended_by = next(self._changes(), "")
+        return not self.ended_by
+
+    def _changes(self) -> Iterator[str]:
         for name, value, contents in self.changeable:
             if not is_unchanged(value, contents):
-                self.ended_by = f"{name} was changed in place"
-                return False
-        return True
+                yield f"{name} was changed in place"
+        for (cls, name), (first, *more) in self.on_classes.items():
+            value = _on_class(cls, name)
+            if value is not first and not is_unchanged(value, (first, *more)):
+                yield f"{name} of class {cls.__name__} was changed"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What classes hold belongs to no copy or pickle."""
+        self.stands()
+        return {**vars(self), "on_classes": list(self.on_classes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, on_classes={})
+        for cls, name in state["on_classes"]:
+            self.note_class(cls, name)
+
+
+def _on_class(cls: type, name: str) -> Any:
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _ABSENT)
 
 
 @dataclass

@@ -142,12 +142,19 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
     use = GraphUse()
     for path, module in private.named_modules():
         names = reads.of(path) - (set() if path in tracer.run_through else {"forward"})
-        for name in sorted(names & vars(module).keys() - {"_modules"}):
-            use.note(f"{path}.{name}".removeprefix("."), vars(module)[name])
+        _note_reads(use, path, module, reads.of(path) | ({"forward"} if path in tracer.run_through else set()))
         watch = GraphWatch(use, path, names) if names and path not in tracer.called_whole else None
         if path and (watch or path in found):
             take_over(module, found.get(path, TakenOver()), watch)
     return _become(private, graph, found.get("", TakenOver()), GraphWatch(use, "", reads.of("") - {"forward"}))
+
+
+def _note_reads(use: GraphUse, path: str, module: nn.Module, names: frozenset[str]) -> None:
+    for name in sorted(names - {"_modules"}):
+        if name in vars(module):
+            use.note(f"{path}.{name}".removeprefix("."), vars(module)[name])
+        elif hasattr(type(module), name):
+            use.note_class(type(module), name)
 
 
 def _refuse_unfit(model: nn.Module, example: Example, selection: Selection) -> None:

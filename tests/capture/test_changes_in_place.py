@@ -165,3 +165,72 @@ def test_objects_that_hold_each_other_or_the_model():
     before = model(X)
     model.space.gain = 2.0
     assert torch.equal(model(X), before * 2)
+
+
+class OfClass(nn.Module):
+    gain, table, names = 1.0, {"gain": 1.0}, ("a",)
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = OfBlock(), nn.Linear(16, 8)
+
+    @property
+    def factor(self):
+        return self.gain * self.table["gain"] * len(self.names)
+
+    def forward(self, x):
+        return self.scaled(self.head(self.block(x)))
+
+    def scaled(self, x):
+        return x * self.factor
+
+
+class OfBlock(nn.Module):
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.linear(x) * self.gain
+
+
+ON_CLASSES = {
+    "number": lambda patch: patch.setattr(OfClass, "gain", 2.0),
+    "number of a child": lambda patch: patch.setattr(OfBlock, "gain", 2.0),
+    "tuple": lambda patch: patch.setattr(OfClass, "names", ("a", "b")),
+    "dict": lambda patch: patch.setitem(OfClass.table, "gain", 2.0),
+    "method": lambda patch: patch.setattr(OfClass, "scaled", lambda self, x: 2 * x),
+    "property": lambda patch: patch.setattr(OfClass, "factor", property(lambda self: 2.0)),
+    "forward": lambda patch: patch.setattr(OfClass, "forward", lambda self, x: 2 * self.head(self.block(x))),
+    "forward of a child": lambda patch: patch.setattr(OfBlock, "forward", lambda self, x: 2 * self.linear(x)),
+    "forward of torch's": lambda patch: patch.setattr(nn.Linear, "forward", lambda self, x: x @ self.weight.T + self.bias),
+}
+
+
+def without_bias(model):
+    """So that a factor anywhere is a factor of the result."""
+    with torch.no_grad():
+        model.head.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("change", ON_CLASSES.values(), ids=ON_CLASSES)
+@torch.no_grad()
+def test_a_change_of_a_class_is_followed(monkeypatch, change):
+    model = prepared(without_bias(OfClass()))
+    others = [model, converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    before = model(X)
+    assert all(torch.equal(other(X), before) and other.uses_graph for other in others)
+    change(monkeypatch)
+    for other in [*others, converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]:
+        after = other(X)
+        assert not other.uses_graph
+        torch.testing.assert_close(after, before * (1 if "Linear" in other.graph_watch.use.ended_by else 2))
+
+
+def test_a_graph_is_used_until_a_class_changes_what_it_read(monkeypatch):
+    model = prepared(OfClass())
+    monkeypatch.setattr(OfClass, "other", 1.0, raising=False)
+    assert model.uses_graph
