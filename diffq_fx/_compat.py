@@ -38,6 +38,7 @@ _tree_leaves = _private("torch.utils._pytree", "tree_leaves")
 _tree_map_only = _private("torch.utils._pytree", "tree_map_only")
 _decompositions = _private("torch._decomp", "decomposition_table")
 _dispatch_key = _private("torch._C", "DispatchKey")
+_any_global_hook = _private("torch.nn.modules.module", "_has_any_global_hook")
 _graph_task = _private("torch._C", "_current_graph_task_id")
 
 
@@ -75,6 +76,11 @@ def in_backward() -> bool:
 def in_dispatch_mode() -> bool:
     """Whether operations are recorded by a mode. True if torch does not tell: then no C kernel runs, which is always right."""
     return _in_dispatch_mode is None or _in_dispatch_mode()
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook is registered for all modules. False if torch does not tell: it then fires on the modules that a graph calls."""
+    return _any_global_hook is not None and bool(_any_global_hook())
 
 
 def tree_leaves(tree: Any) -> list[Any]:

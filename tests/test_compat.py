@@ -69,6 +69,18 @@ def test_a_transform_of_torch_func_is_seen():
     assert not _compat.in_function_transform(unknown=False)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_hook_on_all_modules_is_seen_where_torch_tells(monkeypatch, gone):
+    if gone:
+        monkeypatch.setattr(_compat, "_any_global_hook", None)
+    hook = nn.modules.module.register_module_forward_hook(lambda *call: None)
+    try:
+        assert _compat.has_global_hooks() is not gone
+    finally:
+        hook.remove()
+    assert not _compat.has_global_hooks()
+
+
 class Pair(NamedTuple):
     first: Tensor
     second: int

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
+from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.capture.handing import weight_properties
 from diffq_fx.capture.readers import hooked_modules, reading_modules
@@ -43,7 +44,7 @@ class CapturedModel(WatchedAttributes, fx.GraphModule):
 
         @functools.wraps(of_the_graph)
         def forward(self: "CapturedModel", *args: Any, **kwargs: Any) -> Any:
-            return (of_the_graph if self.uses_graph else of_python)(self, *args, **kwargs)
+            return (of_the_graph if self.uses_graph and not _compat.has_global_hooks() else of_python)(self, *args, **kwargs)
 
         cls.forward = forward
         return code
@@ -158,6 +159,8 @@ def _note_reads(use: GraphUse, path: str, module: nn.Module, names: frozenset[st
 
 
 def _refuse_unfit(model: nn.Module, example: Example, selection: Selection) -> None:
+    if _compat.has_global_hooks():
+        raise CaptureError("a hook is registered for all modules (register_module_forward_hook or its like), which a graph would freeze")
     hooked = hooked_modules(model, selection)
     if hooked:
         raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")

@@ -99,6 +99,36 @@ def test_a_hook_on_a_converted_model_fires():
     assert seen == [1]
 
 
+GLOBAL_HOOKS = [
+    torch.nn.modules.module.register_module_forward_pre_hook,
+    torch.nn.modules.module.register_module_forward_hook,
+    torch.nn.modules.module.register_module_full_backward_pre_hook,
+    torch.nn.modules.module.register_module_full_backward_hook,
+]
+
+
+@pytest.mark.parametrize("is_converted", [False, True], ids=["prepared", "converted"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("register", GLOBAL_HOOKS, ids=lambda register: register.__name__)
+def test_a_hook_on_all_modules_fires_on_each_layer(register, when, is_converted):
+    seen = []
+    hook = None if when == "after" else register(lambda module, *values: seen.append(type(module)))
+    try:
+        model = prepare_diffq(Net(), X, CONFIG).eval()
+        model = converted(model) if is_converted else model
+        hook = hook or register(lambda module, *values: seen.append(type(module)))
+        seen.clear()
+        with_hook = model(X.clone().requires_grad_())
+        with_hook.sum().backward()
+    finally:
+        hook.remove()
+    assert [kind.__name__ for kind in seen].count("Linear") == 3
+    assert [kind.__name__ for kind in seen].count("Block") == 1
+    if when == "after":
+        assert model.uses_graph, "without the hook the graph runs again"
+    assert torch.equal(model(X), with_hook)
+
+
 def test_a_layer_that_python_calls_computes_with_the_quantized_weight():
     model = prepared("auto").eval()
     with torch.no_grad():
