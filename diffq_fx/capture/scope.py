@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from diffq_fx.capture.handing import handed_weights, is_handed, run_forward_of_instance, runs_forward_of_instance, weight_properties
 from diffq_fx.capture.trace import HANDED, OwnForwardTracer, trace_in_both_modes
-from diffq_fx.capture.watch import GraphWatch, WatchedModule
+from diffq_fx.capture.watch import GraphWatch, Reads, WatchedModule, is_frozen
 from diffq_fx.errors import CaptureError
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, owner_of
@@ -148,7 +148,7 @@ def capture_own_forward(module: nn.Module) -> fx.GraphModule:
     """Trace a module's own forward, children as calls.
 
     Raises:
-        CaptureError: the forward has optional arguments or cannot be traced faithfully.
+        CaptureError: the forward has optional arguments, reads an attribute that a graph would freeze, or cannot be traced faithfully.
     """
     if {"forward", _INSTANCE_FORWARD} & vars(module).keys():
         raise CaptureError("a forward of its own is set on the instance")
@@ -162,7 +162,11 @@ def capture_own_forward(module: nn.Module) -> fx.GraphModule:
         plain.training = training  # of this module alone: the children are the model's own
         return plain
 
-    graph, _ = trace_in_both_modes(make_copy, OwnForwardTracer)
+    reads = Reads(is_on=True)
+    graph, _ = trace_in_both_modes(lambda training: reads.watch_alone(make_copy(training)), OwnForwardTracer)
+    for name in sorted(reads.of("")):
+        if is_frozen(module, name):
+            raise CaptureError(f"its forward reads {name}, which a graph would freeze")
     return fx.GraphModule(make_copy(module.training), graph)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffq_fx import _compat
 from diffq_fx.capture.contents import can_change_in_place, contents_of, is_unchanged
 
 HOOKS = (
@@ -104,6 +105,15 @@ class GraphWatch:
         self.use.ended_by = self.use.ended_by or f"{self.path or 'the model'}: {change}"
 
 
+def is_frozen(module: nn.Module, name: str) -> bool:
+    """Whether a graph holds what an attribute was when it was traced; it reads tensors and modules where they are, lists of them too."""
+    if name in vars(module):
+        held = _compat.tree_leaves(vars(module)[name])
+        return not held or not all(isinstance(each, Tensor | nn.Module) for each in held)
+    on_class = _on_class(type(module), name)
+    return on_class is not _ABSENT and not hasattr(type(on_class), "__get__")
+
+
 def note_change(module: Any, name: str, value: Any) -> None:
     """End the use of the graph if an attribute is to get another value that the traced forward has read."""
     watch: GraphWatch | None = module.__dict__.get("graph_watch")
@@ -164,6 +174,11 @@ class Reads:
         for path, module in model.named_modules():
             module.__class__ = _reporting(type(module), self._note(path))
         return model
+
+    def watch_alone(self, module: nn.Module) -> nn.Module:
+        """The same for one module, whose children belong to a model in use."""
+        module.__class__ = _reporting(type(module), self._note(""))
+        return module
 
     @contextmanager
     def paused(self) -> Iterator[None]:

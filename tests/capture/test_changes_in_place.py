@@ -234,3 +234,32 @@ def test_a_graph_is_used_until_a_class_changes_what_it_read(monkeypatch):
     model = prepared(OfClass())
     monkeypatch.setattr(OfClass, "other", 1.0, raising=False)
     assert model.uses_graph
+
+
+class OwnsItsWeight(nn.Module):
+    power = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.settings, self.gain = nn.Parameter(torch.randn(16, 16)), {"gain": 1.0}, 1.0
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) * self.settings["gain"] * self.gain * self.power
+
+
+@pytest.mark.parametrize("change", ["gain", "settings", "power", "stride"])
+@torch.no_grad()
+def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
+    original = nn.Sequential(OwnsItsWeight(), nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 1, 4, bias=False))
+    model = prepare_diffq(original, X, CONFIG, scope="module").eval()
+    models = [model, converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    before = model(X)
+    monkeypatch.setattr(OwnsItsWeight, "power", 2.0 if change == "power" else 1.0)
+    for each in models:
+        if change == "gain":
+            each[0].gain = 2.0
+        elif change == "settings":
+            each[0].settings["gain"] = 2.0
+        elif change == "stride":
+            each[2].stride = (2,)
+        torch.testing.assert_close(each(X), before[..., ::2] if change == "stride" else 2 * before)
