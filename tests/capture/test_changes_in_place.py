@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, convert, prepare_diffq
-from diffq_fx.capture import contents
+from diffq_fx.capture import contents, watch
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -263,3 +263,14 @@ def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
         elif change == "stride":
             each[2].stride = (2,)
         torch.testing.assert_close(each(X), before[..., ::2] if change == "stride" else 2 * before)
+
+
+def test_a_model_without_changeable_attributes_compares_nothing_but_a_few_names_of_classes(monkeypatch):
+    model = prepared(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
+    assert model.graph_watch.use.changeable == []
+    assert model.graph_watch.use.on_classes.keys() == {(nn.Linear, "forward"), (nn.Sequential, "forward")}
+    checks, stands = [], watch.GraphUse.stands
+    monkeypatch.setattr(watch.GraphUse, "stands", lambda use: checks.append(use) or stands(use))
+    monkeypatch.setattr(watch, "is_unchanged", lambda *_: pytest.fail("nothing is walked through"))
+    model(X)
+    assert len(checks) == 1
