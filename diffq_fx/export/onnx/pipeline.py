@@ -11,6 +11,7 @@ from torch import nn
 import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
@@ -23,7 +24,7 @@ from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
-from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
+from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
 from diffq_fx.export.onnx.result import ExportResult
 from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
@@ -100,7 +101,14 @@ def export_file(
             if calibration is not None:
                 found = _calibrated(job, calibration)
                 job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
-            draft = _draft_without_dequantization(job)
+            try:
+                draft = _draft_without_dequantization(job)
+            except SizeError as error:
+                if dynamic_shapes is not None:
+                    raise ExportError(f"{error}. {SIZE_ADVICE}") from error
+                traced = trace(converted, example, None, static=str(error))
+                job = replace(job, traced=traced, request=replace(job.request, sizes=traced.sizes))
+                draft = _draft_without_dequantization(job)
             file_bytes = publish(draft.file, path)
     except DiffQError as error:
         raise ExportError(f"export_onnx: {error}") from error
