@@ -205,6 +205,18 @@ def test_the_cause_is_named(model, shape, says, path):
     assert "Next steps" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("value", "trained"), [(math.nan, True), (math.nan, False), (math.inf, True)])
+def test_parameters_that_are_not_finite_are_named(value, trained, path):
+    model = Holder(Linear(16, 16, 4)).eval()
+    model.inner.bias.data[3] = value
+    model.inner.bias.requires_grad_(trained)
+    with pytest.raises(
+        ExportError, match=r"parameter 'inner\.bias' is not finite in 1 of 16 places, first at \(3,\): its training diverged"
+    ):
+        export_onnx(model, torch.randn(4, 16), path)
+    assert not path.exists()
+
+
 class GroupsOfTheBatch(nn.Module):
     def __init__(self):
         super().__init__()
