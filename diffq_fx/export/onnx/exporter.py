@@ -89,8 +89,8 @@ def export_onnx(
 
     Raises:
         ExportError: torch is older than 2.9; the model is not converted, has a parameter that is not finite, holds a weight without ONNX
-            form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be
-            written or does not compute what the model computes.
+            form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
+            fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
         TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
         ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
             use.

@@ -13,6 +13,7 @@ from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
+from diffq_fx.export.onnx.causes import failure_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
@@ -81,38 +82,52 @@ def export_file(
     example = ExportExample.of(example_inputs).on_its_own()
     try:
         with draft_folder(path, ExportError) as folder:
-            weights = weights_by_initializer(converted)
-            for weight in weights.values():
-                if isinstance(weight, IntegerWeight):
-                    read_table(weight)  # a weight without ONNX form is found before the long work begins
-            traced = trace(converted, example, dynamic_shapes)
-            halved = halved_names(converted)
-            job = _Job(
-                converted=converted,
-                weights=weights,
-                example=example,
-                traced=traced,
-                halved=halved,
-                folder=folder,
-                path=path,
-                request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
-                verify=verify,
-            )
-            if calibration is not None:
-                found = _calibrated(job, calibration)
-                job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
             try:
-                draft = _draft_without_dequantization(job)
-            except SizeError as error:
-                if dynamic_shapes is not None:
-                    raise ExportError(f"{error}. {SIZE_ADVICE}") from error
-                traced = trace(converted, example, None, static=str(error))
-                job = replace(job, traced=traced, request=replace(job.request, sizes=traced.sizes))
-                draft = _draft_without_dequantization(job)
+                job = _job(converted, example, path, folder, request, dynamic_shapes, verify=verify)
+                if calibration is not None:
+                    found = _calibrated(job, calibration)
+                    job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
+                job, draft = _drafted(job, dynamic_shapes)
+            except DiffQError as error:
+                raise ExportError(failure_cause(converted, example, error)) from error
             file_bytes = publish(draft.file, path)
     except DiffQError as error:
         raise ExportError(f"export_onnx: {error}") from error
     return _result(job, draft, file_bytes)
+
+
+def _job(
+    converted: nn.Module, example: ExportExample, path: Path, folder: Path, request: LayoutRequest, dynamic_shapes: Any, *, verify: bool
+) -> _Job:
+    weights = weights_by_initializer(converted)
+    for weight in weights.values():
+        if isinstance(weight, IntegerWeight):
+            read_table(weight)  # a weight without ONNX form is found before the long work begins
+    traced = trace(converted, example, dynamic_shapes)
+    halved = halved_names(converted)
+    return _Job(
+        converted=converted,
+        weights=weights,
+        example=example,
+        traced=traced,
+        halved=halved,
+        folder=folder,
+        path=path,
+        request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
+        verify=verify,
+    )
+
+
+def _drafted(job: _Job, dynamic_shapes: Any) -> tuple[_Job, _Draft]:
+    """Draft the file; with a static batch where it is wrong at another one."""
+    try:
+        return job, _draft_without_dequantization(job)
+    except SizeError as error:
+        if dynamic_shapes is not None:
+            raise ExportError(f"{error}. {SIZE_ADVICE}") from error
+        traced = trace(job.converted, job.example, None, static=str(error))
+        job = replace(job, traced=traced, request=replace(job.request, sizes=traced.sizes))
+        return job, _draft_without_dequantization(job)
 
 
 def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:
