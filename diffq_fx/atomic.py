@@ -33,11 +33,13 @@ def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
         error: what to raise.
 
     Raises:
-        DiffQError: as ``error``: the target's folder is missing or read-only, or the target is a folder or read-only.
+        DiffQError: as ``error``: the target's folder is missing or read-only, or the target is a folder, a device, a pipe or read-only.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise error(f"cannot write '{path}': it is a folder")
+    if target.exists() and not target.is_file():
+        raise error(f"cannot write '{path}': it is no regular file (a device, pipe or socket), which a new file would replace")
     if target.exists() and not os.access(target, os.W_OK):
         raise error(f"cannot write '{path}': the file is read-only")
     with naming(path, error):

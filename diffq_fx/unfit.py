@@ -34,6 +34,11 @@ def refuse_unfit_modules(model: nn.Module, caller: str) -> None:
             raise PreparationError(
                 f"{caller}: {where} is compiled by torch.compile. Prepare the module inside, its _orig_mod, and compile the prepared model."
             )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise PreparationError(
+                f"{caller}: {where} is a {type(module).__name__}. Prepare the module inside first, and wrap the prepared model then: "
+                "the wrapper has to know the parameters of the bits."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise PreparationError(
                 f"{caller}: {where} is a {type(module).__name__} of torch.jit, whose weights only TorchScript reads. Prepare the model in "

@@ -25,6 +25,10 @@ _CLIPPINGS = ("learned", "fitted", "none")
 _SIZES = ("bits", "container", "entropy")
 
 
+class _NotGiven(float):
+    """Four bits where there is no other aim; a 4 that the user wrote does not yield to another."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffQConfig(Method):
     """Settings of DiffQ. The defaults compress to 4 bits a weight, scales and everything else about the weights included.
@@ -37,6 +41,7 @@ class DiffQConfig(Method):
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
+        TypeError: a target, the penalty or the widths are no numbers.
 
     Example:
         >>> DiffQConfig(target_bits=3, group_size=8).target_bits
@@ -47,7 +52,7 @@ class DiffQConfig(Method):
         ValueError: DiffQConfig: min_bits must be from 1 to 16, got 0.
     """
 
-    target_bits: float | None = math.nan  # not a number: 4 where there is no other aim; a 4 that the user wrote does not yield
+    target_bits: float | None = _NotGiven(_DEFAULT_TARGET_BITS)
     """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths. By default 4."""
     target_mib: float | None = None
     """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
@@ -124,15 +129,19 @@ class DiffQConfig(Method):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the setting and the value."""
-        if self.target_bits != self.target_bits:
+        if isinstance(self.target_bits, _NotGiven):
             aimless = self.target_mib is None and self.penalty is None
             object.__setattr__(self, "target_bits", _DEFAULT_TARGET_BITS if aimless else None)
         aims = {k: v for k in ("target_bits", "target_mib", "penalty") if (v := getattr(self, k)) is not None}
         if len(aims) > 1:
             raise ValueError(f"DiffQConfig: give one of target_bits, target_mib and penalty, got {aims}.")
         for name, value in aims.items():
-            if not value > 0:
-                raise ValueError(f"DiffQConfig: {name} must be positive, got {value}.")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"DiffQConfig: {name} must be a number, got {value!r}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"DiffQConfig: {name} must be positive and finite, got {value}.")
+        if self.widths is not None and not (isinstance(self.widths, list | tuple) and all(type(width) is int for width in self.widths)):
+            raise TypeError(f"DiffQConfig: widths must be a tuple of whole numbers like (2, 4, 8), got {self.widths!r}.")
         self._check_limits()
         self._check_groups()
         self._check_widths()

@@ -45,7 +45,19 @@ def made_in_inference_mode():
         return net()
 
 
+def for_several_processes():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(net())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 UNFIT = {
+    "several processes": (for_several_processes, "the model is a DistributedDataParallel. Prepare the module inside first, and wrap"),
+    "part of several processes": (lambda: nn.Sequential(for_several_processes()), "0 is a DistributedDataParallel. Prepare the module"),
+    "several devices": (lambda: nn.DataParallel(net()), "the model is a DataParallel. Prepare the module inside first"),
     "compiled": (lambda: torch.compile(net(), backend="eager"), "the model is compiled by torch.compile. Prepare the module inside"),
     "compiled part": (lambda: nn.Sequential(torch.compile(net(), backend="eager"), nn.Linear(8, 8)), "0 is compiled by torch.compile"),
     "scripted": (lambda: torch.jit.script(net()), "the model is a RecursiveScriptModule of torch.jit"),

@@ -78,3 +78,12 @@ def test_permissions_and_links_are_kept(model, tmp_path):
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o640
     assert read_metadata(path) is not None
+
+
+def test_a_pipe_is_no_place_for_a_file(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "pipe", tmp_path / "link")
+    for name in ("pipe", "link"):
+        with pytest.raises(ExportError, match=f"cannot write '.*{name}': it is no regular file"):
+            export_onnx(model, torch.randn(2, 256), tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()

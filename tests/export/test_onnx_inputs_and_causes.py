@@ -205,6 +205,45 @@ def test_the_cause_is_named(model, shape, says, path):
     assert "Next steps" not in str(caught.value)
 
 
+class Then(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = Linear(16, 16, 4), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "dtypes", "says"),
+    [
+        (lambda y: (y, 3), (torch.float32, torch.float32), "output 1 of the Then is 3, no tensor. Export a wrapper"),
+        (lambda y: {"y": y, "name": "linear"}, (torch.float32, torch.float32), "output 1 of the Then is 'linear', no tensor"),
+        (lambda y: y, (torch.bfloat16, torch.bfloat16), r"is in bfloat16, for which onnxruntime has no kernels here. Call .float\(\)"),
+        (lambda y: y, (torch.float64, torch.float32), r"parameters: torch.float64\) does not run on example_inputs \(torch.float32\)"),
+        (lambda y: y + torch.rand(4, 16), (torch.float32, torch.float32), "its forward draws random numbers"),
+        (torch.nn.functional.dropout, (torch.float32, torch.float32), "its forward draws random numbers"),
+    ],
+)
+def test_a_cause_in_the_model_is_named(function, dtypes, says, path):
+    of_model, of_example = dtypes
+    with pytest.raises(ExportError, match=says) as caught:
+        export_onnx(Then(function).eval().to(of_model), torch.randn(4, 16).to(of_example), path)
+    assert str(path.parent) not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "trained"), [(math.nan, True), (math.nan, False), (math.inf, True)])
+def test_parameters_that_are_not_finite_are_named(value, trained, path):
+    model = Holder(Linear(16, 16, 4)).eval()
+    model.inner.bias.data[3] = value
+    model.inner.bias.requires_grad_(trained)
+    with pytest.raises(
+        ExportError, match=r"parameter 'inner\.bias' is not finite in 1 of 16 places, first at \(3,\): its training diverged"
+    ):
+        export_onnx(model, torch.randn(4, 16), path)
+    assert not path.exists()
+
+
 class GroupsOfTheBatch(nn.Module):
     def __init__(self):
         super().__init__()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -168,6 +169,20 @@ def test_a_start_that_nobody_asked_for_refuses_no_limits(settings):
     assert config.min_bits < config.start_bits <= config.max_bits
     model = prepare_diffq(nn.Linear(64, 32), torch.zeros(1, 64), config)
     train_a_little(model, torch.randn(4, 64))
+
+
+@pytest.mark.parametrize("aim", ["target_bits", "target_mib", "penalty"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0, "4", True])
+def test_an_aim_is_a_finite_number(aim, value):
+    kind = TypeError if isinstance(value, str | bool) else ValueError
+    with pytest.raises(kind, match=f"DiffQConfig: {aim} must be .*, got {value!r}"):
+        DiffQConfig(**{aim: value})
+
+
+@pytest.mark.parametrize("widths", [4, "248", (2, 4.5), (2, "4")])
+def test_widths_are_whole_numbers(widths):
+    with pytest.raises(TypeError, match=r"DiffQConfig: widths must be a tuple of whole numbers like \(2, 4, 8\), got"):
+        DiffQConfig(widths=widths)
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config)), dataclasses.replace])

@@ -125,6 +125,13 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         save_packed(model, path)
 
 
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PackedFileError, match="cannot write '.*': it is no regular file"):
+        save_packed(model_of(1), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_read_only_folder():
     folder = Path(tempfile.mkdtemp())  # every user may reach it, unlike pytest's own
 

@@ -4,7 +4,10 @@ import re
 from collections.abc import Iterator
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+from diffq_fx.errors import DiffQError
+from diffq_fx.export.onnx.examples import ExportExample
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NODE = re.compile(r"translating node %(\w+) .*?target=torch\.ops\.([\w.]+)")
@@ -21,6 +24,32 @@ _CACHES = (
         "a cache of keys and values is no tensor. Export a wrapper that takes the cache's tensors and makes the cache in its forward.",
     ),
 )
+
+
+def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -> str:
+    """Why an export fails where the model itself is the reason; else what the error says.
+
+    Args:
+        model: in eval mode.
+        example: the user's example.
+        error: what stopped the export.
+    """
+    name = type(model).__name__
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()})
+    try:
+        first, second = (example.map(torch.clone).run(model) for _ in range(2))
+    except Exception as refusal:  # noqa: BLE001  the forward is the user's
+        given = sorted({str(tensor.dtype) for tensor in example.tensors})
+        return f"the {name} (parameters: {', '.join(dtypes)}) does not run on example_inputs ({', '.join(given)}): {_shown(refusal)}"
+    for number, value in enumerate(first):
+        if isinstance(value, int | float | complex | str | bytes):
+            return f"output {number} of the {name} is {value!r}, no tensor. Export a wrapper whose forward returns tensors alone."
+    pairs = [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
+    if any(one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        return f"two runs of the {name} on the same inputs differ: its forward draws random numbers. Give them as an input."
+    if "NOT_IMPLEMENTED" in str(error) and "torch.bfloat16" in dtypes:
+        return f"the {name} is in bfloat16, for which onnxruntime has no kernels here. Call .float() on it, and on the example inputs."
+    return str(error)
 
 
 def tracing_cause(error: Exception) -> str:

@@ -16,6 +16,7 @@ from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
+from diffq_fx.weights import not_finite
 
 _LAYOUTS = ("onnxruntime", "qdq")
 _ACTIVATIONS = ("float", "dynamic", "int8")
@@ -87,9 +88,9 @@ def export_onnx(
         What was written.
 
     Raises:
-        ExportError: torch is older than 2.9; the model is not converted, holds a weight without ONNX form (the float grid), cannot
-            be traced, does not fit ``opset``; the calibration is empty, does not fit the model, or is not finite; the file cannot be
-            written or does not compute what the model computes.
+        ExportError: torch is older than 2.9; the model is not converted, has a parameter that is not finite, holds a weight without ONNX
+            form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
+            fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
         TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
         ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
             use.
@@ -119,6 +120,7 @@ def export_onnx(
     _check_choices(layout, activations, target, calibration)
     converted = unwrapped(converted)
     _check_converted(converted)
+    _check_finite(converted)
     from diffq_fx.export.onnx.layout.plan import LayoutRequest
     from diffq_fx.export.onnx.measuring import machines_of
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
@@ -156,6 +158,14 @@ def _check_choices(layout: str, activations: str, target: str, calibration: Iter
         raise ValueError(f'calibration is of no use with activations={activations!r}: only "int8" takes ranges from it.')
     if calibration is not None and not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be an iterable of inputs, got {type(calibration).__name__}.")
+
+
+def _check_finite(converted: nn.Module) -> None:
+    """Refuse parameters that are not finite: nothing that such a model computes can be compared."""
+    for name, parameter in converted.named_parameters():
+        hides = not parameter.requires_grad and not bool(parameter.isnan().any())  # a mask of -inf that nothing trains
+        if not hides and (where := not_finite(parameter)):
+            raise ExportError(f"export_onnx: parameter {name!r} {where}: its training diverged. Load an earlier state.")
 
 
 def _check_converted(converted: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffq_fx.errors import ExportError
+from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.differences import largest_difference
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.files import load_graph
@@ -24,6 +25,10 @@ _STEPS = 4
 _SEED = 0
 
 _Outputs = Mapping[str, np.ndarray]
+
+
+class SizeError(ExportError):
+    """A file whose sizes are dynamic is wrong at one of them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def check_parity(
         typical: inputs for the error of rounded activations; None for the random ones.
 
     Raises:
+        SizeError: the model does not run at another size, or the file has dynamic sizes and differs at one.
         ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
     exact = open_session(files.exact, 0, {**files.entries, **dict([EXACT_LEVEL])})
@@ -74,18 +80,18 @@ def check_parity(
     generator = torch.Generator().manual_seed(_SEED)
     worst, fast_worst, hidden = (0.0, 0.0), 0.0, False
     for sizes in [traced.sizes, traced.other_sizes] if traced.sizes else [traced.sizes]:
-        shapes = [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in traced.input_shapes]
-        fresh = _that_runs(reference, example, generator, shapes)
-        found, expected = _both(exact, files.exact, reference, fresh)
-        try:
-            errors = compare_outputs(found, expected)
-        except ExportError as error:
-            errors, hidden = _compare_what_is_seen(found, expected, fresh.masks, error), True
+        fresh = _that_runs(reference, example, generator, _shapes(traced, sizes))
+        with _at(sizes):
+            found, expected = _both(exact, files.exact, reference, fresh)
+            errors, only_seen = _compared(found, expected, fresh.masks)
+        hidden |= only_seen
         worst = max(worst, errors, key=lambda pair: pair[1])
         if typical is None:
             fast_worst = max(fast_worst, _relative(*_both(fast, files.published, reference, fresh)))
     if typical is not None:
         fast_worst = _relative(*_both(fast, files.published, reference, typical))
+    if traced.single:
+        _check_single(exact, files.exact, reference, example.redrawn(generator, _shapes(traced, traced.single)), traced.single)
     kernels = _kernels(Path(fast.end_profiling()))
     dequantized = _dequantized_at_run(files) if any(operator == "DequantizeLinear" for _, operator in kernels) else ()
     return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized, hidden)
@@ -101,6 +107,39 @@ def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
     names = {output: node.name for node in load_graph(files.published).graph.node for output in node.output}
     left = [node for node in load_graph(optimized).graph.node if node.op_type == "DequantizeLinear"]
     return tuple(names[node.output[0]] for node in left if node.output[0] in names)
+
+
+def _shapes(traced: TracedModel, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+    return [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in traced.input_shapes]
+
+
+@contextmanager
+def _at(sizes: Mapping[str, int]) -> Iterator[None]:
+    """Turn an error into one that names the sizes, if any is dynamic."""
+    try:
+        yield
+    except (DiffQError, RuntimeError, ValueError, IndexError) as error:
+        if not sizes:
+            raise ExportError(f"{error}. The file was not written; please report this model.") from error
+        raise SizeError(f"at {', '.join(f'{name}={size}' for name, size in sizes.items())} {error}") from error
+
+
+def _check_single(session: Any, path: Path, reference: nn.Module, example: ExportExample, sizes: Mapping[str, int]) -> None:
+    """Compare at a batch of one, where both run."""
+    try:
+        found, expected = _both(session, path, reference, example)
+    except (DiffQError, RuntimeError, ValueError, IndexError):
+        return
+    with _at(sizes):
+        _compared(found, expected, example.masks)
+
+
+def _compared(found: _Outputs, expected: list[np.ndarray], masks: list[torch.Tensor]) -> tuple[tuple[float, float], bool]:
+    """The differences, and whether they are only those of what a mask shows."""
+    try:
+        return compare_outputs(found, expected), False
+    except ExportError as error:
+        return _compare_what_is_seen(found, expected, masks, error), True
 
 
 def _both(session: Any, path: Path, reference: nn.Module, example: ExportExample) -> tuple[_Outputs, list[np.ndarray]]:
@@ -160,17 +199,16 @@ def compare_outputs(found: _Outputs, expected: list[np.ndarray]) -> tuple[float,
         True
     """
     if len(found) != len(expected):
-        raise ExportError(f"the file has {len(found)} outputs {list(found)}, the model returns {len(expected)} tensors.")
+        raise ExportError(f"the file has {len(found)} outputs {list(found)}, the model returns {len(expected)} tensors")
     worst_abs, worst_relative = 0.0, 0.0
     for (name, ours), theirs in zip(found.items(), expected, strict=True):
         if ours.shape != theirs.shape:
-            raise ExportError(f"output {name!r} has shape {ours.shape} in onnxruntime, {theirs.shape} in PyTorch.")
+            raise ExportError(f"output {name!r} has shape {ours.shape} in onnxruntime, {theirs.shape} in PyTorch")
         difference, relative = largest_difference(ours, theirs)
         allowed = max(TOLERANCE, _STEPS * float(np.finfo(theirs.dtype).eps)) if theirs.dtype.kind == "f" else 0.0
         if not relative <= allowed:
             raise ExportError(
-                f"output {name!r} differs from PyTorch by {difference:.3g}, {relative:.3g} of its largest value "
-                f"(allowed: {allowed:.0e}). The file was not written; please report this model."
+                f"output {name!r} differs from PyTorch by {difference:.3g}, {relative:.3g} of its largest value (allowed: {allowed:.0e})"
             )
         worst_abs, worst_relative = max(worst_abs, difference), max(worst_relative, relative)
     return worst_abs, worst_relative

@@ -11,7 +11,9 @@ from torch import nn
 import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import Calibration, calibrate
+from diffq_fx.export.onnx.causes import failure_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
@@ -23,7 +25,7 @@ from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
-from diffq_fx.export.onnx.parity import DraftFiles, Parity, check_parity
+from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
 from diffq_fx.export.onnx.result import ExportResult
 from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
@@ -80,31 +82,52 @@ def export_file(
     example = ExportExample.of(example_inputs).on_its_own()
     try:
         with draft_folder(path, ExportError) as folder:
-            weights = weights_by_initializer(converted)
-            for weight in weights.values():
-                if isinstance(weight, IntegerWeight):
-                    read_table(weight)  # a weight without ONNX form is found before the long work begins
-            traced = trace(converted, example, dynamic_shapes)
-            halved = halved_names(converted)
-            job = _Job(
-                converted=converted,
-                weights=weights,
-                example=example,
-                traced=traced,
-                halved=halved,
-                folder=folder,
-                path=path,
-                request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
-                verify=verify,
-            )
-            if calibration is not None:
-                found = _calibrated(job, calibration)
-                job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
-            draft = _draft_without_dequantization(job)
+            try:
+                job = _job(converted, example, path, folder, request, dynamic_shapes, verify=verify)
+                if calibration is not None:
+                    found = _calibrated(job, calibration)
+                    job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
+                job, draft = _drafted(job, dynamic_shapes)
+            except DiffQError as error:
+                raise ExportError(failure_cause(converted, example, error)) from error
             file_bytes = publish(draft.file, path)
     except DiffQError as error:
         raise ExportError(f"export_onnx: {error}") from error
     return _result(job, draft, file_bytes)
+
+
+def _job(
+    converted: nn.Module, example: ExportExample, path: Path, folder: Path, request: LayoutRequest, dynamic_shapes: Any, *, verify: bool
+) -> _Job:
+    weights = weights_by_initializer(converted)
+    for weight in weights.values():
+        if isinstance(weight, IntegerWeight):
+            read_table(weight)  # a weight without ONNX form is found before the long work begins
+    traced = trace(converted, example, dynamic_shapes)
+    halved = halved_names(converted)
+    return _Job(
+        converted=converted,
+        weights=weights,
+        example=example,
+        traced=traced,
+        halved=halved,
+        folder=folder,
+        path=path,
+        request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
+        verify=verify,
+    )
+
+
+def _drafted(job: _Job, dynamic_shapes: Any) -> tuple[_Job, _Draft]:
+    """Draft the file; with a static batch where it is wrong at another one."""
+    try:
+        return job, _draft_without_dequantization(job)
+    except SizeError as error:
+        if dynamic_shapes is not None:
+            raise ExportError(f"{error}. {SIZE_ADVICE}") from error
+        traced = trace(job.converted, job.example, None, static=str(error))
+        job = replace(job, traced=traced, request=replace(job.request, sizes=traced.sizes))
+        return job, _draft_without_dequantization(job)
 
 
 def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:

@@ -17,6 +17,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from diffq_fx.errors import ExportError
+from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, least_asked_for
 from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
@@ -40,6 +41,8 @@ class TracedModel:
     """Symbolic size of an input -> what it is in the user's example."""
     other_sizes: dict[str, int]
     """The same with every size changed by one, within what the model allows."""
+    single: dict[str, int]
+    """The same with a batch of one, which torch.export takes for no dynamic size; empty where it is no batch of this file."""
     remarks: tuple[str, ...]
 
     @property
@@ -55,7 +58,7 @@ def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
     return {f"{name}.{module.packed_buffer}".lstrip("."): named[id(module)] for name, module in modules if isinstance(module, StoredWeight)}
 
 
-def trace(converted: nn.Module, example: ExportExample, dynamic_shapes: Any) -> TracedModel:
+def trace(converted: nn.Module, example: ExportExample, dynamic_shapes: Any, static: str = "") -> TracedModel:
     """Trace a model with torch.export and translate it to ONNX.
 
     Where that fails it is tried without torch.onnx's optimizer, then with a static batch; a remark says so.
@@ -64,15 +67,23 @@ def trace(converted: nn.Module, example: ExportExample, dynamic_shapes: Any) -> 
         converted: in eval mode.
         example: the user's example.
         dynamic_shapes: as torch.export has them; None makes dim 0 of every tensor dynamic where the model allows it.
+        static: why the batch is to be static, for the remark; empty if it need not be.
 
     Raises:
-        ExportError: torch.export or torch.onnx cannot follow the model.
+        ExportError: a size that ``dynamic_shapes`` makes dynamic decides a branch; torch.export or torch.onnx cannot follow the model.
     """
     with quiet(), recurrent_layers_whole(), torch.no_grad():  # with gradients on, attention is taken apart into other operators
         if dynamic_shapes is not None:
-            return _translated(converted, _exported(converted, example, dynamic_shapes), example, ())
+            program = _exported(converted, example, dynamic_shapes)
+            if found := branches(converted, program, example, dynamic_shapes):
+                raise ExportError(f"{found[0]}. {SIZE_ADVICE}")
+            return _translated(converted, program, example, (), least=least_asked_for(dynamic_shapes))
+        if static:
+            return _translated(converted, _exported(converted, example, None), example, (_static_remark(example, static),))
         try:
             program = _with_dynamic_batch(converted, example)
+            if found := branches(converted, program, example):
+                return _translated(converted, _exported(converted, example, None), example, (_static_remark(example, found[0]),))
             remarks = (
                 () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
             )
@@ -134,11 +145,11 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
 
 
 def _translated(
-    converted: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...]
+    converted: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...], least: int = 1
 ) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
-        return _traced(_to_onnx(program, optimize=True), program, example, remarks)
+        return _traced(_to_onnx(program, optimize=True), program, example, remarks, least)
     except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS) as error:
         try:
             model = _to_onnx(program, optimize=False)
@@ -146,7 +157,7 @@ def _translated(
             cause = translation_cause(error, program)
             raise ExportError(f"torch.onnx cannot translate the {type(converted).__name__}: {cause}") from error
         remark = f"the graph is not optimized by torch.onnx, which fails on it ({translation_cause(error, program)})"
-        return _traced(model, program, example, (*remarks, remark))
+        return _traced(model, program, example, (*remarks, remark), least)
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
@@ -187,7 +198,9 @@ def _placeholder() -> Any:
     return dequantize
 
 
-def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...]) -> TracedModel:
+def _traced(
+    model: ir.Model, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...], least: int
+) -> TracedModel:
     sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
@@ -204,7 +217,10 @@ def _traced(model: ir.Model, program: torch.export.ExportedProgram, example: Exp
             if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value.isidentifier():
                 sizes[size.value] = actual
     largest = {names.get(str(symbol)): bounds.upper for symbol, bounds in program.range_constraints.items()}
-    return TracedModel(model, sizes, _other_sizes(sizes, largest), remarks)
+    batch = sizes.get("batch", 1)
+    same = {name: 1 for name, size in sizes.items() if name == "batch" or (name.endswith("_0") and size == batch)}
+    single = {**sizes, **same} if batch > 1 >= least else {}
+    return TracedModel(model, sizes, _other_sizes(sizes, largest), single, remarks)
 
 
 def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:
