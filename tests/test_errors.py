@@ -84,7 +84,7 @@ def test_constant_weight_works():
         (dict(min_bits=6, init_bits=6), "expected min_bits < init_bits <= max_bits, got 6, 6, 8"),
         (dict(init_bits=9), "expected min_bits < init_bits <= max_bits, got 1, 9, 8"),
         (dict(target_bits=4, penalty=1.0), "give one of target_bits, target_mib and penalty"),
-        (dict(target_mib=-1), "target_mib must be positive, got -1"),
+        (dict(target_mib=-1), "target_mib must be positive and finite, got -1"),
         (dict(grid="log"), "grid must be one of"),
         (dict(noise="laplace"), "noise must be one of"),
         (dict(rest_dtype="int8"), "rest_dtype must be one of"),

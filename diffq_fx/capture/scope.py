@@ -164,7 +164,8 @@ def capture_own_forward(module: nn.Module) -> fx.GraphModule:
 
     reads = Reads(is_on=True)
     graph, _ = trace_in_both_modes(lambda training: reads.watch_alone(make_copy(training)), OwnForwardTracer)
-    for name in sorted(reads.of("")):
+    is_torchs = original_class(module).__module__.partition(".")[0] == "torch"  # whose settings, such as a stride, belong to the operator
+    for name in () if is_torchs else sorted(reads.of("")):
         if is_frozen(module, name):
             raise CaptureError(f"its forward reads {name}, which a graph would freeze")
     return fx.GraphModule(make_copy(module.training), graph)

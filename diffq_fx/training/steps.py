@@ -116,8 +116,9 @@ def _holdings(parameters: set[int]) -> Iterator[Held]:
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
         coded = [q for q in compression.learned if id(q.place[0].get(q.place[1])) in parameters] if compression.is_coded else []
-        ranges = [clip for q in compression.learned if (clip := q._parameters.get("clip")) is not None and id(clip) in parameters]
-        ranges = ranges if ranges and ranges_begin(compression) else []
+        clips = [q._parameters["clip"] for q in compression.learned if "clip" in q._parameters]
+        begin = not parameters.isdisjoint(map(id, clips)) and ranges_begin(compression)
+        ranges = [clip for clip in clips if clip is not None and id(clip) in parameters] if begin else []
         if weights or coded or ranges:
             yield Held(compression, weights, logits, coded, ranges, [])
 

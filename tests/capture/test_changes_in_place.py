@@ -247,7 +247,7 @@ class OwnsItsWeight(nn.Module):
         return nn.functional.linear(x, self.weight) * self.settings["gain"] * self.gain * self.power
 
 
-@pytest.mark.parametrize("change", ["gain", "settings", "power", "stride"])
+@pytest.mark.parametrize("change", ["gain", "settings", "power"])
 @torch.no_grad()
 def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
     original = nn.Sequential(OwnsItsWeight(), nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 1, 4, bias=False))
@@ -260,9 +260,7 @@ def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
             each[0].gain = 2.0
         elif change == "settings":
             each[0].settings["gain"] = 2.0
-        elif change == "stride":
-            each[2].stride = (2,)
-        torch.testing.assert_close(each(X), before[..., ::2] if change == "stride" else 2 * before)
+        torch.testing.assert_close(each(X), 2 * before)
 
 
 def test_a_model_without_changeable_attributes_compares_nothing_but_a_few_names_of_classes(monkeypatch):

@@ -1,6 +1,7 @@
 """Runs an exported file in onnxruntime and compares it with PyTorch: the largest difference, never a cosine."""
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,10 +103,11 @@ def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
 
     It inlines calls of functions and gives what was in them names of its own, but not their results.
     """
-    optimized = files.published.with_name("optimized.onnx")
-    open_session(files.published, 0, files.entries, optimized=optimized)
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        open_session(files.published, 0, files.entries, optimized=optimized)
+        left = [node for node in load_graph(optimized).graph.node if node.op_type == "DequantizeLinear"]
     names = {output: node.name for node in load_graph(files.published).graph.node for output in node.output}
-    left = [node for node in load_graph(optimized).graph.node if node.op_type == "DequantizeLinear"]
     return tuple(names[node.output[0]] for node in left if node.output[0] in names)
 
 
