@@ -15,7 +15,7 @@ FOLDER = "diffq_fx/kernels"
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
 ANY_ORDER = ["-fassociative-math", "-fno-signed-zeros"]
 SAME_BITS = ["-ffp-contract=off"]  # sums in the order of the source, no fused a * b + c: the same on every processor
-FILES = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "unpacking": SAME_BITS}
+FILES = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "unpacking": SAME_BITS, "checksum": SAME_BITS}
 
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 AVX2 = ["-mavx2", "-mfma", "-mbmi2"]  # module.c asks the processor for the same

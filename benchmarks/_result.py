@@ -27,9 +27,16 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
+
+
 def write_result(name: str, title: str, body: str, packages: Sequence[str], *, command: str | None = None, folder: Path = RESULTS) -> Path:
     """Write ``<folder>/<name>_cpu<cores>_<date>.md`` and return its path; ``command`` is what was typed, this script's call if left out."""
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    versions = ", ".join(f"{package} {_version(package)}" for package in packages)
     command = command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     today = datetime.date.today().isoformat()
     text = f"# {title}\n\n{today} · {describe_machine()} · Python {platform.python_version()}, {versions}\n\n    {command}\n\n{body}\n"

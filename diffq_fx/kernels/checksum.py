@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from diffq_fx.kernels import native
+from diffq_fx.kernels import extension, native
 
 _PIECE = 1 << 22
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -27,7 +27,7 @@ def fast_zlib() -> ModuleType:
 
 
 def checksum(tensors: Iterable[Tensor]) -> int | None:
-    """A number that is another one after any write to these tensors (CRC-32); for memory that the processor can read.
+    """A number that is another one after any write to these tensors (but for a chance of 2^-32); for memory that the processor can read.
 
     Args:
         tensors: of any types and shapes.
@@ -43,13 +43,16 @@ def checksum(tensors: Iterable[Tensor]) -> int | None:
         >>> checksum([weight]) == before
         False
     """
-    crc32, value = fast_zlib().crc32, 0
-    for tensor in tensors:
-        if tensor.device.type != "cpu" or not native.is_plain(tensor):
-            return None
-        tensor = tensor.detach().contiguous()
+    kept = list(tensors)
+    if not all(tensor.device.type == "cpu" and native.is_plain(tensor) for tensor in kept):
+        return None
+    kept = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in kept]
+    if extension.kernels() is not None:
+        return native.checksum(kept)
+    value = 0
+    for tensor in kept:
         if tensor.numel():  # read in place: numpy() would fix the size of the storage, which FSDP changes
-            value = crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), value)
+            value = fast_zlib().crc32((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()), value)
     return value
 
 

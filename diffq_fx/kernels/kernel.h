@@ -30,3 +30,4 @@ typedef struct {
 
 #define PART 16384 // groups whose sums are one result of a kernel: so these do not depend on the number of threads
 #define AHEAD 512  // codes of a stream of a packed file that are unpacked at a time: those of all classes stay in the cache
+#define KEYS 2048  // 32-bit words of memory whose checksum is one sum

@@ -8,12 +8,12 @@
 #include "kernel.h"
 
 #define MOST 20 // arguments of a kernel
-#define FILES(variant) {#variant, {variant##_noise, variant##_weights, variant##_bits, variant##_unpacking}}
-#define DECLARED(variant) extern const Kernel variant##_noise[], variant##_weights[], variant##_bits[], variant##_unpacking[]
+#define FILES(variant) {#variant, {variant##_noise, variant##_weights, variant##_bits, variant##_unpacking, variant##_checksum}}
+#define DECLARED(variant) extern const Kernel variant##_noise[], variant##_weights[], variant##_bits[], variant##_unpacking[], variant##_checksum[]
 
 typedef struct {
     const char *name;
-    const Kernel *files[4];
+    const Kernel *files[5];
 } Variant;
 
 DECLARED(baseline);
@@ -68,7 +68,8 @@ static int put(PyObject *dict, const char *name, PyObject *value) { // takes the
 
 static PyObject *kernels_of(const Variant *variant) {
     PyObject *found = PyDict_New();
-    int fine = found && put(found, "PART", PyLong_FromLong(PART)) && put(found, "AHEAD", PyLong_FromLong(AHEAD));
+    int fine = found && put(found, "PART", PyLong_FromLong(PART)) && put(found, "AHEAD", PyLong_FromLong(AHEAD)) &&
+               put(found, "KEYS", PyLong_FromLong(KEYS));
     for (size_t file = 0; fine && file < sizeof variant->files / sizeof *variant->files; file++)
         for (const Kernel *kernel = variant->files[file]; fine && kernel->name; kernel++) {
             PyObject *self = PyCapsule_New((void *)kernel, NULL, NULL);

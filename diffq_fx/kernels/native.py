@@ -1,5 +1,8 @@
 """Calls of the kernels in C (noise, ranges, rounding; size of the bits), for float32 on a CPU."""
 
+import functools
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -220,6 +223,22 @@ def moments(grad: Tensor, slope: Tensor) -> Tensor:
     pointers = (each.data_ptr() for each in (grad, slope, parts))
     extension.loaded().moments(*pointers, grad.numel(), _threads(grad.numel()))
     return parts.sum(0)
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """A number for the memory of contiguous tensors."""
+    places = array("Q")
+    for tensor in tensors:
+        places.extend((tensor.data_ptr(), tensor.nbytes))
+    places.append(0)
+    extension.loaded().checksum(places.buffer_info()[0], len(tensors), _keys().data_ptr(), torch.get_num_threads())
+    return places[-1]
+
+
+@functools.cache
+def _keys() -> Tensor:
+    """Random words that the kernel of the checksum mixes with those of the memory."""
+    return torch.randint(-(2**31), 2**31, (extension.loaded().KEYS,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
 
 
 def _threads(elements: int) -> int:

@@ -163,7 +163,7 @@ class DiffQWeight(GridQuantizer):
 
     def follow(self) -> None:
         """Have the widths of the logits: those of all weights, since the size is one."""
-        if self.shared is not None and not self.shared.frozen:
+        if self.shared is not None:
             self.shared.follow(self)
 
     def state_tensors(self) -> tuple[Tensor, ...]:
