@@ -36,7 +36,7 @@ TESTS = (
     "tests/export/test_onnx_recurrent.py",
 )
 """Capture, prepare, train, convert, packed file and ONNX export."""
-WITH_THE_TESTS = ("pytest>=8", "hypothesis>=6.100")
+WITH_THE_TESTS = ("pytest>=8", "hypothesis>=6.100", "scipy>=1.11", "scikit-learn>=1.3")
 
 
 @dataclass(frozen=True)
