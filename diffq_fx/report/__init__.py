@@ -1,6 +1,6 @@
-"""Where the bits went: per weight its widths and sizes, what was skipped and why, as text, rich table, dict and picture.
+"""Where the bits went: per weight its widths and sizes, what was skipped and why, as table, text, dict and picture.
 
-Importing this needs torch alone; rich and matplotlib are imported by the methods that use them.
+Importing this needs torch alone; rich and matplotlib are imported by the methods that draw with them.
 """
 
 from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits

@@ -4,22 +4,28 @@ Sizes are kept as whole numbers of bits, so that sums are exact; what is shown i
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
+from diffq_fx.errors import DiffQError
+from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import SkippedWeight
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 Stage = Literal["prepared", "converted"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightBits:
+class WeightBits(Footprint):
     """One quantized weight: its widths and what it takes in each of the three sizes."""
 
     name: str
@@ -29,16 +35,6 @@ class WeightBits:
     shape: tuple[int, ...]
     consumer: str
     """What reads it: "linear", "conv2d", "LSTM"."""
-    histogram: dict[int, int]
-    """Bits -> number of levels (of codes, where one code stands for several weights) that have them, by rising bits."""
-    scale_bits: int
-    """Bit-packed: scales, zero points or ends of the ranges, and the limits of the widths."""
-    coding_bits: int
-    """Bit-packed: one code per group that says how wide it is."""
-    container_bits: int
-    """The narrowest of ONNX's 2, 4, 8 and 16 bits that holds every level of this weight."""
-    container_scale_bits: int
-    """In the container: a float32 scale for each group that needs one, and its zero point."""
     float_bits: int
     """The weight before it was quantized, in its own dtype."""
 
@@ -46,11 +42,6 @@ class WeightBits:
     def numel(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
-
-    @property
-    def num_levels(self) -> int:
-        """Number of levels or codes."""
-        return sum(self.histogram.values())
 
     @property
     def payload_bits(self) -> int:
@@ -65,7 +56,7 @@ class WeightBits:
     @property
     def container_payload_bits(self) -> int:
         """The levels alone in their container."""
-        return self.num_levels * self.container_bits
+        return sum(self.histogram.values()) * self.container_bits
 
     @property
     def average_bits(self) -> float:
@@ -188,11 +179,7 @@ class BitsReport:
     @property
     def histogram(self) -> dict[int, int]:
         """Bits -> number of weights that have them, over the whole model."""
-        total: dict[int, int] = {}
-        for weight in self.weights:
-            for width, count in weight.histogram.items():
-                total[width] = total.get(width, 0) + count
-        return dict(sorted(total.items()))
+        return dict(sorted(sum((Counter(weight.histogram) for weight in self.weights), Counter[int]()).items()))
 
     @property
     def packed_size(self) -> SizeParts:
@@ -233,22 +220,15 @@ class BitsReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The whole report as plain data that JSON can hold; sizes in MiB."""
+        names = (
+            "model stage method scope scope_reason average_bits average_bits_in_all target_bits target_mib lambda_per_mib lambda_per_bit "
+            "compression_ratio"
+        )
         return {
-            "model": self.model,
-            "stage": self.stage,
-            "method": self.method,
-            "scope": self.scope,
-            "scope_reason": self.scope_reason,
+            **{name: getattr(self, name) for name in names.split()},
             "quantized_weights": self.numel,
-            "average_bits": self.average_bits,
-            "average_bits_in_all": self.average_bits_in_all,
             "histogram": {str(width): count for width, count in self.histogram.items()},
-            "target_bits": self.target_bits,
-            "target_mib": self.target_mib,
             "penalty_per_mib": self.penalty,
-            "lambda_per_mib": self.lambda_per_mib,
-            "lambda_per_bit": self.lambda_per_bit,
-            "compression_ratio": self.compression_ratio,
             "buffers_mib": mib(self.buffer_bits),
             "sizes": {
                 "bit_packed": self.packed_size.as_dict(),
@@ -266,11 +246,11 @@ class BitsReport:
 
         return plain_text(self)
 
-    def __rich__(self) -> "RenderableType":
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
         """Tables for ``rich.print``."""
-        from diffq_fx.report.rich_view import RichReport
+        from diffq_fx.report.tables import report_tables
 
-        return RichReport(self)
+        return report_tables(self, options)
 
     def figure(self) -> "Figure":
         """A matplotlib Figure: the three sizes, and for every weight (beyond 80, every module) how many weights have which bits."""
@@ -279,7 +259,7 @@ class BitsReport:
         return draw(self)
 
     def save_picture(self, path: str | Path) -> Path:
-        """Save :meth:`figure`; needs no display.
+        """Save :meth:`figure`; needs no display, and an older file survives until the new one is complete.
 
         Args:
             path: its suffix decides the format: png, svg, pdf; png is added where there is none.
@@ -291,6 +271,10 @@ class BitsReport:
             ValueError: an unknown suffix.
             DiffQError: the path cannot be written.
         """
-        from diffq_fx.report.picture import save
-
-        return save(self, path)
+        path = Path(path)
+        path = path if path.suffix else path.with_suffix(".png")
+        drawn = BytesIO()
+        self.figure().savefig(drawn, format=path.suffix[1:].lower(), dpi=150)
+        with replaced_atomically(path, DiffQError) as file:
+            file.write(drawn.getvalue())
+        return path

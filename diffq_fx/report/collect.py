@@ -1,9 +1,8 @@
 """bits_report: read the bits of a prepared or a converted model."""
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,17 +13,14 @@ from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
-from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parameters_outside, parts_of, unwrapped
 from diffq_fx.report.bits_report import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
-from diffq_fx.storage.footprint import Footprint
 from diffq_fx.storage.packing import narrowed
-from diffq_fx.weights import SkippedWeight, WeightSpec
+from diffq_fx.weights import SkippedWeight
 
 _FLOAT_BITS = 32
 """Of a parameter that is not quantized, whatever its own type: files may keep it so."""
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def bits_report(model: nn.Module) -> BitsReport:
@@ -65,9 +61,47 @@ def bits_report(model: nn.Module) -> BitsReport:
     )
 
 
-def _of_part(part: nn.Module) -> BitsReport:
-    record = vars(part)[CHILD]
-    return _of_prepared(part, record) if isinstance(record, Compression) else _of_converted(part, record)
+def _of_part(root: nn.Module) -> BitsReport:
+    """The report of a prepared or converted model; the order of the weights is the same before and after conversion."""
+    record: Compression | CompressionRecord = vars(root)[CHILD]
+    notes: tuple[str, ...] = ()
+    if isinstance(record, Compression):
+        notes = record.notes
+        if record.learned:
+            record.allocate()
+            notes += ("no optimizer step has moved the bits yet",) * (not int(record.steps))
+    if any(method.layout[2] == "float" for method in record.method.methods):
+        notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
+    kind = WeightQuantizer if isinstance(record, Compression) else StoredWeight
+    weights = {child: _row(child) for module in root.modules() for child in module.children() if isinstance(child, kind)}
+    learned = next((method for method in record.method.methods if isinstance(method, DiffQConfig)), None)
+    penalty = learned.penalty if learned else None
+    worth = record.lambda_per_bit if penalty is None else penalty * mib(1)
+    dtypes = {name: parameter.dtype for name, parameter in root.named_parameters(remove_duplicate=False)}
+    return BitsReport(
+        model=type(root).__name__,
+        stage="prepared" if isinstance(record, Compression) else "converted",
+        method=record.method.name,
+        scope=record.scope,
+        scope_reason=record.scope_reason or "the default, and faithful for this model" * (record.scope == "model"),
+        weights=tuple(weights.values()),
+        skipped=tuple(record.skipped),
+        rest_bits=record.rest_numel * (16 if record.method.rest_dtype == "float16" else _FLOAT_BITS),
+        rest_float_bits=sum(math.prod(each.shape) * 8 * dtypes.get(each.name, torch.float32).itemsize for each in record.skipped),
+        buffer_bits=_buffer_bits(root),
+        target_bits=learned.target_bits if learned else None,
+        target_mib=learned.target_mib if learned else None,
+        penalty=penalty,
+        lambda_per_bit=None if worth is None else float(worth),
+        notes=notes,
+    )
+
+
+def _row(weight: WeightQuantizer | StoredWeight) -> WeightBits:
+    spec = weight.spec
+    float_bits = spec.numel * 8 * spec.dtype.itemsize
+    named = {"name": spec.name, "aliases": spec.aliases, "shape": spec.shape, "consumer": spec.consumer, "float_bits": float_bits}
+    return WeightBits(**named, **vars(weight.footprint()))
 
 
 def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str, nn.Parameter]) -> BitsReport:
@@ -85,7 +119,11 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
         model=type(model).__name__,
         stage="prepared" if any(report.stage == "prepared" for report in reports.values()) else "converted",
         **{name: one_of(name) for name in ("method", "scope", "scope_reason", "penalty", "lambda_per_bit")},
-        weights=tuple(_under(path, weight) for path, report in reports.items() for weight in report.weights),
+        weights=tuple(
+            replace(weight, name=f"{path}.{weight.name}", aliases=tuple(f"{path}.{alias}" for alias in weight.aliases))
+            for path, report in reports.items()
+            for weight in report.weights
+        ),
         skipped=(*moved, *own),
         rest_bits=sum(report.rest_bits for report in reports.values()) + sum(_FLOAT_BITS * each.numel() for each in outside.values()),
         rest_float_bits=sum(report.rest_float_bits for report in reports.values()) + sum(8 * each.nbytes for each in outside.values()),
@@ -95,96 +133,6 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
             *(f"{path}: {note}" for path, report in reports.items() for note in report.notes),
         ),
     )
-
-
-def _under(path: str, weight: WeightBits) -> WeightBits:
-    return replace(weight, name=f"{path}.{weight.name}", aliases=tuple(f"{path}.{alias}" for alias in weight.aliases))
-
-
-def _of_prepared(root: nn.Module, compression: Compression) -> BitsReport:
-    if compression.learned:
-        compression.allocate()
-    rows = [_row(quantizer.spec, quantizer.footprint()) for quantizer in _in_order(root, WeightQuantizer)]
-    notes = compression.notes
-    if compression.learned and not int(compression.steps):
-        notes += ("no optimizer step has moved the bits yet",)
-    return _report(root, compression, rows, notes)
-
-
-def _of_converted(root: nn.Module, record: CompressionRecord) -> BitsReport:
-    return _report(root, record, [_row(stored.spec, stored.footprint()) for stored in _in_order(root, StoredWeight)], ())
-
-
-def _in_order(root: nn.Module, kind: type[_Module]) -> list[_Module]:
-    """Quantizers or stored weights, each once, by the module that holds the weight; the same order before and after conversion."""
-    found = {id(child): child for module in root.modules() for child in module.children() if isinstance(child, kind)}
-    return list(found.values())
-
-
-def _row(spec: WeightSpec, parts: Footprint) -> WeightBits:
-    """One weight; its bit-packed parts sum up to what ``model_size(model, exact=True)`` counts."""
-    return WeightBits(
-        name=spec.name,
-        aliases=spec.aliases,
-        shape=spec.shape,
-        consumer=spec.consumer,
-        histogram=parts.histogram,
-        scale_bits=parts.scale_bits,
-        coding_bits=parts.coding_bits,
-        container_bits=parts.container_bits,
-        container_scale_bits=parts.container_scale_bits,
-        float_bits=spec.numel * _float_bits(spec.dtype),
-    )
-
-
-def _float_bits(dtype: torch.dtype) -> int:
-    return 8 * dtype.itemsize
-
-
-def _report(root: nn.Module, record: Compression | CompressionRecord, rows: Sequence[WeightBits], notes: tuple[str, ...]) -> BitsReport:
-    """The report, from what a prepared and a converted model have in common."""
-    choice = record.method
-    if any(method.layout[2] == "float" for method in choice.methods):
-        notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
-    learned = next((method for method in choice.methods if isinstance(method, DiffQConfig)), None)
-    penalty = learned.penalty if learned else None
-    return BitsReport(
-        model=type(root).__name__,
-        stage="prepared" if isinstance(record, Compression) else "converted",
-        method=choice.name,
-        scope=record.scope,
-        scope_reason=_scope_reason(record),
-        weights=tuple(rows),
-        skipped=tuple(record.skipped),
-        rest_bits=_rest_bits(record.rest_numel, choice),
-        rest_float_bits=_rest_float_bits(root, record.skipped),
-        buffer_bits=_buffer_bits(root),
-        target_bits=learned.target_bits if learned else None,
-        target_mib=learned.target_mib if learned else None,
-        penalty=penalty,
-        lambda_per_bit=_lambda_per_bit(record, penalty),
-        notes=notes,
-    )
-
-
-def _scope_reason(record: Compression | CompressionRecord) -> str:
-    """Why the scope was taken; a record that does not know it leaves it empty."""
-    reason = getattr(record, "scope_reason", None)
-    if reason == "" and record.scope == "model":
-        return "the default, and faithful for this model"
-    return reason or ""
-
-
-def _lambda_per_bit(record: Compression | CompressionRecord, penalty: float | None) -> float | None:
-    """The price of a bit: the penalty where one was asked for, else the multiplier that the record may hold (loss per bit)."""
-    if penalty is not None:
-        return penalty * mib(1)
-    multiplier = getattr(record, "lambda_per_bit", None)
-    return None if multiplier is None else float(multiplier)
-
-
-def _rest_bits(numel: int, choice: MethodChoice) -> int:
-    return numel * (16 if choice.rest_dtype == "float16" else _FLOAT_BITS)
 
 
 def _buffer_bits(root: nn.Module) -> int:
@@ -198,9 +146,3 @@ def _buffer_bits(root: nn.Module) -> int:
         if table.is_floating_point() or not any(torch.equal(table, earlier) for earlier in alike):
             alike.append(table)
     return sum(8 * table.nbytes for alike in found.values() for table in alike)
-
-
-def _rest_float_bits(root: nn.Module, skipped: Iterable[SkippedWeight]) -> int:
-    """What the skipped parameters take in their own dtypes."""
-    dtypes = {name: parameter.dtype for name, parameter in root.named_parameters(remove_duplicate=False)}
-    return sum(math.prod(each.shape) * _float_bits(dtypes.get(each.name, torch.float32)) for each in skipped)

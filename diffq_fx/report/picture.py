@@ -3,20 +3,20 @@
 Drawn with matplotlib's Figure alone, never pyplot: no display, no global state, no window.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffq_fx.atomic import replaced_atomically
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
 from diffq_fx.budget.size import mib
-from diffq_fx.errors import DiffQError
 from diffq_fx.report.tables import named_sizes, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from diffq_fx.report.bits_report import BitsReport, WeightBits
 
@@ -30,13 +30,10 @@ _ROW_INCHES = 0.21
 _LEGEND_LINE_INCHES = 0.2
 _TEXT = 8
 _LONGEST_NAME = 52
-_DPI = 150
-_COLORMAP = "viridis_r"
 _PART_COLORS = {"levels": "#31688e", "scales, widths": "#e08214", "not quantized": "#a6a6a6"}
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One bar: a weight, or several that are shown together."""
 
     label: str
@@ -47,70 +44,40 @@ class Row:
         """Number of weights."""
         return sum(self.histogram.values())
 
-    @property
-    def average_bits(self) -> float:
-        """Mean width."""
-        return sum(width * count for width, count in self.histogram.items()) / self.numel
 
-
-def picture_rows(weights: "Sequence[WeightBits]", limit: int = MOST_ROWS) -> list[Row]:
-    """What to draw a bar for: each weight, or where there are more than ``limit`` what a module holds, else runs of neighbours.
+def picture_rows(weights: "Sequence[WeightBits]") -> list[Row]:
+    """What to draw a bar for: each weight, or where there are more than ``MOST_ROWS`` what a module holds, else runs of neighbours.
 
     Args:
         weights: in the model's order.
-        limit: most rows.
 
     Returns:
-        At most ``limit`` rows; every weight is in one of them.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from diffq_fx.report.bits_report import WeightBits
-        >>> first = WeightBits(name="a.0.weight", shape=(2, 2), consumer="linear", histogram={3: 4}, scale_bits=0, coding_bits=0,
-        ...                    container_bits=4, container_scale_bits=0, float_bits=128)
-        >>> [row.label for row in picture_rows([first, replace(first, name="b.weight")])]
-        ['a.0.weight', 'b.weight']
+        At most ``MOST_ROWS`` rows; every weight is in one of them.
     """
-    if len(weights) <= limit:
-        return [Row(_shortened(weight.name), weight.histogram) for weight in weights]
+    if len(weights) <= MOST_ROWS:
+        return [_row(weight.name, [weight]) for weight in weights]
     for depth in range(max(weight.name.count(".") for weight in weights), 0, -1):
         modules: dict[str, list[WeightBits]] = {}
         for weight in weights:
             modules.setdefault(".".join(weight.name.split(".")[:depth]), []).append(weight)
-        if _FEWEST_MODULES <= len(modules) <= limit:
-            return [_together(prefix, held) for prefix, held in modules.items()]
-    length = -(-len(weights) // limit)
+        if _FEWEST_MODULES <= len(modules) <= MOST_ROWS:
+            return [_row(prefix, held) for prefix, held in modules.items()]
+    length = -(-len(weights) // MOST_ROWS)
     runs = [weights[start : start + length] for start in range(0, len(weights), length)]
-    return [_together(f"{run[0].name} ... {run[-1].name}", run) for run in runs]
+    return [_row(f"{run[0].name} ... {run[-1].name}", run) for run in runs]
 
 
-def _together(label: str, weights: "Sequence[WeightBits]") -> Row:
-    if len(weights) == 1:
-        return Row(_shortened(weights[0].name), weights[0].histogram)
-    histogram: dict[int, int] = {}
-    for weight in weights:
-        for width, count in weight.histogram.items():
-            histogram[width] = histogram.get(width, 0) + count
-    return Row(f"{_shortened(label)} ({len(weights)} tensors)", histogram)
-
-
-def _shortened(name: str) -> str:
-    """A name with its middle left out where it is too long for the margin."""
+def _row(label: str, weights: "Sequence[WeightBits]") -> Row:
+    """A bar; a label has its middle left out where it is too long for the margin."""
+    label = label if len(weights) > 1 else weights[0].name
     half = (_LONGEST_NAME - 3) // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
+    shown = label if len(label) <= _LONGEST_NAME else f"{label[:half]}...{label[-half:]}"
+    histogram = sum((Counter(weight.histogram) for weight in weights), Counter[int]())
+    return Row(shown if len(weights) == 1 else f"{shown} ({len(weights)} tensors)", histogram)
 
 
-def draw(report: "BitsReport") -> "Figure":
-    """Draw the report.
-
-    Args:
-        report: what to draw.
-
-    Returns:
-        A Figure that belongs to no window; its height follows the number of rows.
-    """
-    from matplotlib.figure import Figure
-
+def draw(report: "BitsReport") -> Figure:
+    """Draw the report into a Figure that belongs to no window; its height follows the number of rows."""
     rows = picture_rows(report.weights)
     widths = list(report.histogram)
     rows_inches = max(_ROW_INCHES * len(rows), _LEGEND_LINE_INCHES * (len(widths) + 1)) + 0.3
@@ -122,31 +89,29 @@ def draw(report: "BitsReport") -> "Figure":
     _draw_widths(sizes, rows, widths, share=False)
     _draw_widths(shares, rows, widths, share=True)
     _finish_rows(sizes, shares, rows, rows_inches)
-    _bits_legend(shares, report)
-    figure.suptitle(_title(report), x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
-    return figure
-
-
-def _title(report: "BitsReport") -> str:
-    return (
+    labels = [f"{width} ({percent(report.histogram[width] / report.numel)})" for width in widths]
+    _legend(shares, "bits (of all weights)", labels, _colors(widths))
+    title = (
         f"{report.model}, {report.stage}: {report.average_bits:.2f} bits a weight "
         f"({report.average_bits_in_all:.2f} with scales and widths), {report.compression_ratio:.1f}x smaller than float"
     )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", parse_math=False)
+    return figure
 
 
 def _draw_sizes(axes: "Axes", report: "BitsReport") -> None:
     """The three sizes as bars, each in its parts."""
     sizes = named_sizes(report)
-    longest = max(size.total_mib for _, size in sizes)
-    for place, (_, size) in enumerate(sizes):
+    longest = max(size.total_mib for size in sizes.values())
+    for place, size in enumerate(sizes.values()):
         left = 0.0
         for bits, color in zip((size.levels_bits, size.overhead_bits, size.rest_bits), _PART_COLORS.values(), strict=True):
             axes.barh(place, mib(bits), left=left, color=color, height=0.7)
             left += mib(bits)
         times = report.float_size.total_mib / size.total_mib
-        text = f" {size.total_mib:.4g} MiB" + (f", {times:.1f}x smaller" if size is not sizes[-1][1] else "")
+        text = f" {size.total_mib:.4g} MiB" + (f", {times:.1f}x smaller" if place < len(sizes) - 1 else "")
         axes.text(left, place, text, va="center", fontsize=_TEXT)
-    axes.set_yticks(range(len(sizes)), [label for label, _ in sizes], fontsize=_TEXT)
+    axes.set_yticks(range(len(sizes)), list(sizes), fontsize=_TEXT)
     axes.set_ylim(len(sizes) - 0.5, -0.5)
     axes.set_xlim(0, 1.25 * longest)
     axes.set_xlabel("MiB (parameters)", fontsize=_TEXT)
@@ -156,21 +121,19 @@ def _draw_sizes(axes: "Axes", report: "BitsReport") -> None:
 
 def _draw_widths(axes: "Axes", rows: Sequence[Row], widths: Sequence[int], *, share: bool) -> None:
     """Stacked bars, one colour per width; as long as the weight is large, or all of one length to show shares."""
-    places = range(len(rows))
     left = [0.0] * len(rows)
     for width, color in zip(widths, _colors(widths), strict=True):
         lengths = [row.histogram.get(width, 0) * (100 / row.numel if share else 1) for row in rows]
-        axes.barh(places, lengths, left=left, color=color, height=0.8)
+        axes.barh(range(len(rows)), lengths, left=left, color=color, height=0.8)
         left = [start + length for start, length in zip(left, lengths, strict=True)]
 
 
 def _finish_rows(sizes: "Axes", shares: "Axes", rows: Sequence[Row], rows_inches: float) -> None:
     """Labels, limits and axes of the lower panels."""
-    from matplotlib.ticker import EngFormatter, PercentFormatter
-
     longest = max(row.numel for row in rows)
     for place, row in enumerate(rows):
-        sizes.text(row.numel + 0.01 * longest, place, f"{row.average_bits:.2f} bits", va="center", fontsize=_TEXT - 1)
+        average = sum(width * count for width, count in row.histogram.items()) / row.numel
+        sizes.text(row.numel + 0.01 * longest, place, f"{average:.2f} bits", va="center", fontsize=_TEXT - 1)
     sizes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=_TEXT, parse_math=False)
     sizes.set_ylim(max(len(rows), 0.7 * rows_inches / _ROW_INCHES) - 0.5, -0.5)
     sizes.set_xlim(0, 1.15 * longest)
@@ -192,23 +155,12 @@ def _plain_frame(axes: "Axes") -> None:
 
 def _colors(widths: Sequence[int]) -> list[tuple[float, float, float, float]]:
     """Colours of the widths, few bits light and many dark; 2 and 8 bits look the same in every picture that stays within them."""
-    import matplotlib
-
     low, high = min(2, *widths), max(8, *widths)
-    return [matplotlib.colormaps[_COLORMAP](0.02 + 0.96 * (width - low) / (high - low)) for width in widths]
-
-
-def _bits_legend(axes: "Axes", report: "BitsReport") -> None:
-    """Which colour is which width, and what share of the model has it."""
-    widths = list(report.histogram)
-    labels = [f"{width} ({percent(report.histogram[width] / report.numel)})" for width in widths]
-    _legend(axes, "bits (of all weights)", labels, _colors(widths))
+    return [matplotlib.colormaps["viridis_r"](0.02 + 0.96 * (width - low) / (high - low)) for width in widths]
 
 
 def _legend(axes: "Axes", title: str, labels: Sequence[str], colors: Sequence[Any]) -> None:
     """A legend right of the axes, its upper end at theirs."""
-    from matplotlib.patches import Patch
-
     axes.legend(
         handles=[Patch(color=color, label=label) for label, color in zip(labels, colors, strict=True)],
         loc="upper left",
@@ -220,26 +172,3 @@ def _legend(axes: "Axes", title: str, labels: Sequence[str], colors: Sequence[An
         title_fontsize=_TEXT,
         alignment="left",
     )
-
-
-def save(report: "BitsReport", path: str | Path) -> Path:
-    """Draw the report into a file; an older file survives until the new one is complete.
-
-    Args:
-        report: what to draw.
-        path: its suffix decides the format; png is added where there is none.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        ValueError: an unknown suffix.
-        DiffQError: the path cannot be written.
-    """
-    path = Path(path)
-    path = path if path.suffix else path.with_suffix(".png")
-    drawn = BytesIO()
-    draw(report).savefig(drawn, format=path.suffix[1:].lower(), dpi=_DPI)
-    with replaced_atomically(path, DiffQError) as file:
-        file.write(drawn.getvalue())
-    return path

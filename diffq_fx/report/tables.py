@@ -1,151 +1,167 @@
-"""The report as tables of text, which plain text and rich both show."""
+"""The report as rich tables: cut to the console that they are printed in, and captured as plain text with nothing left out."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from diffq_fx.budget.size import mib
 
 if TYPE_CHECKING:
-    from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
+    from diffq_fx.report.bits_report import BitsReport, SizeParts
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BOX = box.Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
+_GAP = 3
+_NARROWEST_NAME = 24
+_NO_LIMIT = 100_000
 _NAMES_SHOWN = 6
-_LONGEST_RULE = 140
 _LARGE_BUFFERS_MIB = 0.01
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column: its heading, on which side its cells stand, and how early it goes where there is no room."""
+class _Column:
+    """A column of a table: its heading, its cells, on which side they stand, and how early it goes where there is no room."""
 
     heading: str
+    cells: list[str]
     left: bool = False
     goes: int = 0
     """0: never; else the columns with the highest number go first."""
 
-
-@dataclass(frozen=True)
-class TextTable:
-    """A title, columns and rows of cells."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
+    @property
+    def width(self) -> int:
+        """Characters of the longest cell."""
+        return max(map(len, (self.heading, *self.cells)))
 
 
 def plain_text(report: "BitsReport") -> str:
-    """The whole report in ASCII (but for the names), a line per weight.
+    """The whole report in ASCII (but for the names), a line per weight, without a newline at the end."""
+    console = Console(width=_NO_LIMIT, color_system=None)
+    segments = console.render(report, replace(console.options, encoding="ascii"))
+    return "\n".join(line.rstrip() for line in "".join(segment.text for segment in segments).splitlines()).rstrip()
 
-    Args:
-        report: the report.
 
-    Returns:
-        Text without a newline at the end.
-    """
-    tables = [weight_table(report, blocks=False), size_table(report)]
+def report_tables(report: "BitsReport", options: ConsoleOptions) -> Iterator[RenderableType]:
+    """What rich prints of a report; where the console is narrow, the less important columns go, never a row."""
+    in_ascii = options.ascii_only
+    columns = _weight_columns(report, in_ascii)
+    shown = _columns_that_fit(columns, options.max_width)
+    count = len(report.weights)
+    yield from _titled(f"{report.model}, {report.stage}: bits of {count} weight tensor" + "s" * (count != 1), shown, in_ascii)
+    if gone := [column.heading for column in columns if column not in shown]:
+        yield Text(f"{', '.join(gone)}: not shown in a console of {options.max_width} characters\n", style="dim")
+    yield from _titled("sizes of the parameters in MiB (overhead: scales, zero points and coded widths)", _size_columns(report), in_ascii)
     if report.skipped:
-        tables.append(skipped_table(report))
-    return "\n\n".join([*(_plain(table) for table in tables), "\n".join(summary_lines(report))])
+        yield from _titled("not quantized", _skipped_columns(report), in_ascii)
+    yield from map(Text, _summary_lines(report))
 
 
-def _plain(table: TextTable) -> str:
-    cells = [tuple(column.heading for column in table.columns), *table.rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row in cells:
-        padded = [
-            cell.ljust(width) if column.left else cell.rjust(width) for cell, width, column in zip(row, widths, table.columns, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    rule = "-" * min(max(map(len, lines)), _LONGEST_RULE)
-    return "\n".join([table.title, rule, lines[0], rule, *lines[1:]])
+def _titled(title: str, columns: Sequence[_Column], in_ascii: bool) -> Iterator[RenderableType]:
+    """A title and its table. Cells are literal text: the names of weights may hold square brackets, which are markup to rich."""
+    yield Text(title, style="bold")
+    table = Table(box=_ASCII_BOX if in_ascii else box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        folds = column.left and column in (columns[0], columns[-1])
+        table.add_column(
+            Text(column.heading),
+            justify="left" if column.left else "right",
+            no_wrap=not folds,
+            overflow="fold",
+            min_width=min(column.width, _NARROWEST_NAME) if folds else None,
+        )
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(Text, row))
+    yield table
+    yield Text()
 
 
-def weight_table(report: "BitsReport", *, blocks: bool) -> TextTable:
-    """One row per quantized weight.
+def _columns_that_fit(columns: list[_Column], width: int) -> list[_Column]:
+    """The first column can be folded, and counts with the least that it needs."""
+    shown = list(columns)
+
+    def needed() -> int:
+        return min(shown[0].width, _NARROWEST_NAME) + sum(column.width for column in shown[1:]) + _GAP * len(shown)
+
+    for column in sorted((each for each in columns if each.goes), key=lambda each: -each.goes):
+        if needed() > width:
+            shown.remove(column)
+    return shown
+
+
+def _weight_columns(report: "BitsReport", in_ascii: bool) -> list[_Column]:
+    """One row per quantized weight; sizes in MiB.
 
     Args:
         report: the report.
-        blocks: draw the histogram with block characters, one per width from the model's smallest to its largest; else in numbers.
-
-    Returns:
-        The table; sizes in MiB.
+        in_ascii: the histogram in numbers; else in block characters, one per width from the model's smallest to its largest.
     """
+    weights = report.weights
+    show = _mib_format(report)
     widths = range(min(report.histogram), max(report.histogram) + 1)
-    columns = (
-        Column("weight", left=True),
-        Column("shape", left=True, goes=4),
-        Column("read by", left=True, goes=5),
-        Column("weights"),
-        Column("bits"),
-        Column("range", goes=2),
-        Column(f"{widths[0]}..{widths[-1]} bits" if blocks else "share of each width", left=True),
-        Column("levels MiB"),
-        Column("overhead MiB", goes=3),
-        Column("in ONNX", goes=1),
-        Column("ONNX MiB"),
-        Column("float MiB", goes=6),
-    )
-    show = _mib_format(report)
-    rows = []
-    for weight in report.weights:
-        cells = (
-            " = ".join((weight.name, *weight.aliases)),
-            "x".join(map(str, weight.shape)),
-            weight.consumer,
-            f"{weight.numel}",
-            f"{weight.average_bits:.2f}",
-            f"{weight.min_bits}-{weight.max_bits}",
-            _sparkline(weight, widths) if blocks else _shares(weight),
-            show(weight.payload_bits),
-            show(weight.overhead_bits),
-            f"{weight.container_bits} bits",
-            show(weight.container_payload_bits + weight.container_scale_bits),
-            show(weight.float_bits),
-        )
-        rows.append(cells)
-    return TextTable(f"{report.model}, {report.stage}: bits of {_count(len(rows), 'weight tensor')}", columns, tuple(rows))
+    shares = [{width: count / weight.numel for width, count in weight.histogram.items()} for weight in weights]
+    if in_ascii:
+        histogram = _Column("share of each width", [" ".join(f"{b}:{percent(each[b])}" for b in each) for each in shares], left=True)
+    else:
+        histogram = _Column(f"{widths[0]}..{widths[-1]} bits", [_sparkline(each, widths) for each in shares], left=True)
+    return [
+        _Column("weight", [" = ".join((weight.name, *weight.aliases)) for weight in weights], left=True),
+        _Column("shape", ["x".join(map(str, weight.shape)) for weight in weights], left=True, goes=4),
+        _Column("read by", [weight.consumer for weight in weights], left=True, goes=5),
+        _Column("weights", [str(weight.numel) for weight in weights]),
+        _Column("bits", [f"{weight.average_bits:.2f}" for weight in weights]),
+        _Column("range", [f"{weight.min_bits}-{weight.max_bits}" for weight in weights], goes=2),
+        histogram,
+        _Column("levels MiB", [show(weight.payload_bits) for weight in weights]),
+        _Column("overhead MiB", [show(weight.overhead_bits) for weight in weights], goes=3),
+        _Column("in ONNX", [f"{weight.container_bits} bits" for weight in weights], goes=1),
+        _Column("ONNX MiB", [show(weight.container_payload_bits + weight.container_scale_bits) for weight in weights]),
+        _Column("float MiB", [show(weight.float_bits) for weight in weights], goes=6),
+    ]
 
 
-def size_table(report: "BitsReport") -> TextTable:
+def _size_columns(report: "BitsReport") -> list[_Column]:
     """The three sizes of the model, each in its parts."""
-    headings = ("levels", "overhead", "not quantized", "total", "of float")
-    columns = (Column("size", left=True), *(Column(heading) for heading in headings))
     show = _mib_format(report)
-    whole = report.float_size.total_mib
-    rows = []
-    for label, size in named_sizes(report):
-        parts = (show(size.levels_bits), show(size.overhead_bits), show(size.rest_bits))
-        rows.append((label, *parts, show(size.total_bits), f"1/{whole / size.total_mib:.2f}"))
-    return TextTable("sizes of the parameters in MiB (overhead: scales, zero points and coded widths)", columns, tuple(rows))
+    sizes = named_sizes(report).values()
+    return [
+        _Column("size", list(named_sizes(report)), left=True),
+        _Column("levels", [show(size.levels_bits) for size in sizes]),
+        _Column("overhead", [show(size.overhead_bits) for size in sizes]),
+        _Column("not quantized", [show(size.rest_bits) for size in sizes]),
+        _Column("total", [show(size.total_bits) for size in sizes]),
+        _Column("of float", [f"1/{report.float_size.total_mib / size.total_mib:.2f}" for size in sizes]),
+    ]
 
 
-def named_sizes(report: "BitsReport") -> "tuple[tuple[str, SizeParts], ...]":
-    """The three sizes and what to call them."""
-    return (
-        ("bit-packed (exact)", report.packed_size),
-        ("ONNX (estimate)", report.container_size),
-        ("float", report.float_size),
-    )
+def named_sizes(report: "BitsReport") -> "dict[str, SizeParts]":
+    """The three sizes by what to call them."""
+    return {"bit-packed (exact)": report.packed_size, "ONNX (estimate)": report.container_size, "float": report.float_size}
 
 
-def skipped_table(report: "BitsReport") -> TextTable:
+def _skipped_columns(report: "BitsReport") -> list[_Column]:
     """The parameters that stay in float, by reason."""
     by_reason: dict[str, list[str]] = {}
     for each in report.skipped:
         shape = "x".join(map(str, each.shape)) or "scalar"
         by_reason.setdefault(each.reason, []).append(f"{each.name} ({shape})")
-    rows = []
-    for reason, names in by_reason.items():
-        more = f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        rows.append((reason, str(len(names)), ", ".join(names[:_NAMES_SHOWN]) + more))
-    columns = (Column("stays in float because", left=True), Column("parameters"), Column("names", left=True))
-    return TextTable("not quantized", columns, tuple(rows))
+    shown = [
+        ", ".join(names[:_NAMES_SHOWN]) + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+        for names in by_reason.values()
+    ]
+    return [
+        _Column("stays in float because", list(by_reason), left=True),
+        _Column("parameters", [str(len(names)) for names in by_reason.values()]),
+        _Column("names", shown, left=True),
+    ]
 
 
-def summary_lines(report: "BitsReport") -> Iterator[str]:
+def _summary_lines(report: "BitsReport") -> Iterator[str]:
     """What holds for the whole model, a line each."""
     yield (
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "
@@ -164,27 +180,10 @@ def summary_lines(report: "BitsReport") -> Iterator[str]:
         yield f"note: {note}"
 
 
-class _MibFormat:
+def _mib_format(report: "BitsReport") -> Callable[[int], str]:
     """Bits as MiB with one number of decimals for the whole report: enough to see its smallest weights."""
-
-    def __init__(self, decimals: int) -> None:
-        self.decimals = decimals
-
-    def __call__(self, bits: int) -> str:
-        return f"{mib(bits):.{self.decimals}f}"
-
-
-def _mib_format(report: "BitsReport") -> _MibFormat:
-    return _MibFormat(4 if report.float_size.total_mib >= 1 else 6)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _shares(weight: "WeightBits") -> str:
-    """``2:25% 4:75%``."""
-    return " ".join(f"{width}:{percent(count / weight.numel)}" for width, count in weight.histogram.items())
+    decimals = 4 if report.float_size.total_mib >= 1 else 6
+    return lambda bits: f"{mib(bits):.{decimals}f}"
 
 
 def percent(share: float) -> str:
@@ -197,7 +196,6 @@ def percent(share: float) -> str:
     return "<1%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
-def _sparkline(weight: "WeightBits", widths: range) -> str:
+def _sparkline(shares: dict[int, float], widths: range) -> str:
     """One character per width, as high as the share of the weights that have it; a dot for none."""
-    shares = [weight.histogram.get(width, 0) / weight.numel for width in widths]
-    return "".join(_BLOCKS[math.ceil(share * len(_BLOCKS)) - 1] if share else "·" for share in shares)
+    return "".join(_BLOCKS[math.ceil(shares[width] * len(_BLOCKS)) - 1] if width in shares else "·" for width in widths)
