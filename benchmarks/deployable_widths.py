@@ -9,8 +9,7 @@ from _result import markdown_table, write_result
 from torch import nn
 
 from diffq_fx import DiffQConfig, bits_report, convert_diffq, prepare_diffq
-from diffq_fx.demo.tasks import Task, digits
-from diffq_fx.demo.training import accuracy, train
+from diffq_fx.demo import Task, accuracy, digits, train
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.inspection import inspect_onnx
 

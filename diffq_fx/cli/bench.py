@@ -62,11 +62,7 @@ def _parse_dims(entries: list[str]) -> dict[str, int]:
 
 
 def _table(comparison: "LatencyComparison") -> Table:
-    table = new_table("latency of one run: median [q1, q3]")
-    table.add_column("model")
-    table.add_column("file", overflow="fold")
-    table.add_column("latency ms", justify="right")
-    table.add_column("size MiB", justify="right")
+    table = new_table("latency of one run: median [q1, q3]", folded=("model", "file"), right=("latency ms", "size MiB"))
     add_row(table, "A", comparison.path_a, _spread(comparison.a_ms, 4), f"{comparison.size_a_mib:.4f}")
     add_row(table, "B", comparison.path_b, _spread(comparison.b_ms, 4), f"{comparison.size_b_mib:.4f}", end_section=True)
     size_ratio = f"{comparison.size_a_mib / comparison.size_b_mib:.2f}"

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
+from diffq_fx.cli.output import add_row, errors_as_messages, mean_and_range, mib, new_table, print_json, standard_output
 from diffq_fx.cli.packed import inspect_packed_file
 
 if TYPE_CHECKING:
@@ -52,64 +52,46 @@ def inspect(
         console.print(_totals_table(inspection))
 
 
-def _is_listed(tensor: "TensorReport") -> bool:
-    return tensor.role == "quantized" or (tensor.role in ("float", "other") and tensor.values >= _SMALL_VALUES)
-
-
 def _tensor_table(inspection: "OnnxInspection", everything: bool) -> Table:
-    table = new_table(f"{inspection.path}: tensors")
-    table.add_column("name", overflow="fold")
-    table.add_column("read by", overflow="fold")
-    for heading in ("shape", "type", "MiB", "scales MiB", "file %"):
-        table.add_column(heading, justify="left" if heading in ("shape", "type") else "right", no_wrap=True)
-    if inspection.metadata is not None:
-        table.add_column("learned bits", justify="right", no_wrap=True)
-        table.add_column("learned MiB", justify="right", no_wrap=True)
-    hidden = 0
-    hidden_bytes = 0
+    learned = ("learned bits", "learned MiB") if inspection.metadata else ()
+    table = new_table(
+        f"{inspection.path}: tensors",
+        folded=("name", "read by"),
+        left=("shape", "type"),
+        right=("MiB", "scales MiB", "file %", *learned),
+    )
+    hidden = []
     for tensor in inspection.tensors:
-        if everything or _is_listed(tensor):
+        is_listed = tensor.role == "quantized" or (tensor.role in ("float", "other") and tensor.values >= _SMALL_VALUES)
+        if everything or is_listed:
             cells = _cells(tensor)[: len(table.columns)]
             add_row(table, *cells, style="dim" if tensor.role != "quantized" else None)
         else:
-            hidden += 1
-            hidden_bytes += tensor.payload_bytes
+            hidden.append(tensor.payload_bytes)
     if hidden:
-        size = mib(hidden_bytes)
-        table.caption = Text(f"and {hidden} more (scales, zero points, small tensors), {size} MiB together: see --all")
+        table.caption = Text(f"and {len(hidden)} more (scales, zero points, small tensors), {mib(sum(hidden))} MiB together: see --all")
         table.caption_justify = "left"
     return table
 
 
 def _cells(tensor: "TensorReport") -> list[str]:
-    has_scales = tensor.role == "quantized"
     return [
         tensor.name,
         "\n".join(tensor.readers) or "nothing",
         "x".join(map(str, tensor.shape)) or "scalar",
         tensor.dtype if not tensor.is_packed else f"{tensor.container_bits} bits in {tensor.dtype}",
         mib(tensor.payload_bytes),
-        mib(tensor.scale_bytes + tensor.zero_point_bytes) if has_scales else "-",
+        mib(tensor.scale_bytes + tensor.zero_point_bytes) if tensor.role == "quantized" else "-",
         f"{100 * tensor.file_share:.1f}",
-        _bits(tensor.learned_bits),
+        mean_and_range(tensor.learned_bits),
         mib(tensor.learned_payload_bytes),
     ]
-
-
-def _bits(histogram: dict[int, int] | None) -> str:
-    """Mean of the learned bits, and their range: ``3.40 (2-6)``."""
-    if not histogram:
-        return "-"
-    mean = sum(bits * count for bits, count in histogram.items()) / max(sum(histogram.values()), 1)
-    return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
 
 
 def _forms_table(metadata: "ExportMetadata") -> Table:
     """How the weights reach their readers, and what decided; weights of which all that is the same share a row."""
     target = f"; target {metadata.target}" if metadata.target else ""
-    table = new_table(f"forms; activations {metadata.activations}{target}")
-    for heading in ("weights", "rule", "why"):
-        table.add_column(heading, overflow="fold")
+    table = new_table(f"forms; activations {metadata.activations}{target}", folded=("weights", "rule", "why"))
     names: dict[tuple[str, str], list[str]] = {}
     for record in metadata.weights:
         reasons = [reason for reason in (record.choice, record.reason, *record.remarks) if reason]
@@ -122,10 +104,7 @@ def _forms_table(metadata: "ExportMetadata") -> Table:
 def _totals_table(inspection: "OnnxInspection") -> Table:
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in inspection.opsets.items())
     layout = f"; layout {inspection.metadata.layout}" if inspection.metadata else ""
-    table = new_table(f"totals; opset {opsets}; IR {inspection.ir_version}{layout}")
-    table.add_column("what")
-    for heading in ("tensors", "values", "MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table(f"totals; opset {opsets}; IR {inspection.ir_version}{layout}", folded=("what",), right=("tensors", "values", "MiB"))
     if inspection.metadata is not None:
         levels = sum(record.numel for record in inspection.metadata.weights)
         add_row(table, "quantized, bit-packed as learned", "", str(levels), mib(inspection.learned_payload_bytes))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,9 +40,14 @@ def standard_output() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
-def new_table(title: str) -> Table:
-    """An empty table whose title is taken literally, square brackets included."""
-    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def new_table(title: str, *, folded: Sequence[str] = (), left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """An empty table. Its title is taken literally, square brackets included; columns to fold come first, then those of one line."""
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in folded:
+        table.add_column(heading, overflow="fold")
+    for heading in (*left, *right):
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+    return table
 
 
 def add_row(table: Table, *cells: str, style: str | None = None, end_section: bool = False) -> None:
@@ -58,6 +63,19 @@ def mib(size_bytes: int | None) -> str:
         ('1.5000', '-')
     """
     return "-" if size_bytes is None else f"{size_bytes / _MIB:.4f}"
+
+
+def mean_and_range(histogram: dict[int, int] | None) -> str:
+    """Mean of the learned bits, and their range; "-" where none are known.
+
+    Example:
+        >>> mean_and_range({2: 1, 4: 3})
+        '3.50 (2-4)'
+    """
+    if not histogram:
+        return "-"
+    mean = sum(bits * count for bits, count in histogram.items()) / max(sum(histogram.values()), 1)
+    return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
 
 
 def print_json(value: dict[str, Any]) -> None:
