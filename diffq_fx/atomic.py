@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,7 +66,12 @@ def put_in_place(draft: Path, path: Path) -> None:
     if target.exists():
         os.chmod(draft, target.stat().st_mode & 0o7777)
     os.replace(draft, target)
-    _sync_folder(target.parent)
+    with suppress(OSError):  # makes the new name last through a power cut, on systems where a folder can be opened
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager
@@ -85,17 +90,3 @@ def replaced_atomically(path: Path, error: type[DiffQError]) -> Iterator[BinaryI
         with draft.open("xb") as file:
             yield file
         put_in_place(draft, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a power cut, on systems where a folder can be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        return
-    finally:
-        os.close(descriptor)

@@ -74,8 +74,9 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
         _check_patterns([pattern for pattern, _ in choice.entries], known, "pattern", caller)
     for key, parameter in plan.parameters.items():
         name, *aliases = names[key]
+        owner, _ = owner_of(model, name)
         _, method = choice.entry_for(names[key]) or ("", None)
-        reason = _reason_to_skip(model, name, names[key], parameter, method) if method else "no pattern of the mapping matches it"
+        reason = _reason_to_skip(owner, names[key], parameter, method) if method else "no pattern of the mapping matches it"
         if reason or method is None:
             plan.skipped.append(SkippedWeight(name, tuple(parameter.shape), reason))
             continue
@@ -85,7 +86,7 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
             name=name,
             aliases=tuple(aliases),
             shape=tuple(parameter.shape),
-            axis=_axis(owner_of(model, name)[0]),
+            axis=int(isinstance(owner, nn.modules.conv._ConvTransposeNd)),
             dtype=parameter.dtype,
             group_size=group_size,
             range_size=range_size,
@@ -109,8 +110,8 @@ def _check_answered(choice: MethodChoice, plan: Selection, names: dict[int, list
         asked = [key for key, own in names.items() if any(matches(name, pattern) for name in own)]
         if any(key in plan.specs for key in asked):
             continue
-        reasons = {skipped.name: skipped.reason for skipped in plan.skipped}
-        seen = "; ".join(f"{names[key][0]}: {reasons[names[key][0]]}" for key in asked[:4])
+        first = [names[key][0] for key in asked[:4]]
+        seen = "; ".join(f"{skipped.name}: {skipped.reason}" for skipped in plan.skipped if skipped.name in first)
         raise PreparationError(
             f"{caller}: pattern {pattern!r} asks for {type(method).__name__} where nothing can be quantized ({seen}). "
             "Change the pattern or leave it out."
@@ -124,14 +125,13 @@ def _check_patterns(patterns: Iterable[str], names: list[str], what: str, caller
             raise ValueError(f"{caller}: {what} {pattern!r} matches no parameter. The model has {known}.")
 
 
-def _reason_to_skip(model: nn.Module, name: str, names: Sequence[str], parameter: Tensor, method: Method) -> str:
+def _reason_to_skip(owner: nn.Module, names: Sequence[str], parameter: Tensor, method: Method) -> str:
     """Why this parameter stays in float; empty if it does not."""
     if not parameter.is_floating_point():
         return f"{parameter.dtype}: not a float type"
     for pattern in method.exclude:
         if any(matches(each, pattern) for each in names):
             return f"excluded by {pattern!r}"
-    owner, _ = owner_of(model, name)
     if parameter.ndim < 2:
         return "1-d: a bias or a norm's scale"
     if not isinstance(owner, _KNOWN_OWNERS) and parameter.numel() == max(parameter.shape):
@@ -144,11 +144,6 @@ def _reason_to_skip(model: nn.Module, name: str, names: Sequence[str], parameter
         if owner.sparse:
             return "sparse=True: its gradient is a sparse tensor"
     return ""
-
-
-def _axis(owner: nn.Module) -> int:
-    """Output channel axis of a weight, as far as its owner tells."""
-    return 1 if isinstance(owner, nn.modules.conv._ConvTransposeNd) else 0
 
 
 def _check_values(name: str, parameter: Tensor, caller: str) -> None:

@@ -61,7 +61,7 @@ class PrepareConfig(AOBaseConfig):
 
 @register_quantize_module_handler(PrepareConfig)
 def _mark(module: nn.Module, config: PrepareConfig) -> nn.Module:
-    object.__setattr__(module, _MARK, config.method)
+    setattr(module, _MARK, config.method)
     return module
 
 
@@ -81,21 +81,20 @@ def prepare_marked(model: nn.Module, example_inputs: Any, *, scope: Scope = "aut
     Raises:
         PreparationError: nothing is marked, or a marked module has no weight to quantize.
     """
-    marked = {path: vars(module)[_MARK] for path, module in model.named_modules() if _MARK in vars(module)}
+    marked = [(path, module, vars(module)[_MARK]) for path, module in model.named_modules() if _MARK in vars(module)]
     if not marked:
         raise PreparationError(
             "prepare_marked: no module is marked. Call torchao's quantize_(model, PrepareConfig(method), filter_fn) first, with a filter "
             "that lets at least one module through."
         )
-    mapping = {_literal(path): method for path, method in sorted(marked.items(), key=lambda each: -each[0].count("."))}
-    unmarked = [module for module in model.modules() if _MARK in vars(module)]
-    for module in unmarked:
-        object.__delattr__(module, _MARK)
+    deepest_first = sorted(marked, key=lambda each: -each[0].count("."))
+    for _, module, _ in marked:
+        delattr(module, _MARK)
     try:
-        return prepare_as("prepare_marked", model, example_inputs, mapping, scope)
+        return prepare_as("prepare_marked", model, example_inputs, {_literal(path): method for path, _, method in deepest_first}, scope)
     except BaseException:
-        for module, method in zip(unmarked, marked.values(), strict=True):
-            object.__setattr__(module, _MARK, method)
+        for _, module, method in marked:
+            setattr(module, _MARK, method)
         raise
 
 
@@ -173,32 +172,25 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
         )
     model = copy.deepcopy(converted)
     readers = _readers(model)
-    mapped: dict[int, TorchAOWeight] = {}
+    mapped: dict[nn.Module | None, TorchAOWeight] = {}
     kept: dict[str, str] = {}
-    for parent in list(model.modules()):
-        for name, stored in list(parent._modules.items()):
-            if not isinstance(stored, StoredWeight):
-                continue
-            if id(stored) not in mapped:
-                reason = _reason_to_keep(stored, readers.get(id(stored), set()))
-                if reason:
-                    kept[stored.spec.name] = reason
-                    continue
-                integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored
-                if isinstance(integers, IntegerWeight):
-                    mapped[id(stored)] = TorchAOWeight(stored, integers)
-                    mapped[id(mapped[id(stored)])] = mapped[id(stored)]
-            parent._modules[name] = mapped[id(stored)]
-    names = tuple(dict.fromkeys(weight.spec.name for weight in mapped.values()))
-    if not names:
+    for stored in [module for module in model.modules() if isinstance(module, StoredWeight)]:
+        integers = _integers_or_reason(stored, readers.get(stored, set()))
+        if isinstance(integers, str):
+            kept[stored.spec.name] = integers
+        else:
+            mapped[stored] = TorchAOWeight(stored, integers)
+    if not mapped:
         why = "\n  ".join(f"{name}: {reason}" for name, reason in kept.items())
         raise ConversionError(f"to_torchao: torchao has a form for none of the weights.\n  {why}")
-    return TorchAOResult(model, names, kept)
+    for parent in list(model.modules()):
+        parent._modules.update({name: mapped[child] for name, child in parent._modules.items() if child in mapped})
+    return TorchAOResult(model, tuple(weight.spec.name for weight in mapped.values()), kept)
 
 
-def _readers(model: nn.Module) -> dict[int, set[str]]:
-    """What reads each stored weight in the model's graphs, by the weight's identity."""
-    readers: dict[int, set[str]] = {}
+def _readers(model: nn.Module) -> dict[nn.Module, set[str]]:
+    """What reads each stored weight in the model's graphs."""
+    readers: dict[nn.Module, set[str]] = {}
     graphs: list[fx.GraphModule] = []
     if isinstance(model, CapturedModel) and model.uses_graph:
         graphs.append(model)
@@ -206,44 +198,38 @@ def _readers(model: nn.Module) -> dict[int, set[str]]:
         for module in [module for module in model.modules() if isinstance(module, ScopedModule)]:
             if module.taken_over.traced:
                 graphs.append(scope_graph(module))
-            for name in () if module.taken_over.traced else module.taken_over.weights:
-                stored = module.get_submodule(name + STORED_SUFFIX)
-                readers.setdefault(id(stored), set()).add("a module's own code")
+                continue
+            for name in module.taken_over.weights:
+                readers.setdefault(module.get_submodule(name + STORED_SUFFIX), set()).add("a module's own code")
     for graph in graphs:
         for node in graph.graph.nodes:
-            stored = module_of(graph, node)
-            if isinstance(stored, StoredWeight):
-                readers.setdefault(id(stored), set()).update(_name_of(graph, user) for user in node.users)
+            if isinstance(stored := module_of(graph, node), StoredWeight):
+                for user in node.users:
+                    called = module_of(graph, user)
+                    name = type(called).__name__ if called else getattr(user.target, "__name__", str(user.target))
+                    readers.setdefault(stored, set()).add(name)
     return readers
 
 
-def _name_of(graph: fx.GraphModule, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return type(module_of(graph, node)).__name__
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _reason_to_keep(stored: StoredWeight, readers: set[str]) -> str:
-    """Why a weight cannot be torchao's; empty if it can."""
+def _integers_or_reason(stored: StoredWeight, readers: set[str]) -> IntegerWeight | str:
+    """The integers that torchao's tensor can hold, or why it cannot."""
     others = sorted(readers - _READERS)
     if others or not readers:
-        return (
-            f"read by {', '.join(others) or 'nothing that a graph shows'}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
-        )
+        found = ", ".join(others) or "nothing that a graph shows"
+        return f"read by {found}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
     if stored.spec.dtype not in _DTYPES:
         return f"{stored.spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
-    if isinstance(stored, CodebookWeight):
-        stored = stored.as_integers() or stored
-    if not isinstance(stored, IntegerWeight):
+    integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored
+    if not isinstance(integers, IntegerWeight):
         return "a codebook that is not integers times one scale"
-    bits, layout = int(stored.bits.max()), stored.spec.scale_layout
+    bits, layout = int(integers.bits.max()), integers.spec.scale_layout
     if bits > _WIDEST:
         return f"{bits} bits; torchao's integer tensor has 1 to {_WIDEST}"
-    if layout.kind == "block" and (len(stored.spec.shape) > 2 or stored.spec.axis != 0):
-        return f"blocks of {layout.block} in a weight of shape {stored.spec.shape}; torchao's blocks lie along one axis of a matrix"
+    if layout.kind == "block" and (len(integers.spec.shape) > 2 or integers.spec.axis != 0):
+        return f"blocks of {layout.block} in a weight of shape {integers.spec.shape}; torchao's blocks lie along one axis of a matrix"
     if layout.columns % layout.block:
         return f"blocks of {layout.block} do not divide its {layout.columns} inputs; torchao has whole blocks alone"
-    return ""
+    return integers
 
 
 def _integer_tensor(stored: IntegerWeight) -> IntxUnpackedToInt8Tensor:
