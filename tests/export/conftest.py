@@ -22,9 +22,11 @@ QUICK = Profile(
 )
 
 
-@pytest.fixture(autouse=True)
-def _integers_are_quick(monkeypatch):
-    monkeypatch.setitem(profiles.KINDS, "portable", (QUICK,))
+@pytest.fixture(autouse=True, scope="module")
+def _integers_are_quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(profiles.KINDS, "portable", (QUICK,))
+        yield
 
 
 @pytest.fixture

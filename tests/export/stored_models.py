@@ -102,13 +102,18 @@ def levels_in(path):
     }
 
 
-def optimized_ops(path, tmp_path):
-    """Operators that are left when onnxruntime has optimized a file."""
+def optimized(path, tmp_path):
+    """The graph that is left when onnxruntime has optimized a file."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    return onnx.load(options.optimized_model_filepath).graph
+
+
+def optimized_ops(path, tmp_path):
+    """Its operators."""
+    return [node.op_type for node in optimized(path, tmp_path).node]
 
 
 def run_exact(path, *inputs):

@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import inliner
+from onnx import TensorProto, inliner
 from onnx.reference import ReferenceEvaluator
-from stored_models import Conv, Linear, Parallel, Tied, assert_same, optimized_ops, run_exact
+from stored_models import Conv, Linear, Parallel, Swapped, Tied, assert_same, optimized, optimized_ops, run_exact, store
+from torch import nn
 from torch.nn import functional as F
 
 from diffq_fx.export import export_onnx, read_metadata
@@ -17,6 +18,7 @@ from diffq_fx.export.onnx.inspection import inspect_onnx
 from diffq_fx.export.onnx.random_inputs import index_bounds
 
 MIXED = torch.tensor([2, 4, 8, 12])[torch.randint(4, (24, 1))]
+MIXED_ROWS = torch.tensor([2, 4, 8])[torch.arange(512) % 3][:, None]
 IMAGES = torch.randn(2, 16, 9, 9)
 WEIGHTS = {
     "affine": {"bits": 4},
@@ -80,25 +82,91 @@ def test_the_reference_evaluator_reads_them(dtype, path):
         assert np.abs(one - other.detach().numpy()).max() <= (1e-4 if dtype == torch.float32 else 5e-3) * np.abs(one).max()
 
 
-@pytest.mark.parametrize("activations", ["float", "dynamic", "int8"])
+class Both(nn.Module):
+    """A model of two inputs: products of the first one, filters of the second."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [Linear(512, 512, bits, name=f"w{bits}") for bits in (4, 8)] + [
+            Linear(512, 512, MIXED_ROWS, name="parts", grid="symmetric")
+        ]
+        self.layers, self.filters = nn.ModuleList(layers), Conv(F.conv2d, (24, 16, 3, 3), 4, name="filters")
+
+    def forward(self, x, images):
+        return *(layer(x) for layer in self.layers), self.filters(images)
+
+
+FUSED = {
+    "float": {"MatMulNBits": 3, "Conv": 1},
+    "dynamic": {"DynamicQuantizeLinear": 1, "MatMulIntegerToFloat": 3, "Conv": 1},
+    "int8": {"DynamicQuantizeLinear": 1, "MatMulIntegerToFloat": 3, "QLinearConv": 1},
+}
+
+
+@pytest.mark.parametrize("activations", FUSED)
 def test_what_onnxruntime_fuses_is_one_node_too(activations, path):
-    layers = [Linear(512, 512, 4, name="four"), Linear(512, 512, 8, name="eight"), Conv(F.conv2d, (24, 16, 3, 3), 4, name="filters")]
+    """A product of integers is one call with its activation: a standard DequantizeLinear of the weight in front of a MatMul is no way.
 
-    class Both(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList(layers)
-
-        def forward(self, x, images):
-            return self.layers[0](x), self.layers[1](x), self.layers[2](images)
-
+    onnxruntime (1.31) makes a Gemm of MatMul and Add before it looks for integers, and dequantizes activation and weight at every run.
+    """
     inputs = (torch.randn(32, 512), IMAGES)
     result = export_onnx(Both().eval(), inputs, path, activations=activations, calibration=[inputs] if activations == "int8" else None)
-    fused = {"float": {"MatMulNBits": 2, "Conv": 1}, "dynamic": {"MatMulIntegerToFloat": 2, "Conv": 1}}
-    assert fused.get(activations, {"MatMulIntegerToFloat": 2, "QLinearConv": 1}).items() <= result.operators.items()
-    calls = [node for node in onnx.load(path).graph.node if node.domain == "diffq_fx"]
-    assert [node.name for node in calls if not node.name.startswith(("four", "eight"))] == ["filters.dequantized"]
-    assert activations != "float" or len(calls) == 3
+    assert FUSED[activations].items() <= result.operators.items()
+    assert not {"Cast", "Mul", "Sub", "Gather"} & result.operators.keys()
+    graph = onnx.load(path).graph
+    kinds = {"float": "DequantizeLinear"}.get(activations, "DynamicQuantizeMatMul")
+    readers = {name: [node for node in graph.node if name in node.input] for record in result.weights for name in record.initializers}
+    assert all(len(nodes) == 1 for nodes in readers.values())
+    assert all(nodes[0].op_type.startswith("DequantizeLinear" if name.startswith("filters") else kinds) for name, nodes in readers.items())
+    assert {node.op_type.rstrip("0123456789") for node in nodes_of_weights(graph)} == {"DequantizeLinear"}
+
+
+def test_slices_of_one_weight_are_a_node_each(path):
+    attention = Swapped(nn.MultiheadAttention(384, 6, batch_first=True), 8, need_weights=False).eval()
+    result = export_onnx(attention, tuple(torch.randn(2, 32, 384) for _ in range(3)), path, activations="dynamic")
+    calls = [node for node in onnx.load(path).graph.node if node.domain]
+    weights = [*["in_proj_weight"] * 3, "out_proj.weight"]
+    assert [list(node.input[1:]) for node in calls] == [
+        [f"{name}.{part}" for part in ("levels", "scale", "zero_point")] for name in weights
+    ]
+    assert result.operators["DynamicQuantizeMatMul"] == 4
+
+
+TABLES = {
+    "whole": {"bits": 5},
+    "parts": {"bits": None},
+    "blocks": {"bits": 8, "group": 64, "ranges": 64},
+    "wide": {"bits": 12, "grid": "symmetric"},
+}
+
+
+class Twice(nn.Module):
+    """Two lookups in one table."""
+
+    def __init__(self, name, bits, **options):
+        super().__init__()
+        bits = torch.tensor([2, 4, 8])[torch.arange(2000) % 3][:, None] if bits is None else bits
+        self.table = store(torch.randn(2000, 256), bits, name=name, **options)
+
+    def forward(self, ids):
+        return F.embedding(ids, self.table()) + F.embedding(ids + 1, self.table())
+
+
+def test_picked_rows_are_one_node(path, tmp_path):
+    """What is picked stays integers, once in memory for all lookups."""
+    model, ids = Parallel(*(Twice(name, **options) for name, options in TABLES.items())).eval(), torch.randint(1999, (2, 3))
+    result = export_onnx(model, ids, path)
+    assert {record.rule for record in result.weights} == {"rows"}
+    file = onnx.load(path)
+    assert {node.op_type.rstrip("0123456789") for node in file.graph.node} == {"Add", "DequantizeRows"}
+    calls = [node for node in file.graph.node if node.domain]
+    assert [node.name for node in calls[:2]] == ["whole.rows", "whole.rows_2"]
+    assert list(calls[0].input[1:]) == ["whole.levels", "whole.scale", "whole.zero_point"]
+    kept = [tensor.data_type for tensor in optimized(path, tmp_path).initializer if list(tensor.dims) == [2000, 256]]
+    assert sorted(kept) == sorted([TensorProto.UINT8] * 3 + [TensorProto.INT16])
+    assert_same(run_exact(path, ids), model(ids))
+    for found, expected in zip(ReferenceEvaluator(file).run(None, {file.graph.input[0].name: ids.numpy()}), model(ids), strict=True):
+        assert_same(torch.from_numpy(found), expected)
 
 
 def test_the_plain_layout_has_the_standard_operator_alone(path):

@@ -57,12 +57,12 @@ def files():
     convolutions = nn.Sequential(*(Conv(same_size, (32, 32, 3, 3), bits, name=f"c{bits}") for bits in (4, 6, 7, 8)))
     coded = convert(prepare(nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 8)), ROWS, LC(entries=5)))
     return {
-        "linear": (product, torch.randn(1, 512), {"target": "x86-vnni"}),
+        "linear": (product, torch.randn(1, 512), {}),
         "fold": (mixed, ROWS, {}),
         "rows": (Picked(1024, 256, 5), IDS, {}),
         "codebook": (coded, ROWS, {}),
         "qdq": (product, torch.randn(1, 512), {"layout": "qdq"}),
-        "dynamic": (integer, ROWS, {"activations": "dynamic", "target": "x86-vnni"}),
+        "dynamic": (integer, ROWS, {"activations": "dynamic"}),
         "int8": (convolutions, IMAGE, {"activations": "int8", "calibration": [IMAGE]}),
     }
 
@@ -73,7 +73,9 @@ def exported(tmp_path_factory):
     folder, expected = tmp_path_factory.mktemp("files"), {}
     for rule, (model, x, settings) in files().items():
         result = export_onnx(model.eval(), x, folder / f"{rule}.onnx", **settings)
-        assert rule in {record.rule for record in result.weights}
+        assert {record.rule for record in result.weights} == {rule}
+        if rule in ("dynamic", "int8"):
+            assert {record.products for record in result.weights} == {("int8",), ("uint8",)}, "both kinds of exact products"
         found = model(x)
         expected[rule] = [each.detach().numpy() for each in (found if isinstance(found, tuple) else (found,))]
         np.save(folder / f"{rule}.npy", x.numpy())

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.products import Factor
 from diffq_fx.export.onnx.layout.stored import StoredTable
 
@@ -52,6 +53,7 @@ def _integer_nodes(stored: StoredTable, use: LinearUse, levels: ir.Value, zero_p
     in_float = make_node("Cast", [product.outputs[0]], named("product.unscaled"), to=int(ir.DataType.FLOAT))
     scales = make_node("Mul", [activation_scale, scale], named("product.scale"))
     scaled = make_node("Mul", [in_float.outputs[0], scales.outputs[0]], named("product"))
+    mark_weight(scaled.outputs[0], stored.name, "DynamicQuantizeMatMul", activation=use.activation)
     return [rounded, product, in_float, scales, scaled]
 
 

@@ -1,12 +1,15 @@
-"""One node per weight: whatever makes a float weight of its integers becomes one call of a function that the file brings along.
+"""One node per weight: whatever makes a weight of its integers becomes one call of a function that the file brings along.
 
-A weight that onnxruntime does not fuse in its standard form hangs on a chain of nodes (Cast, Sub, Mul, Concat, Gather ...). The chain is
-put into a model-local function ``diffq_fx::DequantizeLinear``; chains that differ get ``DequantizeLinear2`` and so on. onnxruntime (1.31)
-inlines it when it loads the file, before it folds and fuses, so that the same kernels run. Runtimes without model-local functions
-(OpenVINO 2026.4) read layout "qdq", or the file after ``onnx.inliner.inline_local_functions``.
+What onnxruntime does not read in one standard operator is a chain of nodes (Cast, Sub, Mul, Concat, Gather ...). The chain is put into a
+model-local function: ``diffq_fx::DequantizeLinear`` gives the float weight, ``DequantizeRows`` picked rows of it, and
+``DynamicQuantizeMatMul`` its product with activations that are rounded at every run. Chains that differ get names with a number behind
+them. onnxruntime (1.31) inlines functions when it loads the file, before it folds and fuses, so that the same kernels run. Runtimes
+without model-local functions (OpenVINO 2026.4) read layout "qdq", or the file after ``onnx.inliner.inline_local_functions``.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -14,58 +17,71 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from diffq_fx.export.onnx.layout.emitter import describe_like
 
 FUNCTION_DOMAIN = "diffq_fx"
-_NAME = "DequantizeLinear"
-_WEIGHT = "diffq_fx.weight"
-_DOCUMENTATION = "The float weight of the integers that the file holds: (levels - zero_point) * scale, or a codebook's entries."
+Name = Literal["DequantizeLinear", "DequantizeRows", "DynamicQuantizeMatMul"]
+_LABELS: Mapping[Name, str] = {"DequantizeLinear": "dequantized", "DequantizeRows": "rows", "DynamicQuantizeMatMul": "product"}
+_DOCUMENTATION: Mapping[Name, str] = {
+    "DequantizeLinear": "The float weight of the integers that the file holds: (levels - zero_point) * scale, or a codebook's entries.",
+    "DequantizeRows": "Some rows of a weight in float: (levels[indices] - zero_point) * scale.",
+    "DynamicQuantizeMatMul": "activation @ ((levels - zero_point) * scale), the activation rounded to uint8 by its own range.",
+}
+_MARK = "diffq_fx.weight"
 _ORDER = ("levels", "codes", "part", "codebook", "scale", "zero_point")
-"""Inputs of a function by their first words; others come last."""
+"""Inputs of a function by their first words, behind those that are computed; others come last."""
 
 
-def mark_weight(value: ir.Value, name: str) -> None:
-    """Note that a value is a whole weight in float.
+class _Marked(NamedTuple):
+    weight: str
+    function: Name
+    given: Mapping[str, ir.Value]
+
+
+def mark_weight(value: ir.Value, weight: str, function: Name = "DequantizeLinear", **given: ir.Value) -> None:
+    """Note that a value shall be given out by one node.
 
     Args:
-        value: hangs on initializers alone.
-        name: of the weight.
+        value: hangs on initializers, and on what is ``given``.
+        weight: name of the weight.
+        function: what makes the value.
+        given: what the graph computes for it: name inside of the function -> value.
     """
-    value.meta[_WEIGHT] = name
+    value.meta[_MARK] = _Marked(weight, function, given)
 
 
 def call_functions(model: ir.Model) -> None:
-    """Replace the nodes that make each marked weight by the call of a function; one standard DequantizeLinear stays as it is.
+    """Replace the nodes that make each marked value by the call of a function; one standard DequantizeLinear stays as it is.
 
     Args:
         model: at its final opset; changed in place.
     """
-    marked = [value for node in model.graph for value in node.outputs if _WEIGHT in value.meta]
-    bodies: dict[bytes, str] = {}
+    bodies: dict[tuple[str, bytes], str] = {}
+    count: Counter[str] = Counter()
     names: set[str | None] = set()
-    for value in marked:
-        nodes = list(dict.fromkeys(_producers(value)))
-        if [node.op_type for node in nodes] == [_NAME]:
+    for value in [value for node in model.graph for value in node.outputs if _MARK in value.meta]:
+        weight, function, given = value.meta[_MARK]
+        nodes = list(dict.fromkeys(_producers(value, set(given.values()))))
+        if [node.op_type for node in nodes] == ["DequantizeLinear"]:
             names.add(nodes[0].name)
             continue
-        weight = value.meta[_WEIGHT]
-        inputs = _inputs(nodes, weight)
-        body = _body(nodes, value, inputs, model.opset_imports[""])
-        key = ir.serde.serialize_function(body).SerializeToString(deterministic=True)
+        inputs = {**given, **_initializers(nodes, weight)}
+        body = _body(nodes, value, inputs, function, model.opset_imports[""])
+        key = function, ir.serde.serialize_function(body).SerializeToString(deterministic=True)
         if key not in bodies:
-            bodies[key] = _NAME if not bodies else f"{_NAME}{len(bodies) + 1}"
-            body.name = bodies[key]
+            count[function] += 1
+            bodies[key] = body.name = function if count[function] == 1 else f"{function}{count[function]}"
             model.functions[body.identifier()] = body
-        _call(model.graph, bodies[key], list(inputs.values()), value, _unique(f"{weight}.dequantized", names))
+        _call(model.graph, bodies[key], list(inputs.values()), value, _unique(f"{weight}.{_LABELS[function]}", names))
     if bodies:
         model.opset_imports[FUNCTION_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
 
 
-def _producers(value: ir.Value) -> Iterator[ir.Node]:
+def _producers(value: ir.Value, given: set[ir.Value]) -> Iterator[ir.Node]:
     """The nodes that a value hangs on, in the order of computation; some of them twice."""
     node = value.producer()
-    if node is not None:
+    if node is not None and value not in given:
         for source in node.inputs:
             if source is not None:
-                yield from _producers(source)
+                yield from _producers(source, given)
         yield node
 
 
@@ -82,15 +98,15 @@ def _is_baked(value: ir.Value) -> bool:
     return tensor is not None and (tensor.dtype == ir.DataType.INT64 or (tensor.dtype == ir.DataType.INT16 and tensor.size == 1))
 
 
-def _inputs(nodes: list[ir.Node], weight: str) -> dict[str, ir.Value]:
+def _initializers(nodes: list[ir.Node], weight: str) -> dict[str, ir.Value]:
     """Name inside of the function -> initializer."""
-    initializers = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None and value.producer() is None)
-    named = {str(value.name).removeprefix(f"{weight}.").replace(".", "_"): value for value in initializers if not _is_baked(value)}
+    used = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None and value.const_value is not None)
+    named = {str(value.name).removeprefix(f"{weight}.").replace(".", "_"): value for value in used if not _is_baked(value)}
     places = {name: next((i for i, word in enumerate(_ORDER) if name.startswith(word)), len(_ORDER)) for name in named}
     return {name: named[name] for name in sorted(named, key=lambda name: places[name])}
 
 
-def _body(nodes: list[ir.Node], result: ir.Value, inputs: dict[str, ir.Value], opset: int) -> ir.Function:
+def _body(nodes: list[ir.Node], result: ir.Value, inputs: dict[str, ir.Value], function: Name, opset: int) -> ir.Function:
     """A function of copies of some nodes; its names depend on the nodes alone, so that equal ones are equal byte by byte."""
     copies = {value: ir.Value(name=name) for name, value in inputs.items()}
     formal, copied = list(copies.values()), []
@@ -110,9 +126,9 @@ def _body(nodes: list[ir.Node], result: ir.Value, inputs: dict[str, ir.Value], o
         copied.append(copy)
     for place, value in enumerate(value for node in copied for value in node.outputs):
         value.name = f"v{place}"
-    copies[result].name = "weight"
-    graph = ir.Graph(formal, [copies[result]], nodes=copied, opset_imports={"": opset}, doc_string=_DOCUMENTATION)
-    return ir.Function(FUNCTION_DOMAIN, _NAME, graph=graph, attributes=[])
+    copies[result].name = "product" if function == "DynamicQuantizeMatMul" else "weight"
+    graph = ir.Graph(formal, [copies[result]], nodes=copied, opset_imports={"": opset}, doc_string=_DOCUMENTATION[function])
+    return ir.Function(FUNCTION_DOMAIN, function, graph=graph, attributes=[])
 
 
 def _call(graph: ir.Graph, function: str, inputs: list[ir.Value], old: ir.Value, name: str) -> None:

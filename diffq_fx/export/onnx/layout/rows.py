@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.emitter import Attribute, describe_like, make_node
+from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable
 from diffq_fx.export.onnx.layout.tensors import integer_type
@@ -40,6 +41,7 @@ def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
     value = picker.add("Mul", [value, picker.per_row(stored.scale, "scale")], "scaled")
     if stored.dtype != ir.DataType.FLOAT:
         value = picker.add("Cast", [value], "cast", to=int(stored.dtype))
+    mark_weight(value, stored.name, "DequantizeRows", indices=indices)
     old = gather.outputs[0]
     describe_like(value, old)
     ir.convenience.replace_nodes_and_values(graph, gather, [gather], picker.nodes, [old], [value])
