@@ -12,7 +12,7 @@ from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, install_graph
 from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
-from diffq_fx.errors import ConversionError, DiffQWarning
+from diffq_fx.errors import ConversionError, DiffQWarning, DivergenceError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parts_of, unwrapped
@@ -68,6 +68,7 @@ def convert_diffq(model: nn.Module) -> nn.Module:
 
     Raises:
         ConversionError: the model was never prepared, or is converted already.
+        DivergenceError: what a weight is rounded with is not finite.
 
     Warns:
         DiffQWarning: the bits were never trained, or no pressure on the size ever reached them.
@@ -97,6 +98,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         ConversionError: the model was never prepared, or is converted already.
+        DivergenceError: what a weight is rounded with is not finite.
 
     Example:
         >>> from diffq_fx import prepare
@@ -220,12 +222,21 @@ def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, 
     """The stored weight, checked to be the one that eval() computes with."""
     if where := not_finite(weight):
         raise ConversionError(f"{caller}: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
+    _refuse_state_that_is_not_finite(quantizer, caller)
     stored = quantizer.store(weight.detach())
     name, *aliases = names
     stored.spec = replace(stored.spec, dtype=weight.dtype, name=name, aliases=tuple(aliases))  # as the model is now
     if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
         raise ConversionError(f"{caller}: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
     return stored
+
+
+def _refuse_state_that_is_not_finite(quantizer: WeightQuantizer, caller: str) -> None:
+    needed = {id(tensor) for tensor in quantizer.state_tensors()}
+    for name, tensor in (*quantizer.named_parameters(), *quantizer.named_buffers()):
+        if id(tensor) in needed and (where := not_finite(tensor)):
+            message = f"weight {quantizer.spec.name!r}: its {name} {where}: its training diverged. Load an earlier state."
+            raise DivergenceError(f"{caller}: {message}")
 
 
 def _put_in_stored(converted: nn.Module, stored: Iterable[StoredWeight]) -> None:

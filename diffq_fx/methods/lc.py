@@ -117,78 +117,71 @@ class LC(Method):
 class LCWeight(WeightQuantizer):
     """One weight of an LC problem: free in training, its compressed value in eval.
 
-    Buffers:
-        entries: float32, shape (K,): the codebook of the last C step, rising.
-        codes: uint8 or int32, shape of the weight.
+    Buffers, all of them numbers whose average over a training does no harm:
+        entries: float32, shape (K,): the codebook of the last C step, rising; zero before the first, like ``compressed``.
+        compressed: float32, shape of the weight: Delta, the weight as the last C step has compressed it. Codes are made of it.
         multipliers: float32, shape of the weight: the augmented Lagrangian's lambda.
         penalty: float32, 0-d: mu.
-        steps: int64, 0-d: C steps so far.
+        started: float32, 0-d: 1 after the first C step, else 0.
     """
 
     entries: Tensor
-    codes: Tensor
+    compressed: Tensor
     multipliers: Tensor
     penalty: Tensor
-    steps: Tensor
+    started: Tensor
 
     def __init__(self, spec: WeightSpec, config: LC, device: torch.device) -> None:
         super().__init__(spec)
         self.config = config
-        code_dtype = torch.uint8 if config.num_entries <= 256 else torch.int32
-        self.register_buffer("entries", torch.zeros(config.num_entries, dtype=torch.float32, device=device))
-        self.register_buffer("codes", torch.zeros(spec.shape, dtype=code_dtype, device=device))
-        self.register_buffer("multipliers", torch.zeros(spec.shape, dtype=torch.float32, device=device))
-        self.register_buffer("penalty", torch.zeros((), dtype=torch.float32, device=device))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        shapes = {"entries": (config.num_entries,), "compressed": spec.shape, "multipliers": spec.shape, "penalty": (), "started": ()}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight itself: what draws it to its compressed value is the penalty in the loss."""
         return weight
 
-    def compressed(self) -> Tensor:
-        """Delta: the compressed weight of the last C step, float32."""
-        return self.entries[self.codes.long()]
-
-    def lagrangian(self, weight: Tensor) -> Tensor:
+    def lagrangian(self) -> Tensor:
         """``-lambda^T (w - Delta) + mu/2 ||w - Delta||^2``, 0-d, differentiable in the weight."""
-        difference = weight.to(self.multipliers.dtype) - self.compressed()
+        difference = self.weight.to(torch.float32) - self.compressed
         return (self.penalty / 2 * difference - self.multipliers).mul(difference).sum()
 
-    def target(self, weight: Tensor) -> Tensor:
+    def target(self) -> Tensor:
         """What the C step compresses: ``w - lambda / mu``, the weight itself while mu is zero; float32, the weight's shape."""
-        weight = weight.detach().to(self.multipliers.dtype)
+        weight = self.weight.detach().to(torch.float32)
         return weight - self.multipliers / self.penalty if float(self.penalty) > 0 else weight
 
     @torch.no_grad()
-    def take_c_step(self, weight: Tensor, entries: Tensor, *, augmented: bool) -> None:
-        """Keep a codebook and the nearest codes, and move the multipliers: ``lambda - mu (w - Delta)``."""
+    def take_c_step(self, entries: Tensor, *, augmented: bool) -> None:
+        """Keep a codebook and the nearest values in it, and move the multipliers: ``lambda - mu (w - Delta)``."""
         self.entries.copy_(entries)
-        self.codes.copy_(nearest(self.target(weight), self.entries))
+        self.compressed.copy_(self.entries[nearest(self.target(), self.entries)])
         if augmented:
-            self.multipliers.sub_(self.penalty * (weight.to(self.multipliers.dtype) - self.compressed()))
-        self.steps.add_(1)
+            self.multipliers.sub_(self.penalty * (self.weight.to(torch.float32) - self.compressed))
+        self.started.fill_(1)
 
     def _solution(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Codebook and codes: those of the last C step, else of direct compression."""
-        if int(self.steps):
-            return self.entries, self.codes
-        source = weight.detach().to(self.entries.dtype)
+        if float(self.started) > 0:  # an average that began before the first C step has the zeros of then in it: take them out
+            return self.entries / self.started, nearest(self.compressed, self.entries)
+        source = weight.detach().to(torch.float32)
         entries = self.config.fit(source.flatten(), None)
         return entries, nearest(source, entries)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """The compressed weight."""
         entries, codes = self._solution(weight)
-        return entries[codes.long()].to(weight.dtype)
+        return entries[codes].to(weight.dtype)
 
     def store(self, weight: Tensor) -> CodebookWeight:
         """The codebook and the codes."""
         entries, codes = self._solution(weight)
-        return CodebookWeight(self.spec, to_rows(codes, self.spec.axis), entries.clone().unsqueeze(1))
+        return CodebookWeight(self.spec, to_rows(codes, self.spec.axis), entries.unsqueeze(1))
 
     def state_tensors(self) -> tuple[Tensor, ...]:
         """What the last C step has left."""
-        return self.entries, self.codes, self.steps
+        return self.entries, self.compressed, self.started
 
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes: ``ceil(log2 K)`` bits a weight and K floats."""

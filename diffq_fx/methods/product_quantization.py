@@ -6,13 +6,14 @@ group is :class:`diffq_fx.training.ipq.IPQ`.
 Shape legend: O rows (output channels), I columns, D weights in a block, C = ceil(I / D) blocks in a row, K entries.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.errors import PreparationError
+from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
@@ -20,7 +21,7 @@ from diffq_fx.methods.base import Method, WeightQuantizer, check_whole, straight
 from diffq_fx.methods.quant_noise import check_rate, noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import WeightSpec
+from diffq_fx.weights import WeightSpec, not_finite
 
 _MOST_ENTRIES = 65536
 _WARM_ITERATIONS = 4
@@ -119,8 +120,9 @@ class ProductWeight(WeightQuantizer):
     Parameters:
         centroids: float32, shape (K, D); trainable once the codes are assigned.
 
-    Buffers:
-        codes: int32, shape (O, C): the assigned codes.
+    Extra state of the state_dict:
+        codes: int32, shape (O, C): the assigned codes, -1 before. No buffer, since an average of codes is nonsense: an average over a
+            training (AveragedModel) that begins once they are assigned has them; one that begins earlier clusters its own weight.
     """
 
     centroids: nn.Parameter
@@ -134,18 +136,29 @@ class ProductWeight(WeightQuantizer):
         points = to_blocks(weight.detach(), spec.axis, block_size).float()
         centroids, _ = cluster_vectors(points, config.entries, iterations=config.iterations)
         self.centroids = nn.Parameter(centroids, requires_grad=False)
-        self.register_buffer("codes", torch.zeros(spec.rows, blocks, dtype=torch.int32, device=weight.device))
-        self.is_assigned = False  # no buffer: a forward asks for it
+        self.codes = torch.full((spec.rows, blocks), -1, dtype=torch.int32, device=weight.device)
+        self.is_assigned = False  # a forward asks for it, and must not wait for a device
         self._forwards = 0
 
     def get_extra_state(self) -> Tensor:
-        """Whether the codes are assigned, for the model's state_dict."""
-        return torch.tensor(self.is_assigned)
+        """The codes."""
+        return self.codes
 
     def set_extra_state(self, state: Tensor) -> None:
         """Undo :meth:`get_extra_state`."""
-        self.is_assigned, self._kept = bool(state), None
+        self.codes = state.to(self.codes, copy=True)
+        self.is_assigned, self._kept = bool((self.codes >= 0).all()), None
         self.centroids.requires_grad_(self.is_assigned)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductWeight":
+        """Take the codes along to another device."""
+        self.codes = fn(self.codes).to(self.codes.dtype)
+        super()._apply(fn, recurse)
+        return self
+
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """The codebook and the codes."""
+        return self.centroids, self.codes
 
     @property
     def can_make_again(self) -> bool:
@@ -156,8 +169,7 @@ class ProductWeight(WeightQuantizer):
         """The weight with some blocks noised, straight-through; the codebook's own weight once its codes are assigned."""
         spec = self.spec
         if self.is_assigned:
-            values = _StoredEntries.apply(self.centroids, self.config.entry_dtype)
-            return _AveragedLookUp.apply(values, self.codes, tuple(spec.shape), spec.axis).to(weight.dtype)
+            return _LookUp.apply(self.centroids, self.codes, self.config.entry_dtype, spec).to(weight.dtype)
         if self.config.rate == 0:
             return weight
         source = weight.detach()
@@ -173,7 +185,7 @@ class ProductWeight(WeightQuantizer):
         points = to_blocks(weight, spec.axis, self.block_size).float()
         if self.config.noise == "mean":
             codes, values = torch.zeros_like(self.codes), points.mean(0, keepdim=True)
-            return look_up_rows(codes, values, tuple(spec.shape), spec.axis).to(weight.dtype)
+            return look_up_rows(codes, values, spec.shape, spec.axis).to(weight.dtype)
         if self._forwards >= self.config.update_every:
             moved, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=_WARM_ITERATIONS)
             with torch.no_grad():
@@ -181,7 +193,7 @@ class ProductWeight(WeightQuantizer):
             self._forwards = 0
         self._forwards += 1
         codes, _ = nearest_vectors(points, self.centroids.detach())
-        return look_up_rows(codes.reshape(self.codes.shape), self.centroids.detach(), tuple(spec.shape), spec.axis).to(weight.dtype)
+        return look_up_rows(codes.reshape(self.codes.shape), self.centroids.detach(), spec.shape, spec.axis).to(weight.dtype)
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> float:
@@ -189,7 +201,12 @@ class ProductWeight(WeightQuantizer):
 
         Returns:
             Relative error, ``||w - codebook[codes]|| / ||w||``.
+
+        Raises:
+            DivergenceError: the weight is not finite; nothing has changed.
         """
+        if where := not_finite(weight):
+            raise DivergenceError(f"weight {self.spec.name!r} {where}: its training diverged. Load an earlier state.")
         entries, codes = self._clustered(weight)
         self.centroids.copy_(entries)
         self.codes.copy_(codes)
@@ -211,7 +228,7 @@ class ProductWeight(WeightQuantizer):
         """The entries that the codes name, as they are stored."""
         entries, codes = self._solution(weight)
         values = codebook_values(*stored_entries(entries, self.config.entry_dtype))
-        return look_up_rows(codes, values, tuple(self.spec.shape), self.spec.axis).to(weight.dtype)
+        return look_up_rows(codes, values, self.spec.shape, self.spec.axis).to(weight.dtype)
 
     def store(self, weight: Tensor) -> CodebookWeight:
         """The codebook and the codes."""
@@ -240,31 +257,18 @@ def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor
     return torch.round(entries_KD / scale).to(torch.int8), scale
 
 
-class _StoredEntries(torch.autograd.Function):
-    """Value of the entries as they are stored, gradient of the entries."""
+class _LookUp(torch.autograd.Function):
+    """The weight of its codes, of entries as they are stored; each entry gets the mean of the gradients of its blocks, and not the sum."""
 
     @staticmethod
-    def forward(ctx: Any, entries: Tensor, entry_dtype: str) -> Tensor:
-        return codebook_values(*stored_entries(entries, entry_dtype)).view_as(entries)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _AveragedLookUp(torch.autograd.Function):
-    """The weight of its codes; each entry gets the mean and not the sum of the gradients of the blocks that it stands for."""
-
-    @staticmethod
-    def forward(ctx: Any, values_KD: Tensor, codes_OC: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
+    def forward(ctx: Any, entries_KD: Tensor, codes_OC: Tensor, entry_dtype: str, spec: WeightSpec) -> Tensor:
         ctx.save_for_backward(codes_OC)
-        ctx.axis, ctx.shape_KD = axis, values_KD.shape
-        return look_up_rows(codes_OC, values_KD, shape, axis)
+        ctx.spec, ctx.shape_KD = spec, entries_KD.shape
+        return look_up_rows(codes_OC, codebook_values(*stored_entries(entries_KD, entry_dtype)), spec.shape, spec.axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (codes_OC,) = ctx.saved_tensors
         entries, block = ctx.shape_KD
-        codes = codes_OC.flatten().long()
-        sums = grad.new_zeros(ctx.shape_KD).index_add_(0, codes, to_blocks(grad, ctx.axis, block).to(grad.dtype))
+        codes = ctx.saved_tensors[0].flatten().long()
+        sums = grad.new_zeros(ctx.shape_KD).index_add_(0, codes, to_blocks(grad, ctx.spec.axis, block).to(grad.dtype))
         return sums / torch.bincount(codes, minlength=entries).clamp(min=1).unsqueeze(1), None, None, None

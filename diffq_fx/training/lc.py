@@ -6,7 +6,7 @@ lambda held at zero it is the quadratic-penalty method. The paper's baselines ar
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.compression import require_compression
-from diffq_fx.errors import PreparationError
+from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.methods.lc import LCWeight, shared_groups
 from diffq_fx.training.safety import LastGoodState
+from diffq_fx.weights import not_finite
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ def lc_penalty(model: nn.Module) -> Tensor:
         >>> bool(lc_penalty(prepared) > 0)
         True
     """
-    weights = lc_weights(model, "lc_penalty")
-    return torch.stack([quantizer.lagrangian(weight) for quantizer, weight in weights]).sum()
+    return torch.stack([quantizer.lagrangian() for quantizer in lc_weights(model, "lc_penalty")]).sum()
 
 
 @torch.no_grad()
@@ -98,41 +98,40 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
         ``||w - Delta|| / ||w||`` over all LC weights.
 
     Raises:
+        DivergenceError: a weight is not finite; nothing has changed.
         PreparationError: the model is not prepared, or has no LC weight.
         ValueError: ``next_mu`` is negative.
     """
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")
-    weights = dict(lc_weights(model, "lc_step"))
-    for group in shared_groups(list(weights)):
-        values = torch.cat([quantizer.target(weights[quantizer]).flatten() for quantizer in group])
-        warm = group[0].entries if int(group[0].steps) else None
+    quantizers = lc_weights(model, "lc_step")
+    for quantizer in quantizers:
+        if where := not_finite(quantizer.target()):
+            raise DivergenceError(f"lc_step: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
+    for group in shared_groups(quantizers):
+        values = torch.cat([quantizer.target().flatten() for quantizer in group])
+        warm = group[0].entries if float(group[0].started) else None
         entries = group[0].config.fit(values, warm)
         for quantizer in group:
-            quantizer.take_c_step(weights[quantizer], entries, augmented=augmented)
-    for quantizer in weights:
+            quantizer.take_c_step(entries, augmented=augmented)
+    for quantizer in quantizers:
         quantizer.penalty.fill_(next_mu)
-    return _distance(weights.items())
+    pairs = [((quantizer.weight.float() - quantizer.compressed).norm(), quantizer.weight.float().norm()) for quantizer in quantizers]
+    away, size = (torch.stack(norms).norm() for norms in zip(*pairs, strict=True))
+    return float(away / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def lc_weights(model: nn.Module, caller: str) -> list[tuple[LCWeight, nn.Parameter]]:
-    """The LC weights of a prepared model, each with its parameter.
+def lc_weights(model: nn.Module, caller: str) -> list[LCWeight]:
+    """The LC weights of a prepared model.
 
     Raises:
         PreparationError: there are none.
     """
     compression = require_compression(model, caller)
-    root = next(module for module in model.modules() if vars(module).get("compression") is compression)
-    found = [(q, root.get_parameter(q.spec.name)) for q in compression.quantizers if isinstance(q, LCWeight)]
+    found = [quantizer for quantizer in compression.quantizers if isinstance(quantizer, LCWeight)]
     if not found:
         raise PreparationError(f"{caller}: no weight of the model is quantized by LC: it was prepared with {compression.method.name}.")
     return found
-
-
-def _distance(weights: Iterable[tuple[LCWeight, nn.Parameter]]) -> float:
-    pairs = [((weight.float() - quantizer.compressed()).norm(), weight.float().norm()) for quantizer, weight in weights]
-    away, size = (torch.stack(norms).norm() for norms in zip(*pairs, strict=True))
-    return float(away / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 class LCLoop:

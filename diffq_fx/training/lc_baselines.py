@@ -25,12 +25,6 @@ def direct_compression(model: nn.Module) -> float:
     return lc_step(model, next_mu=0.0, augmented=False)
 
 
-@torch.no_grad()
-def _take_compressed_weights(model: nn.Module) -> None:
-    for quantizer, weight in lc_weights(model, "iterated_direct_compression"):
-        weight.copy_(quantizer.compressed())
-
-
 def iterated_direct_compression(
     model: nn.Module, train: TrainingFunction, *, iterations: int, progress: Callable[[LCProgress], None] | None = None
 ) -> list[LCProgress]:
@@ -55,7 +49,9 @@ def iterated_direct_compression(
     history = []
     for index in range(iterations):
         began = time.monotonic()
-        _take_compressed_weights(model)
+        with torch.no_grad():
+            for quantizer in lc_weights(model, "iterated_direct_compression"):
+                quantizer.weight.copy_(quantizer.compressed)
         good = LastGoodState(model)
         train(model, LStep(index, 0.0, lambda: lc_penalty(model)))
         good.check(f"iterated_direct_compression: step {index}", "Lower the learning rate.")
@@ -86,7 +82,7 @@ def counted_ratio(model: nn.Module, float_bits: int = 32) -> float:
         30.5
     """
     compression = require_compression(model, "counted_ratio")
-    weights = [quantizer for quantizer, _ in lc_weights(model, "counted_ratio")]
+    weights = lc_weights(model, "counted_ratio")
     if len(weights) < len(compression.quantizers):
         raise PreparationError(f"counted_ratio: the paper counts LC weights alone; the model was prepared with {compression.method.name}.")
     quantized = sum(quantizer.spec.numel for quantizer in weights)
