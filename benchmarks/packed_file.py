@@ -97,7 +97,7 @@ def ideal_bytes(model: nn.Module) -> tuple[float, float, float]:
     for weight in weights_of(model):
         levels, bits = weight.levels_OI().numpy(), weight.bits.numpy()
         each = np.broadcast_to(weight.spec.bits_layout.expand(weight.bits).numpy(), levels.shape)
-        packed += weight.payload_bits() / 8
+        packed += weight.footprint().payload_bits / 8
         entropy += sum(entropy_bits(levels[each == width]) for width in np.unique(bits)) / 8
         ranges = weight.spec.range_layout.num_groups
         per_range = 4 + (4 if weight.offset is not None else 0)

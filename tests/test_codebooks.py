@@ -168,9 +168,9 @@ def test_stored_codes_give_the_weight_back(axis, entries, block):
     back = to_blocks(expected, axis, block)
     assert torch.equal(back[:, 0], codebook[codes.flatten()][:, 0])
     parts = stored.footprint()
-    assert stored.payload_bits() == parts.packed_bits - 32 * entries * block == blocks * code_bits(entries)
-    assert stored.container_payload_bits() == stored.num_codes * stored.container_bits
-    assert stored.codes.numel() == -(-stored.container_payload_bits() // 8)
+    assert parts.payload_bits == parts.packed_bits - 32 * entries * block == blocks * code_bits(entries)
+    assert parts.container_payload_bits == stored.num_codes * stored.container_bits
+    assert stored.codes.numel() == -(-parts.container_payload_bits // 8)
 
 
 @pytest.mark.parametrize(

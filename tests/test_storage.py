@@ -48,7 +48,7 @@ def test_stored_weight_is_close_to_the_weight(shape, axis, group_size, bits, gri
     assert restored.shape == weight.shape
     assert restored.is_contiguous()
     assert float((restored - weight).abs().max()) <= float(params.scale.max()) / 2 + 1e-5
-    assert stored.payload_bits() == weight.numel() * bits
+    assert stored.footprint().payload_bits == weight.numel() * bits
     assert stored.levels.numel() == -(-weight.numel() * stored.container_bits // 8)
 
 

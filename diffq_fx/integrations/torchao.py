@@ -116,20 +116,11 @@ class TorchAOWeight(StoredWeight):
         super().__init__()
         self.spec = stored.spec
         self._footprint = stored.footprint()
-        self._payload_bits = stored.payload_bits()
         self.weight = nn.Parameter(_integer_tensor(integers), requires_grad=False)
 
     def forward(self) -> Tensor:
         """The integer tensor."""
         return self.weight
-
-    def payload_bits(self) -> int:
-        """Bits of the levels alone, each at the width it has learned."""
-        return self._payload_bits
-
-    def container_payload_bits(self) -> int:
-        """torchao holds each level in a byte."""
-        return self.spec.numel * 8
 
     def footprint(self) -> Footprint:
         """The parts of its sizes as they were stored; torchao's container is a byte."""

@@ -44,19 +44,9 @@ class WeightBits(Footprint):
         return math.prod(self.shape)
 
     @property
-    def payload_bits(self) -> int:
-        """The levels alone, each at its own width."""
-        return sum(width * count for width, count in self.histogram.items())
-
-    @property
     def overhead_bits(self) -> int:
         """What is stored beside the bit-packed levels: scales, zero points and coded widths."""
         return self.scale_bits + self.coding_bits
-
-    @property
-    def container_payload_bits(self) -> int:
-        """The levels alone in their container."""
-        return sum(self.histogram.values()) * self.container_bits
 
     @property
     def average_bits(self) -> float:

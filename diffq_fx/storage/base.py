@@ -35,13 +35,5 @@ class StoredWeight(nn.Module, ABC):
         return super()._apply(keep_dtype, recurse)
 
     @abstractmethod
-    def payload_bits(self) -> int:
-        """Bits of the levels alone, each at the width it has learned."""
-
-    @abstractmethod
-    def container_payload_bits(self) -> int:
-        """Bits of the levels alone in the container that holds them."""
-
-    @abstractmethod
     def footprint(self) -> Footprint:
         """The parts of its sizes."""

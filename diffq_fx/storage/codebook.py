@@ -138,14 +138,6 @@ class CodebookWeight(StoredWeight):
         """The unpacked codes, int32, shape (O, C), each in ``[0, K - 1]``."""
         return unpack_levels(self.codes, self.container_bits, self.num_codes).reshape(self.spec.rows, -1)
 
-    def payload_bits(self) -> int:
-        """Number of codes times ``ceil(log2 K)``."""
-        return self.num_codes * code_bits(len(self.codebook))
-
-    def container_payload_bits(self) -> int:
-        """Number of codes times the container's width."""
-        return self.num_codes * self.container_bits
-
     def footprint(self) -> Footprint:
         """The parts of its sizes."""
         return codebook_footprint(self.num_codes, self.codebook, self.scale)

@@ -32,7 +32,17 @@ class Footprint:
     @property
     def packed_bits(self) -> int:
         """All of the bit-packed size."""
-        return sum(width * count for width, count in self.histogram.items()) + self.scale_bits + self.coding_bits
+        return self.payload_bits + self.scale_bits + self.coding_bits
+
+    @property
+    def payload_bits(self) -> int:
+        """Bit-packed: the values alone, each at its own width."""
+        return sum(width * count for width, count in self.histogram.items())
+
+    @property
+    def container_payload_bits(self) -> int:
+        """The values alone in their container."""
+        return sum(self.histogram.values()) * self.container_bits
 
 
 def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:

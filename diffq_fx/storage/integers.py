@@ -98,14 +98,6 @@ class IntegerWeight(StoredWeight):
         flat = unpack_levels(self.levels, self.container_bits, self.spec.numel)
         return flat.reshape(self.spec.rows, self.spec.columns)
 
-    def payload_bits(self) -> int:
-        """Sum over the groups of their learned width times their number of weights."""
-        return int((self.bits.cpu().long() * self.spec.bits_layout.counts()).sum())
-
-    def container_payload_bits(self) -> int:
-        """Number of weights times the container's width."""
-        return self.spec.numel * self.container_bits
-
     def footprint(self) -> Footprint:
         """The parts of its sizes."""
         return grid_footprint(self.spec, self.bits)

@@ -224,12 +224,6 @@ def test_storage_without_onnx_form(old_file):
         def forward(self):
             return torch.zeros(4, 4)
 
-        def payload_bits(self):
-            return 0
-
-        def container_payload_bits(self):
-            return 0
-
         def footprint(self):
             raise NotImplementedError
 

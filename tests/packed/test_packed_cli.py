@@ -44,7 +44,9 @@ def test_inspect_json(packed):
     assert entries["file_bytes"] == path.stat().st_size
     assert [weight["name"] for weight in entries["weights"]] == ["layer.weight", "other[0].weight"]
     bits = entries["weights"][0]["bits"]
-    assert sum(int(width) * count for width, count in bits.items()) == model.get_submodule("layer.weight_quantized").payload_bits()
+    assert (
+        sum(int(width) * count for width, count in bits.items()) == model.get_submodule("layer.weight_quantized").footprint().payload_bits
+    )
 
 
 def test_unpack_writes_a_state_dict(packed, tmp_path):

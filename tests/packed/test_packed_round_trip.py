@@ -189,9 +189,9 @@ def test_inspection_adds_up(tmp_path):
     found = inspect_packed(path)
     assert [report.name for report in found.weights] == ["a", "b"]
     for report, stored in zip(found.weights, stored_in(model), strict=True):
-        assert sum(w * n for w, n in report.bits.items()) == stored.payload_bits()
+        assert sum(w * n for w, n in report.bits.items()) == stored.footprint().payload_bits
         assert sum(report.bits.values()) == report.values == stored.spec.numel
-        assert report.bit_packed_bytes == -(-stored.payload_bits() // 8)
+        assert report.bit_packed_bytes == -(-stored.footprint().payload_bits // 8)
         assert 0.93 * report.entropy_bytes < report.coded_bytes < 1.05 * report.entropy_bytes
     parts = sum(r.coded_bytes + r.side_bytes for r in found.weights) + sum(t.stored_bytes for t in found.tensors)
     assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
