@@ -39,6 +39,12 @@ _allocating = threading.RLock()
 class Compression(TrainingState):
     """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
 
+    Example:
+        >>> from diffq_fx import DiffQConfig, prepare_diffq
+        >>> prepared = prepare_diffq(nn.Linear(64, 64), torch.zeros(1, 64), DiffQConfig(target_bits=5))
+        >>> prepared.compression.budget_bits(), prepared.compression.frozen
+        (20480, False)
+
     Buffers:
         pressure_sums: float64 where the device has it, (weights, 6): :func:`diffq_fx.budget.pressure.gradient_sums` of the latest step of
             each optimizer, in the row of the first weight whose bits it holds. None without a target.

@@ -22,7 +22,13 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
-    """One weight to quantize: which, its shape, its output channel axis and how it is divided into groups."""
+    """One weight to quantize: which, its shape, its output channel axis and how it is divided into groups.
+
+    Example:
+        >>> spec = WeightSpec(name="0.weight", shape=(8, 64), axis=0, group_size=16)
+        >>> spec.rows, spec.columns, spec.bits_layout.num_groups
+        (8, 64, 32)
+    """
 
     name: str
     """The weight's name in the model's state_dict."""

@@ -1,6 +1,9 @@
-"""The order of the package: nothing imports what is built on top of it, so there is no cycle between folders, and none between files."""
+"""The order of the package, in which nothing imports what is built on top of it; and that what users call is documented."""
 
 import ast
+import importlib
+import inspect
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -56,3 +59,24 @@ def test_no_two_files_need_each_other():
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         pytest.fail(f"a cycle: {error.args[1]}")
+
+
+PUBLIC = (
+    "diffq_fx diffq_fx.export diffq_fx.training.ipq diffq_fx.training.lc diffq_fx.training.lc_baselines diffq_fx.integrations.torchao"
+).split()
+"""The modules with functions that the README and docs/ name."""
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_what_users_call_is_documented(module):
+    if "torchao" in module:
+        pytest.importorskip("torchao")
+    docs = "".join(path.read_text() for path in (ROOT.parent / "README.md", *(ROOT.parent / "docs").glob("*.md")))
+    public = importlib.import_module(module)
+    lacking = {}
+    for name, function in inspect.getmembers(public, inspect.isfunction):
+        if name in getattr(public, "__all__", ()) or (function.__module__ == module and re.search(rf"\b{name}\b", docs)):
+            signature = inspect.signature(function)
+            needed = ["Example:"] + ["Args:"] * bool(signature.parameters) + ["Returns:"] * (signature.return_annotation is not None)
+            lacking[name] = [part for part in needed if part not in (function.__doc__ or "")]
+    assert not any(lacking.values()), lacking

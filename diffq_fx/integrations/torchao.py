@@ -80,6 +80,8 @@ def prepare_marked(model: nn.Module, example_inputs: Any, *, scope: Scope = "aut
 
     Raises:
         PreparationError: nothing is marked, or a marked module has no weight to quantize.
+
+    Example: see :class:`PrepareConfig`.
     """
     marked = [(path, module, vars(module)[_MARK]) for path, module in model.named_modules() if _MARK in vars(module)]
     if not marked:

@@ -161,6 +161,16 @@ class Distillation:
         lr: learning rate of the SGD with momentum.
         epochs: epochs after each stage.
         temperature: see :func:`~diffq_fx.distillation_loss`.
+
+    Example:
+        >>> import copy
+        >>> from diffq_fx import prepare
+        >>> from diffq_fx.methods import ProductQuantization
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> teacher = Distillation(copy.deepcopy(model), lambda: [torch.randn(8, 16)], lr=1e-2)
+        >>> prepared = prepare(model, torch.zeros(1, 16), ProductQuantization(entries=4, block_size=4))
+        >>> [stage.weights for stage in IPQ(prepared, [["0"], ["2"]], teacher).run()]
+        [('0.weight',), ('2.weight',)]
     """
 
     def __init__(

@@ -53,6 +53,14 @@ TrainingFunction = Callable[[nn.Module, LStep], None]
 def geometric_schedule(first: float = 9e-5, factor: float = 1.1, steps: int = 40) -> list[float]:
     """The schedule ``mu_k = first * factor^k``; the default is that of the authors' LeNet300 example.
 
+    Args:
+        first: mu of the first L step.
+        factor: by which mu grows from step to step.
+        steps: number of L steps.
+
+    Returns:
+        mu for each step.
+
     Example:
         >>> geometric_schedule(1.0, 2.0, 3)
         [1.0, 2.0, 4.0]
@@ -101,6 +109,13 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
         DivergenceError: a weight is not finite; nothing has changed.
         PreparationError: the model is not prepared, or has no LC weight.
         ValueError: ``next_mu`` is negative.
+
+    Example:
+        >>> from diffq_fx import prepare
+        >>> from diffq_fx.methods import LC
+        >>> prepared = prepare(nn.Linear(16, 16), torch.zeros(1, 16), LC(entries=4))
+        >>> 0 < lc_step(prepared, next_mu=1e-2) < 1
+        True
     """
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")

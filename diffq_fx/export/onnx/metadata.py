@@ -189,6 +189,17 @@ def read_metadata(path: str | Path) -> ExportMetadata | None:
     Raises:
         FileNotFoundError: There is no such file.
         DiffQError: The file is not ONNX, or its entries are of a newer schema or damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from diffq_fx import convert, prepare
+        >>> from diffq_fx.export import export_onnx
+        >>> from diffq_fx.methods import STE
+        >>> converted = convert(prepare(torch.nn.Linear(16, 8), torch.zeros(1, 16), STE(bits=4)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = export_onnx(converted, torch.zeros(2, 16), f"{folder}/model.onnx").path
+        ...     read_metadata(path).weights[0].bits
+        {4: 128}
     """
     return metadata_of(load_graph(path))
 
