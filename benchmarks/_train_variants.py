@@ -37,9 +37,9 @@ def _calls(layout: GroupLayout) -> dict[str, Step]:
     logits, values = torch.randn(layout.num_groups), torch.ones(layout.num_groups)
     bits = (2.0, 8.0, 3.0)
     return {
-        "noise": lambda: native.add(weight, scale, layout, False),
+        "noise": lambda: native.add(weight, scale, seed, layout, False),
         "noise, backward": lambda: native.reduce(grad, seed, scale, layout, False),
-        "Gaussian noise": lambda: native.add(weight, scale, layout, True),
+        "Gaussian noise": lambda: native.add(weight, scale, seed, layout, True),
         "rounding": lambda: native.round_to_grid(weight, scale, zero_point, top, layout),
         "statistics": lambda: native.statistics(weight, layout),
         "errors on 3 grids": lambda: native.rounding_errors(weight, *grids, layout),

@@ -75,7 +75,7 @@ def main() -> None:
         their_logits[weight.spec.name].data.copy_(logits.reshape(their_logits[weight.spec.name].shape))
 
     ones = lambda like, *args, **kwargs: torch.ones_like(like)  # noqa: E731
-    fixed = mock.patch("diffq_fx.kernels.eager._in_steps", lambda noise, gaussian, dtype: torch.full(noise.shape, 0.5, dtype=dtype))
+    fixed = mock.patch("diffq_fx.kernels.eager._in_units", lambda noise, gaussian, into: (into.fill_(0.5), 1.0))
     with mock.patch.object(torch, "randn_like", ones), fixed, mock.patch("diffq_fx.kernels.extension.kernels", return_value=None):
         theirs.train(), ours.train()
         noisy = seen_weights(theirs, names, example), our_weights(ours)

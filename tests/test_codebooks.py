@@ -7,6 +7,7 @@ import torch
 
 from diffq_fx.functional import codebooks
 from diffq_fx.functional.clustering import cluster_vectors, levels, nearest, nearest_vectors, optimal_levels
+from diffq_fx.methods import LC
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, look_up_rows, to_blocks
 from diffq_fx.weights import WeightSpec
 
@@ -99,7 +100,7 @@ def test_a_scaled_codebook_of_ones_own_is_as_good_as_a_search(seed):
 def test_powers_of_two_follow_the_papers_closed_form():
     smallest = 3
     values = torch.cat([torch.randn(20000), 0.1 * torch.randn(20000)])
-    entries = codebooks.powers_of_two(smallest)
+    entries = torch.tensor(codebooks.powers_of_two(smallest))
     f = -values.abs().log2()
     size = torch.exp2(-torch.floor(f + torch.log2(torch.tensor(1.5))))
     size = torch.where(f > smallest, torch.tensor(2.0**-smallest), size)
@@ -116,7 +117,7 @@ def test_powers_of_two_follow_the_papers_closed_form():
 )
 def test_fixed_codebooks_follow_the_papers_closed_form(kind, function):
     values = torch.cat([torch.randn(500), torch.zeros(1)])
-    entries = codebooks.fit(values, kind, entries=2, smallest=0, learn_scale=False, start=None)
+    entries = LC(codebook=kind).fit(values)
     assert torch.equal(entries[nearest(values, entries)], function(values))
 
 

@@ -55,7 +55,6 @@ def test_weights_and_gradients_of_a_cpu(settings, final, device, body, monkeypat
     model = prepare_diffq(nn.Linear(512, 64), torch.zeros(1, 512), DiffQConfig(target_bits=4, **settings)).train()
     if final:
         freeze_bits(model)
-    monkeypatch.setattr("diffq_fx.kernels.one_pass.draw_seed", lambda device: torch.tensor([5], device=device))
     monkeypatch.setattr(noise, "draw_seed", lambda device: torch.tensor([5], device=device))
     found = []
     for each in (torch.device("cpu"), device):

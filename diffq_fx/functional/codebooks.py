@@ -7,23 +7,14 @@ Shape legend: N weights, K entries of the codebook, rising.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.clustering import levels, nearest
+from diffq_fx.functional.clustering import nearest
 from diffq_fx.functional.precision import widened
 
-CodebookKind = Literal["adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two"]
-KINDS: tuple[CodebookKind, ...] = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")
-
 _SCALES = 24
-
-
-def adaptive(values_N: Tensor, entries: int, start: Tensor | None = None) -> Tensor:
-    """K free entries: k-means in one dimension, warm started from the codebook before."""
-    return levels(values_N, entries, start)
 
 
 def scaled_binary(values_N: Tensor) -> Tensor:
@@ -51,27 +42,21 @@ def scaled_ternary(values_N: Tensor) -> Tensor:
     return torch.stack([-scale, torch.zeros_like(scale), scale])
 
 
-def powers_of_two(smallest: int, device: torch.device | None = None) -> Tensor:
-    """``{0, +-1, +-1/2, ..., +-2^-C}``.
+def powers_of_two(smallest: int) -> tuple[float, ...]:
+    """``{0, +-1, +-1/2, ..., +-2^-C}``, rising.
 
     Example:
         >>> powers_of_two(1)
-        tensor([-1.0000, -0.5000,  0.0000,  0.5000,  1.0000])
+        (-1.0, -0.5, 0.0, 0.5, 1.0)
     """
-    positive = torch.exp2(-torch.arange(smallest, -1, -1, dtype=torch.float32, device=device))
-    return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+    positive = [2.0**-power for power in range(smallest + 1)]
+    return (*(-each for each in positive), 0.0, *reversed(positive))
 
 
 def scaled(values_N: Tensor, entries: Sequence[float], start: Tensor | None = None) -> Tensor:
     """A given codebook times a scale that is learned: nearest entries and ``a = sum(w t) / sum(t^2)`` in turn, from many starts.
 
-    Args:
-        values_N: weights, shape (N,).
-        entries: the codebook before scaling, K distinct numbers.
-        start: the scaled codebook before; tried as well.
-
-    Returns:
-        Rising, shape (K,); the scale is positive.
+    The scale is positive. ``start``, the scaled codebook before, is tried as well.
 
     Example:
         >>> scaled(torch.tensor([1.0, 1.0, -2.0]), (-2.0, -1.0, 1.0, 2.0))
@@ -102,41 +87,6 @@ def _refined_scale(values: Tensor, base: Tensor, scale: Tensor) -> tuple[float, 
         scale = better
     chosen = (base * scale)[nearest(values, base * scale)]
     return float((values - chosen).square().sum()), scale
-
-
-def fit(
-    values_N: Tensor, kind: CodebookKind | Sequence[float], *, entries: int, smallest: int, learn_scale: bool, start: Tensor | None
-) -> Tensor:
-    """The best codebook of a kind for some weights.
-
-    Args:
-        values_N: weights, shape (N,).
-        kind: a name, or the entries of a codebook of one's own.
-        entries: K of an "adaptive" codebook.
-        smallest: C of "powers_of_two".
-        learn_scale: whether a codebook of one's own is scaled.
-        start: the codebook before, for a warm start; None for a cold one.
-
-    Returns:
-        Rising, float32 or better, shape (K,).
-
-    Example:
-        >>> fit(torch.tensor([0.3, -0.2]), "binary", entries=2, smallest=0, learn_scale=False, start=None)
-        tensor([-1.,  1.])
-    """
-    fixed = {"binary": [-1.0, 1.0], "ternary": [-1.0, 0.0, 1.0]}
-    if kind == "adaptive":
-        return adaptive(values_N, entries, start)
-    if kind == "scaled_binary":
-        return scaled_binary(values_N)
-    if kind == "scaled_ternary":
-        return scaled_ternary(values_N)
-    if kind == "powers_of_two":
-        return powers_of_two(smallest, values_N.device).to(_entry_dtype(values_N))
-    if not isinstance(kind, str) and learn_scale:
-        return scaled(values_N, kind, start)
-    own = fixed[kind] if isinstance(kind, str) else sorted(kind)
-    return torch.tensor(own, dtype=_entry_dtype(values_N), device=values_N.device)
 
 
 def _entry_dtype(values: Tensor) -> torch.dtype:

@@ -2,11 +2,9 @@
 
 from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
-from diffq_fx.kernels.noise import add_noise
-from diffq_fx.kernels.one_pass import OnePass
-from diffq_fx.kernels.ranges import least_error_range, normal_range, normal_span
+from diffq_fx.kernels.noise import OnePass, add_noise
+from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, statistics
 from diffq_fx.kernels.rounding import RoundInRange, learned_factor
-from diffq_fx.kernels.statistics import extremes, statistics
 
 __all__ = [
     "OnePass",

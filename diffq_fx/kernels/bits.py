@@ -77,8 +77,8 @@ def _of_widest(per_range: Tensor, logits: Tensor) -> Tensor:
 
 
 def _tiles(shape: torch.Size, device: torch.device) -> list[slice]:
-    """Rows of (R, C) in pieces that stay in the cache."""
-    height = max(1, TILE // max(shape[1], 1)) if device.type == "cpu" else max(shape[0], 1)
+    """Rows of (R, C), or of a row its places, in pieces that stay in the cache; on a GPU in one."""
+    height = max(1, TILE // max(math.prod(shape[1:]), 1)) if device.type == "cpu" else max(shape[0], 1)
     return [slice(top, top + height) for top in range(0, shape[0], height)]
 
 
@@ -124,15 +124,6 @@ def step_of_logits(
 def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
     """Bits ``b = b_min + sigmoid(gain l) (b_max - b_min)`` and their derivative ``db/dl``, without autograd.
 
-    Args:
-        logits: any shape.
-        min_bits: smallest width, in bits.
-        max_bits: largest width, in bits.
-        gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
-
-    Returns:
-        Two tensors of the shape of ``logits``.
-
     Example:
         >>> bits_of_logits(torch.zeros(1), min_bits=2, max_bits=8, gain=1)
         (tensor([5.]), tensor([1.5000]))
@@ -149,15 +140,8 @@ def size_of_logits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Size ``sum_s n_s b_s`` of groups with these logits, and what else one look at them tells; without autograd.
 
-    Args:
-        values: stored values in each group, shape (N,).
-        logits: shape (N,).
-        min_bits: smallest width, in bits.
-        max_bits: largest width, in bits.
-        gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
-
-    Returns:
-        The size, how fast it grows when all logits grow together, the smallest and the largest logit, 0-d; float64 where the device has it.
+    Of the values that are stored in each group and the logits, both of shape (N,), it makes the size, how fast it grows when all logits
+    grow together, the smallest and the largest logit: 0-d, float64 where the device has it.
 
     Example:
         >>> [each.item() for each in size_of_logits(torch.ones(2), torch.zeros(2), min_bits=2, max_bits=8, gain=1)]
@@ -167,7 +151,7 @@ def size_of_logits(
         return native.size(values, logits, min_bits, max_bits, gain)
     # sum n b = b_min sum n + (b_max - b_min) sum n s, and sum n db/dl = gain (b_max - b_min) (sum n s - sum n s^2), with s the sigmoid
     total, first, second = (torch.zeros((), dtype=widest_float(logits.device), device=logits.device) for _ in range(3))
-    for tile in _row_tiles(logits):
+    for tile in _tiles(logits.shape, logits.device):
         share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
         taken = count * share
         total += count.sum(dtype=total.dtype)
@@ -188,7 +172,7 @@ def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: 
         return native.slope_of_size(values, logits, 1.0 if times is None else float(times), min_bits, max_bits, gain)
     slopes = memory.empty(logits.shape, logits.dtype, logits.device)
     factor = gain * (max_bits - min_bits) * (1.0 if times is None else times)
-    for tile in _row_tiles(logits):
+    for tile in _tiles(logits.shape, logits.device):
         share = torch.sigmoid_(logits[tile] * gain)
         torch.mul(torch.ops.aten.sigmoid_backward(values[tile].to(share.dtype), share), factor, out=slopes[tile])
     return slopes
@@ -201,13 +185,7 @@ def moments(grad: Tensor, slope: Tensor) -> Tensor:
         >>> moments(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).tolist()
         [3.0, 7.0, 5.0, 11.0, 25.0]
     """
-    if native.takes_moments(grad, slope):
+    if grad.shape == slope.shape and native.takes_logits(grad, slope):
         return native.moments(grad, slope)
     g, n = widened(grad), widened(slope)
     return torch.stack([g.sum(), n.sum(), torch.dot(g, g), torch.dot(g, n), torch.dot(n, n)])
-
-
-def _row_tiles(row: Tensor) -> list[slice]:
-    """A row in pieces that stay in the cache; on a GPU in one."""
-    size = TILE if row.device.type == "cpu" else max(len(row), 1)
-    return [slice(left, left + size) for left in range(0, len(row), size)]

@@ -23,14 +23,7 @@ class _FirstAlone(torch.autograd.Function):
 
 
 def first_alone(compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``compute(*tensors)`` within a backward, whose result cannot be differentiated again.
-
-    Args:
-        compute: works without autograd.
-        tensors: what it depends on and what may need a gradient.
-
-    Returns:
-        Its result.
+    """``compute(*tensors)`` within a backward, without autograd; its result cannot be differentiated again.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)

@@ -1,14 +1,17 @@
-"""Where the randomness of the noise comes from: one seed a draw, and the bytes that are a hash of it.
+"""What noise is made of: its settings, one seed a draw, and the bytes that are a hash of it.
 
 The noise of weight i is byte ``i % 8`` of word ``i // 8``, and a word is splitmix64's finaliser of the seed and the word's own place. So
 C (``noise.c``), Triton (``triton_kernels.py``) and torch's operations (here) draw the same, and a seed is all that the backward needs.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffq_fx.functional.grid import Grid
+from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels.memory import recorded
 
 GAUSSIAN_STD = 0.5
@@ -19,6 +22,28 @@ SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431,
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, from the golden ratio: consecutive places, and ranks, land far apart
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How noise is made of the logits of one weight; see :class:`~diffq_fx.methods.diffq.DiffQConfig` for the settings."""
+
+    axis: int
+    groups: GroupLayout
+    """The groups that share a number of bits."""
+    ranges: GroupLayout
+    grid: Grid
+    clips: bool
+    """Whether the range is that of normal weights and not that of the extreme ones."""
+    min_bits: float
+    max_bits: float
+    gain: float
+    gaussian: bool
+
+    @functools.cached_property
+    def bits(self) -> tuple[float, float, float]:
+        """Smallest width, what the largest is more, gain: as kernels take them."""
+        return self.min_bits, self.max_bits - self.min_bits, self.gain
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -45,17 +70,12 @@ def noise_bytes(seed: Tensor, first: int, count: int) -> Tensor:
         >>> noise_bytes(torch.tensor([1]), 0, 12)[6:].equal(noise_bytes(torch.tensor([1]), 6, 6))
         True
     """
-    words = torch.arange(first // 8, -(-(first + count) // 8), device=seed.device).mul_(_signed(_GOLDEN)).add_(seed)
+    words = torch.arange(first // 8, -(-(first + count) // 8), device=seed.device).mul_(_GOLDEN - 2**64).add_(seed)
     for shift, factor in _ROUNDS:
         words.bitwise_xor_((words >> shift).bitwise_and_(2 ** (64 - shift) - 1))  # the shift of a signed word copies its sign
         if factor != 1:
-            words.mul_(_signed(factor))
+            words.mul_(factor - 2**64)  # the int64 with the bits of this word
     return words.bitwise_or_(_ODD).view(torch.int8)[first % 8 : first % 8 + count]
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of this word."""
-    return word - 2**64 if word >= 2**63 else word
 
 
 def gaussian_table(device: torch.device) -> Tensor:
@@ -70,17 +90,13 @@ def span_table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tens
 
 def _table(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """A constant, copied to each device once; a graph that is being recorded gets its own, since what it makes is no memory."""
-    return _made_table(values, device, dtype) if recorded() else _kept_table(values, device, dtype)
-
-
-def _made_table(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device=device) if recorded() else _kept_table(values, device, dtype)
 
 
 @functools.cache
 def _kept_table(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        return _made_table(values, device, dtype)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @functools.cache

@@ -30,15 +30,13 @@ def add(weight: Tensor, step: Tensor, seed: Tensor, layout: GroupLayout, axis: i
         return from_rows(noisy.to(weight.dtype), tuple(weight.shape), axis).contiguous()
     out = memory.empty(weight.shape, weight.dtype, weight.device)
     out_GS, step_G1 = out.view(weight_GS.shape), step.reshape(-1, 1).to(compute)
-    height, width = _largest_tile(weight_GS)
-    units_HS, short = weight.new_empty(height, width, dtype=compute), 1 < width <= _SHORT
-    step_HS, ones_1S = torch.empty_like(units_HS) if short else units_HS, units_HS.new_ones(1, width)
-    for tile in _tiles(weight_GS):
-        noise = _noise_of(tile, seed, weight_GS)
-        units, in_steps = _in_units(noise, gaussian, _part(units_HS, noise))
+    short = 1 < weight_GS.shape[1] <= _SHORT
+    step_HS, ones_1S = None, step_G1.new_ones(1, weight_GS.shape[1]) if short else step_G1
+    for tile, units, in_steps in _noise_in_tiles(weight_GS, seed, gaussian):
         step_tile = step_G1[tile[0]]
         if short:
-            step_tile = torch.mm(step_tile, ones_1S, out=_part(step_HS, noise))
+            step_HS = torch.empty_like(units) if step_HS is None else step_HS
+            step_tile = torch.mm(step_tile, ones_1S, out=step_HS[: len(units)])
         if weight.dtype == compute:
             torch.addcmul(weight_GS[tile], units, step_tile, value=in_steps, out=out_GS[tile])
         else:
@@ -54,12 +52,10 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, axis: 
         rows_OI = to_rows(grad, axis).to(compute)
         units, in_steps = _all_in_units(seed, rows_OI, gaussian)
         return layout.sum(units.mul_(rows_OI)).mul_(in_steps).to(step.dtype)
-    sums_G1 = torch.zeros(len(grad_GS), 1, dtype=compute, device=grad.device)
-    buffer_HS = grad.new_empty(_largest_tile(grad_GS), dtype=compute)
-    ones_S1 = buffer_HS.new_ones(buffer_HS.shape[1], 1)
-    for tile in _tiles(grad_GS):
-        noise = _noise_of(tile, seed, grad_GS)
-        units, in_steps = _in_units(noise, gaussian, _part(buffer_HS, noise))
+    sums_G1, ones_S1 = (
+        torch.full((length, 1), value, dtype=compute, device=grad.device) for length, value in zip(grad_GS.shape, (0, 1), strict=True)
+    )
+    for tile, units, in_steps in _noise_in_tiles(grad_GS, seed, gaussian):
         product = units.mul_(grad_GS[tile])
         if grad_GS.shape[1] == 1:
             torch.mul(product, in_steps, out=sums_G1[tile[0]])
@@ -68,11 +64,28 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, axis: 
     return sums_G1.view(step.shape).to(step.dtype)
 
 
-def _noise_of(tile: tuple[slice, slice], seed: Tensor, weight_GS: Tensor) -> Tensor:
-    """The noise bytes of a tile of (G, S): they follow each other, since a tile is of whole groups or of one."""
-    groups, size = weight_GS.shape
-    height, width = (min(part.stop, end) - part.start for part, end in zip(tile, (groups, size), strict=True))
-    return noise_bytes(seed, tile[0].start * size + tile[1].start, height * width).view(height, width)
+def _as_groups(tensor: Tensor, layout: GroupLayout, axis: int) -> Tensor | None:
+    """A view of shape (G, S), one row a group, or None where strides or a short last block do not allow it."""
+    if axis != 0 or not tensor.is_contiguous() or layout.columns % layout.block:
+        return None
+    return tensor.view(layout.num_groups, -1)
+
+
+def _noise_in_tiles(tensor_GS: Tensor, seed: Tensor, gaussian: bool) -> Iterator[tuple[tuple[slice, slice], Tensor, float]]:
+    """Tiles of about :data:`TILE` elements, whole groups or pieces of one, and the noise of each as :func:`_in_units` has it.
+
+    The noise of all tiles lies in the same memory, one after the other: fresh memory costs more than the work.
+    """
+    groups, size = height, width = tensor_GS.shape
+    if tensor_GS.device.type == "cpu":
+        height, width = (min(groups, TILE // size), size) if 0 < size <= TILE else (1, TILE)
+    buffer_HS = tensor_GS.new_empty(height, width, dtype=torch.promote_types(tensor_GS.dtype, torch.float32))
+    for top in range(0, groups, max(height, 1)):
+        for left in range(0, size, max(width, 1)):
+            tile = slice(top, min(top + height, groups)), slice(left, min(left + width, size))
+            rows, columns = tile[0].stop - top, tile[1].stop - left
+            noise = noise_bytes(seed, top * size + left, rows * columns).view(rows, columns)
+            yield tile, *_in_units(noise, gaussian, buffer_HS[:rows, :columns])
 
 
 def _all_in_units(seed: Tensor, rows_OI: Tensor, gaussian: bool) -> tuple[Tensor, float]:
@@ -86,30 +99,3 @@ def _in_units(noise: Tensor, gaussian: bool, into: Tensor) -> tuple[Tensor, floa
         index = noise.to(torch.int32).add_(127).bitwise_right_shift_(1)
         return into.copy_(gaussian_table(noise.device)[index]), 1.0
     return into.copy_(noise), 1 / 256
-
-
-def _as_groups(tensor: Tensor, layout: GroupLayout, axis: int) -> Tensor | None:
-    """A view of shape (G, S), one row a group, or None where strides or a short last block do not allow it."""
-    if axis != 0 or not tensor.is_contiguous() or layout.columns % layout.block:
-        return None
-    return tensor.view(layout.num_groups, -1)
-
-
-def _largest_tile(tensor_GS: Tensor) -> tuple[int, int]:
-    """Groups and weights in each of the largest tile."""
-    groups, size = tensor_GS.shape
-    if tensor_GS.device.type != "cpu":
-        return groups, size
-    return (min(groups, TILE // size), size) if size <= TILE else (1, TILE)
-
-
-def _part(buffer_HS: Tensor, tile: Tensor) -> Tensor:
-    """As much as this tile takes of the memory that all are worked on in, one after the other: fresh memory costs more than the work."""
-    return buffer_HS[: tile.shape[0], : tile.shape[1]]
-
-
-def _tiles(tensor_GS: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (G, S) into tiles of about :data:`~diffq_fx.functional.groups.TILE` elements: whole groups, or pieces of one group."""
-    height, width = _largest_tile(tensor_GS)
-    for top in range(0, tensor_GS.shape[0], max(height, 1)):
-        yield from ((slice(top, top + height), slice(left, left + width)) for left in range(0, tensor_GS.shape[1], max(width, 1)))

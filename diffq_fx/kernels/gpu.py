@@ -4,16 +4,13 @@ import functools
 import importlib
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels.draws import gaussian_table, span_table
-
-if TYPE_CHECKING:
-    from diffq_fx.kernels.one_pass import OnePass
+from diffq_fx.kernels.draws import NoiseSettings, gaussian_table, span_table
 
 DEVICES = ("cuda",)
 """What torch calls the devices for which Triton compiles: NVIDIA's and AMD's."""
@@ -55,22 +52,22 @@ def reduce(grad: Tensor, seed: Tensor, step: Tensor, layout: GroupLayout, gaussi
     return (sums.sum() if layout.kind == "tensor" else sums).reshape(step.shape).to(step.dtype)
 
 
-def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: "OnePass") -> tuple[Tensor, Tensor]:
+def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: NoiseSettings) -> tuple[Tensor, Tensor]:
     """Noisy weight, and the length of each range and how fast it grows with the bits, one behind the other."""
-    out, layout = torch.empty_like(weight), _by_range(settings)
+    out, layout = torch.empty_like(weight), _by_range(settings.groups, settings.ranges.kind == "channel")
     span = logits.new_empty(2, *settings.ranges.shape)
     how = {"LOGITS": True, "CLIPS": settings.clips, "GRID": settings.grid, "GAUSSIAN": settings.gaussian}
     table, spans = _table(settings.gaussian, weight), span_table(weight.device)
     count, block = _shape(layout)
-    launch("add_noise", layout, weight, logits, spans, seed, table, out, span, count, block, count, *_bits(settings), **how)
+    launch("add_noise", layout, weight, logits, spans, seed, table, out, span, count, block, count, *settings.bits, **how)
     return out, span
 
 
-def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: Tensor, settings: "OnePass") -> Tensor:
+def noisy_backward(grad: Tensor, logits: Tensor, span: Tensor, seed: Tensor, settings: NoiseSettings) -> Tensor:
     """Gradient of the logits, the noise made again from its seed."""
-    grad, grad_logits, layout = grad.contiguous(), torch.empty_like(logits), _by_range(settings)
+    grad, grad_logits, layout = grad.contiguous(), torch.empty_like(logits), _by_range(settings.groups, settings.ranges.kind == "channel")
     table, how = _table(settings.gaussian, grad), {"LOGITS": True, "GAUSSIAN": settings.gaussian}
-    launch("reduce_noise", layout, grad, logits, span, seed, table, grad_logits, *_shape(layout), *_bits(settings), **how)
+    launch("reduce_noise", layout, grad, logits, span, seed, table, grad_logits, *_shape(layout), *settings.bits, **how)
     return grad_logits
 
 
@@ -84,7 +81,7 @@ def round_in_range(
     weight: Tensor, low: Tensor, high: Tensor, factor: Tensor | None, width: Tensor, groups: GroupLayout, grid: str
 ) -> Tensor:
     """The nearest weight on the grid of its range, kept ends times ``factor``; see :class:`~diffq_fx.kernels.RoundInRange`."""
-    out, layout = torch.empty_like(weight), groups if low.shape[1] == 1 else _a_row_each(groups)
+    out, layout = torch.empty_like(weight), _by_range(groups, low.shape[1] == 1)
     how = {"SYMMETRIC": grid == "symmetric", "LEARNED": factor is not None}
     learned = low if factor is None else factor
     launch("round_in_range", layout, weight, low, high, learned, width, out, *_shape(layout), *_strides(width, layout), **how)
@@ -92,21 +89,12 @@ def round_in_range(
 
 
 def slope_of_clip(
-    grad: Tensor,
-    weight: Tensor,
-    ends: tuple[Tensor, Tensor],
-    factor: Tensor,
-    width: Tensor,
-    groups: GroupLayout,
-    grid: str,
-    reach: float,
-    gain: float,
+    grad: Tensor, weight: Tensor, factor: Tensor, low: Tensor, high: Tensor, width: Tensor, groups: GroupLayout, grid: str, *how: float
 ) -> Tensor:
-    """The gradient of ``clip``, shape of ``factor``."""
-    slope, layout = torch.empty_like(factor), groups if factor.shape[1] == 1 else _a_row_each(groups)
-    strides = _strides(width, layout)
-    tensors = (grad.contiguous(), weight, *ends, factor, width, slope)
-    launch("slope_of_clip", layout, *tensors, *_shape(layout), *strides, reach, gain, SYMMETRIC=grid == "symmetric")
+    """The gradient of ``clip``, shape of ``factor``; ``how`` it follows: reach and gain."""
+    slope, layout = torch.empty_like(factor), _by_range(groups, factor.shape[1] == 1)
+    tensors, places = (grad.contiguous(), weight, low, high, factor, width, slope), (*_shape(layout), *_strides(width, layout))
+    launch("slope_of_clip", layout, *tensors, *places, *how, SYMMETRIC=grid == "symmetric")
     return slope
 
 
@@ -124,13 +112,9 @@ def launch(name: str, layout: GroupLayout, *arguments: Any, **constants: Any) ->
     getattr(kernels(), name)[(layout.rows,)](*arguments, **constants, **tile_of(layout))
 
 
-def _by_range(settings: "OnePass") -> GroupLayout:
-    """The layout with a row for each range: the noise of a weight depends on its place alone."""
-    return settings.groups if settings.ranges.kind == "channel" else _a_row_each(settings.groups)
-
-
-def _a_row_each(groups: GroupLayout) -> GroupLayout:
-    return GroupLayout.of(groups.num_groups, groups.block, "channel")
+def _by_range(groups: GroupLayout, of_rows: bool) -> GroupLayout:
+    """The layout with a row for each range, of a row or of a group: the noise of a weight depends on its place alone."""
+    return groups if of_rows else GroupLayout.of(groups.num_groups, groups.block, "channel")
 
 
 def _strides(width: Tensor, layout: GroupLayout) -> tuple[int, int]:
@@ -144,14 +128,9 @@ def _shape(layout: GroupLayout) -> tuple[int, int]:
     return layout.columns // layout.block, layout.block
 
 
-def _bits(settings: "OnePass") -> tuple[float, float, float]:
-    return settings.min_bits, settings.max_bits - settings.min_bits, settings.gain
-
-
 def _table(gaussian: bool, like: Tensor) -> Tensor:
     return gaussian_table(like.device) if gaussian else like
 
 
-def _power_of_two(number: int) -> int:
-    """The number, or the next power of two above it."""
-    return 1 << (number - 1).bit_length()
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

@@ -1,13 +1,14 @@
-"""Pseudo quantization noise as one registered operator: a node in every graph, opaque to tracers and compilers.
+"""Pseudo quantization noise: ``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987).
 
-``w + step * n`` with n independent of w, DiffQ (arXiv:2104.09987). All that is kept for the backward is the seed of the noise. The
-operator has three bodies that draw the same: C (:mod:`diffq_fx.kernels.native`), Triton (:mod:`diffq_fx.kernels.gpu`) and torch's own
-operations (:mod:`diffq_fx.kernels.eager`).
+:func:`add_noise` takes steps and is one registered operator: a node in every graph, opaque to tracers and compilers. :class:`OnePass`
+takes logits. Both have bodies that draw the same: C (:mod:`diffq_fx.kernels.native`), Triton (:mod:`diffq_fx.kernels.gpu`) and, the
+operator, torch's own operations (:mod:`diffq_fx.kernels.eager`). All that is kept of the noise for the backward is its seed.
 
 Differs from the paper: the range is a constant of the step, so the gradient of the weight is the identity.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from diffq_fx.functional.groups import GroupLayout, scale_layout_of
 from diffq_fx.kernels import eager, gpu, native
 from diffq_fx.kernels.derivatives import first_alone
-from diffq_fx.kernels.draws import draw_seed
+from diffq_fx.kernels.draws import NoiseSettings, draw_seed
 
 
 def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,7 @@ def _add(weight: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) ->
 
 
 def _reduce(grad: Tensor, seed: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
+    """Gradient of the step: the sum over each group of ``grad * noise``."""
     layout, grad = _layout(grad.shape, step, axis, block), grad.contiguous() if axis == 0 else grad
     if native.takes(grad, axis):
         return native.reduce(grad, seed, step, layout, gaussian)
@@ -70,10 +72,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):  # noqa: ANN001, ANN202
     return grad, grad_step, None, None, None
 
 
-@torch.library.custom_op("diffq_fx::reduce_noise", mutates_args=())
-def reduce_noise_op(grad: Tensor, seed: Tensor, step: Tensor, axis: int, block: int, gaussian: bool) -> Tensor:
-    """Gradient of the step: the sum over each group of ``grad * noise``."""
-    return _reduce(grad, seed, step, axis, block, gaussian)
+reduce_noise_op = torch.library.custom_op("diffq_fx::reduce_noise", _reduce, mutates_args=())
 
 
 @reduce_noise_op.register_fake
@@ -125,3 +124,53 @@ def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: 
     if native.recorded() or not (native.is_plain(weight) and native.is_plain(step)):
         return torch.ops.diffq_fx.add_noise(weight, step, axis, block, gaussian)[0]
     return _AddNoise.apply(weight, step, axis, block, gaussian)
+
+
+@dataclass(frozen=True)
+class OnePass(NoiseSettings):
+    """The range of each group, its step and the noise in one pass over the weight, and one over its gradient backward.
+
+    What :func:`~diffq_fx.kernels.normal_span`, :func:`~diffq_fx.kernels.step_of_logits` and :func:`add_noise` do one after the other: so
+    a small weight costs one call, and a large one is read once. No step is kept for the backward, only the length of each range.
+
+    Example:
+        >>> layout = GroupLayout.of(4, 8, "channel")
+        >>> settings = {"clips": True, "min_bits": 1, "max_bits": 8, "gain": 10, "gaussian": False}
+        >>> one_pass = OnePass(axis=0, groups=layout, ranges=layout, grid="affine", **settings)
+        >>> weight, logits = torch.randn(4, 8), torch.zeros(4, 1)
+        >>> one_pass(weight, logits).shape if one_pass.takes(weight, logits) else weight.shape
+        torch.Size([4, 8])
+    """
+
+    def takes(self, weight: Tensor, logits: Tensor) -> bool:
+        """Whether the C or the Triton kernel can do all of it for this weight, here and now."""
+        fits = self.groups.kind != "tensor" and (self.ranges.kind == "channel" or self.ranges == self.groups)
+        fits = fits and logits.shape == self.groups.shape and weight.numel() == self.groups.rows * self.groups.columns
+        plain = not native.recorded() and native.is_plain(weight) and native.is_plain(logits)
+        plain = plain and logits.dtype == torch.float32 and logits.is_contiguous()
+        return fits and plain and (native.takes(weight, self.axis) or gpu.takes(weight, self.groups, self.axis))
+
+    def __call__(self, weight: Tensor, logits: Tensor, unmoved: Tensor | None = None) -> Tensor:
+        """The noisy weight, contiguous, for what :meth:`takes` agrees to; differentiable in weight and logits.
+
+        ``unmoved`` gets a gradient of zero; see :func:`~diffq_fx.kernels.step_of_logits`.
+        """
+        return _OnePass.apply(weight, logits, unmoved, self)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor, unmoved: Tensor | None, settings: OnePass) -> Tensor:
+        seed, ctx.settings, ctx.body = draw_seed(weight.device), settings, native if native.takes(weight, settings.axis) else gpu
+        noisy, span = ctx.body.noisy(weight, logits, seed, settings)
+        ctx.save_for_backward(logits, span, seed)
+        ctx.unmoved = None if unmoved is None else unmoved.shape
+        return noisy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, span, seed = ctx.saved_tensors
+        grad_logits = None
+        if ctx.needs_input_grad[1]:
+            grad_logits = first_alone(partial(ctx.body.noisy_backward, settings=ctx.settings), grad, logits, span, seed)
+        return grad, grad_logits, None if ctx.unmoved is None else logits.new_zeros(ctx.unmoved), None

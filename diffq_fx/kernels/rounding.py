@@ -1,7 +1,6 @@
 """True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -133,13 +132,9 @@ class _RoundInOnePass(torch.autograd.Function):
         weight, logits, factor, *kept = ctx.saved_tensors
         grad_clip = None
         if factor is not None and ctx.needs_input_grad[3]:
-            grad_clip = first_alone(partial(_slope_in_one_pass, ctx.kernel), grad, weight, factor, *kept)
+            how = ctx.kernel.groups, ctx.kernel.grid, _REACH, _CLIP_GAIN
+            grad_clip = first_alone(lambda *tensors: gpu.slope_of_clip(*tensors, *how), grad, weight, factor, *kept)
         return None, grad, torch.zeros_like(logits), grad_clip, None, None, None
-
-
-def _slope_in_one_pass(kernel: RoundInRange, grad: Tensor, weight: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
-    low, high, width = kept
-    return gpu.slope_of_clip(grad, weight, (low, high), factor, width, kernel.groups, kernel.grid, _REACH, _CLIP_GAIN)
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:

@@ -192,22 +192,9 @@ def _rounded(value, scale, zero_point, top):
 
 @triton.jit
 def round_in_range(
-    weight,
-    low,
-    high,
-    factor,
-    width,
-    out,
-    count,
-    block,
-    width_row,
-    width_group,
-    SYMMETRIC: tl.constexpr,
-    LEARNED: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    EACH: tl.constexpr,
-):
+    weight, low, high, factor, width, out, count, block, width_row, width_group,
+    SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     """The nearest weights on the grid of each row's range, times ``factor`` where it is LEARNED, with the width of each group."""
     row = tl.program_id(0).to(tl.int64)
     inner = tl.arange(0, EACH)[None, None, :]
@@ -226,24 +213,9 @@ def round_in_range(
 
 @triton.jit
 def slope_of_clip(
-    grad,
-    weight,
-    low,
-    high,
-    factor,
-    width,
-    slope,
-    count,
-    block,
-    width_row,
-    width_group,
-    reach,
-    clip_gain,
-    SYMMETRIC: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    EACH: tl.constexpr,
-):
+    grad, weight, low, high, factor, width, slope, count, block, width_row, width_group, reach, clip_gain,
+    SYMMETRIC: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     """The gradient of ``clip``, of which ``factor`` is made: see ``RoundInRange``."""
     row = tl.program_id(0).to(tl.int64)
     inner = tl.arange(0, EACH)[None, None, :]

@@ -5,14 +5,15 @@ This file is the method's side: what one weight knows of its compression. The lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
-from diffq_fx.functional.clustering import nearest
-from diffq_fx.functional.codebooks import KINDS, CodebookKind, fit
+from diffq_fx.functional.clustering import levels, nearest
+from diffq_fx.functional.codebooks import powers_of_two, scaled, scaled_binary, scaled_ternary
 from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.methods.base import Method, WeightQuantizer, check_whole
 from diffq_fx.methods.mapping import unique
@@ -21,6 +22,8 @@ from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
 
 _MOST_ENTRIES = 65536
+
+CodebookKind = Literal["adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,8 @@ class LC(Method):
     def __post_init__(self) -> None:
         """Refuse what cannot work, naming the setting and the value."""
         if isinstance(self.codebook, str):
-            if self.codebook not in KINDS:
-                raise ValueError(f"LC: codebook must be one of {KINDS} or a tuple of numbers, got {self.codebook!r}.")
+            if self.codebook not in get_args(CodebookKind):
+                raise ValueError(f"LC: codebook must be one of {get_args(CodebookKind)} or a tuple of numbers, got {self.codebook!r}.")
             if self.learn_scale:
                 raise ValueError('LC: learn_scale is for entries of your own; "scaled_binary" and "scaled_ternary" learn theirs.')
         else:
@@ -77,12 +80,18 @@ class LC(Method):
             raise ValueError("LC: learn_scale needs an entry that is not zero.")
 
     @property
+    def fixed_entries(self) -> tuple[float, ...]:
+        """The entries of a codebook that is not learned, before scaling; none where they are."""
+        if not isinstance(self.codebook, str):
+            return self.codebook
+        named = {"binary": (-1.0, 1.0), "ternary": (-1.0, 0.0, 1.0), "powers_of_two": powers_of_two(self.smallest_power)}
+        return named.get(self.codebook, ())
+
+    @property
     def num_entries(self) -> int:
         """Entries of the codebook."""
-        fixed = {"binary": 2, "scaled_binary": 2, "ternary": 3, "scaled_ternary": 3, "powers_of_two": 2 * self.smallest_power + 3}
-        if isinstance(self.codebook, str):
-            return fixed.get(self.codebook, self.entries)
-        return len(self.codebook)
+        learned = {"adaptive": self.entries, "scaled_binary": 2, "scaled_ternary": 3}
+        return learned[self.codebook] if isinstance(self.codebook, str) and self.codebook in learned else len(self.fixed_entries)
 
     @property
     def learned_floats(self) -> int:
@@ -109,9 +118,23 @@ class LC(Method):
             )
         return LCWeight(spec, self, weight.device)
 
-    def fit(self, values_N: Tensor, start: Tensor | None) -> Tensor:
-        """The best codebook for some weights, warm started."""
-        return fit(values_N, self.codebook, entries=self.entries, smallest=self.smallest_power, learn_scale=self.learn_scale, start=start)
+    def fit(self, values_N: Tensor, start: Tensor | None = None) -> Tensor:
+        """The best codebook for some weights, rising, float32 or better, shape (K,); ``start`` is the one before, for a warm start.
+
+        Example:
+            >>> LC(codebook="binary").fit(torch.tensor([0.3, -0.2]))
+            tensor([-1.,  1.])
+        """
+        if self.codebook == "adaptive":
+            return levels(values_N, self.entries, start)
+        if self.codebook == "scaled_binary":
+            return scaled_binary(values_N)
+        if self.codebook == "scaled_ternary":
+            return scaled_ternary(values_N)
+        if self.learn_scale:
+            return scaled(values_N, self.fixed_entries, start)
+        dtype = torch.promote_types(values_N.dtype, torch.float32)
+        return torch.tensor(sorted(self.fixed_entries), dtype=dtype, device=values_N.device)
 
 
 class LCWeight(WeightQuantizer):

@@ -1,4 +1,7 @@
-"""LSQ: the step of a uniform quantizer is a parameter, trained with the weights (Esser et al., arXiv:1902.08153)."""
+"""LSQ: the step of a uniform quantizer is a parameter, trained with the weights (Esser et al., arXiv:1902.08153).
+
+Shape legend: O rows (output channels), I columns, R x C the grid of groups that share a step.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,8 +17,6 @@ from diffq_fx.kernels import least_error_range
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 
-_STARTS = ("least_error", "mean")
-_LEARNED = ("logarithm", "step")
 _FINENESS = 0.06
 """Of the search for the first step, as a part of the step."""
 _FURTHEST = 20.0
@@ -50,13 +51,6 @@ class LSQ(FixedBits):
     """What of a step the optimizer moves."""
 
     least_bits: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, naming the setting and the value."""
-        super().__post_init__()
-        for name, allowed in (("start", _STARTS), ("learned", _LEARNED)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"LSQ: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
@@ -95,11 +89,6 @@ class LSQWeight(FixedBitsQuantizer):
             return self.start * (_GAIN * self.moved).clamp(-_FURTHEST, _FURTHEST).exp()
         return (self.start + self.moved).abs().clamp(min=torch.finfo(torch.float32).tiny)
 
-    @property
-    def can_make_again(self) -> bool:
-        """What it is made of is the weight, the method's parameters and the random state alone."""
-        return True
-
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight, differentiable in the weight and the step."""
         spec = self.spec
@@ -114,15 +103,7 @@ class LSQWeight(FixedBitsQuantizer):
 
 
 def mean_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
-    """The paper's step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153).
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups that share a step.
-        bits: width, 2 or more.
-
-    Returns:
-        float32, shape (R, C); 1 for a group of zeros.
+    """The paper's step to start from: ``2 mean|w| / sqrt(2^(b-1) - 1)``, LSQ (arXiv:1902.08153); 1 for a group of zeros.
 
     Example:
         >>> mean_step(torch.tensor([[1.0, -3.0]]), GroupLayout.of(1, 2, "channel"), 2)
@@ -134,15 +115,7 @@ def mean_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
 
 
 def least_error_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
-    """The step with the smallest ``||clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s - w||^2``, by search.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups that share a step.
-        bits: width, 2 or more.
-
-    Returns:
-        float32, shape (R, C); 1 for a group of zeros.
+    """The step with the smallest ``||clamp(round(w / s), -2^(b-1), 2^(b-1) - 1) s - w||^2``, by search; 1 for a group of zeros.
 
     Example:
         >>> rows = torch.tensor([[-0.5] * 9 + [0.5] * 9 + [2.0]])  # one outlier
@@ -199,15 +172,6 @@ def learned_step(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) 
     Forward ``clamp(round(w / s), -N, P) s`` with ``N = 2^(b-1)``, ``P = 2^(b-1) - 1``. Backward, for the weight: 1 where
     ``-N < w/s < P``, else 0; for the step: ``round(w/s) - w/s`` inside, -N and P at the ends, times ``1 / sqrt(n P)`` for the n weights
     of its group.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        step: positive, shape (R, C) of ``layout``.
-        layout: the groups that share a step.
-        bits: width, 2 or more.
-
-    Returns:
-        Rounded rows, shape (O, I), of the dtype of ``rows_OI``.
 
     Example:
         >>> learned_step(torch.tensor([[0.4, 0.6, 9.0]]), torch.tensor([[1.0]]), GroupLayout.of(1, 3, "channel"), 3)

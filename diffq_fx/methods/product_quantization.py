@@ -6,6 +6,7 @@ group is :class:`diffq_fx.training.ipq.IPQ`.
 Shape legend: O rows (output channels), I columns, D weights in a block, C = ceil(I / D) blocks in a row, K entries.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,8 @@ from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import Method, WeightQuantizer, check_whole, straight_through
-from diffq_fx.methods.quant_noise import check_rate, noised_blocks
+from diffq_fx.methods.fixed import check_choices, check_rate
+from diffq_fx.methods.quant_noise import noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec, not_finite
@@ -76,10 +78,7 @@ class ProductQuantization(Method):
         check_whole(name, "entries", self.entries, 1, _MOST_ENTRIES)
         if self.block_size != "auto":
             check_whole(name, 'block_size (or "auto")', self.block_size, 1)
-        choices = {"noise": ("exact", "mean", "proxy"), "entry_dtype": ("float32", "float16", "int8")}
-        for setting, allowed in choices.items():
-            if getattr(self, setting) not in allowed:
-                raise ValueError(f"{name}: {setting} must be one of {allowed}, got {getattr(self, setting)!r}.")
+        check_choices(self)
         for setting in ("update_every", "iterations"):
             check_whole(name, setting, getattr(self, setting), 1)
         self.check_common()
@@ -93,10 +92,10 @@ class ProductQuantization(Method):
         """D for one weight."""
         if self.block_size != "auto":
             return self.block_size
-        kernel = torch.Size(n for i, n in enumerate(spec.shape) if i > 1).numel()
-        if len(spec.shape) > 2:
-            return kernel if kernel > 1 else _POINTWISE_BLOCK
-        return _LINEAR_BLOCK
+        if len(spec.shape) <= 2:
+            return _LINEAR_BLOCK
+        kernel = math.prod(spec.shape[2:])
+        return kernel if kernel > 1 else _POINTWISE_BLOCK
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "ProductWeight":
         """Make the quantizer of one weight; its codebook starts from the weight.
@@ -181,11 +180,9 @@ class ProductWeight(WeightQuantizer):
 
     def _noise_value(self, weight: Tensor) -> Tensor:
         """What the weight would be if all its blocks were noised."""
-        spec = self.spec
-        points = to_blocks(weight, spec.axis, self.block_size).float()
+        points = to_blocks(weight, self.spec.axis, self.block_size).float()
         if self.config.noise == "mean":
-            codes, values = torch.zeros_like(self.codes), points.mean(0, keepdim=True)
-            return look_up_rows(codes, values, spec.shape, spec.axis).to(weight.dtype)
+            return self._weight_of(torch.zeros_like(self.codes), points.mean(0, keepdim=True), weight.dtype)
         if self._forwards >= self.config.update_every:
             moved, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=_WARM_ITERATIONS)
             with torch.no_grad():
@@ -193,7 +190,10 @@ class ProductWeight(WeightQuantizer):
             self._forwards = 0
         self._forwards += 1
         codes, _ = nearest_vectors(points, self.centroids.detach())
-        return look_up_rows(codes.reshape(self.codes.shape), self.centroids.detach(), spec.shape, spec.axis).to(weight.dtype)
+        return self._weight_of(codes.view_as(self.codes), self.centroids.detach(), weight.dtype)
+
+    def _weight_of(self, codes: Tensor, values_KD: Tensor, dtype: torch.dtype) -> Tensor:
+        return look_up_rows(codes, values_KD, self.spec.shape, self.spec.axis).to(dtype)
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> float:
@@ -228,7 +228,7 @@ class ProductWeight(WeightQuantizer):
         """The entries that the codes name, as they are stored."""
         entries, codes = self._solution(weight)
         values = codebook_values(*stored_entries(entries, self.config.entry_dtype))
-        return look_up_rows(codes, values, self.spec.shape, self.spec.axis).to(weight.dtype)
+        return self._weight_of(codes, values, weight.dtype)
 
     def store(self, weight: Tensor) -> CodebookWeight:
         """The codebook and the codes."""

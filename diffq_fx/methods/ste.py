@@ -30,12 +30,6 @@ class STE(FixedBits):
     grid: Grid = "affine"
     """"affine" (integer zero_point), "symmetric", or "float" (float minimum, which ONNX cannot hold)."""
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, naming the setting and the value."""
-        super().__post_init__()
-        if self.grid not in ("affine", "symmetric", "float"):
-            raise ValueError(f"STE: grid must be one of ('affine', 'symmetric', 'float'), got {self.grid!r}.")
-
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
         """One width for all, so that coding the widths costs nothing; scales as ``group_size`` says."""
@@ -48,11 +42,6 @@ class STE(FixedBits):
 
 class STEWeight(FixedBitsQuantizer):
     """True rounding in training and in eval; the gradient of the weight is the identity."""
-
-    @property
-    def can_make_again(self) -> bool:
-        """What it is made of is the weight, the method's parameters and the random state alone."""
-        return True
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight."""

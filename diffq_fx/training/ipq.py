@@ -6,7 +6,7 @@ make up for the error of earlier ones.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,6 @@ class IPQ:
     ) -> None:
         compression = require_compression(model, "IPQ")
         self.model, self.finetune, self.progress = model, finetune, progress
-        self._root = next(module for module in model.modules() if vars(module).get("compression") is compression)
         self._groups = _assign_to_groups([q for q in compression.quantizers if isinstance(q, ProductWeight)], groups)
         self.history: list[IPQStage] = []
 
@@ -97,15 +96,14 @@ class IPQ:
             began = time.monotonic()
             errors = [0.0]
             for quantizer in quantizers:
-                weight = self._root.get_parameter(quantizer.spec.name)
                 if not quantizer.is_assigned:  # an interrupted finetuning goes on with the codes that it had
-                    errors.append(quantizer.assign(weight))
-                weight.requires_grad_(False).grad = None
+                    errors.append(quantizer.assign(quantizer.weight))
+                quantizer.weight.requires_grad_(False).grad = None
             stage = IPQStage(index, patterns, tuple(q.spec.name for q in quantizers), max(errors))
             good = LastGoodState(self.model)
             self.finetune(self.model, stage)
             good.check(f"IPQ: the finetuning of stage {index}", "Lower its learning rate and call run() again.")
-            self.history.append(IPQStage(**{**vars(stage), "seconds": time.monotonic() - began}))
+            self.history.append(replace(stage, seconds=time.monotonic() - began))
             if self.progress is not None:
                 self.progress(self.history[-1])
         return self.history
@@ -117,13 +115,11 @@ class IPQ:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict` of a driver over the same model and groups."""
         self.model.load_state_dict(state["model"])
-        self.history = [
-            IPQStage(**{**stage, "patterns": tuple(stage["patterns"]), "weights": tuple(stage["weights"])}) for stage in state["history"]
-        ]
+        lists = ("patterns", "weights")
+        self.history = [IPQStage(**stage | {name: tuple(stage[name]) for name in lists}) for stage in state["history"]]
         for _, quantizers in self._groups:
             for quantizer in quantizers:
-                if quantizer.is_assigned:
-                    self._root.get_parameter(quantizer.spec.name).requires_grad_(False)
+                quantizer.weight.requires_grad_(not quantizer.is_assigned and quantizer.weight.requires_grad)
 
 
 def _assign_to_groups(
