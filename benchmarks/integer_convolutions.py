@@ -3,7 +3,7 @@
     python benchmarks/integer_convolutions.py --threads 1
 
 The models of a shape are timed in turns. A zero point of 0 has a kernel of its own, others get a product of matrices: the rule in
-``diffq_fx/export/onnx/layout/int8.py`` follows that. Levels of 8 bits are exact on every processor as uint8, or as the sum of two
+``diffq_fx/export/onnx/layout/convolution.py`` follows that. Levels of 8 bits are exact on every processor as uint8, or as the sum of two
 int8 terms within +-64 (twice the inputs): ``diffq_fx/export/onnx/layout/products.py`` takes uint8.
 """
 

@@ -307,7 +307,7 @@ def test_mode_is_restored(path):
 
 def test_what_onnxruntime_does_not_fuse_is_folded_after_all(path, monkeypatch):
     """Here it does not fuse because the rule for Relu is switched off; older releases fuse less."""
-    monkeypatch.setattr("diffq_fx.export.onnx.layout.linear.spell_out_activation", lambda *_: None)
+    monkeypatch.setattr("diffq_fx.export.onnx.layout.linear._spell_out_activation", lambda *_: None)
     model = nn.Sequential(Linear(512, 512, 4, name="first"), nn.ReLU(), Linear(512, 512, 4, name="second")).eval()
     result = export_onnx(model, torch.zeros(1, 512), path)
     assert [record.rule for record in result.weights] == ["fold", "linear"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_models import store
 
+from diffq_fx.export.onnx.layout.emitter import integer_tensor
 from diffq_fx.export.onnx.layout.table import Storage, one_container, read_table, split_by_width
-from diffq_fx.export.onnx.layout.tensors import integer_tensor
 from diffq_fx.export.onnx.naming import name_sizes
 
 

@@ -11,7 +11,7 @@ import torch
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import ExportExample
-from diffq_fx.export.onnx.layout.plan import Range
+from diffq_fx.export.onnx.layout.request import Range
 from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
 
 

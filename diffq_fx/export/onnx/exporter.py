@@ -121,7 +121,7 @@ def export_onnx(
     converted = unwrapped(converted)
     _check_converted(converted)
     _check_finite(converted)
-    from diffq_fx.export.onnx.layout.plan import LayoutRequest
+    from diffq_fx.export.onnx.layout.request import LayoutRequest
     from diffq_fx.export.onnx.measuring import machines_of
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 

@@ -4,8 +4,7 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, Machine, Machines, Product
+from diffq_fx.export.onnx.layout.cost import FLOAT, Kernel, Machine, Machines, Measurement, Product
 from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
-from diffq_fx.export.onnx.layout.linear import Fusion, emit_fused
+from diffq_fx.export.onnx.layout.linear import emit_fused
 from diffq_fx.export.onnx.layout.products import choose_form, emit_factor
 from diffq_fx.export.onnx.layout.profiles import KINDS, THIS_MACHINE
 from diffq_fx.export.onnx.layout.stored import StoredTable
@@ -52,20 +51,6 @@ def machines_of(target: str) -> Machines:
     return Stopwatch() if target == THIS_MACHINE else lambda product, kernels: KINDS[target]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """The times of one product on this machine. A :class:`~diffq_fx.export.onnx.layout.cost.Machine`."""
-
-    microseconds: Mapping[Kernel, float]
-    name = "this machine"
-    margin = 1.03
-    is_measured = True
-
-    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
-        """The median at the example's rows."""
-        return (self.microseconds[kernel],)
-
-
 class Stopwatch:
     """Measures each different product once, when its times are first asked for: all forms in turns, medians.
 
@@ -79,7 +64,7 @@ class Stopwatch:
         """What was not measured, for the time was over."""
         self._clock = clock
         self._prepare = prepare or prepare_run
-        self._known: dict[tuple[Product, tuple[Kernel, ...]], _Measured] = {}
+        self._known: dict[tuple[Product, tuple[Kernel, ...]], Measurement] = {}
         self._spent = 0.0
 
     def __call__(self, product: Product, kernels: Sequence[Kernel]) -> Sequence[Machine]:
@@ -91,7 +76,7 @@ class Stopwatch:
                 self.skipped.add(product)
                 return KINDS["portable"]
             start = self._clock()
-            self._known[key] = _Measured(self._measure(product, (FLOAT, *kernels)))
+            self._known[key] = Measurement(self._measure(product, (FLOAT, *kernels)))
             self._spent += self._clock() - start
             level = logging.WARNING if self._spent > _LONG_SECONDS else logging.INFO
             message = "measured %d products in %.1f s, the last one with %d inputs, %d outputs and %d rows; %.0f s are the limit"
@@ -156,8 +141,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
         stored = StoredTable(emitter, table, one_container(table, "weight"))
         use = LinearUse(graph, node, x, None, transposed=False, rows=None)
         if kernel.block:
-            mode = "native" if table.container_bits < np.iinfo(np.uint8).bits else "bytes"
-            emit_fused(stored, use, Fusion(mode, Choice(kernel, "")), copy=0)
+            emit_fused(stored, use, kernel, copy=0)
         else:
             emit_dynamic(stored, emit_factor(stored, choose_form(table)), use, in_float=False)
         emitter.flush()

@@ -62,7 +62,7 @@ def _store_as(emitter: Emitter, value: ir.Value, stored: np.ndarray) -> None:
     if dtype is None:
         return
     small = emitter.initializer(f"{name}.{stored.dtype}", stored)
-    cast = emitter.op("Cast", [small], f"{name}.{dtype.name.lower()}", dtype=dtype, to=int(dtype))
+    cast = emitter.cast(small, dtype)
     cast.shape = value.shape
     is_output = value.is_graph_output()
     value.replace_all_uses_with(cast, replace_graph_outputs=True)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 from onnxscript.version_converter import convert_version
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.layout.linear import BLOCKED_OPSET
+from diffq_fx.export.onnx.layout.request import BLOCKED_OPSET
 from diffq_fx.export.onnx.tracing import BASE_OPSET
 
 MAX_OPSET = 25

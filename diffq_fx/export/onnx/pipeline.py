@@ -18,8 +18,8 @@ from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
 from diffq_fx.export.onnx.layout.functions import call_functions
-from diffq_fx.export.onnx.layout.int8 import watch
-from diffq_fx.export.onnx.layout.plan import LayoutRequest
+from diffq_fx.export.onnx.layout.request import LayoutRequest
+from diffq_fx.export.onnx.layout.rounding import watch
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, to_props

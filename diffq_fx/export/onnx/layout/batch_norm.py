@@ -12,17 +12,10 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.emitter import Emitter, describe_like
+from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, only_reader
 from diffq_fx.export.onnx.layout.table import WeightTable
 
 _PARAMETERS = 4
-
-
-def per_channel(table: WeightTable) -> WeightTable:
-    """A table with one scale per output channel, made of one with that or one scale in all."""
-    rows = table.spec.rows
-    zero_point = None if table.zero_point is None else np.broadcast_to(table.zero_point, (rows, 1))
-    return replace(table, scale=np.broadcast_to(table.scale, (rows, 1)), zero_point=zero_point)
 
 
 def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved: Set[str]) -> WeightTable:
@@ -39,9 +32,8 @@ def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved:
     """
     if str(table.spec.dtype) != "torch.float32":
         return table
-    readers = node.outputs[0].consumers()
-    norm = readers[0] if len(readers) == 1 and not node.outputs[0].is_graph_output() else None
-    if norm is None or norm.op_type != "BatchNormalization" or norm.domain or norm.graph is not node.graph:
+    norm = only_reader(node.outputs[0])
+    if norm is None or norm.op_type != "BatchNormalization":
         return table
     parameters = [_constant(value, halved) for value in norm.inputs[1 : 1 + _PARAMETERS]]
     old_bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -62,13 +54,12 @@ def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     if norm.graph is not None:
         norm.graph.remove(norm, safe=True)
-    table = per_channel(table)
+    table = table.per_channel()
     return replace(table, scale=(table.scale * factor[:, None]).astype(np.float32))
 
 
 def _constant(value: ir.Value | None, halved: Set[str]) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    if tensor is None or value is None:
+    array = constant_of(value)
+    if array is None or value is None:
         return None
-    array = tensor.numpy()
     return (array.astype(np.float16) if value.name in halved else array).astype(np.float64)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from diffq_fx.export.onnx.layout.emitter import constant_of
+
 _MATRIX = 2
 _REARRANGING = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -38,6 +40,10 @@ class LinearUse:
         known = shape.evaluate(sizes) if shape is not None else ()
         leading = [size for size in known[:-1] if isinstance(size, int)]
         return int(np.prod(leading, dtype=np.int64)) if len(leading) == len(known) - 1 else 1
+
+    def label(self, weight: str) -> str:
+        """A name for what this product reads of a weight."""
+        return weight if self.rows is None else f"{weight}.{self.rows.start}_{self.rows.stop}"
 
     @property
     def is_open(self) -> bool:
@@ -154,9 +160,7 @@ def _final_readers(node: ir.Node) -> list[str]:
 
 
 def _constant(node: ir.Node, index: int) -> np.ndarray | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
+    return constant_of(node.inputs[index]) if index < len(node.inputs) else None
 
 
 def _rank(value: ir.Value) -> int:

@@ -1,6 +1,6 @@
 """Which form of a product is the fastest: times of the machines that a file is for in, a choice and its reason out.
 
-The times come from a :class:`Machine`: a :class:`Profile` predicts them (:mod:`.profiles` has one per kind of processor), a measurement
+The times come from machines: a :class:`Profile` predicts them (:mod:`.profiles` has one per kind of processor), a :class:`Measurement`
 knows them. :func:`choose` is the one place that compares them: a form must be faster than float on *every* machine, and of those the one
 whose worst machine is best is taken.
 
@@ -10,7 +10,7 @@ Shape legend: M rows (the product of the activation's leading sizes), K inputs, 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 KernelName = Literal["float", "fused 2", "fused 4", "fused 8", "dynamic int8", "dynamic uint8"]
 
@@ -34,6 +34,16 @@ class Kernel(NamedTuple):
     """Inputs that share a scale in a fused product."""
 
     @property
+    def bits(self) -> int:
+        """The width that a fused kernel computes with."""
+        return int(self.name.removeprefix("fused "))
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether it rounds activations by the graph's own operators."""
+        return self.name.startswith("dynamic")
+
+    @property
     def title(self) -> str:
         """For people: ``fused, 4 bits``."""
         family, _, kind = self.name.partition(" ")
@@ -52,33 +62,6 @@ class Product(NamedTuple):
     outputs: int
     is_open: bool = False
     """Whether the file takes other numbers of rows too."""
-
-
-class Machine(Protocol):
-    """Something that knows how long a product takes."""
-
-    @property
-    def name(self) -> str:
-        """For people: ``x86-avx2``."""
-        ...
-
-    @property
-    def margin(self) -> float:
-        """So many times as fast as float must a form be before it is taken: what the times are off by, and no less than 1."""
-        ...
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether the times are those of this processor, at the example's number of rows."""
-        ...
-
-    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
-        """Microseconds at the example's rows and perhaps at more; empty where the machine has no such kernel."""
-        ...
-
-
-Machines = Callable[[Product, Sequence[Kernel]], Sequence[Machine]]
-"""A product and the forms that it could have -> the machines whose times decide between these and float."""
 
 
 class Cost(NamedTuple):
@@ -125,12 +108,13 @@ def parts_of(kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[floa
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A kind of processor: what each kernel costs there. A :class:`Machine`."""
+    """A kind of processor: what each kernel costs there."""
 
     name: str
     source: str
     """Where the numbers come from."""
     margin: float
+    """So many times as fast as float must a form be before it is taken: what the times are off by, and no less than 1."""
     costs: Mapping[KernelName, Cost]
     """Kernels that are missing are never used."""
     is_measured = False
@@ -145,27 +129,41 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """The times of one product on the machine that exports."""
+
+    microseconds: Mapping[Kernel, float]
+    name = "this machine"
+    margin = 1.03
+    is_measured = True
+
+    def times(self, kernel: Kernel, product: Product) -> tuple[float, ...]:
+        """The median at the example's rows."""
+        return (self.microseconds[kernel],)
+
+
+Machine = Profile | Measurement
+Machines = Callable[[Product, Sequence[Kernel]], Sequence[Machine]]
+"""A product and the forms that it could have -> the machines whose times decide between these and float."""
+
+
+@dataclass(frozen=True)
 class Choice:
     """The form of a product, and why."""
 
     kernel: Kernel
     reason: str
-    times: tuple[float, ...] = ()
-    """Its microseconds on each machine; empty where no time was asked for."""
-    float_times: tuple[float, ...] = ()
-    """Those of the float product."""
-
-    @property
-    def slowness(self) -> float:
-        """Time as a part of that in float, on the machine where it is largest."""
-        return max(time / float_time for time, float_time in zip(self.times, self.float_times, strict=True))
+    slowness: float = 1.0
+    """Its time as a part of that in float, on the machine where it is largest."""
+    float_time: float = 0.0
+    """Microseconds of the float product on the first machine; 0 where no time was asked for."""
 
 
 def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machine]) -> Choice:
     """Choose the form of a product: of those that are faster than float on every machine the one whose worst machine is best.
 
-    Faster means :attr:`Machine.margin` times at the example's number of rows and, where other numbers may come, no less than 0.8 times
-    at 32 times as many.
+    Faster means its ``margin`` times at the example's number of rows and, where other numbers may come, no less than 0.8 times at 32 times
+    as many.
 
     Args:
         kernels: the forms that it could have beside float, the smallest first: the first one of equally fast ones is taken.
@@ -181,54 +179,48 @@ def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machi
         >>> choose([Kernel("fused 4", 32)], Product(8, 512, 512), [fast, slow]).kernel.name
         'float'
     """
-    float_times = tuple(_typical(machine.times(FLOAT, product)) for machine in machines)
-    scores = {kernel: min(_ratio(machine, kernel, product) for machine in machines) for kernel in kernels}
+    float_time = _typical(machines[0].times(FLOAT, product))
+    speeds = {kernel: min(_typical(_speeds(machine, kernel, product)) for machine in machines) for kernel in kernels}
     refusals = {kernel: _refusal(kernel, product, machines) for kernel in kernels}
     taken = [kernel for kernel in kernels if refusals[kernel] is None]
     if not taken:
-        least_bad = max(kernels, key=lambda kernel: scores[kernel])
-        return Choice(FLOAT, f"{product.inputs} inputs and {product.outputs} outputs: {refusals[least_bad]}", float_times, float_times)
-    fastest = max(scores[kernel] for kernel in taken)
-    best = next(kernel for kernel in taken if scores[kernel] >= _TIE * fastest)
-    times = tuple(_typical(machine.times(best, product)) for machine in machines)
-    return Choice(best, _why(best, product, machines), times, float_times)
+        least_bad = max(kernels, key=lambda kernel: speeds[kernel])
+        return Choice(FLOAT, f"{product.inputs} inputs and {product.outputs} outputs: {refusals[least_bad]}", float_time=float_time)
+    fastest = max(speeds[kernel] for kernel in taken)
+    best = next(kernel for kernel in taken if speeds[kernel] >= _TIE * fastest)
+    return Choice(best, _why(best, product, machines), 1 / speeds[best], float_time)
 
 
-def _typical(times: Sequence[float]) -> float:
-    """The geometric mean, by which forms are compared."""
-    return math.prod(times) ** (1 / len(times))
-
-
-def _ratio(machine: Machine, kernel: Kernel, product: Product) -> float:
-    times = machine.times(kernel, product)
-    return _typical(machine.times(FLOAT, product)) / _typical(times) if times else 0.0
-
-
-def _ratios(machine: Machine, kernel: Kernel, product: Product) -> list[float]:
-    """Float's time over the kernel's, at each number of rows that the machine tells."""
+def _speeds(machine: Machine, kernel: Kernel, product: Product) -> list[float]:
+    """Float's time over the kernel's, at each number of rows that the machine tells; empty where it has no such kernel."""
     times = machine.times(kernel, product)
     return [float_time / time for float_time, time in zip(machine.times(FLOAT, product), times, strict=True)] if times else []
 
 
+def _typical(numbers: Sequence[float]) -> float:
+    """The geometric mean, by which forms are compared."""
+    return math.prod(numbers) ** (1 / len(numbers)) if numbers else 0.0
+
+
 def _refusal(kernel: Kernel, product: Product, machines: Sequence[Machine]) -> str | None:
     """Why a form must not be taken: the machine that is worst off with it."""
-    for machine in sorted(machines, key=lambda machine: _ratio(machine, kernel, product)):
-        ratios = _ratios(machine, kernel, product)
-        if not ratios:
+    for machine in sorted(machines, key=lambda machine: _typical(_speeds(machine, kernel, product))):
+        speeds = _speeds(machine, kernel, product)
+        if not speeds:
             return f"{kernel.title}: {machine.name} has no such kernel"
-        if machine.is_measured and ratios[0] < machine.margin:
+        if machine.is_measured and speeds[0] < machine.margin:
             return f"{kernel.title}, measured on {machine.name} for {_rows(product.rows)}: not faster than float"
-        for ratio, rows, least in zip(ratios, (product.rows, _BUSY * product.rows), (machine.margin, _BUSY_RATIO)):  # noqa: B905
-            if ratio < least:
-                speed = f"predicted {ratio:.2f} times as fast as float on {machine.name} for {_rows(rows)}"
-                return f"{kernel.title}: {speed}, and taken from {least:.2f} on"
+        for speed, rows, least in zip(speeds, (product.rows, _BUSY * product.rows), (machine.margin, _BUSY_RATIO)):  # noqa: B905
+            if speed < least:
+                predicted = f"predicted {speed:.2f} times as fast as float on {machine.name} for {_rows(rows)}"
+                return f"{kernel.title}: {predicted}, and taken from {least:.2f} on"
     return None
 
 
 def _why(kernel: Kernel, product: Product, machines: Sequence[Machine]) -> str:
     if any(machine.is_measured for machine in machines):
         return f"{kernel.title}: measured to be the fastest on {machines[0].name} for {_rows(product.rows)}"
-    speeds = ", ".join(f"{_ratios(machine, kernel, product)[0]:.2f} on {machine.name}" for machine in machines)
+    speeds = ", ".join(f"{_speeds(machine, kernel, product)[0]:.2f} on {machine.name}" for machine in machines)
     return f"{kernel.title}: predicted {speeds.replace(' on', ' times as fast as float on', 1)} for {_rows(product.rows)}"
 
 

@@ -1,11 +1,15 @@
-"""Adds initializers and nodes to the beginning of a graph, under readable names that nobody else has."""
+"""Adds initializers and nodes to the beginning of a graph, under names that nobody else has."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
+
+from diffq_fx.storage.packing import pack_levels
 
 Attribute = int | float | str | Sequence[int]
+_BYTE = 8
 
 
 class Emitter:
@@ -30,17 +34,15 @@ class Emitter:
         self.graph.register_initializer(value)
         return value
 
+    def sizes(self, *sizes: int) -> ir.Value:
+        """A shape or positions, as an initializer."""
+        return self.initializer("sizes", np.array(sizes, dtype=np.int64))
+
     def op(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        *,
-        dtype: ir.DataType | None = None,
-        **attributes: Attribute,
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str = "", *, dtype: ir.DataType | None = None, **attributes: Attribute
     ) -> ir.Value:
         """Add a node of the default domain with one output called ``name``; its type is that of the first input, or ``dtype``."""
-        node = make_node(op_type, inputs, self.unique(name), **attributes)
+        node = make_node(op_type, inputs, self.unique(name or op_type), **attributes)
         first = inputs[0]
         inferred = dtype or (first.dtype if first is not None else None)
         if inferred is not None:
@@ -48,12 +50,16 @@ class Emitter:
         self._nodes.append(node)
         return node.outputs[0]
 
-    def argsort(self, values: ir.Value, count: ir.Value, name: str) -> ir.Value:
-        """Add the nodes that sort ``count`` whole numbers, equal ones in their order; gives their places."""
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """``value`` in another type, itself if it has that type."""
+        return value if value.dtype == dtype else self.op("Cast", [value], dtype=dtype, to=int(dtype))
+
+    def argsort(self, values: ir.Value, count: ir.Value) -> ir.Value:
+        """Add the node that sorts ``count`` whole numbers, equal ones in their order; gives their places."""
         node = ir.node("TopK", [values, count], {"largest": 0}, num_outputs=2)
-        node.name = self.unique(name)
-        for output, label in zip(node.outputs, (".values", ""), strict=True):
-            output.name = self.unique(f"{name}.sorted{label}")
+        node.name = self.unique("TopK")
+        for output in node.outputs:
+            output.name = self.unique(node.name)
         node.outputs[1].dtype = ir.DataType.INT64
         self._nodes.append(node)
         return node.outputs[1]
@@ -81,8 +87,51 @@ def describe_like(new: ir.Value, old: ir.Value) -> None:
 
 
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
-    """A node of the default domain with one output, both called ``output``."""
-    node = ir.node(op_type, inputs, attributes)
+    """A node of the default domain with one output, both called ``output``; missing inputs at the end are left out."""
+    given = max((place for place, value in enumerate(inputs, 1) if value is not None), default=0)
+    node = ir.node(op_type, inputs[:given], attributes)
     node.name = output
     node.outputs[0].name = output
     return node
+
+
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
+    """The numbers of an initializer or Constant node; None for what the graph computes."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None else tensor.numpy()
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The node of the same graph that alone reads a value, if it is one of the default domain."""
+    readers = value.consumers()
+    alone = len(readers) == 1 and not value.is_graph_output() and not readers[0].domain
+    return readers[0] if alone and readers[0].graph is value.graph else None
+
+
+def integer_type(bits: int, *, signed: bool) -> ir.DataType:
+    """The ONNX type of a container of 2, 4, 8 or 16 bits.
+
+    Example:
+        >>> integer_type(4, signed=False).name
+        'UINT4'
+    """
+    return ir.DataType[f"{'' if signed else 'U'}INT{bits}"]
+
+
+def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorProtocol:
+    r"""Put levels into a container, serialized as raw_data: the least significant bits first.
+
+    Args:
+        levels: int, any shape, within the range of the container.
+        bits: 2, 4, 8 or 16.
+        signed: whether the container is signed.
+
+    Example:
+        >>> integer_tensor(np.array([[-8, 7, 1]]), 4, signed=True).tobytes()
+        b'x\x01'
+    """
+    dtype = integer_type(bits, signed=signed)
+    if bits >= _BYTE:
+        return ir.Tensor(np.ascontiguousarray(levels, dtype=dtype.numpy()), dtype=dtype)
+    unsigned = torch.from_numpy(np.ascontiguousarray(levels & (2**bits - 1)))
+    return ir.PackedTensor(pack_levels(unsigned, bits).numpy(), dtype, shape=levels.shape)

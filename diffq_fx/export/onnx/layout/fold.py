@@ -10,25 +10,12 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 
 
 def emit_folded(stored: StoredTable) -> ir.Value:
-    """Write the nodes that make the float weight.
+    """Write the nodes that make the float weight of one in any form and any number of containers; gives PyTorch's shape and type."""
 
-    Args:
-        stored: the weight, in any form and any number of containers.
+    def spread(values: ir.Value) -> ir.Value:
+        return values if stored.table.blocks == 1 else stored.along_inputs(values, block=1, length=stored.table.spec.columns)
 
-    Returns:
-        The weight in PyTorch's shape and type.
-    """
-    emit, name = stored.emit, stored.name
     weight = stored.levels_as(ir.DataType.FLOAT)
     if stored.zero_point is not None:
-        zero_point = stored.cast(stored.zero_point, ir.DataType.FLOAT, f"{name}.zero_point.float")
-        weight = emit.op("Sub", [weight, _per_weight(stored, zero_point, "zero_point.per_input")], f"{name}.centred")
-    weight = emit.op("Mul", [weight, _per_weight(stored, stored.scale, "scale.per_input")], f"{name}.scaled")
-    return stored.restore(weight)
-
-
-def _per_weight(stored: StoredTable, values: ir.Value, label: str) -> ir.Value:
-    """Scales or zero points in a shape that broadcasts against the levels."""
-    if stored.table.blocks == 1:
-        return values
-    return stored.along_inputs(values, label, block=1, length=stored.table.spec.columns)
+        weight = stored.emit.op("Sub", [weight, spread(stored.emit.cast(stored.zero_point, ir.DataType.FLOAT))])
+    return stored.restore(stored.emit.op("Mul", [weight, spread(stored.scale)]))

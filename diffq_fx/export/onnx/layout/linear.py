@@ -2,28 +2,23 @@
 
 What it fuses is ``DequantizeLinear(levels [K, N], axis 0, block_size B) -> MatMul``, with B a power of two from 16 to 256. The file
 holds one scale per channel all the same: it is repeated for each block by an Expand that is folded at load. The
-kernel computes with 2, 4 or 8 bits. 2 and 4 bits need the container itself as an initializer ("native"); 8 bits take any
-mix of narrower containers, cast and joined at load ("bytes"), for onnxruntime folds into types of 8 bits or more alone.
+kernel computes with 2, 4 or 8 bits. 2 and 4 bits need the container itself as an initializer; 8 bits take any
+mix of narrower containers, cast and joined at load, for onnxruntime folds into types of 8 bits or more alone.
 
 Shape legend: M rows, K inputs, N output channels, B block_size.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.activations import spell_out_activation
 from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Machines, Product, choose
-from diffq_fx.export.onnx.layout.emitter import make_node
+from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Product, choose
+from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor, integer_type, make_node, only_reader
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.products import choose_form
+from diffq_fx.export.onnx.layout.request import BLOCKED_OPSET, LayoutRequest
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
-from diffq_fx.export.onnx.layout.tensors import integer_tensor, integer_type
 
 _MIN_BLOCK = 16
 _MAX_BLOCK = {2: 128, 4: 256, 8: 256}
@@ -31,96 +26,53 @@ _MAX_BLOCK = {2: 128, 4: 256, 8: 256}
 accuracy_level a block also shares the scale of the activations: 256 has 1.4 times the error of 32, 2.7 times with strong outliers."""
 _SLOW = Kernel("fused 2", 16)
 """Runs 10 to 20 times slower than float."""
-_NATIVE: Mapping[int | None, KernelName] = {2: "fused 2", 4: "fused 4"}
+_NATIVE: dict[int, KernelName] = {2: "fused 2", 4: "fused 4"}
 """Containers that the kernel of the same width reads as they are."""
 TWO_BIT_ALIGNMENT = 4
 """onnxruntime (1.31) computes a *wrong* product for a fused 2-bit [K, N] weight unless N is a multiple of this: it reads each
 packed row as if it began at a byte."""
-BLOCKED_OPSET = 21
-"""The first opset whose DequantizeLinear has blocks, which every fused product needs."""
 _BYTE = 8
 _MAX_PADDING = 0.125
 
 
-Mode = Literal["native", "bytes", "dynamic", "float"]
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """How a product runs."""
-
-    mode: Mode
-    choice: Choice
-
-    @property
-    def bits(self) -> int:
-        """The width that a fused kernel computes with."""
-        return int(self.choice.kernel.name.removeprefix("fused "))
-
-    @property
-    def block(self) -> int:
-        """Inputs that share a scale in a fused kernel."""
-        return self.choice.kernel.block
-
-    @property
-    def reason(self) -> str | None:
-        """Why the product stays a float one; None where it is fused."""
-        return self.choice.reason if self.mode == "float" else None
-
-
-def in_float(reason: str) -> Fusion:
-    """A product that must stay a float one, whatever it costs."""
-    return Fusion("float", Choice(FLOAT, reason))
-
-
-def choose_fusion(
-    table: WeightTable,
-    storage: Storage,
-    use: LinearUse,
-    product: Product,
-    machines: Machines,
-    *,
-    shared: bool,
-    dynamic: bool,
-    blocked: bool,
-) -> Fusion:
+def choose_kernel(table: WeightTable, storage: Storage, use: LinearUse, request: LayoutRequest, *, shared: bool) -> Choice:
     """Choose the fastest way to run a product from a given storage.
 
     Args:
         table: the weight.
         storage: how the file would hold it.
         use: the product.
-        product: the same as a machine sees it.
-        machines: what tells the times.
+        request: what the graph is laid out for.
         shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
-        dynamic: whether activations may be rounded to int8 in the graph.
-        blocked: whether the opset has what fused products need.
 
     Returns:
-        The way; "float" with the reason where no other one is faster.
+        The kernel; float with the reason where no other one is faster.
     """
     reason = refusal(table, use) or _wrong_form(table, storage, use)
     if reason is not None:
-        return in_float(reason)
-    modes = _kernels(table, use, product, dynamic=dynamic, blocked=blocked)
-    if not modes:
-        return in_float(f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}")
-    native = None if shared else _NATIVE.get(storage.width)
-    here = [kernel for kernel, mode in modes.items() if mode != "native" or kernel.name == native]
-    choice = choose(here, product, machines(product, tuple(modes)))
-    return Fusion(modes.get(choice.kernel, "float"), choice)
+        return Choice(FLOAT, reason)
+    outputs = table.spec.rows if use.rows is None else len(use.rows)
+    product = Product(use.num_rows(request.sizes), table.spec.columns, outputs, use.is_open)
+    kernels = _kernels(table, use, outputs, request)
+    if not kernels:
+        reason = f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}"
+        return Choice(FLOAT, reason)
+    as_stored = not shared and storage.width == table.container_bits
+    here = [kernel for kernel in kernels if as_stored or kernel.name not in _NATIVE.values()]
+    return choose(here, product, request.machines(product, kernels))
 
 
-def _kernels(table: WeightTable, use: LinearUse, product: Product, *, dynamic: bool, blocked: bool) -> dict[Kernel, Mode]:
+def _kernels(table: WeightTable, use: LinearUse, outputs: int, request: LayoutRequest) -> tuple[Kernel, ...]:
     """The kernels that could run a product in one storage or another, the narrowest first."""
-    kernels: dict[Kernel, Mode] = {}
+    kernels = []
     bits = table.container_bits
-    if bits in _NATIVE and use.rows is None and (bits != 2 or product.outputs % TWO_BIT_ALIGNMENT == 0):
-        kernels[Kernel(_NATIVE[bits], _kernel_block(table, bits))] = "native"
-    kernels[Kernel("fused 8", _kernel_block(table, _BYTE))] = "bytes"
-    if dynamic and table.blocks == 1:
-        kernels[Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8")] = "dynamic"
-    return {kernel: mode for kernel, mode in kernels.items() if kernel != _SLOW and (blocked or not kernel.block)}
+    if request.has_blocks:
+        if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
+            kernels.append(Kernel(_NATIVE[bits], _kernel_block(table, bits)))
+        kernels.append(Kernel("fused 8", _kernel_block(table, _BYTE)))
+    if request.rounds and table.blocks == 1:
+        kernels.append(Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8"))
+    return tuple(kernel for kernel in kernels if kernel != _SLOW)
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:
@@ -158,81 +110,85 @@ def _power_of_two_in(number: int) -> int:
     return number & -number
 
 
-def emit_fused(stored: StoredTable, use: LinearUse, fusion: Fusion, copy: int) -> None:
+def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -> None:
     """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``.
 
     Args:
         stored: the weight, its storage [K, N].
         use: the product.
-        fusion: from :func:`choose_fusion`, not "float".
+        kernel: a fused one.
         copy: how many products read this weight before this one.
     """
-    length = -(-stored.table.spec.columns // fusion.block)
-    scale = stored.along_inputs(stored.scale, f"scale.per_{fusion.block}", block=fusion.block, length=length)
-    if fusion.mode == "native":
-        levels, zero_point = stored.parts[fusion.bits], _native_zero_point(stored, fusion, length)
+    length = -(-stored.table.spec.columns // kernel.block)
+    scale = stored.along_inputs(stored.scale, block=kernel.block, length=length)
+    if kernel.bits == _BYTE:
+        levels = stored.levels_as(integer_type(_BYTE, signed=stored.table.signed))
+        as_bytes = None if stored.zero_point is None else stored.emit.cast(stored.zero_point, ir.DataType.UINT8)
+        zero_point = None if as_bytes is None else stored.along_inputs(as_bytes, block=kernel.block, length=length)
     else:
-        levels, zero_point = _byte_levels(stored), _byte_zero_point(stored, fusion, length)
-    inputs = [levels, scale] if zero_point is None else [levels, scale, zero_point]
-    name = stored.name if use.rows is None else f"{stored.name}.{use.rows.start}_{use.rows.stop}"
+        levels, zero_point = stored.parts[kernel.bits], _native_zero_point(stored, kernel, length)
+    inputs = [value for value in (levels, scale, zero_point) if value is not None]
     if use.rows is not None or copy:
-        labels = ("levels", "scale", "zero_point")
-        inputs = [_own(stored, value, f"{name}.{label}", use.rows, copy) for value, label in zip(inputs, labels)]  # noqa: B905
-    weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=fusion.block)
+        inputs = [_own(stored, value, use.rows, copy) for value in inputs]
+    name = use.label(stored.name)
+    weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=kernel.block)
     mark_weight(weight, stored.name)
-    product = replace_product(use, weight, stored.emit.unique(f"{name}.product"))
-    spell_out_activation(stored.emit, product)
+    product = make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{name}.product"))
+    replace_product(use, [product])
+    _spell_out_activation(stored.emit, product.outputs[0])
 
 
-def _byte_levels(stored: StoredTable) -> ir.Value:
-    return stored.levels_as(integer_type(_BYTE, signed=stored.table.signed))
-
-
-def _native_zero_point(stored: StoredTable, fusion: Fusion, length: int) -> ir.Value | None:
+def _native_zero_point(stored: StoredTable, kernel: Kernel, length: int) -> ir.Value | None:
     """Zero points of each block as an initializer: onnxruntime cannot fold an Expand of 2 or 4 bits."""
     zero_point_RC = stored.table.zero_point
     if zero_point_RC is None:
         return None
-    blocks = np.minimum(np.arange(length) * fusion.block // stored.table.block, stored.table.blocks - 1)
+    blocks = np.minimum(np.arange(length) * kernel.block // stored.table.block, stored.table.blocks - 1)
     values = np.broadcast_to(zero_point_RC[:, blocks], (stored.table.spec.rows, length))
     matrix = values if stored.axis == 0 else values.T
-    name = f"{stored.name}.zero_point.per_{fusion.block}"
-    return stored.emit.initializer(name, integer_tensor(matrix, fusion.bits, signed=False))
+    name = f"{stored.name}.zero_point.per_{kernel.block}"
+    return stored.emit.initializer(name, integer_tensor(matrix, kernel.bits, signed=False))
 
 
-def _byte_zero_point(stored: StoredTable, fusion: Fusion, length: int) -> ir.Value | None:
-    if stored.zero_point is None:
-        return None
-    as_bytes = stored.cast(stored.zero_point, ir.DataType.UINT8, f"{stored.name}.zero_point.uint8")
-    return stored.along_inputs(as_bytes, f"zero_point.per_{fusion.block}", block=fusion.block, length=length)
-
-
-def _own(stored: StoredTable, values: ir.Value, name: str, rows: range | None, copy: int) -> ir.Value:
+def _own(stored: StoredTable, values: ir.Value, rows: range | None, copy: int) -> ir.Value:
     """Some or all output channels of a [K, N] matrix as a constant of its own.
 
     onnxruntime fuses no DequantizeLinear that shares an initializer with another one, and merges equal nodes. A Slice whose end lies
     beyond the matrix by another number each time copies everything, and equals no other.
     """
     rows = range(stored.table.spec.rows) if rows is None else rows
-    bounds = {"start": [0, rows.start], "stop": [stored.table.spec.columns + copy, rows.stop], "axes": [0, 1]}
-    sizes = [stored.emit.initializer(f"{name}.{label}", np.array(bound, dtype=np.int64)) for label, bound in bounds.items()]
-    return stored.emit.op("Slice", [values, *sizes], name)
+    bounds = [(0, rows.start), (stored.table.spec.columns + copy, rows.stop), (0, 1)]
+    return stored.emit.op("Slice", [values, *(stored.emit.sizes(*bound) for bound in bounds)])
 
 
-def replace_product(use: LinearUse, weight: ir.Value, name: str) -> ir.Value:
-    """Put ``MatMul(activation, weight) (+ bias)`` in the place of a MatMul or Gemm.
-
-    Args:
-        use: the product to replace.
-        weight: float, [K, N].
-        name: of the new MatMul.
-
-    Returns:
-        The output of the MatMul.
-    """
-    new = [make_node("MatMul", [use.activation, weight], name)]
+def replace_product(use: LinearUse, nodes: list[ir.Node]) -> None:
+    """Put nodes, the last of which gives the product, and an Add of the bias in the place of a MatMul or Gemm."""
     if use.bias is not None:
-        new.append(make_node("Add", [new[0].outputs[0], use.bias], f"{name}.biased"))
-    old, result = use.node.outputs[0], new[-1].outputs[0]
-    ir.convenience.replace_nodes_and_values(use.graph, use.node, [use.node], new, [old], [result])
-    return new[0].outputs[0]
+        product = nodes[-1].outputs[0]
+        nodes = [*nodes, make_node("Add", [product, use.bias], f"{product.name}.biased")]
+    old, result = use.node.outputs[0], nodes[-1].outputs[0]
+    ir.convenience.replace_nodes_and_values(use.graph, use.node, [use.node], nodes, [old], [result])
+
+
+def _spell_out_activation(emitter: Emitter, product: ir.Value) -> None:
+    """Replace the Relu or Clip that alone reads a fused product, or its bias Add, by Max and Min.
+
+    onnxruntime (1.31) takes a Relu or Clip behind ``DequantizeLinear -> MatMul`` or Gemm for part of a quantized group, finds no
+    QuantizeLinear behind it and gives up: the weight would be dequantized at every run. Max and Min compute the same at the same speed.
+    """
+    reader = only_reader(product)
+    if reader is not None and reader.op_type == "Add":
+        reader = only_reader(reader.outputs[0])
+    if reader is None or reader.graph is None or reader.op_type not in ("Relu", "Clip"):
+        return
+    if reader.op_type == "Relu":
+        bounds = [("Max", emitter.initializer("zero", np.float32(0)))]
+    else:
+        given = [*reader.inputs[1:], None, None][:2]
+        bounds = [(op, bound) for op, bound in zip(("Max", "Min"), given, strict=True) if bound is not None]
+    value, old, new = reader.inputs[0], reader.outputs[0], []
+    for op_type, bound in bounds:
+        new.append(make_node(op_type, [value, bound], emitter.unique(f"{old.name}.{op_type.lower()}")))
+        value = new[-1].outputs[0]
+    if new and value is not None:
+        ir.convenience.replace_nodes_and_values(reader.graph, reader, [reader], new, [old], [value])

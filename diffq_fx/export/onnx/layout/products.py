@@ -95,44 +95,38 @@ def emit_factor(stored: StoredTable, form: Form) -> Factor:
         stored: the weight.
         form: from :func:`choose_form` for its table.
     """
-    scale = stored.scale
-    if stored.zero_point is not None and is_rounded_anew(stored.table, form):
-        levels, scale = _rounded_anew(stored, stored.zero_point, form)
+    emit, scale, zero_point = stored.emit, stored.scale, stored.zero_point
+    if zero_point is None or not form.centred:
+        levels = stored.levels_as(ir.DataType.INT16 if form.offset else form.dtype)
+    elif is_rounded_anew(stored.table, form):
+        levels, scale = _rounded_anew(stored, zero_point)
     else:
-        levels = stored.levels_as(form.dtype if form.offset == 0 and _is_as_stored(stored, form) else ir.DataType.INT16)
-        if form.centred and stored.zero_point is not None:
-            zero_point = stored.cast(stored.zero_point, ir.DataType.INT16, f"{stored.name}.zero_point.int16")
-            levels = stored.emit.op("Sub", [levels, zero_point], f"{stored.name}.centred")
-        levels = _moved(stored, levels, form, "levels")
-    if not form.centred and stored.zero_point is not None:
-        return Factor(levels, _moved(stored, stored.zero_point, form, "zero_point"), scale)
+        levels = stored.levels_as(ir.DataType.INT16)
+        levels = emit.op("Sub", [levels, emit.cast(zero_point, ir.DataType.INT16)])
+    levels = _moved(stored, levels, form)
+    if zero_point is not None and not form.centred:
+        return Factor(levels, _moved(stored, zero_point, form), scale)
     if form.offset == 0:
         return Factor(levels, None, scale)
-    zero_point = np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy())
-    value = stored.emit.initializer(f"{stored.name}.zero_point.moved", stored.table.stored_groups(zero_point, stored.storage.form))
-    return Factor(levels, value, scale)
+    moved = np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy())
+    return Factor(
+        levels, emit.initializer(f"{stored.name}.zero_point.moved", stored.table.stored_groups(moved, stored.storage.form)), scale
+    )
 
 
-def _is_as_stored(stored: StoredTable, form: Form) -> bool:
-    """Whether the kernel reads the levels as they are."""
-    return not form.centred or stored.zero_point is None
-
-
-def _moved(stored: StoredTable, values: ir.Value, form: Form, label: str) -> ir.Value:
+def _moved(stored: StoredTable, values: ir.Value, form: Form) -> ir.Value:
     """Levels or zero points less the offset, in the type of the product."""
-    name = f"{stored.name}.{label}"
     if form.offset:
-        wide = stored.cast(values, ir.DataType.INT16, f"{name}.int16")
-        offset = stored.emit.initializer(f"{name}.offset", np.array(form.offset, dtype=np.int16))
-        values = stored.emit.op("Sub", [wide, offset], f"{name}.moved")
-    return stored.cast(values, form.dtype, f"{name}.{form.dtype.name.lower()}")
+        offset = stored.emit.initializer(f"{stored.name}.offset", np.array(form.offset, dtype=np.int16))
+        values = stored.emit.op("Sub", [stored.emit.cast(values, ir.DataType.INT16), offset])
+    return stored.emit.cast(values, form.dtype)
 
 
-def _rounded_anew(stored: StoredTable, zero_point: ir.Value, form: Form) -> tuple[ir.Value, ir.Value]:
-    """All levels about the middle of uint8, and their scales: rounded to a wider step in the rows that do not fit."""
-    stretch = stored.emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
-    middle = stored.cast(zero_point, ir.DataType.FLOAT, f"{stored.name}.zero_point.float")
-    centred = stored.emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle], f"{stored.name}.centred")
-    steps = stored.emit.op("Div", [centred, stretch], f"{stored.name}.stretched")
-    rounded = stored.cast(stored.emit.op("Round", [steps], f"{stored.name}.rounded"), ir.DataType.INT16, f"{stored.name}.rounded.int16")
-    return _moved(stored, rounded, form, "levels"), stored.emit.op("Mul", [stored.scale, stretch], f"{stored.name}.scale.stretched")
+def _rounded_anew(stored: StoredTable, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """All levels about 0, and their scales: rounded to a wider step in the rows that do not fit."""
+    emit = stored.emit
+    stretch = emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
+    middle = emit.cast(zero_point, ir.DataType.FLOAT)
+    centred = emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle])
+    rounded = emit.op("Round", [emit.op("Div", [centred, stretch])])
+    return emit.cast(rounded, ir.DataType.INT16), emit.op("Mul", [stored.scale, stretch])

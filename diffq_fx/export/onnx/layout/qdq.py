@@ -3,10 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.consumers import LinearUse
-from diffq_fx.export.onnx.layout.linear import replace_product
+from diffq_fx.export.onnx.layout.emitter import integer_tensor
 from diffq_fx.export.onnx.layout.stored import StoredTable
-from diffq_fx.export.onnx.layout.tensors import integer_tensor
 
 
 def emit_dequantized(stored: StoredTable) -> ir.Value:
@@ -37,8 +35,3 @@ def _groups(stored: StoredTable, values_RC: np.ndarray) -> np.ndarray:
     if stored.table.blocks > 1:
         return stored.table.stored_groups(values_RC, stored.storage.form)
     return values_RC.reshape(()) if stored.table.is_per_tensor else values_RC[:, 0]
-
-
-def emit_qdq_product(dequantized: ir.Value, stored: StoredTable, use: LinearUse) -> None:
-    """Let a product read the dequantized [K, N] weight as it lies in the file."""
-    replace_product(use, dequantized, stored.emit.unique(f"{stored.name}.product"))

@@ -8,13 +8,12 @@ Shape legend: K inputs, N output channels, R x C the grid of scales.
 
 from functools import cached_property
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from diffq_fx.export.onnx.layout.emitter import Emitter
+from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
-from diffq_fx.export.onnx.layout.tensors import integer_tensor
+from diffq_fx.weights import WeightSpec
 
 
 class StoredTable:
@@ -27,11 +26,6 @@ class StoredTable:
         self.name = table.spec.name
         self.axis = table.stored_axis(storage.form)
         self._casts: dict[ir.DataType, ir.Value] = {}
-
-    @property
-    def dtype(self) -> ir.DataType:
-        """The type that the model computes with."""
-        return from_torch_dtype(self.table.spec.dtype)
 
     @cached_property
     def parts(self) -> dict[int, ir.Value]:
@@ -59,11 +53,9 @@ class StoredTable:
     def levels_as(self, dtype: ir.DataType) -> ir.Value:
         """All levels in a type of 8 bits or more: each part cast, and the parts joined in the order of the rows."""
         if dtype not in self._casts:
-            name = f"{self.name}.{dtype.name.lower()}"
-            cast = [self.cast(part, dtype, f"{name}.{width}bit") for width, part in self.parts.items()]
+            cast = [self.emit.cast(part, dtype) for part in self.parts.values()]
             if len(cast) > 1:
-                joined = self.emit.op("Concat", cast, f"{name}.joined", axis=self.axis)
-                cast = [self.emit.op("Gather", [joined, self._place_of_row], name, axis=self.axis)]
+                cast = [self.emit.op("Gather", [self.emit.op("Concat", cast, axis=self.axis), self._place_of_row], axis=self.axis)]
             self._casts[dtype] = cast[0]
         return self._casts[dtype]
 
@@ -71,63 +63,48 @@ class StoredTable:
     def _place_of_row(self) -> ir.Value:
         """For each row its place among the joined parts: the file holds the part alone, in 2 to 8 bits a row."""
         parts = integer_tensor(self.storage.part_of_row, self.storage.part_bits, signed=False)
-        part = self.cast(self.emit.initializer(f"{self.name}.part", parts), ir.DataType.INT32, f"{self.name}.part.int32")
-        rows = self.sizes("rows", [self.table.spec.rows])
-        rows_by_part = self.emit.argsort(part, rows, f"{self.name}.by_part")
-        return self.emit.argsort(rows_by_part, rows, f"{self.name}.place")
-
-    def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
-        """``value`` in another type, itself if it has that type."""
-        return value if value.dtype == dtype else self.emit.op("Cast", [value], name, dtype=dtype, to=int(dtype))
+        part = self.emit.cast(self.emit.initializer(f"{self.name}.part", parts), ir.DataType.INT32)
+        rows = self.emit.sizes(self.table.spec.rows)
+        return self.emit.argsort(self.emit.argsort(part, rows), rows)
 
     def restore(self, value: ir.Value) -> ir.Value:
         """Make a float weight in the form of the storage the weight that PyTorch has: its shape and its type."""
-        shape, axis = self.table.spec.shape, self.table.spec.axis
         if self.storage.form == "transposed":
-            value = self.emit.op("Transpose", [value], f"{self.name}.restored", perm=[1, 0])
-        if self.storage.form == "rows":
-            moved = [shape[axis], *(n for i, n in enumerate(shape) if i != axis)]
-            value = self.emit.op("Reshape", [value, self.sizes("moved_shape", moved)], f"{self.name}.moved")
-            if axis:
-                back = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
-                value = self.emit.op("Transpose", [value], f"{self.name}.restored", perm=back)
-        return self.cast(value, self.dtype, f"{self.name}.{self.dtype.name.lower()}")
+            value = self.emit.op("Transpose", [value], perm=[1, 0])
+        return restore_rows(self.emit, value, self.table.spec, has_rows=self.storage.form == "rows")
 
-    def along_inputs(self, values: ir.Value, label: str, *, block: int, length: int) -> ir.Value:
+    def along_inputs(self, values: ir.Value, *, block: int, length: int) -> ir.Value:
         """Repeat scales or zero points of a matrix along its inputs: a finer grid of the same values.
 
         Args:
             values: as stored, a matrix.
-            label: what to call the result.
             block: inputs that share a value in the result; where C > 1 a divisor of the weight's own block.
             length: number of values along the inputs in the result; what is beyond the inputs is cut off.
         """
-        if self.table.blocks == 1:
-            rows = self.table.spec.rows
+        rows, blocks = self.table.scale.shape
+        if blocks == 1:
             if length == 1 and not self.table.is_per_tensor:
                 return values
-            return self._expand(values, [rows, length] if self.axis == 0 else [length, rows], label)
+            return self.emit.op("Expand", [values, self._shape(self.table.spec.rows, length)])
         times = self.table.block // block
-        if times > 1:
-            values = self._repeat(values, label, times)
-        if self.table.blocks * times > length:
-            bounds = [self.sizes(f"{label}.{name}", [n]) for name, n in (("start", 0), ("stop", length), ("axis", 1 - self.axis))]
-            values = self.emit.op("Slice", [values, *bounds], f"{self.name}.{label}")
+        if times > 1:  # [R, C] -> [R, C, 1] -> [R, C, times] -> [R, C * times], or turned
+            apart = self.emit.op("Reshape", [values, self._shape(rows, blocks, 1)])
+            repeated = self.emit.op("Expand", [apart, self._shape(rows, blocks, times)])
+            values = self.emit.op("Reshape", [repeated, self._shape(rows, blocks * times)])
+        if blocks * times > length:
+            values = self.emit.op("Slice", [values, *(self.emit.sizes(bound) for bound in (0, length, 1 - self.axis))])
         return values
 
-    def _repeat(self, values: ir.Value, label: str, times: int) -> ir.Value:
-        """Each column (row) of a matrix ``times`` times: [R, C] -> [R, C, 1] -> [R, C, times] -> [R, C * times]."""
-        rows, blocks = self.table.scale.shape
-        apart = [rows, blocks, 1] if self.axis == 0 else [blocks, 1, rows]
-        spread = [times if i == 2 - self.axis else n for i, n in enumerate(apart)]
-        flat = [rows, blocks * times] if self.axis == 0 else [blocks * times, rows]
-        values = self.emit.op("Reshape", [values, self.sizes(f"{label}.apart_shape", apart)], f"{self.name}.{label}.apart")
-        values = self._expand(values, spread, f"{label}.repeated")
-        return self.emit.op("Reshape", [values, self.sizes(f"{label}.flat_shape", flat)], f"{self.name}.{label}.flat")
+    def _shape(self, rows: int, *columns: int) -> ir.Value:
+        """(rows, columns), or (columns, rows) where the channels lie along the second axis."""
+        return self.emit.sizes(rows, *columns) if self.axis == 0 else self.emit.sizes(*columns, rows)
 
-    def _expand(self, values: ir.Value, shape: list[int], label: str) -> ir.Value:
-        return self.emit.op("Expand", [values, self.sizes(f"{label}.shape", shape)], f"{self.name}.{label}")
 
-    def sizes(self, label: str, sizes: list[int]) -> ir.Value:
-        """A shape or a position, as an initializer."""
-        return self.emit.initializer(f"{self.name}.{label}", np.array(sizes, dtype=np.int64))
+def restore_rows(emit: Emitter, value: ir.Value, spec: WeightSpec, *, has_rows: bool = True) -> ir.Value:
+    """Give a float weight the shape (if it ``has_rows``: (O, I)) and the type that it has in PyTorch."""
+    shape, axis = spec.shape, spec.axis
+    if has_rows:
+        value = emit.op("Reshape", [value, emit.sizes(shape[axis], *(n for i, n in enumerate(shape) if i != axis))])
+        if axis:
+            value = emit.op("Transpose", [value], perm=[*range(1, axis + 1), 0, *range(axis + 1, len(shape))])
+    return emit.cast(value, from_torch_dtype(spec.dtype))

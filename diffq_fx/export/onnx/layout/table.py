@@ -3,7 +3,7 @@
 Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.functional.groups`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from math import prod
@@ -65,6 +65,12 @@ class WeightTable:
         centred, limits = self.levels - zero_point, np.iinfo(np.int8)
         needed = np.maximum(centred.max(1) / limits.max, centred.min(1) / limits.min)
         return np.maximum(needed, 1.0).astype(np.float32)[:, None]
+
+    def per_channel(self) -> "WeightTable":
+        """The same weight with one scale per output channel, made of one with that or one scale in all."""
+        rows = self.spec.rows
+        zero_point = None if self.zero_point is None else np.broadcast_to(self.zero_point, (rows, 1))
+        return replace(self, scale=np.broadcast_to(self.scale, (rows, 1)), zero_point=zero_point)
 
     @property
     def is_per_tensor(self) -> bool:

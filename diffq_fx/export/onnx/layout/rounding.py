@@ -1,0 +1,217 @@
+"""Which activations become uint8 around integer convolutions, and the pairs that round them.
+
+Each value that an integer kernel reads or gives is rounded by ``QuantizeLinear -> DequantizeLinear``; onnxruntime fuses every kernel with
+the pairs around it. The values are: what a convolution reads, what it gives, and whatever Add, Mul, Concat, Sigmoid, LeakyRelu or
+pooling make of such values alone. A Relu or Clip behind one of them is the limit of the integers, and leaves the graph.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, make_node, only_reader
+from diffq_fx.export.onnx.layout.request import Range
+
+MOVING = frozenset(("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"))
+"""What gives out numbers that it has read: the same scale before and behind."""
+_COMPUTING = ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_REDUCTIONS = (("ReduceMin", "min"), ("ReduceMax", "max"))
+_LEVELS = 255
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedValue:
+    """A value that becomes uint8."""
+
+    value: ir.Value
+    """Behind the Relu or Clip, if there is one."""
+    limits: ir.Node | None
+    """The Relu or Clip that the limits of the integers take the place of."""
+    readers: tuple[ir.Node, ...] | None
+    """The nodes that read integers; None for everything that reads the value."""
+    source: ir.Value
+    """The value whose range this one shares; itself where it has its own."""
+
+
+def find_rounded(graph: ir.Graph, convolutions: Set[ir.Node]) -> list[RoundedValue]:
+    """Find the values to round.
+
+    Args:
+        graph: the main graph.
+        convolutions: the Conv nodes that shall be integer ones.
+
+    Returns:
+        The values in the order of the graph.
+    """
+    found: dict[ir.Value, RoundedValue] = {}
+    integer_nodes: set[ir.Node | None] = set(convolutions)
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if node in convolutions:
+            found.setdefault(inputs[0], RoundedValue(inputs[0], None, (), inputs[0]))
+        elif node.domain or not inputs or not _reads_integers(node, inputs, found):
+            continue
+        integer_nodes.add(node)
+        if node.op_type in MOVING:
+            output = node.outputs[0]
+            found[output] = RoundedValue(output, None, None, found[inputs[0]].source)
+        else:
+            limits = _limits(node)
+            output = limits.outputs[0] if limits is not None else node.outputs[0]
+            found[output] = RoundedValue(output, limits, None, output)
+    needed = []
+    for rounded in reversed(found.values()):
+        readers = [reader for reader in rounded.value.consumers() if reader in integer_nodes]
+        if rounded.source is not rounded.value and not readers:  # integers that are only moved are of no use to float readers
+            integer_nodes -= {rounded.value.producer()}
+        else:  # what no integer kernel has made is rounded for integer kernels alone
+            needed.append(rounded if rounded.readers is None else replace(rounded, readers=tuple(readers)))
+    return needed[::-1]
+
+
+def _reads_integers(node: ir.Node, inputs: Sequence[ir.Value], found: Mapping[ir.Value, RoundedValue]) -> bool:
+    if node.op_type in MOVING:
+        return inputs[0] in found and len(node.outputs) == 1
+    return node.op_type in _COMPUTING and all(value in found for value in inputs)
+
+
+def _limits(node: ir.Node) -> ir.Node | None:
+    """The Relu, or Clip to constant limits around 0, that alone reads a node."""
+    reader = only_reader(node.outputs[0])
+    if reader is None or reader.op_type == "Relu":
+        return reader
+    if reader.op_type != "Clip":
+        return None
+    given = [(value, constant_of(value)) for value in [*reader.inputs[1:], None, None][:2]]
+    if any(value is not None and number is None for value, number in given):
+        return None
+    low, high = (0.0 if number is None else float(number) for _, number in given)
+    return reader if low <= 0.0 <= high else None
+
+
+def watch(model: ir.Model, rounded: Sequence[RoundedValue]) -> dict[str, tuple[str, str]]:
+    """Let a graph give out the range of each value that has one of its own.
+
+    Args:
+        model: changed in place.
+        rounded: from :func:`find_rounded`.
+
+    Returns:
+        Name of the value -> names of the outputs with its least and its largest number.
+    """
+    names: dict[str, tuple[str, str]] = {}
+    for place, entry in enumerate(rounded):
+        if entry.source is not entry.value:
+            continue
+        pair = [make_node(op_type, [entry.value], f"diffq_fx.{label}.{place}", keepdims=0) for op_type, label in _REDUCTIONS]
+        for node in pair:
+            node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+            model.graph.append(node)
+            model.graph.outputs.append(node.outputs[0])
+        names[str(entry.value.name)] = (str(pair[0].outputs[0].name), str(pair[1].outputs[0].name))
+    return names
+
+
+def grid(value_range: Range) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of uint8 levels that hold a range and 0.
+
+    Example:
+        >>> scale, zero_point = grid((-1.0, 3.0))
+        >>> round(float(scale), 4), int(zero_point)
+        (0.0157, 64)
+    """
+    low, high = min(value_range[0], 0.0), max(value_range[1], 0.0)
+    scale = np.float32((high - low) / _LEVELS) or np.float32(1.0)
+    return scale, np.uint8(np.clip(np.round(-low / float(scale)), 0, _LEVELS))
+
+
+def round_values(emitter: Emitter, rounded: Sequence[RoundedValue], ranges: Mapping[str, Range]) -> None:
+    """Put QuantizeLinear and DequantizeLinear behind each value.
+
+    Args:
+        emitter: of the graph, which is changed.
+        rounded: from :func:`find_rounded`.
+        ranges: name of each value that has a range of its own -> the range.
+    """
+    grids = {entry.source: grid(ranges[str(entry.source.name)]) for entry in rounded}
+    constants = {
+        source: [emitter.initializer(f"{source.name}.{label}", number) for label, number in zip(("scale", "zero_point"), pair, strict=True)]
+        for source, pair in grids.items()
+    }
+    for entry in rounded:
+        _round(emitter, entry, constants[entry.source])
+
+
+def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
+    """Put a Max in front of the QuantizeLinear of each product whose weight stays in float.
+
+    onnxruntime (1.31) gives such a weight, between a DequantizeLinear and a QuantizeLinear, int8 levels of its own when it loads the file:
+    one scale for all of it, up to 127. These saturate on x86 without VNNI, and are less exact everywhere.
+
+    Args:
+        emitter: of the graph, which is changed.
+        convolutions: the Conv nodes that are integer ones.
+    """
+    lowest = None
+    for node in list(emitter.graph):
+        if node.op_type not in _PRODUCTS or node.domain or node in convolutions or not _hangs_on_integers(node.inputs[0]):
+            continue
+        reader = only_reader(node.outputs[0])
+        last = reader if reader is not None and reader.op_type == "Add" else node  # onnxruntime makes a Gemm of MatMul and Add
+        result = last.outputs[0]
+        if not _leads_to_integers(result):
+            continue
+        lowest = lowest or emitter.initializer("lowest", np.finfo(np.float32).min)
+        kept = make_node("Max", [result, lowest], emitter.unique(f"{result.name}.float"))
+        describe_like(kept.outputs[0], result)
+        _redirect(result, kept.outputs[0], [reader for reader in result.consumers() if reader is not kept])
+        emitter.graph.insert_after(last, [kept])
+    emitter.flush()
+
+
+def _hangs_on_integers(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in MOVING and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _leads_to_integers(value: ir.Value) -> bool:
+    """Whether onnxruntime may move the QuantizeLinear of what is made of a value up to the value itself."""
+    readers = value.consumers()
+    if any(reader.op_type == "QuantizeLinear" for reader in readers):
+        return True
+    return any(_leads_to_integers(reader.outputs[0]) for reader in readers if reader.op_type in MOVING | {"Relu", "Clip"})
+
+
+def _round(emitter: Emitter, entry: RoundedValue, constants: Sequence[ir.Value]) -> None:
+    value, graph = entry.value, emitter.graph
+    before = value if entry.limits is None else entry.limits.inputs[0]
+    if before is None:
+        return
+    levels = make_node("QuantizeLinear", [before, *constants], emitter.unique(f"{value.name}.quantized"))
+    restored = make_node("DequantizeLinear", [levels.outputs[0], *constants], emitter.unique(f"{value.name}.restored"))
+    output = restored.outputs[0]
+    describe_like(output, value)
+    readers = value.consumers() if entry.readers is None else entry.readers
+    _redirect(value, output, [reader for reader in readers if reader is not levels])
+    producer = before.producer()
+    if producer is None:
+        graph.insert_before(graph[0], [levels, restored])
+    else:
+        graph.insert_after(producer, [levels, restored])
+    if entry.readers is None and value.is_graph_output():
+        value.name, output.name = f"{value.name}.exact", value.name
+        value.replace_all_uses_with(output, replace_graph_outputs=True)
+        if entry.limits is None:
+            levels.replace_input_with(0, value)
+    if entry.limits is not None:
+        graph.remove(entry.limits, safe=True)
+
+
+def _redirect(old: ir.Value, new: ir.Value, readers: Sequence[ir.Node]) -> None:
+    for reader, index in [use for use in old.uses() if use[0] in readers]:
+        reader.replace_input_with(index, new)
