@@ -15,7 +15,7 @@ from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.readers import find_readers
 from diffq_fx.capture.scope import TakenOver, take_over, takeovers
 from diffq_fx.capture.whole_graph import capture_model
-from diffq_fx.compression import Compression, find_compressions
+from diffq_fx.compression import Compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.example import Example
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
@@ -27,9 +27,8 @@ from diffq_fx.passes.quantizer_nodes import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.selection import Selection, select_weights
-from diffq_fx.storage import StoredWeight
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
-from diffq_fx.unfit import refuse_unfit_modules, refuse_unfit_names
+from diffq_fx.unfit import refuse_unfit, refuse_unfit_names
 from diffq_fx.weights import QUANTIZER_SUFFIX, owner_of
 
 Scope = Literal["auto", "model", "module"]
@@ -107,8 +106,9 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
     """Prepare for the public function ``caller``, whose name stands in messages."""
     with torch.inference_mode(False), torch.enable_grad():  # a forward may be tried and traced wherever prepare is called
         choice = MethodChoice.of(method, caller)
-        _check_arguments(model, scope, caller)
-        refuse_unfit_modules(model, caller)
+        if scope not in ("auto", *_WAYS):
+            raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
+        refuse_unfit(model, caller)
         example = Example.of(example_inputs)
         selection = select_weights(model, choice, caller)
         refuse_unfit_names(model, selection, caller)
@@ -118,19 +118,6 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
     return prepared
-
-
-def _check_arguments(model: nn.Module, scope: str, caller: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
-    if scope not in ("auto", "model", "module"):
-        raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
-    if find_compressions(model):
-        raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
-    if any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
-    if hasattr(model, CHILD):
-        raise PreparationError(f"{caller}: the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it.")
 
 
 def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
@@ -154,13 +141,12 @@ def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
 def _first_faithful(
     model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
 ) -> tuple[nn.Module, Compression]:
-    """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
-    ways = {"model": _prepare_model_scope, "module": _prepare_module_scope}
+    """Try the ways to capture; the first that passes the gate is taken."""
     reasons: list[str] = []
-    for name in ways if scope == "auto" else (scope,):
+    for name in _WAYS if scope == "auto" else (scope,):
         own = replace(selection, specs=dict(selection.specs), skipped=list(selection.skipped))
         try:
-            prepared, compression = ways[name](model, example, own, choice)
+            prepared, compression = _WAYS[name](model, example, own, choice)
             check_faithful(prepared, compression.quantizers, example, expected)
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
@@ -198,6 +184,10 @@ def _prepare_module_scope(model: nn.Module, example: Example, selection: Selecti
             "If another module reads them directly, give an example that does.",
         )
     return private, compression
+
+
+_WAYS = {"model": _prepare_model_scope, "module": _prepare_module_scope}
+"""From the most to the least explicit."""
 
 
 def _add_quantizers(model: nn.Module, selection: Selection) -> list[WeightQuantizer]:

@@ -159,13 +159,3 @@ def _by_reader(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
         if relative not in readers.setdefault(path, []):
             readers[path].append(relative)
     return readers
-
-
-def hooked_modules(model: nn.Module, selection: Selection) -> list[str]:
-    """Paths of modules that hold weights and have hooks of the user's, which a traced graph would bake in or lose."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [
-        path or "the model"
-        for path, module in model.named_modules()
-        if any(getattr(module, kind) for kind in kinds) and any(selection.spec_of(parameter) for parameter in module.parameters())
-    ]

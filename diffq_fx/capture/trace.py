@@ -1,6 +1,5 @@
 """Trace a model into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful."""
 
-import inspect
 import keyword
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from diffq_fx.capture.readers import CALLED_WHOLE
 from diffq_fx.capture.scope import HANDED
 from diffq_fx.capture.watch import Reads, same
 from diffq_fx.errors import CaptureError
-from diffq_fx.example import Example, random_fingerprint, restored_random_state
+from diffq_fx.example import random_fingerprint, restored_random_state
 from diffq_fx.selection import Selection
 from diffq_fx.weights import owner_of
 
@@ -161,19 +160,6 @@ class CodeTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
         return True
-
-
-def omitted_arguments(module: nn.Module, example: Example) -> list[str]:
-    """Arguments of the forward that a call leaves to their defaults, ``*args`` and ``**kwargs`` included."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind(*example.args, **example.kwargs)
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [
-        marks.get(parameter.kind, "") + name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in variable or name not in bound.arguments
-    ]
 
 
 def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, WeightTracer]:

@@ -15,7 +15,7 @@ from torch import nn
 from diffq_fx.capture.contents import can_change_in_place, contents_of, is_unchanged, same
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = frozenset({*vars(nn.Module()), *dir(nn.Module)}) - {"_modules", "forward"}
 
 
@@ -48,7 +48,7 @@ class _Read(NamedTuple):
                 yield f"{name} was set"
         if len(children) < len(self.children):
             yield "a child was removed"
-        if self.is_run_through and any(now[kind] for kind in _HOOKS):
+        if self.is_run_through and any(now[kind] for kind in HOOKS):
             yield "a hook was registered"
 
 

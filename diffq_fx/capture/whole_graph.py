@@ -6,6 +6,7 @@ Python calls it, and the model's original forward runs in place of the graph onc
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 from torch import fx, nn
@@ -13,10 +14,10 @@ from torch.fx.graph_module import reduce_graph_module
 
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_sharing_parameters
-from diffq_fx.capture.readers import hooked_modules, reading_modules
+from diffq_fx.capture.readers import reading_modules
 from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_ties, take_over, takeovers
-from diffq_fx.capture.trace import CodeTracer, omitted_arguments, trace_in_both_modes
-from diffq_fx.capture.watch import GraphUse, Reads
+from diffq_fx.capture.trace import CodeTracer, trace_in_both_modes
+from diffq_fx.capture.watch import HOOKS, GraphUse, Reads
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import Example
 from diffq_fx.selection import Selection
@@ -144,12 +145,17 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
 def _refuse_unfit(model: nn.Module, example: Example, selection: Selection) -> None:
     if _compat.has_global_hooks():
         raise CaptureError("a hook is registered for all modules (register_module_forward_hook or its like), which a graph would freeze")
-    hooked = hooked_modules(model, selection)
-    if hooked:
-        raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")
+    for path, module in model.named_modules():
+        if any(vars(module)[kind] for kind in HOOKS) and any(selection.spec_of(parameter) for parameter in module.parameters()):
+            raise CaptureError(f"{path or 'the model'} has a hook, which a graph would freeze")
     taken = sorted(name for name in _NAMES_OF_FX if hasattr(model, name))
     if taken:
         raise CaptureError(f"the model has a {taken[0]!r} of its own, and so has every GraphModule")
-    omitted = omitted_arguments(model, example)
-    if omitted:
-        raise CaptureError(f"the forward also takes {', '.join(omitted)}, which the example leaves out and a graph would lose")
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*example.args, **example.kwargs).arguments.keys()
+    left_out = [
+        each for name, each in signature.parameters.items() if name not in given or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if left_out:
+        names = ", ".join(str(each.replace(annotation=each.empty, default=each.empty)) for each in left_out)
+        raise CaptureError(f"the forward also takes {names}, which the example leaves out and a graph would lose")
