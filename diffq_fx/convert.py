@@ -9,14 +9,14 @@ from torch import nn
 
 from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
-from diffq_fx.capture.scope import ScopedModule, install_graph
+from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, DivergenceError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parts_of, unwrapped
-from diffq_fx.passes.replace_quantizers import replace_quantizers
+from diffq_fx.passes.quantizer_nodes import replace_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_converted
 from diffq_fx.sharded import is_sharded
@@ -175,6 +175,8 @@ def _names_now(root: nn.Module, compression: Compression, caller: str) -> dict[i
         if isinstance(module, WeightQuantizer) and path.endswith(QUANTIZER_SUFFIX):
             names[id(module)] = (*names.get(id(module), ()), path.removesuffix(QUANTIZER_SUFFIX))
     _refuse_wrapped_layers(root, caller)
+    if tied := tied_since(root):
+        raise ConversionError(f"{caller}: {tied}.\n  Tie the weights of the float model, and prepare and train it then.")
     lost = []
     for quantizer in compression.quantizers:
         spec, found = quantizer.spec, [_parameter_at(root, name) for name in names.get(id(quantizer), ())]
@@ -251,9 +253,6 @@ def _put_in_stored(converted: nn.Module, stored: Iterable[StoredWeight]) -> None
         owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)
         if isinstance(owner, nn.RNNBase):
             owner._flat_weight_refs = [None] * len(owner._flat_weights_names)
-    for module in converted.modules():
-        if isinstance(module, ScopedModule) and module.taken_over.traced:
-            install_graph(module)
 
 
 def _take_off_wrapper(root: nn.Module, converted: nn.Module, caller: str) -> None:

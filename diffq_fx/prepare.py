@@ -7,15 +7,15 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from diffq_fx.budget.size import mib
 from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.readers import find_readers
-from diffq_fx.capture.scope import TakenOver, capture_own_forward, install_graph, take_over, takeovers
+from diffq_fx.capture.scope import TakenOver, take_over, takeovers
 from diffq_fx.capture.whole_graph import capture_model
-from diffq_fx.compression import Compression, find_compressions
+from diffq_fx.compression import Compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.example import Example
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
@@ -23,13 +23,12 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
-from diffq_fx.passes.insert_quantizers import insert_quantizers
+from diffq_fx.passes.quantizer_nodes import insert_quantizers
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.selection import Selection, select_weights
-from diffq_fx.storage import StoredWeight
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
-from diffq_fx.unfit import refuse_unfit_modules, refuse_unfit_names
+from diffq_fx.unfit import refuse_unfit, refuse_unfit_names
 from diffq_fx.weights import QUANTIZER_SUFFIX, owner_of
 
 Scope = Literal["auto", "model", "module"]
@@ -107,8 +106,9 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
     """Prepare for the public function ``caller``, whose name stands in messages."""
     with torch.inference_mode(False), torch.enable_grad():  # a forward may be tried and traced wherever prepare is called
         choice = MethodChoice.of(method, caller)
-        _check_arguments(model, scope, caller)
-        refuse_unfit_modules(model, caller)
+        if scope not in ("auto", *_WAYS):
+            raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
+        refuse_unfit(model, caller)
         example = Example.of(example_inputs)
         selection = select_weights(model, choice, caller)
         refuse_unfit_names(model, selection, caller)
@@ -118,19 +118,6 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
     return prepared
-
-
-def _check_arguments(model: nn.Module, scope: str, caller: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
-    if scope not in ("auto", "model", "module"):
-        raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')
-    if find_compressions(model):
-        raise PreparationError(f"{caller}: the {type(model).__name__} is prepared already. Train it, or start from the float model.")
-    if any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise PreparationError(f"{caller}: the {type(model).__name__} is converted: its weights are integers. Start from the float model.")
-    if hasattr(model, CHILD):
-        raise PreparationError(f"{caller}: the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it.")
 
 
 def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
@@ -154,19 +141,12 @@ def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
 def _first_faithful(
     model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
 ) -> tuple[nn.Module, Compression]:
-    """Try the ways to capture from the most to the least explicit; the first that passes the gate is taken."""
-    ways = {
-        "model": [("model", _prepare_model_scope)],
-        "module": [
-            ("module", partial(_prepare_module_scope, trace_forwards=True)),
-            ("module", partial(_prepare_module_scope, trace_forwards=False)),
-        ],
-    }
+    """Try the ways to capture; the first that passes the gate is taken."""
     reasons: list[str] = []
-    for name, way in ways.get(scope, ways["model"] + ways["module"]):
+    for name in _WAYS if scope == "auto" else (scope,):
         own = replace(selection, specs=dict(selection.specs), skipped=list(selection.skipped))
         try:
-            prepared, compression = way(model, example, own, choice)
+            prepared, compression = _WAYS[name](model, example, own, choice)
             check_faithful(prepared, compression.quantizers, example, expected)
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
@@ -191,24 +171,12 @@ def _prepare_model_scope(model: nn.Module, example: Example, selection: Selectio
     return captured, _add_compression(captured, selection, choice, quantizers)
 
 
-def _prepare_module_scope(
-    model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, *, trace_forwards: bool
-) -> tuple[nn.Module, Compression]:
+def _prepare_module_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> tuple[nn.Module, Compression]:
     readers, unseen = find_readers(copy_replacing(model, {}), example, selection)
     private = copy_sharing_parameters(model)
-    graphs = _graphs_of_readers(private, readers, selection) if trace_forwards else {}
-    _note_readers(private, {path: names for path, names in readers.items() if path not in graphs}, unseen, selection)
     quantizers = _add_quantizers(private, selection)
-    readers = readers | {path: _weights_in(gm) for path, gm in graphs.items()}
-    found = takeovers(private, readers, selection.names())
-    for path, each in ({"": TakenOver()} | found).items() if "forward" in vars(private) else found.items():
-        module, gm = private.get_submodule(path), graphs.get(path)
-        take_over(module, replace(each, traced=gm is not None))
-        if gm is not None:
-            for name in each.weights:
-                owner, attribute = owner_of(module, name)
-                gm.add_submodule(f"{name}{QUANTIZER_SUFFIX}", owner.get_submodule(attribute + QUANTIZER_SUFFIX))
-            install_graph(module, run_passes(gm, [insert_quantizers, verify_prepared]))
+    for path, taken_over in ({"": TakenOver()} | takeovers(private, readers, selection.names())).items():
+        take_over(private.get_submodule(path), taken_over)
     compression = _add_compression(private, selection, choice, quantizers)
     if unseen:
         compression.notes = (
@@ -218,36 +186,8 @@ def _prepare_module_scope(
     return private, compression
 
 
-def _graphs_of_readers(model: nn.Module, readers: Mapping[str, tuple[str, ...]], selection: Selection) -> dict[str, fx.GraphModule]:
-    """The forwards of those modules, by path, that a graph can stand for; annotated."""
-    graphs = {}
-    for path, names in readers.items():
-        module = model.get_submodule(path)
-        try:
-            gm = capture_own_forward(module)
-        except CaptureError:
-            continue  # its weights are made before its forward runs
-        run_passes(gm, [partial(annotate_weights, selection=selection)])
-        read = {id(module.get_parameter(name)) for name in _weights_in(gm)}
-        if read >= {id(module.get_parameter(name)) for name in names}:
-            graphs[path] = gm
-    return graphs
-
-
-def _weights_in(gm: fx.GraphModule) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(node.target) for node in gm.graph.nodes if META_KEY in node.meta))
-
-
-def _note_readers(model: nn.Module, readers: Mapping[str, tuple[str, ...]], unseen: list[str], selection: Selection) -> None:
-    """Write down what reads the weights that no graph reads."""
-    consumers = {
-        id(model.get_submodule(path).get_parameter(name)): type(model.get_submodule(path)).__name__
-        for path, names in readers.items()
-        for name in names
-    }
-    for key, spec in selection.specs.items():
-        reader = "nothing in the example" if spec.name in unseen else consumers.get(key, "")
-        selection.specs[key] = replace(spec, consumer=spec.consumer or reader)
+_WAYS = {"model": _prepare_model_scope, "module": _prepare_module_scope}
+"""From the most to the least explicit."""
 
 
 def _add_quantizers(model: nn.Module, selection: Selection) -> list[WeightQuantizer]:

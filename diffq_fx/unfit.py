@@ -1,13 +1,18 @@
 """Models that prepare cannot work on: each gets one sentence, before anything is changed."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from diffq_fx.compression import find_compressions
 from diffq_fx.errors import PreparationError
+from diffq_fx.parts import CHILD
 from diffq_fx.selection import Selection
+from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, owner_of
 
 _MAKE_A_WEIGHT = {
@@ -17,40 +22,54 @@ _MAKE_A_WEIGHT = {
 }
 
 
-def refuse_unfit_modules(model: nn.Module, caller: str) -> None:
-    """Refuse modules whose forward is no Python of theirs, and weights that a hook makes.
+def refuse_unfit(model: nn.Module, caller: str) -> None:
+    """Refuse what is no float model, modules whose forward is no Python of theirs, and weights that a hook makes.
 
     Raises:
+        TypeError: it is no module.
         PreparationError: names the module and what to do.
     """
-    made_in_inference = next((name for name, p in model.named_parameters() if not nn.parameter.is_lazy(p) and p.is_inference()), None)
-    if made_in_inference is not None:
-        raise PreparationError(
-            f"{caller}: {made_in_inference!r} was made under torch.inference_mode() and can never train. Make the model outside of it."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected a torch.nn.Module, got {type(model).__name__}.")
+    sentences = (
+        *_about_the_model(model),
+        *(each for path, module in model.named_modules() for each in _about(module, path or "the model")),
+    )
+    if sentences:
+        raise PreparationError(f"{caller}: {sentences[0]}")
+
+
+def _about_the_model(model: nn.Module) -> Iterator[str]:
+    if find_compressions(model):
+        yield f"the {type(model).__name__} is prepared already. Train it, or start from the float model."
+    if any(isinstance(module, StoredWeight) for module in model.modules()):
+        yield f"the {type(model).__name__} is converted: its weights are integers. Start from the float model."
+    if hasattr(model, CHILD):
+        yield f"the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it."
+    for name, parameter in model.named_parameters():
+        if not nn.parameter.is_lazy(parameter) and parameter.is_inference():
+            yield f"{name!r} was made under torch.inference_mode() and can never train. Make the model outside of it."
+
+
+def _about(module: nn.Module, where: str) -> Iterator[str]:
+    if "_orig_mod" in module._modules:  # torch._dynamo is slow to import
+        yield f"{where} is compiled by torch.compile. Prepare the module inside, its _orig_mod, and compile the prepared model."
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        yield (
+            f"{where} is a {type(module).__name__}. Prepare the module inside first, and wrap the prepared model then: "
+            "the wrapper has to know the parameters of the bits."
         )
-    for path, module in model.named_modules():
-        where = path or "the model"
-        if "_orig_mod" in module._modules:  # torch._dynamo is slow to import
-            raise PreparationError(
-                f"{caller}: {where} is compiled by torch.compile. Prepare the module inside, its _orig_mod, and compile the prepared model."
-            )
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            raise PreparationError(
-                f"{caller}: {where} is a {type(module).__name__}. Prepare the module inside first, and wrap the prepared model then: "
-                "the wrapper has to know the parameters of the bits."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise PreparationError(
-                f"{caller}: {where} is a {type(module).__name__} of torch.jit, whose weights only TorchScript reads. Prepare the model in "
-                "Python that it was made from."
-            )
-        for hook in module._forward_pre_hooks.values():
-            for kind, (name, advice) in _MAKE_A_WEIGHT.items():
-                if isinstance(hook, kind):
-                    made = getattr(hook, "name", getattr(hook, "_tensor_name", "weight"))
-                    raise PreparationError(
-                        f"{caller}: {where} makes its {made} in a hook of {name}, where no quantizer can stand.\n  {advice}."
-                    )
+    if isinstance(module, torch.jit.ScriptModule):
+        yield (
+            f"{where} is a {type(module).__name__} of torch.jit, whose weights only TorchScript reads. Prepare the model in "
+            "Python that it was made from."
+        )
+        return  # it tells of no hooks
+    for hook in module._forward_pre_hooks.values():
+        for kind, (name, advice) in _MAKE_A_WEIGHT.items():
+            if isinstance(hook, kind):
+                made = getattr(hook, "name", getattr(hook, "_tensor_name", "weight"))
+                yield f"{where} makes its {made} in a hook of {name}, where no quantizer can stand.\n  {advice}."
 
 
 def refuse_unfit_names(model: nn.Module, selection: Selection, caller: str) -> None:

@@ -49,10 +49,11 @@ def contents_of(value: Any, what: str) -> tuple[Any, ...]:
 def is_unchanged(value: Any, contents: tuple[Any, ...]) -> bool:
     """Whether a value holds what it held."""
     now = _walk(value, set())
-    return all(_same(next(now, _END), each) for each in contents) and next(now, _END) is _END
+    return all(same(next(now, _END), each) for each in contents) and next(now, _END) is _END
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are one object, or equal and of a type whose objects do not change."""
     return a is b or (type(a) is type(b) and isinstance(a, _COMPARED_BY_VALUE) and bool(a == b))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.capture.copies import copy_replacing, strided_parts
+from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example
 from diffq_fx.functional.precision import widened
@@ -122,7 +122,7 @@ def _difference(found: Any, expected: Any, what: str, seen: dict[tuple[int, int]
 def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
     if _kind(found) != _kind(expected):
         return f"{what} is {_kind(found)}, the original's {_kind(expected)}"
-    for a, b in zip(strided_parts(found), strided_parts(expected), strict=True):
+    for a, b in zip(_strided_parts(found), _strided_parts(expected), strict=True):
         if a.shape != b.shape:
             return f"{what} has {a.shape[-1]} entries, the original's {b.shape[-1]}"
         same = (a == b) | ((a != a) & (b != b))
@@ -130,6 +130,18 @@ def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
             worst = (widened(a) - widened(b)).abs().nan_to_num(nan=float("inf")).max().item()
             return f"{int((~same).sum())} of {same.numel()} values of {what} differ, by up to {worst:.3g}"
     return ""
+
+
+def _strided_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or the ordinary tensors that a sparse one is made of."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def _kind(tensor: Tensor) -> str:

@@ -6,6 +6,7 @@ reads the weights of all its children. The probe itself switches that path off, 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -14,29 +15,58 @@ from torch.overrides import TorchFunctionMode
 
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example, tensors_of
+from diffq_fx.passes.annotate_weights import Reader, completed
 from diffq_fx.selection import Selection
+
+CALLED_WHOLE = (
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.EmbeddingBag,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+    nn.Transformer,
+)
+"""Modules of torch whose forward cannot be traced, or should not be; they read their weights as one."""
 
 _READS_ITS_CHILDREN = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
-class _ReadProbe(TorchFunctionMode):
-    """Notes, for every weight that a torch function computes with, the module whose forward is running."""
+@dataclass
+class _Uses:
+    """Who reads one weight: modules, and the functions in them."""
 
-    def __init__(self, keys: dict[int, int], selection: Selection, stack: list[nn.Module], readers: dict[int, set[nn.Module]]) -> None:
+    modules: set[nn.Module] = field(default_factory=set)
+    readers: list[Reader] = field(default_factory=list)
+
+
+class _ReadProbe(TorchFunctionMode):
+    """Notes, for every weight that a torch function computes with, the function and the module whose forward is running."""
+
+    def __init__(self, keys: dict[int, int], selection: Selection, stack: list[nn.Module], uses: dict[int, _Uses]) -> None:
         super().__init__()
-        self.keys, self.selection, self.stack, self.readers = keys, selection, stack, readers
+        self.keys, self.selection, self.stack, self.uses = keys, selection, stack, uses
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self.stack and tensors_of(result):  # reading .dtype or .shape is not a use
             for tensor in tensors_of((args, kwargs)):
                 if id(tensor) in self.keys:
-                    self.readers.setdefault(self.keys[id(tensor)], set()).add(self.stack[-1])
+                    uses = self.uses.setdefault(self.keys[id(tensor)], _Uses())
+                    uses.modules.add(self.stack[-1])
+                    uses.readers.append(self._reader(func, args, tensor))
                 elif spec := self.selection.spec_of(tensor):
                     raise CaptureError(
                         f"weight {spec.name!r} is read from the model that was given, by a copy of it: a function or a global holds it"
                     )
         return result
+
+    def _reader(self, func: Any, args: Any, tensor: Any) -> Reader:
+        whole = next((module for module in self.stack if isinstance(module, CALLED_WHOLE)), None)
+        if whole is not None:
+            return type(whole).__name__, None
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        return name, next((i for i, each in enumerate(args) if each is tensor), None)
 
 
 @contextmanager
@@ -67,7 +97,7 @@ def find_readers(model: nn.Module, example: Example, selection: Selection) -> tu
     Args:
         model: a copy that may be run, with parameters of its own.
         example: the call.
-        selection: the weights of interest.
+        selection: the weights of interest; its specs are completed by what reads them.
 
     Returns:
         For every reading module (by path) the names, relative to it, of the weights it reads; and the names of the weights that the
@@ -77,14 +107,16 @@ def find_readers(model: nn.Module, example: Example, selection: Selection) -> tu
         CaptureError: a weight is read past the model, where no copy has it.
     """
     keys = {id(model.get_parameter(spec.name)): key for key, spec in selection.specs.items()}
-    readers: dict[int, set[nn.Module]] = {}
+    uses: dict[int, _Uses] = {}
     with _module_stack() as stack:
         for mode in MODES:
-            with _ReadProbe(keys, selection, stack, readers):
+            with _ReadProbe(keys, selection, stack, uses):
                 example.outcome(model, mode)
     paths = {module: path for path, module in model.named_modules()}
-    seen = {key: {paths[module] for module in modules if module in paths} for key, modules in readers.items()}
+    seen = {key: {paths[module] for module in each.modules if module in paths} for key, each in uses.items()}
     unseen = [spec.name for key, spec in selection.specs.items() if not seen.get(key)]
+    for key, spec in selection.specs.items():
+        selection.specs[key] = completed(spec, uses[key].readers if seen.get(key) else [("nothing in the example", None)])
     return reading_modules(model, seen, selection), unseen
 
 
@@ -127,13 +159,3 @@ def _by_reader(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
         if relative not in readers.setdefault(path, []):
             readers[path].append(relative)
     return readers
-
-
-def hooked_modules(model: nn.Module, selection: Selection) -> list[str]:
-    """Paths of modules that hold weights and have hooks of the user's, which a traced graph would bake in or lose."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [
-        path or "the model"
-        for path, module in model.named_modules()
-        if any(getattr(module, kind) for kind in kinds) and any(selection.spec_of(parameter) for parameter in module.parameters())
-    ]

@@ -1,78 +1,66 @@
-"""Trace a forward into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful.
+"""Trace a model into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful."""
 
-Used for a whole model (model scope) and for the small forward of one module (module scope).
-"""
-
-import inspect
 import keyword
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from unittest import mock
 
 import torch.utils.checkpoint
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
 
-from diffq_fx.capture.copies import restored_state
-from diffq_fx.capture.watch import Reads
+from diffq_fx.capture.copies import copy_sharing_parameters
+from diffq_fx.capture.readers import CALLED_WHOLE
+from diffq_fx.capture.scope import HANDED
+from diffq_fx.capture.watch import Reads, same
 from diffq_fx.errors import CaptureError
-from diffq_fx.example import Example, random_fingerprint, restored_random_state
+from diffq_fx.example import random_fingerprint, restored_random_state
 from diffq_fx.selection import Selection
 from diffq_fx.weights import owner_of
 
-HANDED = "handed_weights"
-"""Keyword under which a module that is called whole gets the tensors to use as its weights."""
-
-CALLED_WHOLE = (
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
-    nn.EmbeddingBag,
-    nn.TransformerEncoderLayer,
-    nn.TransformerEncoder,
-    nn.Transformer,
-)
-"""Modules of torch whose forward cannot be traced, or should not be."""
-
 
 class _StrictProxy(fx.Proxy):
-    """Refuses what a graph would lose without a word: ``x.requires_grad = True`` is no operation."""
+    """Refuses what a graph would lose without a word, and what would freeze a value or a size that Python looks at."""
+
+    tracer: "WeightTracer"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise CaptureError(f"the forward sets the attribute {name!r} of a tensor, which a graph would lose")
+        if name not in ("tracer", "node", "root", "attr", "_node"):  # x.requires_grad = True is no operation
+            raise self.tracer.refusal(f"the forward sets the attribute {name!r} of a tensor, which a graph would lose")
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Attribute:
+        return _StrictAttribute(self, name)
 
-class _StrictTracer(fx.Tracer):
-    """Traces with proxies that refuse what a graph cannot hold, also for buffers: what Python decides on their values would be frozen."""
+    def __hash__(self) -> int:
+        if not self.tracer.reads.is_on:  # torch's own code, at work for fx
+            return object.__hash__(self)
+        raise self.tracer.refusal("the forward looks a tensor or its size up in a dict or set, which a graph would freeze")
+
+    def __len__(self) -> int:
+        raise self.tracer.refusal("the forward takes the length of a tensor ('len' is not supported in symbolic tracing)")
+
+    def __str__(self) -> str:
+        raise self.tracer.refusal("the forward makes a text of a tensor or its size, which a graph would freeze")
+
+    def __format__(self, _: str) -> str:
+        text = f"<{self.node.name}, text {len(self.tracer.texts)}>"
+        self.tracer.texts.append(text)
+        return text
+
+
+class _StrictAttribute(_StrictProxy, Attribute):
+    """The same for an attribute of a tensor, such as its shape."""
+
+
+class WeightTracer(fx.Tracer):
+    """Traces through every module that holds a weight to quantize; all others stay calls, so that train()/eval() keep working.
+
+    Refuses what a graph cannot hold, also for buffers: what Python decides on their values would be frozen.
+    """
 
     proxy_buffer_attributes = True
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace as fx does."""
-        self._grad_state = _grad_state()
-        return super().trace(root, concrete_args)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """The proxy of a node."""
-        return _StrictProxy(node, self)
-
-    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node, if it can do what the forward does here."""
-        if _grad_state() != self._grad_state:
-            raise CaptureError("the forward switches gradients on or off (torch.no_grad), which a graph would lose")
-        if kind in ("get_attr", "call_module") and any(keyword.iskeyword(part) for part in str(target).split(".")):
-            raise CaptureError(f"the name {str(target)!r} holds a keyword of Python, which a graph cannot write")
-        return super().create_node(kind, target, *args, **kwargs)
-
-
-def _grad_state() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-
-
-class WeightTracer(_StrictTracer):
-    """Traces through every module that holds a weight to quantize; all others stay calls, so that train()/eval() keep working."""
 
     def __init__(self, selection: Selection, reads: Reads) -> None:
         super().__init__()
@@ -81,10 +69,40 @@ class WeightTracer(_StrictTracer):
         self.run_through: set[str] = {""}
         self.readers: dict[int, set[str]] = {}
         """Paths of the modules whose forwards read a weight, by the weight's identity."""
+        self.refused: CaptureError | None = None
+        """The first refusal; the forward may have caught it."""
+        self.texts: list[str] = []
+        """What stands for a size in texts that the forward makes, such as the message of an assertion."""
         self._reading: str | None = None
+
+    def refusal(self, what: str) -> CaptureError:
+        """Why there is no graph, to be raised."""
+        self.refused = self.refused or CaptureError(what)
+        return self.refused
+
+    def to_bool(self, obj: Any) -> bool:
+        """Refuse a branch."""
+        raise self.refusal("the forward branches on a value or size of a tensor: such are no inputs to control flow in a graph")
+
+    def iter(self, obj: Any) -> Any:
+        """Refuse a loop."""
+        raise self.refusal("the forward loops over a tensor or its sizes, whose number a graph would freeze")
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The proxy of a node."""
+        return _StrictProxy(node, self)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Make a node, if it can do what the forward does here."""
+        if _grad_state() != self._grad_state:
+            raise self.refusal("the forward switches gradients on or off (torch.no_grad), which a graph would lose")
+        if kind in ("get_attr", "call_module") and any(keyword.iskeyword(part) for part in str(target).split(".")):
+            raise self.refusal(f"the name {str(target)!r} holds a keyword of Python, which a graph cannot write")
+        return super().create_node(kind, target, *args, **kwargs)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace, and record what the forward reads meanwhile."""
+        self._grad_state = _grad_state()
         try:
             return super().trace(root, concrete_args)
         finally:
@@ -117,7 +135,7 @@ class WeightTracer(_StrictTracer):
         """Call an RNN or its like whole, with the weights it reads as inputs of its node."""
         path = self.path_of_module(m)
         if m in self._holders and "forward" in vars(m):
-            raise CaptureError(f"{path} has a forward of its own on the instance, which a graph would lose")
+            raise self.refusal(f"{path} has a forward of its own on the instance, which a graph would lose")
         if not isinstance(m, CALLED_WHOLE) or m not in self._holders:
             self.run_through |= {path} if m in self._holders else set()
             return super().call_module(m, forward, args, kwargs)
@@ -130,38 +148,29 @@ class WeightTracer(_StrictTracer):
         return self.create_proxy("call_module", path, args, {**kwargs, HANDED: weights})
 
 
-class OwnForwardTracer(_StrictTracer):
-    """Traces one module's own forward; its children stay calls."""
+def _grad_state() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class CodeTracer(fx.Tracer):
+    """Makes the graph of a pickle again, from its code: every module that it calls stays a call."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
         return True
 
 
-def omitted_arguments(module: nn.Module, example: Example) -> list[str]:
-    """Arguments of the forward that a call leaves to their defaults, ``*args`` and ``**kwargs`` included."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind(*example.args, **example.kwargs)
-    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    return [
-        marks.get(parameter.kind, "") + name
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in variable or name not in bound.arguments
-    ]
+def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, WeightTracer]:
+    """Trace a model in train and in eval mode and return the graph if it is one and the same.
 
-
-TracerT = TypeVar("TracerT", bound=fx.Tracer)
-
-
-def trace_in_both_modes(make_copy: Callable[[bool], nn.Module], make_tracer: Callable[[], TracerT]) -> tuple[fx.Graph, TracerT]:
-    """Trace a module in train and in eval mode and return the graph if it is one and the same.
-
-    Tracing runs on copies that share the parameters, and puts back what a forward stores on them.
+    Tracing runs on copies that share the parameters.
 
     Args:
-        make_copy: gives a copy of the module in train (True) or eval (False) mode.
-        make_tracer: a new tracer per trace.
+        model: the float model; not changed.
+        selection: the weights that must be get_attr nodes.
+        reads: records what Python reads meanwhile.
 
     Returns:
         The graph, and the tracer that made it.
@@ -171,33 +180,55 @@ def trace_in_both_modes(make_copy: Callable[[bool], nn.Module], make_tracer: Cal
     """
     graphs, tracers = [], []
     for training in (True, False):
-        tracers.append(make_tracer())
-        graphs.append(_traced(make_copy(training), tracers[-1]))
+        tracers.append(WeightTracer(selection, reads))
+        graphs.append(_traced(reads.watch(copy_sharing_parameters(model).train(training)), tracers[-1]))
     train_code, eval_code = (graph.python_code("self").src for graph in graphs)
     if train_code != eval_code:
         raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
     return graphs[1], tracers[1]
 
 
-def _traced(module: nn.Module, tracer: fx.Tracer) -> fx.Graph:
+def _traced(module: nn.Module, tracer: WeightTracer) -> fx.Graph:
     """One trace, and the proof that the forward did nothing beside what the graph holds."""
-    with restored_state(module) as state, restored_random_state(), _refused_while_tracing():
-        before = random_fingerprint()
+    with restored_random_state(), _refused_while_tracing(tracer):
+        before, random_before = _state_of(module), random_fingerprint()
         try:
             if "forward" in vars(module):
-                raise CaptureError("a forward of its own is set on the instance, which a graph would lose")
+                raise tracer.refusal("a forward of its own is set on the instance, which a graph would lose")
             graph = tracer.trace(module)
-        except CaptureError:
-            raise
         except Exception as err:  # a traced forward is the user's code and may raise anything
-            raise CaptureError(_first_line(err)) from err
+            raise tracer.refused or CaptureError(_first_line(err)) from err
         if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
-            raise CaptureError("the forward makes a tensor that does not depend on its inputs, which a graph would freeze")
-        if random_fingerprint() != before:
-            raise CaptureError("the forward draws random numbers that do not depend on its inputs, which a graph would freeze")
-        if changes := state.changes():
-            raise CaptureError(f"the forward changes {', '.join(changes)} of the module, which a graph would do once and never again")
+            tracer.refusal("the forward makes a tensor that does not depend on its inputs, which a graph would freeze")
+        if random_fingerprint() != random_before:
+            tracer.refusal("the forward draws random numbers that do not depend on its inputs, which a graph would freeze")
+        if changes := _changes(before, _state_of(module)):
+            tracer.refusal(f"the forward changes {', '.join(changes)} of the module, which a graph would do once and never again")
+        code = graph.python_code("self").src
+        if not all(text in code for text in tracer.texts):
+            tracer.refusal("the forward makes a text of a tensor or its size, which a graph would freeze")
+        if tracer.refused:
+            raise tracer.refused
     return graph
+
+
+def _state_of(model: nn.Module) -> dict[str, list[Any]]:
+    """What a forward may change on a model, by name: each attribute, what a list, dict or set in it holds, and a tensor's version."""
+    state = {}
+    for path, module in model.named_modules():
+        registries = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        entries = [entry for registry in registries.values() for entry in registry.items()]
+        for name, value in (*entries, *((name, value) for name, value in vars(module).items() if name not in registries)):
+            held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value) if isinstance(value, list) else []
+            held += [frozenset(value)] if isinstance(value, set) else []
+            held += [value._version] if isinstance(value, Tensor) and not value.is_inference() else []
+            state[f"{path}.{name}".removeprefix(".")] = [value, *held]
+    return state
+
+
+def _changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
+    pairs = ((name, before.get(name, []), now.get(name, [])) for name in {**before, **now})
+    return [name for name, a, b in pairs if len(a) != len(b) or not all(map(same, a, b))]
 
 
 def _first_line(err: Exception) -> str:
@@ -205,12 +236,12 @@ def _first_line(err: Exception) -> str:
 
 
 @contextmanager
-def _refused_while_tracing() -> Iterator[None]:
+def _refused_while_tracing(tracer: WeightTracer) -> Iterator[None]:
     """Refuse what fx would inline or lose without a word, where the forward calls it."""
 
     def refusing(what: str) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            raise CaptureError(f"the forward uses {what}, which a graph would lose")
+            raise tracer.refusal(f"the forward uses {what}, which a graph would lose")
 
         return refuse
 
@@ -218,7 +249,7 @@ def _refused_while_tracing() -> Iterator[None]:
 
     def apply_or_refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(arg, fx.Proxy) for arg in args):
-            raise CaptureError(f"the forward uses the autograd.Function {cls.__name__}, whose backward a graph would lose")
+            raise tracer.refusal(f"the forward uses the autograd.Function {cls.__name__}, whose backward a graph would lose")
         return apply.__get__(None, cls)(*args, **kwargs)
 
     refused = refusing("activation checkpointing or other hooks on saved tensors")

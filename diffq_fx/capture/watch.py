@@ -1,62 +1,93 @@
-"""What a graph of a whole model depends on beside tensors: the attributes that Python read while it was traced, and hooks.
+"""What a graph of a whole model depends on beside tensors: all that Python read while it was traced, and hooks.
 
-The graph does not read them again. A change of one, or a hook on a module that the graph does not call, ends the use of the graph:
-from then on the model runs its original forward, in which every module makes its own weights. Most changes are met where they are made;
-what changes in place is compared at each forward.
+The graph does not read them again. Each forward compares them with what they were: after a change the model runs its original forward,
+in which every module makes its own weights.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffq_fx import _compat
-from diffq_fx.capture.contents import can_change_in_place, contents_of, is_unchanged
+from diffq_fx.capture.contents import can_change_in_place, contents_of, is_unchanged, same
+from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX
 
-HOOKS = (
-    "register_forward_hook",
-    "register_forward_pre_hook",
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "register_backward_hook",
-    "add_module",
-)
-"""Methods of a module that change what it does or runs."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), *dir(nn.Module)}) - {"_modules", "forward"}
 
-_ABSENT = object()
-_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), *dir(nn.Module), "graph_watch"}) - {"_modules", "forward"}
+
+class _Absent:
+    """In place of the value of an attribute that is not there; a class, since its copies and pickles are itself."""
+
+
+class _Read(NamedTuple):
+    """What was read of one module."""
+
+    path: str
+    module: nn.Module
+    attributes: dict[str, Any]
+    """Its own attributes, and names that it has as parameter, buffer or of its class alone."""
+    children: dict[str, nn.Module | None]
+    all_children: bool
+    """The forward asked for the children, whatever they are."""
+    is_run_through: bool
+    """The graph does not call it: no hook on it would fire."""
+
+    def changes(self) -> Iterator[str]:
+        """What is not as it was."""
+        now = self.module.__dict__
+        for name, value in self.attributes.items():
+            if not same(now.get(name, _Absent), value):
+                yield f"{name} was set"
+        children = _children(self.module) if self.all_children else now["_modules"]
+        for name in children if self.all_children else self.children:
+            if children.get(name) is not self.children.get(name):
+                yield f"{name} was set"
+        if len(children) < len(self.children):
+            yield "a child was removed"
+        if self.is_run_through and any(now[kind] for kind in HOOKS):
+            yield "a hook was registered"
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module | None]:
+    return {name: child for name, child in module._modules.items() if not name.endswith((QUANTIZER_SUFFIX, STORED_SUFFIX))}
 
 
 @dataclass
 class GraphUse:
-    """Whether a model's graph still stands for its forward; one for all modules of the model."""
+    """Whether a model's graph still stands for its forward."""
 
     ended_by: str = ""
     """What was changed; empty while the graph is used."""
+    reads: list[_Read] = field(default_factory=list)
     changeable: list[tuple[str, Any, tuple[Any, ...]]] = field(default_factory=list)
     """What was read and can change in place: name, object, and what it held."""
     on_classes: dict[tuple[type, str], tuple[Any, ...]] = field(default_factory=dict)
     """What was read and belongs to a class, methods included; an object that can change in place by what it held."""
 
-    def note(self, name: str, value: Any) -> None:
-        """Watch an object that was read, if it can change in place.
+    def note(self, path: str, module: nn.Module, names: frozenset[str], *, is_run_through: bool) -> None:
+        """Note what a module has under the names that were read.
 
         Raises:
-            CaptureError: its changes could not be seen.
+            CaptureError: it holds something whose changes could not be seen.
         """
-        if can_change_in_place(value):
-            self.changeable.append((name, value, contents_of(value, name)))
+        own, children, whole = vars(module), _children(module), "_modules" in names
+        of_instance = names - {"_modules", *children} - (set() if path else {"forward"})  # wrappers of a whole model call its forward
+        attributes = {name: own.get(name, _Absent) for name in of_instance}
+        read_children = {name: child for name, child in children.items() if whole or name in names}
+        self.reads.append(_Read(path, module, attributes, read_children, whole, is_run_through and bool(path)))
+        for name in sorted(names - {"_modules"}):
+            if name not in own:
+                if hasattr(type(module), name):
+                    self._note_class(type(module), name)
+            elif can_change_in_place(own[name]):
+                what = f"{path}.{name}".removeprefix(".")
+                self.changeable.append((what, own[name], contents_of(own[name], what)))
 
-    def note_class(self, cls: type, name: str) -> None:
-        """Watch what a class has under a name.
-
-        Raises:
-            CaptureError: its changes could not be seen.
-        """
+    def _note_class(self, cls: type, name: str) -> None:
         value = _on_class(cls, name)
         is_plain = hasattr(type(value), "__get__") or not can_change_in_place(value)
         self.on_classes[cls, name] = (value,) if is_plain else contents_of(value, name)
@@ -68,6 +99,9 @@ class GraphUse:
         return not self.ended_by
 
     def _changes(self) -> Iterator[str]:
+        for read in self.reads:
+            for change in read.changes():
+                yield f"{read.path or 'the model'}: {change}"
         for name, value, contents in self.changeable:
             if not is_unchanged(value, contents):
                 yield f"{name} was changed in place"
@@ -84,82 +118,11 @@ class GraphUse:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, on_classes={})
         for cls, name in state["on_classes"]:
-            self.note_class(cls, name)
+            self._note_class(cls, name)
 
 
 def _on_class(cls: type, name: str) -> Any:
-    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _ABSENT)
-
-
-@dataclass
-class GraphWatch:
-    """What to watch on one module."""
-
-    use: GraphUse
-    path: str
-    names: frozenset[str]
-    """Attributes that were read while tracing."""
-
-    def end(self, change: str) -> None:
-        """The model runs its original forward from now on."""
-        self.use.ended_by = self.use.ended_by or f"{self.path or 'the model'}: {change}"
-
-
-def is_frozen(module: nn.Module, name: str) -> bool:
-    """Whether a graph holds what an attribute was when it was traced; it reads tensors and modules where they are, lists of them too."""
-    if name in vars(module):
-        held = _compat.tree_leaves(vars(module)[name])
-        return not held or not all(isinstance(each, Tensor | nn.Module) for each in held)
-    on_class = _on_class(type(module), name)
-    return on_class is not _ABSENT and not hasattr(type(on_class), "__get__")
-
-
-def note_change(module: Any, name: str, value: Any) -> None:
-    """End the use of the graph if an attribute is to get another value that the traced forward has read."""
-    watch: GraphWatch | None = module.__dict__.get("graph_watch")
-    if watch is None or (name not in watch.names and not isinstance(value, nn.Module)):
-        return
-    before = module._modules.get(name, module.__dict__.get(name, _ABSENT))
-    follows = name in module._parameters or name in module._buffers  # the graph reads tensors where they are
-    if before is value or (follows and (value is None or isinstance(value, Tensor))):
-        return
-    if not (type(before) is type(value) and isinstance(value, int | float | str) and before == value):
-        watch.end(f"{name} was set")
-
-
-def note_call(module: Any, method: str) -> None:
-    """End the use of the graph if a method is called that changes what its module does."""
-    watch: GraphWatch | None = module.__dict__.get("graph_watch")
-    if watch is not None and (method != "add_module" or "_modules" in watch.names):
-        watch.end(f"{method} was called")
-
-
-class WatchedAttributes:
-    """Mixed into the class of a module that a graph of the whole model runs through: what Python changes on it, the graph cannot see."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        note_change(self, name, value)
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        note_change(self, name, None)
-        super().__delattr__(name)
-
-
-class WatchedModule(WatchedAttributes):
-    """The same for a module that the graph does not call: no hook on it would fire."""
-
-
-def _watched(method: str) -> Callable[..., Any]:
-    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note_call(self, method)
-        return getattr(super(WatchedModule, self), method)(*args, **kwargs)
-
-    return functools.wraps(getattr(nn.Module, method))(change)
-
-
-for _method in HOOKS:
-    setattr(WatchedModule, _method, _watched(_method))
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), _Absent)
 
 
 @dataclass
@@ -174,11 +137,6 @@ class Reads:
         for path, module in model.named_modules():
             module.__class__ = _reporting(type(module), self._note(path))
         return model
-
-    def watch_alone(self, module: nn.Module) -> nn.Module:
-        """The same for one module, whose children belong to a model in use."""
-        module.__class__ = _reporting(type(module), self._note(""))
-        return module
 
     @contextmanager
     def paused(self) -> Iterator[None]:

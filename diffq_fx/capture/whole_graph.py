@@ -6,6 +6,7 @@ Python calls it, and the model's original forward runs in place of the graph onc
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 from torch import fx, nn
@@ -13,11 +14,10 @@ from torch.fx.graph_module import reduce_graph_module
 
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_sharing_parameters
-from diffq_fx.capture.handing import weight_properties
-from diffq_fx.capture.readers import hooked_modules, reading_modules
-from diffq_fx.capture.scope import TakenOver, python_forward, take_over, takeovers
-from diffq_fx.capture.trace import OwnForwardTracer, WeightTracer, omitted_arguments, trace_in_both_modes
-from diffq_fx.capture.watch import GraphUse, GraphWatch, Reads, WatchedAttributes
+from diffq_fx.capture.readers import reading_modules
+from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_ties, take_over, takeovers
+from diffq_fx.capture.trace import CodeTracer, trace_in_both_modes
+from diffq_fx.capture.watch import HOOKS, GraphUse, Reads
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import Example
 from diffq_fx.selection import Selection
@@ -25,17 +25,17 @@ from diffq_fx.selection import Selection
 _NAMES_OF_FX = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
 
 
-class CapturedModel(WatchedAttributes, fx.GraphModule):
+class CapturedModel(fx.GraphModule):
     """A GraphModule that is also of the class of the model that it was made from, and keeps all that the model holds."""
 
     original_class: Any
     taken_over: TakenOver
-    graph_watch: GraphWatch
+    graph_use: GraphUse
 
     @property
     def uses_graph(self) -> bool:
         """Whether calls run the graph; else they run the original forward."""
-        return self.graph_watch.use.stands()
+        return self.graph_use.stands()
 
     def recompile(self) -> Any:
         """Make the code of the graph, as fx does."""
@@ -44,6 +44,7 @@ class CapturedModel(WatchedAttributes, fx.GraphModule):
 
         @functools.wraps(of_the_graph)
         def forward(self: "CapturedModel", *args: Any, **kwargs: Any) -> Any:
+            refuse_ties(self)
             return (of_the_graph if self.uses_graph and not _compat.has_global_hooks() else of_python)(self, *args, **kwargs)
 
         cls.forward = forward
@@ -87,17 +88,9 @@ class _WithoutInit(nn.Module):
 
 def _empty(original: type[nn.Module], taken_over: TakenOver) -> CapturedModel:
     """A model with an empty graph and no parts."""
-    body = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "original_class": original,
-        "taken_over": taken_over,
-        **weight_properties(original, taken_over.owned),
-    }
-    made = type(original.__name__, (CapturedModel, _WithoutInit, original), body)
+    made = type(original.__name__, (CapturedModel, _WithoutInit, original), class_body(original, taken_over))
     empty = made.__new__(made)
-    empty.__init__({}, fx.Graph(tracer_cls=OwnForwardTracer), original.__name__)
+    empty.__init__({}, fx.Graph(tracer_cls=CodeTracer), original.__name__)
     return empty
 
 
@@ -105,12 +98,12 @@ def _calls(graph: fx.Graph) -> list[tuple[str, str]]:
     return [(node.op, getattr(node.target, "__name__", str(node.target))) for node in graph.nodes if node.op.startswith("call")]
 
 
-def _become(model: nn.Module, graph: fx.Graph, taken_over: TakenOver, watch: GraphWatch) -> CapturedModel:
+def _become(model: nn.Module, graph: fx.Graph, taken_over: TakenOver, use: GraphUse) -> CapturedModel:
     """Make a model its own GraphModule, in place: what refers to it still does."""
     empty = _empty(type(model), taken_over)
     attributes = {name: value for name, value in vars(empty).items() if name not in vars(nn.Module())}
     model.__class__ = type(empty)
-    vars(model).update(attributes, graph_watch=watch)
+    vars(model).update(attributes, graph_use=use)
     captured = cast(CapturedModel, model)
     captured.graph = graph
     return captured
@@ -132,41 +125,37 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
     """
     _refuse_unfit(model, example, selection)
     reads = Reads()
-    graph, tracer = trace_in_both_modes(
-        lambda training: reads.watch(copy_sharing_parameters(model).train(training)), lambda: WeightTracer(selection, reads)
-    )
+    graph, tracer = trace_in_both_modes(model, selection, reads)
     for node in graph.find_nodes(op="placeholder"):
         node.args = ()  # a default that the example did not use was never traced
-    graph._tracer_cls = OwnForwardTracer  # what makes the graph of a pickle again
+    graph._tracer_cls = CodeTracer  # what makes the graph of a pickle again
     private = copy_sharing_parameters(model)
     found = takeovers(private, reading_modules(private, tracer.readers, selection), selection.names())
     use = GraphUse()
     for path, module in private.named_modules():
-        names = reads.of(path) - (set() if path in tracer.run_through else {"forward"})
-        _note_reads(use, path, module, reads.of(path) | ({"forward"} if path in tracer.run_through else set()))
-        watch = GraphWatch(use, path, names) if names and path not in tracer.called_whole else None
-        if path and (watch or path in found):
-            take_over(module, found.get(path, TakenOver()), watch)
-    return _become(private, graph, found.get("", TakenOver()), GraphWatch(use, "", reads.of("") - {"forward"}))
-
-
-def _note_reads(use: GraphUse, path: str, module: nn.Module, names: frozenset[str]) -> None:
-    for name in sorted(names - {"_modules"}):
-        if name in vars(module):
-            use.note(f"{path}.{name}".removeprefix("."), vars(module)[name])
-        elif hasattr(type(module), name):
-            use.note_class(type(module), name)
+        is_run_through = path in tracer.run_through
+        names = reads.of(path) | ({"forward"} if is_run_through else set())
+        if names:
+            use.note(path, module, names, is_run_through=is_run_through)
+        if path in found and path:
+            take_over(module, found[path])
+    return _become(private, graph, found.get("", TakenOver()), use)
 
 
 def _refuse_unfit(model: nn.Module, example: Example, selection: Selection) -> None:
     if _compat.has_global_hooks():
         raise CaptureError("a hook is registered for all modules (register_module_forward_hook or its like), which a graph would freeze")
-    hooked = hooked_modules(model, selection)
-    if hooked:
-        raise CaptureError(f"{hooked[0]} has a hook, which a graph would freeze")
+    for path, module in model.named_modules():
+        if any(vars(module)[kind] for kind in HOOKS) and any(selection.spec_of(parameter) for parameter in module.parameters()):
+            raise CaptureError(f"{path or 'the model'} has a hook, which a graph would freeze")
     taken = sorted(name for name in _NAMES_OF_FX if hasattr(model, name))
     if taken:
         raise CaptureError(f"the model has a {taken[0]!r} of its own, and so has every GraphModule")
-    omitted = omitted_arguments(model, example)
-    if omitted:
-        raise CaptureError(f"the forward also takes {', '.join(omitted)}, which the example leaves out and a graph would lose")
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*example.args, **example.kwargs).arguments.keys()
+    left_out = [
+        each for name, each in signature.parameters.items() if name not in given or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if left_out:
+        names = ", ".join(str(each.replace(annotation=each.empty, default=each.empty)) for each in left_out)
+        raise CaptureError(f"the forward also takes {names}, which the example leaves out and a graph would lose")

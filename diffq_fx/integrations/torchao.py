@@ -10,22 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from diffq_fx.capture.scope import ScopedModule, scope_graph
-from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.errors import ConversionError, PreparationError
 from diffq_fx.functional.groups import from_rows
 from diffq_fx.methods.base import Method
-from diffq_fx.passes._graph import module_of
 from diffq_fx.prepare import Scope, prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import STORED_SUFFIX
 
 _MARK = "_diffq_fx_method"
 _READERS = frozenset({"linear", "conv2d", "embedding"})
@@ -164,11 +160,10 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
             f"to_torchao: the {type(converted).__name__} holds no stored weight. Call convert on the prepared model first."
         )
     model = copy.deepcopy(converted)
-    readers = _readers(model)
     mapped: dict[nn.Module | None, TorchAOWeight] = {}
     kept: dict[str, str] = {}
     for stored in [module for module in model.modules() if isinstance(module, StoredWeight)]:
-        integers = _integers_or_reason(stored, readers.get(stored, set()))
+        integers = _integers_or_reason(stored)
         if isinstance(integers, str):
             kept[stored.spec.name] = integers
         else:
@@ -181,35 +176,11 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
     return TorchAOResult(model, tuple(weight.spec.name for weight in mapped.values()), kept)
 
 
-def _readers(model: nn.Module) -> dict[nn.Module, set[str]]:
-    """What reads each stored weight in the model's graphs."""
-    readers: dict[nn.Module, set[str]] = {}
-    graphs: list[fx.GraphModule] = []
-    if isinstance(model, CapturedModel) and model.uses_graph:
-        graphs.append(model)
-    else:
-        for module in [module for module in model.modules() if isinstance(module, ScopedModule)]:
-            if module.taken_over.traced:
-                graphs.append(scope_graph(module))
-                continue
-            for name in module.taken_over.weights:
-                readers.setdefault(module.get_submodule(name + STORED_SUFFIX), set()).add("a module's own code")
-    for graph in graphs:
-        for node in graph.graph.nodes:
-            if isinstance(stored := module_of(graph, node), StoredWeight):
-                for user in node.users:
-                    called = module_of(graph, user)
-                    name = type(called).__name__ if called else getattr(user.target, "__name__", str(user.target))
-                    readers.setdefault(stored, set()).add(name)
-    return readers
-
-
-def _integers_or_reason(stored: StoredWeight, readers: set[str]) -> IntegerWeight | str:
+def _integers_or_reason(stored: StoredWeight) -> IntegerWeight | str:
     """The integers that torchao's tensor can hold, or why it cannot."""
-    others = sorted(readers - _READERS)
-    if others or not readers:
-        found = ", ".join(others) or "nothing that a graph shows"
-        return f"read by {found}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
+    others = sorted({*stored.spec.consumer.split(", ")} - _READERS)
+    if others:
+        return f"read by {', '.join(others)}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
     if stored.spec.dtype not in _DTYPES:
         return f"{stored.spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
     integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored

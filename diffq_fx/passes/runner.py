@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx.errors import DiffQError, PassError
@@ -43,3 +43,17 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
         _log.debug("%s: modified=%s, %d -> %d nodes", name, result.modified, before, len(gm.graph.nodes))
         done.append(name)
     return gm
+
+
+def attribute_of(gm: nn.Module, target: str) -> object:
+    """What a get_attr or call_module target names; None where it names nothing."""
+    value: object = gm
+    for part in target.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def module_of(gm: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls."""
+    value = attribute_of(gm, str(node.target)) if node.op == "call_module" else None
+    return value if isinstance(value, nn.Module) else None

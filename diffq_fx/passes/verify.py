@@ -5,8 +5,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx.errors import PassError
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.passes._graph import module_of
 from diffq_fx.passes.annotate_weights import META_KEY
+from diffq_fx.passes.runner import module_of
 from diffq_fx.storage import StoredWeight
 
 

@@ -107,7 +107,7 @@ def test_the_reason_why_a_graph_is_not_used_any_more():
     model = prepared(Net())
     model.settings["gain"] = 2.0
     assert not model.uses_graph
-    assert "settings was changed in place" in model.graph_watch.use.ended_by
+    assert "settings was changed in place" in model.graph_use.ended_by
 
 
 class Reads(nn.Module):
@@ -227,7 +227,7 @@ def test_a_change_of_a_class_is_followed(monkeypatch, change):
     for other in [*others, converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]:
         after = other(X)
         assert not other.uses_graph
-        torch.testing.assert_close(after, before * (1 if "Linear" in other.graph_watch.use.ended_by else 2))
+        torch.testing.assert_close(after, before * (1 if "Linear" in other.graph_use.ended_by else 2))
 
 
 def test_a_graph_is_used_until_a_class_changes_what_it_read(monkeypatch):
@@ -263,10 +263,10 @@ def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
         torch.testing.assert_close(each(X), 2 * before)
 
 
-def test_a_model_without_changeable_attributes_compares_nothing_but_a_few_names_of_classes(monkeypatch):
+def test_a_model_without_changeable_attributes_compares_settings_and_a_few_names_of_classes(monkeypatch):
     model = prepared(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
-    assert model.graph_watch.use.changeable == []
-    assert model.graph_watch.use.on_classes.keys() == {(nn.Linear, "forward"), (nn.Sequential, "forward")}
+    assert model.graph_use.changeable == []
+    assert model.graph_use.on_classes.keys() == {(nn.Linear, "forward"), (nn.Sequential, "forward")}
     checks, stands = [], watch.GraphUse.stands
     monkeypatch.setattr(watch.GraphUse, "stands", lambda use: checks.append(use) or stands(use))
     monkeypatch.setattr(watch, "is_unchanged", lambda *_: pytest.fail("nothing is walked through"))

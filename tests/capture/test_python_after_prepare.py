@@ -146,12 +146,56 @@ def test_an_attribute_that_the_forward_reads_is_followed(scope, path, name):
     twin = Net()
     twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in twin.state_dict()})
     setattr(twin.get_submodule(path), name, 2.0)
-    for quantizer in model.compression.quantizers:
-        twin.get_parameter(quantizer.spec.name).data = quantizer.rounded_weight(model.get_parameter(quantizer.spec.name).detach())
-    assert torch.equal(after, twin(X))
+    assert torch.equal(after, same_settings(twin, model)(X))
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), converted(model)):
         with torch.no_grad():
             assert torch.equal(copied(X), after)
+
+
+def same_settings(float_model, prepared_model):
+    """The float model with the rounded weights of a prepared one."""
+    for quantizer in prepared_model.compression.quantizers:
+        weight = prepared_model.get_parameter(quantizer.spec.name)
+        float_model.get_parameter(quantizer.spec.name).data = quantizer.rounded_weight(weight.detach())
+    return float_model
+
+
+IMAGE = torch.randn(2, 4, 9, 9)
+IDS = torch.arange(8).view(2, 4)
+SETTINGS = {
+    "stride": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU()), IMAGE, {"stride": (2, 2)}),
+    "padding": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), IMAGE, {"padding": (1, 1)}),
+    "dilation": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3)), IMAGE, {"dilation": (2, 2)}),
+    "groups": (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), IMAGE[:, :4], {"groups": 4, "stride": (3, 3)}),
+    "padding_mode": (lambda: nn.Sequential(nn.Conv1d(4, 8, 3, padding=1)), IMAGE[:, :, 0], {"padding_mode": "circular"}),
+    "output_padding": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2)), IMAGE, {"output_padding": (1, 1)}),
+    "padding_idx": (lambda: nn.Sequential(nn.Embedding(8, 16)), IDS, {"padding_idx": 3}),
+    "scale_grad_by_freq": (lambda: nn.Sequential(nn.Embedding(8, 16)), IDS * 0, {"scale_grad_by_freq": True}),
+    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(8, 16)), IDS, {"mode": "sum"}),
+    "eps": (lambda: nn.Sequential(nn.LayerNorm(9), nn.Linear(9, 8)), IMAGE, {"eps": 1.0}),
+}
+
+
+@scopes
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_torchs_own_layers_are_followed(name, scope):
+    build, x, settings = SETTINGS[name]
+    model = prepare_diffq(build(), x, CONFIG, scope=scope).eval()
+    other = build()
+    other.load_state_dict({key: value for key, value in model.state_dict().items() if key in other.state_dict()})
+    same_settings(other, model)
+    assert torch.equal(model(x), other(x))
+    models = [model, converted(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for each in (*models, other):
+        for setting, value in settings.items():
+            setattr(each[0], setting, value)
+    expected = other(x)
+    expected.sum().backward()
+    for each in (*models, converted(model)):
+        assert torch.equal(each(x), expected)
+    model(x).sum().backward()
+    weights = [(model.get_parameter(q.spec.name), other.get_parameter(q.spec.name)) for q in model.compression.quantizers]
+    assert all(torch.equal(mine.grad, wanted.grad) for mine, wanted in weights)
 
 
 def test_a_graph_is_used_until_something_that_it_depends_on_changes():
@@ -163,7 +207,7 @@ def test_a_graph_is_used_until_something_that_it_depends_on_changes():
     assert model.uses_graph
     model.temperature = 2.0
     assert not model.uses_graph
-    assert model.graph_watch.use.ended_by == "the model: temperature was set"
+    assert model.graph_use.ended_by == "the model: temperature was set"
 
 
 @pytest.mark.parametrize("change", ["append", "setitem", "replace", "delete"])

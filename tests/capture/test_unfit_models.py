@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from diffq_fx import ConversionError, DiffQConfig, PreparationError, convert, prepare_diffq
+from diffq_fx import ConversionError, DiffQConfig, PreparationError, convert, prepare, prepare_diffq
+from diffq_fx.methods import STE
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -218,3 +219,60 @@ def test_a_layer_that_was_replaced_is_named_by_convert(change, scope):
         converted(model)
     assert torch.equal(model.body.weight, body)
     assert re.search("weight_quantizer", str(model))
+
+
+# Weights that are tied after prepare
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.norm, self.head, self.other = nn.Embedding(16, 32), nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        return self.other(self.head(self.norm(self.emb(ids))))
+
+
+def tie(model):
+    model.head.weight = model.emb.weight
+
+
+def tie_by_registry(model):
+    model.emb._parameters["weight"] = model.head.weight
+
+
+def tie_again(model):
+    model.head.register_parameter("weight", model.emb.weight)
+
+
+TIES = {"set": tie, "registry": tie_by_registry, "register": tie_again}
+METHODS = {"diffq": CONFIG, "ste": STE(bits=4), "one in float": DiffQConfig(penalty=1.0, exclude=("emb.weight",))}
+
+
+@scopes
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", TIES)
+def test_weights_that_are_tied_after_prepare_are_named(how, method, scope):
+    ids = torch.arange(4)
+    model = prepare(Language(), ids, METHODS[method], scope=scope)
+    model(ids).sum().backward()
+    TIES[how](model)
+    says = r"weights 'emb\.weight' and 'head\.weight' are one Parameter now, and were not when the model was prepared"
+    with pytest.raises(ConversionError, match=rf"convert: {says}"):
+        converted(model)
+    with pytest.raises(PreparationError, match=says):
+        model(ids)
+    with pytest.raises(ConversionError, match=says):
+        converted(nn.Sequential(model.eval()))
+
+
+@scopes
+def test_weights_that_were_tied_before_may_be_tied_again(scope):
+    original = Language()
+    tie(original)
+    ids = torch.arange(4)
+    model = prepare_diffq(original, ids, CONFIG, scope=scope)
+    tie(model)
+    model.emb.weight = model.head.weight = nn.Parameter(model.emb.weight.detach() * 2)
+    model(ids).sum().backward()
+    assert torch.equal(converted(model.eval())(ids), model(ids))

@@ -130,10 +130,70 @@ def test_module_scope_is_taken_and_gradients_are_the_originals(model_class):
         prepare_diffq(original, X, CONFIG, scope="model")
 
 
+def caught(self, x):
+    try:
+        return x * 2 if x.shape[0] == 7 else x
+    except Exception:  # noqa: BLE001
+        return x
+
+
+def looked_up(self, x):
+    try:
+        return x * FACTORS[x.shape[0]]
+    except KeyError:
+        return x
+
+
+FACTORS = {7: 2.0}
+SIZES = {
+    "!=": lambda self, x: x if x.shape[0] != 7 else x * 2,
+    "size": lambda self, x: x * 2 if x.size(0) == 7 else x,
+    "len": lambda self, x: x * 2 if len(x) == 7 else x,
+    "numel": lambda self, x: x * 2 if x.numel() == 7 * 32 else x,
+    "whole shape": lambda self, x: x * 2 if x.shape == (7, 32) else x,
+    "max": lambda self, x: x * max(x.shape[0] - 5, 1),
+    "in a set": lambda self, x: x * 2 if x.shape[0] in {7, 9} else x,
+    "shape in a set": lambda self, x: x * 2 if x.shape in {(7, 32)} else x,
+    "key of a dict": lambda self, x: x * FACTORS.get(x.shape[0], 1.0),
+    "dtype as a key": lambda self, x: x * {torch.float64: 3.0}.get(x.dtype, FACTORS.get(x.shape[0], 1.0)),
+    "missing key": looked_up,
+    "caught": caught,
+    "text": lambda self, x: x * 2 if str(x.shape[0]) == "7" else x,
+    "name": lambda self, x: x * getattr(self, f"factor_{x.shape[0]}", 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_on_which_python_decides(name):
+    """The example has 4 rows; with 7 the forward does something else."""
+    model_class = type("Sized", (Net,), {"between": SIZES[name], "factor_7": 2.0})
+    original = model_class()
+    model = prepare_diffq(original, X[:4], CONFIG)
+    assert model.compression.scope == "module"
+    assert re.search("a value or size|a tensor or its size|the length of a tensor", model.compression.scope_reason)
+    for quantizer in model.compression.quantizers:
+        weight = original.get_parameter(quantizer.spec.name)
+        quantizer.pass_through(lambda weight=weight: weight)
+    for rows in (1, 4, 7):
+        assert torch.equal(model(X[:rows]), original(X[:rows]))
+    assert not torch.equal(original(X[:7]), original(X[:8])[:7])
+
+
+def test_a_size_in_the_message_of_an_assertion_stays_in_the_graph():
+    class Checks(Net):
+        def between(self, x):
+            torch._assert(x.shape[1] == 32, f"expected 32 features and not {x.shape[1]}")
+            return x
+
+    model = prepare_diffq(Checks(), X, CONFIG)
+    assert model.compression.scope == "model"
+    assert model(X[:3]).shape == (3, 8)
+
+
 @pytest.mark.parametrize("model_class", [Frozen, Dann, Binary])
 def test_the_gate_sees_it_where_tracing_does_not(model_class, monkeypatch):
     """Outputs are equal; gradients are not."""
-    monkeypatch.setattr(trace, "_refused_while_tracing", contextlib.nullcontext)
+    monkeypatch.setattr(trace, "_refused_while_tracing", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(trace, "_grad_state", lambda: None)
     with pytest.raises(CaptureError, match="in train: .*the gradient of|in train: .*values of the gradient of"):
         prepare_diffq(model_class(), X, CONFIG, scope="model")

@@ -41,6 +41,8 @@ def test_computes_the_same_with_the_noise_off(entry: Entry, scope: str):
     """In every mode, on the example and on inputs of another size, in the same containers, and with the same effect on the buffers."""
     if scope == "module" and entry.scope == "module":
         pytest.skip("the same as auto")
+    if scope == "module" and entry.name == "weights_in_a_list":
+        pytest.skip("refused: no weight that is handed reaches a list of the user's")
     original, model = entry.make(), prepared(entry, scope=scope)
     assert scope == "auto" or model.compression.scope == "module"
     with noise_off(model):

@@ -13,10 +13,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PassError, prepare, prepare_diffq
 from diffq_fx.capture import gate, readers, trace, whole_graph
-from diffq_fx.capture.copies import ModelState
+from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.example import Example
 from diffq_fx.methods.diffq_weight import DiffQWeight
-from diffq_fx.passes.insert_quantizers import insert_quantizers
+from diffq_fx.passes.quantizer_nodes import insert_quantizers
 from zoo.checks import noise_off, prepared, run, tensors_in
 from zoo.control_flow import Point, Result, Two
 from zoo.entry import Entry, randn
@@ -46,17 +46,14 @@ SEVERAL = [
 @pytest.mark.parametrize(
     "name",
     [
-        *(name for name in SEVERAL if name != "bare_parameters"),
+        *SEVERAL,
         pytest.param("bert", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_consumer_that_is_missed(name: str, which: int, monkeypatch: pytest.MonkeyPatch):
-    """One weight of one consumer is not found: the gate sees the NaN come through.
-
-    Not bare_parameters: one graph reads all its weights, and all that a graph reads gets its quantizer, found or not.
-    """
+    """One weight of one consumer is not found: the gate sees the NaN come through."""
     find = readers.find_readers
 
     def miss_one(*args: Any) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -98,15 +95,10 @@ def _insert_all_but(gm: fx.GraphModule, which: int) -> PassResult:
     return result
 
 
-def test_a_weight_that_a_list_of_the_users_hides(monkeypatch: pytest.MonkeyPatch):
-    """Tensors swapped into the registries do not reach the list; that the weights themselves are unreadable does."""
-    monkeypatch.setattr(PREPARE, "capture_own_forward", _refuse)
+def test_a_weight_that_a_list_of_the_users_hides():
+    """What is handed to a forward does not reach the list; that the weights themselves are unreadable does."""
     with pytest.raises(CaptureError, match="differ, by up to inf"):
         prepared(BY_NAME["weights_in_a_list"], scope="module")
-
-
-def _refuse(*args: Any) -> Any:
-    raise CaptureError("no")
 
 
 # A result that changes
@@ -128,9 +120,9 @@ def test_a_mode_that_is_baked_in(name: str, monkeypatch: pytest.MonkeyPatch):
         prepared(BY_NAME[name], scope="model")
 
 
-def _trace_eval_only(make_copy: Any, make_tracer: Any) -> tuple[fx.Graph, fx.Tracer]:
-    tracer = make_tracer()
-    return trace._traced(make_copy(False), tracer), tracer
+def _trace_eval_only(model: nn.Module, selection: Any, reads: Any) -> tuple[fx.Graph, fx.Tracer]:
+    tracer = trace.WeightTracer(selection, reads)
+    return trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer), tracer
 
 
 def test_a_state_that_is_baked_in(monkeypatch: pytest.MonkeyPatch):
@@ -147,7 +139,7 @@ def test_a_state_that_is_baked_in(monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(CaptureError, match="changes calls of the module"):
         prepare_diffq(Counts(), X, CONFIG, scope="model")
-    monkeypatch.setattr(ModelState, "changes", lambda self: [])
+    monkeypatch.setattr(trace, "_changes", lambda *_: [])
     with pytest.raises(CaptureError, match=r"values of the buffers after the call\['calls'\] differ"):
         prepare_diffq(Counts(), X, CONFIG, scope="model")
 
