@@ -30,7 +30,7 @@ from diffq_fx.weights import SkippedWeight, WeightSpec
 __version__ = "0.1.0"
 
 __all__ = [
-    # the road
+    # what users call
     "DiffQConfig",
     "prepare_diffq",
     "prepare",
@@ -43,7 +43,7 @@ __all__ = [
     "convert_diffq",
     "convert",
     "bits_report",
-    # what the road is made of
+    # what the calls take and give
     "BitsReport",
     "Compression",
     "CompressionRecord",

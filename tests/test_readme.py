@@ -27,11 +27,16 @@ def test_the_examples_of_the_methods_run(tmp_path, monkeypatch, capsys):
     assert "('0.weight', '2.weight') {}" in capsys.readouterr().out
 
 
-def test_the_paths_that_contributing_names_exist():
-    named = set(re.findall(r"`([\w/]+(?:/|\.py))`", (README.parent / "CONTRIBUTING.md").read_text()))
-    assert len(named) > 20
-    missing = [name for name in named if not any((README.parent / top / name).exists() for top in ("diffq_fx", "."))]
-    assert not missing
+def test_the_paths_that_texts_name_exist():
+    root = README.parent
+    texts = "".join(
+        path.read_text() for path in (root / "CONTRIBUTING.md", root / "benchmarks" / "README.md", *(root / "docs").glob("*.md"))
+    )
+    named = set(re.findall(r"`([\w/]+(?:/|\.py|\.c))`", texts))
+    assert len(named) > 40
+    assert not [
+        name for name in named if not any((root / top / name).exists() for top in (".", "benchmarks", "diffq_fx", "diffq_fx/kernels"))
+    ]
 
 
 def test_it_stays_short():
