@@ -1,9 +1,7 @@
-"""What a report looks like: plain text, rich tables, pictures; and that importing the library needs none of their libraries."""
+"""What a report looks like: plain text, rich tables, pictures."""
 
 import io
 import struct
-import subprocess
-import sys
 import zlib
 from dataclasses import replace
 
@@ -131,7 +129,8 @@ class TestRich:
 class TestPicture:
     def test_one_weight(self, tmp_path):
         path = report_of(weight("only.weight")).save_picture(tmp_path / "one.png")
-        assert check_png(path)[1] < 700
+        width, height = check_png(path)
+        assert (width, height < 700) == (1650, True)
 
     def test_names_and_numbers_are_in_the_figure(self):
         shown = texts(report_of(weight("a.weight"), weight("b$x$.weight"), skipped=()).figure())
@@ -155,12 +154,10 @@ class TestPicture:
         sizes = (report.packed_size, report.container_size, report.float_size)
         assert ends == {place: pytest.approx(size.total_mib) for place, size in enumerate(sizes)}
 
-    def test_300_weights_are_shown_by_module(self, tmp_path):
-        report = report_of(*blocks(300))
-        width, height = check_png(report.save_picture(tmp_path / "many.png"))
-        assert height < 3500
-        assert width == 1650
-        shown = texts(report.figure())
+    def test_300_weights_are_shown_by_module(self):
+        figure = report_of(*blocks(300)).figure()
+        assert figure.get_figheight() < 24
+        shown = texts(figure)
         assert all(f"encoder.layers.{i} (4 tensors)" in shown for i in range(75))
 
     def test_300_weights_without_modules_are_shown_in_runs(self):
@@ -198,28 +195,3 @@ class TestPicture:
         with pytest.raises(DiffQError, match=r"cannot write '.*folder\.png': it is a folder"):
             report.save_picture(tmp_path / "folder.png")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "picture.xyz"]
-
-
-class TestImports:
-    def run(self, code):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    def test_the_library_and_the_numbers_of_a_report_import_no_extra(self):
-        code = """
-import sys, torch, diffq_fx
-report = diffq_fx.bits_report(diffq_fx.prepare_diffq(torch.nn.Linear(64, 64), torch.zeros(1, 64)))
-report.as_dict()
-print(sorted({"matplotlib", "onnx", "onnxruntime", "rich", "torchao", "typer"} & set(sys.modules)))
-"""
-        assert self.run(code) == "[]"
-
-    def test_a_picture_never_imports_pyplot(self, tmp_path):
-        code = f"""
-import sys, torch, diffq_fx
-report = diffq_fx.bits_report(diffq_fx.prepare_diffq(torch.nn.Linear(64, 64), torch.zeros(1, 64)))
-report.save_picture({str(tmp_path / "picture.png")!r})
-print("matplotlib.pyplot" in sys.modules)
-"""
-        assert self.run(code) == "False"
-        check_png(tmp_path / "picture.png")
