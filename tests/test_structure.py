@@ -50,6 +50,17 @@ def test_folders_import_what_is_below_them():
     assert not wrong
 
 
+def test_the_picture_in_contributing_is_the_order():
+    picture = (ROOT.parent / "CONTRIBUTING.md").read_text().split("```")[1]
+    rows = [
+        [name.split("/")[0] for name in re.split(r" {2,}", line[:45].strip())] for line in picture.splitlines() if line[:45].strip(" |")
+    ]
+    places = [name for row in rows for name in dict.fromkeys(row)]
+    assert len(places) > 20
+    drawn = [(place(name), place(found)) for name, found in imports() if {place(name), place(found)} <= set(places)]
+    assert not {pair for pair in drawn if places.index(pair[0]) > places.index(pair[1])}
+
+
 def test_no_two_files_need_each_other():
     needs = {}
     for name, found in imports():
