@@ -3,7 +3,7 @@
 Importing this needs torch alone; rich and matplotlib are imported by the methods that draw with them.
 """
 
-from diffq_fx.report.bits_report import BitsReport, SizeParts, WeightBits
 from diffq_fx.report.collect import bits_report
+from diffq_fx.report.numbers import BitsReport, SizeParts, WeightBits
 
 __all__ = ["BitsReport", "SizeParts", "WeightBits", "bits_report"]

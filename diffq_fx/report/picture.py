@@ -18,7 +18,7 @@ from diffq_fx.report.tables import named_sizes, percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from diffq_fx.report.bits_report import BitsReport, WeightBits
+    from diffq_fx.report.numbers import BitsReport, WeightBits
 
 MOST_ROWS = 80
 """Beyond that the picture shows modules in place of weights."""

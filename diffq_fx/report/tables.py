@@ -13,7 +13,7 @@ from rich.text import Text
 from diffq_fx.budget.size import mib
 
 if TYPE_CHECKING:
-    from diffq_fx.report.bits_report import BitsReport, SizeParts
+    from diffq_fx.report.numbers import BitsReport, SizeParts
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BOX = box.Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
