@@ -43,10 +43,10 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
     layout, groups = GroupLayout.of(240, 100, range_size), GroupLayout.of(240, 100, group_size)
     bits = torch.randint(1, 6, groups.shape, generator=torch.Generator().manual_seed(0))
     found = least_error_range(rows, layout, bits, groups, grid)
-    usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)
+    usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2]
     monkeypatch.setattr(native, "takes_rows", lambda *_: False)
     torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid))
-    torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid))
+    torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2])
     widest = functional.weight_range(rows, layout, grid)
     assert float(squared_error(rows, *found, bits, groups, grid).sum()) < float(squared_error(rows, *widest, bits, groups, grid).sum())
 

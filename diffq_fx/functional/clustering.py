@@ -17,13 +17,7 @@ _CHUNK = 1 << 22
 def optimal_levels(values_N: Tensor, entries: int, counts_N: Tensor | None = None) -> Tensor:
     """Centres with the smallest squared error there is, by dynamic programming over the sorted values: ``O(K N^2)``.
 
-    Args:
-        values_N: any order, shape (N,).
-        entries: number of centres K, at most N.
-        counts_N: how often each value counts; None for once.
-
-    Returns:
-        Rising, float64, shape (K,).
+    For ``entries`` = K of at most N centres, rising, float64. ``counts_N`` says how often each value counts; None for once.
 
     Example:
         >>> optimal_levels(torch.tensor([0.0, 10.0, 1.0, 11.0]), 2)
@@ -53,15 +47,8 @@ def levels(values_N: Tensor, entries: int, start: Tensor | None = None, iteratio
     """Centres of values by k-means in one dimension: one sort, then ``O(K log N)`` an iteration.
 
     Without a start it begins at the optimum for the values drawn together in some 1000 runs, which is the optimum itself for fewer values.
-
-    Args:
-        values_N: any order, shape (N,).
-        entries: number of centres K, at most N.
-        start: centres to begin at, shape (K,), such as those of the step before; None for the start above.
-        iterations: at most so many; it ends sooner where nothing moves.
-
-    Returns:
-        Rising, of the values' dtype (float32 or better), shape (K,). Where the values have fewer than K distinct ones, centres repeat.
+    It ends where nothing moves. The centres are rising, of the values' dtype (float32 or better); they repeat where the values have fewer
+    than ``entries`` distinct ones.
 
     Example:
         >>> levels(torch.tensor([0.0, 10.0, 1.0, 11.0]), 2)
@@ -139,16 +126,10 @@ def nearest_vectors(points_ND: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tens
 
 
 def cluster_vectors(points_ND: Tensor, entries: int, start: Tensor | None = None, iterations: int = 15) -> tuple[Tensor, Tensor]:
-    """k-means of vectors. A centre that loses all its points goes to the point with the largest error.
+    """k-means of vectors: ``entries`` = K centres, and the index of each point's nearest, int64. It ends where no point changes its centre.
 
-    Args:
-        points_ND: float32, shape (N, D).
-        entries: number of centres K, at most N.
-        start: centres to begin at, shape (K, D); None for K points spread evenly over the points in order of their norms.
-        iterations: at most so many; it ends sooner where no point changes its centre.
-
-    Returns:
-        Centres, shape (K, D), and the index of each point's nearest centre, int64, shape (N,).
+    It begins at ``start``, or at K points spread evenly over the points in order of their norms. A centre that loses all its points goes to
+    the point with the largest error.
 
     Example:
         >>> centres, codes = cluster_vectors(torch.tensor([[0.0, 0.0], [0.0, 1.0], [5.0, 5.0]]), 2)

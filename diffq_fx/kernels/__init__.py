@@ -4,7 +4,7 @@ from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import OnePass, add_noise
 from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, statistics
-from diffq_fx.kernels.rounding import RoundInRange, learned_factor
+from diffq_fx.kernels.rounding import RoundInRange, learned_factor, round_to_grid
 
 __all__ = [
     "OnePass",
@@ -18,6 +18,7 @@ __all__ = [
     "normal_range",
     "normal_span",
     "release",
+    "round_to_grid",
     "size_of_logits",
     "slope_of_size",
     "statistics",

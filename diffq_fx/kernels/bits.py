@@ -100,19 +100,9 @@ def step_of_logits(
     """Step of each group from its trainable logit: ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``.
 
     The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
-
-    Args:
-        logits: shape (R, C).
-        span: high - low of each range, shape that broadcasts with ``logits``.
-        min_bits: smallest width, in bits.
-        max_bits: largest width, in bits.
-        gain: see :class:`~diffq_fx.methods.diffq.DiffQConfig`.
-        growth: how fast ``log2(span)`` grows with the widest bits of each range, shape of ``span``; None for a span that is a constant.
-        unmoved: a parameter of the weight that has no part in the noise: it gets a gradient of zero, so that
-            DistributedDataParallel meets it.
-
-    Returns:
-        Steps, the shape of both together.
+    ``logits`` of shape (R, C) and ``span``, the length of each range, broadcast with each other. ``growth``, of the shape of ``span``, says
+    how fast ``log2(span)`` grows with the widest bits of each range; None for a span that is a constant. ``unmoved`` is a parameter of the
+    weight that has no part in the noise: it gets a gradient of zero, so that DistributedDataParallel meets it.
 
     Example:
         >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), min_bits=1, max_bits=3, gain=1)

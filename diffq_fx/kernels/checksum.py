@@ -27,13 +27,9 @@ def fast_zlib() -> ModuleType:
 
 
 def checksum(tensors: Iterable[Tensor]) -> int | None:
-    """A number that is another one after any write to these tensors (but for a chance of 2^-32); for memory that the processor can read.
+    """A number that is another one after any write to these tensors (but for a chance of 2^-32).
 
-    Args:
-        tensors: of any types and shapes.
-
-    Returns:
-        The number; None where a tensor lies elsewhere or stands for other memory (a DTensor).
+    None where a tensor lies where the processor cannot read it or stands for other memory (a DTensor).
 
     Example:
         >>> weight = torch.ones(3)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -89,12 +90,13 @@ def round_in_range(
 
 
 def slope_of_clip(
-    grad: Tensor, weight: Tensor, factor: Tensor, low: Tensor, high: Tensor, width: Tensor, groups: GroupLayout, grid: str, *how: float
+    grad: Tensor, weight: Tensor, factor: Tensor, kept: Sequence[Tensor], groups: GroupLayout, grid: str, reach: float, gain: float
 ) -> Tensor:
-    """The gradient of ``clip``, shape of ``factor``; ``how`` it follows: reach and gain."""
+    """The gradient of ``clip``, shape of ``factor``; what is kept are low and high ends and widths."""
+    low, high, width = kept
     slope, layout = torch.empty_like(factor), _by_range(groups, factor.shape[1] == 1)
     tensors, places = (grad.contiguous(), weight, low, high, factor, width, slope), (*_shape(layout), *_strides(width, layout))
-    launch("slope_of_clip", layout, *tensors, *places, *how, SYMMETRIC=grid == "symmetric")
+    launch("slope_of_clip", layout, *tensors, *places, reach, gain, SYMMETRIC=grid == "symmetric")
     return slope
 
 

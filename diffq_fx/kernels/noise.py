@@ -105,15 +105,9 @@ class _AddNoise(torch.autograd.Function):
 def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: bool = False) -> Tensor:
     """Add pseudo quantization noise: ``w + step * n``, DiffQ (arXiv:2104.09987).
 
-    Args:
-        weight: float, any shape.
-        step: shape (R, C) of a :class:`~diffq_fx.functional.groups.GroupLayout` of the weight; its gradient is ``sum(grad * n)`` per group.
-        axis: the weight's output channel axis.
-        block: the layout's block length.
-        gaussian: draw N(0, 1/2) in place of U[-1/2, 1/2].
-
-    Returns:
-        The noisy weight, contiguous, of the weight's shape and dtype.
+    ``step`` has the shape (R, C) of a :class:`~diffq_fx.functional.groups.GroupLayout` of the weight with rows along ``axis`` and this
+    ``block`` length; its gradient is ``sum(grad * n)`` per group. ``gaussian`` draws N(0, 1/2) in place of U[-1/2, 1/2]. The result is
+    contiguous, of the weight's shape and dtype.
 
     Example:
         >>> weight = torch.zeros(4, 8)
@@ -130,7 +124,7 @@ def add_noise(weight: Tensor, step: Tensor, *, axis: int, block: int, gaussian: 
 class OnePass(NoiseSettings):
     """The range of each group, its step and the noise in one pass over the weight, and one over its gradient backward.
 
-    What :func:`~diffq_fx.kernels.normal_span`, :func:`~diffq_fx.kernels.step_of_logits` and :func:`add_noise` do one after the other: so
+    What :func:`~diffq_fx.kernels.normal_range`, :func:`~diffq_fx.kernels.step_of_logits` and :func:`add_noise` do one after the other: so
     a small weight costs one call, and a large one is read once. No step is kept for the backward, only the length of each range.
 
     Example:

@@ -22,12 +22,7 @@ _SHARES = tuple(1 - 0.04 * i for i in range(22))
 def statistics(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Smallest and largest weight, sum and sum of squares of each group, in float32 or better; without autograd.
 
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups.
-
-    Returns:
-        Four tensors of shape (R, C); NaN in all of them where a weight of the group is NaN.
+    All of shape (R, C), and NaN where a weight of the group is NaN.
 
     Example:
         >>> [each.item() for each in statistics(torch.tensor([[1.0, -2.0, 2.0]]), GroupLayout.of(1, 3, "tensor"))]
@@ -62,42 +57,17 @@ def _statistics_of(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor
     return *layout.aminmax(rows_OI), layout.sum(rows_OI), square
 
 
-def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """The range that suits normal weights of this width: ``mean +- span(b) std / 2``, within the extreme weights (Max, 1960, table II).
 
-    A few passes over the weights; :class:`~diffq_fx.kernels.OnePass` needs none of its own.
-    :func:`least_error_range` finds the range of the weights as they are.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups that share a range.
-        bits: width of each of them, may be fractional, from 1 to 16, shape (R, C).
-        grid: see :data:`~diffq_fx.functional.Grid`.
-
-    Returns:
-        Two tensors of shape (R, C).
+    ``bits``, from 1 to 16, may be fractional. It makes both ends, and how fast the logarithm to base 2 of what is between them grows with
+    the bits, all of shape (R, C). A few passes over the weights; :class:`~diffq_fx.kernels.OnePass` needs none of its own.
 
     Example:
-        >>> low, high = normal_range(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[2.0]]), "affine")
+        >>> low, high, _ = normal_range(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[2.0]]), "affine")
         >>> bool(-1.7 < low < -1.3) and bool(1.3 < high < 1.7)
         True
     """
-    return _normal_range(rows_OI, layout, bits, grid)[:2]
-
-
-def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The length of :func:`normal_range`, and how fast its logarithm to base 2 grows with the bits; two tensors of shape (R, C).
-
-    Example:
-        >>> span, growth = normal_span(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[1.5]]), "symmetric")
-        >>> bool((growth - (2.987 - 1.596) / 2.2915 / 0.6931).abs() < 1e-3)
-        True
-    """
-    low, high, growth = _normal_range(rows_OI, layout, bits, grid)
-    return high - low, growth
-
-
-def _normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     rows_OI = rows_OI.detach()
     low, high, total, square = statistics(rows_OI, layout)
     low, high = grid_range(low, high, grid)
@@ -118,20 +88,17 @@ def _normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid
     return low, high, torch.where(high > low, growth / (high - low), 0)
 
 
+def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The length of :func:`normal_range` and how its logarithm grows."""
+    low, high, growth = normal_range(rows_OI, layout, bits, grid)
+    return high - low, growth
+
+
 def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
     """The range whose grid has the smallest squared rounding error; weights beyond it are clipped to its ends.
 
-    Both ends are first shrunk together, then each alone.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups that share a range.
-        bits: whole numbers from 1 to 16, one or one for each of the ``groups``, which may be smaller than those that share a range.
-        groups: the groups that have a scale of their own.
-        grid: see :data:`~diffq_fx.functional.Grid`.
-
-    Returns:
-        Two tensors of shape (R, C), within the smallest and the largest weight of each group.
+    Both ends are first shrunk together, then each alone. ``bits`` are whole numbers, one or one for each of the ``groups``, those with a
+    scale of their own; these may be smaller than the groups of ``layout``, which share a range.
 
     Example:
         >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier

@@ -1,13 +1,14 @@
-"""True rounding in training: the gradient of the weight straight through, that of a learned range in closed form."""
+"""Rounding to a grid; in training the gradient of the weight goes straight through, that of a learned range is in closed form."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.grid import Grid
-from diffq_fx.functional.groups import GroupLayout, to_rows
+from diffq_fx.functional.grid import Grid, QuantParams, dequantize, quantize
+from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
 from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
 
@@ -15,6 +16,21 @@ _CLIP_GAIN = 10.0
 """How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
 _REACH = 0.5 * (1 + 1e-4)
 """Steps between a weight and its rounded value beyond which it is clipped."""
+
+
+def round_to_grid(weight: Tensor, params: QuantParams, bits: Tensor, axis: int, layout: GroupLayout) -> Tensor:
+    """The nearest weight on a grid, contiguous: quantized and dequantized, by the kernel in C where it runs.
+
+    Example:
+        >>> params = QuantParams(torch.tensor([[0.5]]), torch.tensor([[1]]), None)
+        >>> round_to_grid(torch.tensor([[0.3, 9.0]]), params, torch.tensor([[2]]), 0, GroupLayout.of(1, 2, "channel"))
+        tensor([[0.5000, 1.0000]])
+    """
+    if params.zero_point is not None and not native.recorded() and native.takes(weight, axis):
+        top = 2 ** bits.to(torch.int32) - 1
+        return native.round_to_grid(weight.detach(), params.scale, params.zero_point, top, layout)
+    levels_OI = quantize(to_rows(weight, axis).to(params.scale.dtype), params, bits, layout)
+    return from_rows(dequantize(levels_OI, params, layout).to(weight.dtype), tuple(weight.shape), axis).contiguous()
 
 
 def learned_factor(clip: Tensor) -> Tensor:
@@ -56,17 +72,11 @@ class RoundInRange:
     grid: Grid = "affine"
 
     def __call__(self, weight: Tensor, rounded: Tensor, logits: Tensor, clip: Tensor | None, scale: Tensor, span: Tensor) -> Tensor:
-        """The values of ``rounded``, differentiable in weight and ``clip``.
+        """The values of ``rounded``, differentiable in weight and ``clip`` (None for ranges that are not learned).
 
-        Args:
-            weight: float, any shape.
-            rounded: its rounded values, the same shape.
-            logits: of the bits; they get a gradient of zero.
-            clip: shape of ``ranges``; None for a range that is not learned.
-            scale: shape of ``groups``.
-            span: high - low of each range, shape of ``ranges``.
+        ``scale`` has the shape of ``groups``, ``span``, the length of each range, that of ``ranges``. ``logits`` get a gradient of zero.
         """
-        return _RoundInRange.apply(self, weight, rounded, logits, clip, scale, span)
+        return _Rounded.apply(self.slope_of_clip, rounded, weight, logits, clip, rounded, scale, span)
 
     def takes(self, weight: Tensor, width: Tensor) -> bool:
         """Whether one kernel can do all of it, from the kept range on, for this weight, here and now."""
@@ -74,19 +84,19 @@ class RoundInRange:
         return plain and gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
 
     def in_one_pass(self, weight: Tensor, logits: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
-        """The nearest weight within the kept range ``[low, high]``, where :meth:`takes` says so; differentiable in weight and ``clip``.
+        """The same from the kept range ``[low, high]`` on, where :meth:`takes` says so.
 
-        Args:
-            weight: float.
-            logits: of the bits; they get a gradient of zero.
-            clip: shape of ``ranges``; None for a range that is not learned.
-            low: the kept end of each range, shape of ``ranges``.
-            high: the other end.
-            width: float32, near whole numbers, one or one for each of the groups that have a width.
+        ``width`` is float32, near whole numbers, one or one for each of the groups that have a width.
         """
-        return _RoundInOnePass.apply(self, weight, logits, clip, low, high, width)
+        factor = None if clip is None else learned_factor(clip.detach())
+        rounded = gpu.round_in_range(weight.detach(), low, high, factor, width, self.groups, self.grid)
+        return _Rounded.apply(self.slope_in_one_pass, rounded, weight, logits, clip, factor, low, high, width)
 
-    def slope_of_clip(self, grad: Tensor, weight: Tensor, rounded: Tensor, clip: Tensor, scale: Tensor, span: Tensor) -> Tensor:
+    def slope_in_one_pass(self, grad: Tensor, weight: Tensor, clip: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
+        """The gradient of ``clip``; the rounded weight is made again."""
+        return gpu.slope_of_clip(grad, weight, factor, kept, self.groups, self.grid, _REACH, _CLIP_GAIN)
+
+    def slope_of_clip(self, grad: Tensor, weight: Tensor, clip: Tensor, rounded: Tensor, scale: Tensor, span: Tensor) -> Tensor:
         """The gradient of ``clip``, without autograd."""
         rows = (to_rows(each, self.axis) for each in (grad, weight, rounded))
         slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups), scale
@@ -98,43 +108,23 @@ class RoundInRange:
         return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
 
 
-class _RoundInRange(torch.autograd.Function):
-    """The rounded weight; its gradient goes to the weight as it is and to the range in closed form."""
+class _Rounded(torch.autograd.Function):
+    """The rounded weight; its gradient goes to the weight as it is and to ``clip`` as ``slope_of_clip`` has it."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, rounded: Tensor, *others: Tensor | None) -> Tensor:
-        ctx.kernel = kernel
-        ctx.save_for_backward(weight, rounded, *others)
+    def forward(ctx: Any, slope_of_clip: Callable[..., Tensor], rounded: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.slope_of_clip = slope_of_clip
+        ctx.save_for_backward(*tensors)
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rounded, logits, clip, scale, span = ctx.saved_tensors
+        weight, logits, clip, *others = ctx.saved_tensors
         grad_clip = None
         if clip is not None and ctx.needs_input_grad[4]:
-            grad_clip = first_alone(ctx.kernel.slope_of_clip, grad, weight, rounded, clip, scale, span)
+            grad_clip = first_alone(ctx.slope_of_clip, grad, weight, clip, *others)
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
-        return None, grad, None, torch.zeros_like(logits), grad_clip, None, None
-
-
-class _RoundInOnePass(torch.autograd.Function):
-    """The same from the kept range on, where one kernel does all of it and the backward makes the rounded weight again."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, logits: Tensor, clip: Tensor | None, *kept: Tensor) -> Tensor:
-        factor, (low, high, width) = None if clip is None else learned_factor(clip), kept
-        ctx.kernel = kernel
-        ctx.save_for_backward(weight, logits, factor, low, high, width)
-        return gpu.round_in_range(weight, low, high, factor, width, kernel.groups, kernel.grid)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, logits, factor, *kept = ctx.saved_tensors
-        grad_clip = None
-        if factor is not None and ctx.needs_input_grad[3]:
-            how = ctx.kernel.groups, ctx.kernel.grid, _REACH, _CLIP_GAIN
-            grad_clip = first_alone(lambda *tensors: gpu.slope_of_clip(*tensors, *how), grad, weight, factor, *kept)
-        return None, grad, torch.zeros_like(logits), grad_clip, None, None, None
+        return None, None, grad, torch.zeros_like(logits), grad_clip, None, None, None, None
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import from_rows, to_rows
-from diffq_fx.kernels import extremes, native
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.kernels import extremes, round_to_grid
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.storage.footprint import Footprint, grid_footprint
@@ -32,14 +32,7 @@ class GridQuantizer(WeightQuantizer):
 
     def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:
         """The nearest weight on the grid of ``params``."""
-        bits = self.rounded_bits()
-        if params.zero_point is not None and not native.recorded() and native.takes(weight, self.spec.axis):
-            top = 2 ** bits.to(torch.int32) - 1
-            return native.round_to_grid(weight.detach(), params.scale, params.zero_point, top, self.spec.scale_layout)
-        rows_OI = to_rows(weight, self.spec.axis)
-        levels_OI = functional.quantize(rows_OI.to(params.scale.dtype), params, bits, self.spec.scale_layout)
-        rounded_OI = functional.dequantize(levels_OI, params, self.spec.scale_layout).to(weight.dtype)
-        return from_rows(rounded_OI, self.spec.shape, self.spec.axis).contiguous()
+        return round_to_grid(weight, params, self.rounded_bits(), self.spec.axis, self.spec.scale_layout)
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """The nearest weight on the grid."""

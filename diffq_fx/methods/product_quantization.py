@@ -90,12 +90,9 @@ class ProductQuantization(Method):
 
     def block_of(self, spec: WeightSpec) -> int:
         """D for one weight."""
-        if self.block_size != "auto":
-            return self.block_size
-        if len(spec.shape) <= 2:
-            return _LINEAR_BLOCK
         kernel = math.prod(spec.shape[2:])
-        return kernel if kernel > 1 else _POINTWISE_BLOCK
+        usual = _LINEAR_BLOCK if len(spec.shape) <= 2 else kernel if kernel > 1 else _POINTWISE_BLOCK
+        return usual if self.block_size == "auto" else self.block_size
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "ProductWeight":
         """Make the quantizer of one weight; its codebook starts from the weight.
@@ -145,6 +142,9 @@ class ProductWeight(WeightQuantizer):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Undo :meth:`get_extra_state`."""
+        if state.shape != self.codes.shape:
+            shapes = f"{tuple(state.shape)}, expected {tuple(self.codes.shape)}"
+            raise RuntimeError(f"weight {self.spec.name!r}: the codes of the state_dict have shape {shapes}: it is of another model.")
         self.codes = state.to(self.codes, copy=True)
         self.is_assigned, self._kept = bool((self.codes >= 0).all()), None
         self.centroids.requires_grad_(self.is_assigned)
@@ -221,19 +221,19 @@ class ProductWeight(WeightQuantizer):
         codes, _ = nearest_vectors(points, codebook_values(*stored_entries(entries, self.config.entry_dtype)))
         return entries, codes.reshape(self.codes.shape).to(torch.int32)
 
-    def _solution(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.centroids.detach(), self.codes) if self.is_assigned else self._clustered(weight)
+    def _stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Codebook, its scale and codes as the converted model has them."""
+        entries, codes = (self.centroids.detach(), self.codes) if self.is_assigned else self._clustered(weight)
+        return *stored_entries(entries, self.config.entry_dtype), codes
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """The entries that the codes name, as they are stored."""
-        entries, codes = self._solution(weight)
-        values = codebook_values(*stored_entries(entries, self.config.entry_dtype))
-        return self._weight_of(codes, values, weight.dtype)
+        codebook, scale, codes = self._stored(weight)
+        return self._weight_of(codes, codebook_values(codebook, scale), weight.dtype)
 
     def store(self, weight: Tensor) -> CodebookWeight:
         """The codebook and the codes."""
-        entries, codes = self._solution(weight)
-        codebook, scale = stored_entries(entries, self.config.entry_dtype)
+        codebook, scale, codes = self._stored(weight)
         return CodebookWeight(self.spec, codes, codebook.clone(), scale)
 
     def footprint(self) -> Footprint:

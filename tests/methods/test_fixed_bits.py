@@ -287,11 +287,11 @@ def test_quant_noise_noises_blocks_at_its_rate():
 
 
 @pytest.mark.parametrize("method", [QuantNoise(rate=0.1), QuantNoise(rate=0.1, bits=2, range="least_error", range_every=7)], ids=str)
-def test_two_hundred_forwards_leave_every_weight_as_it_was(method):
+def test_forwards_leave_every_weight_as_it_was(method):
     net = Consumers()
     before = {name: (p.detach().clone(), p._version) for name, p in net.named_parameters()}
     model = prepare(net, IDS, method)
-    for _ in range(200):
+    for _ in range(30):
         model(IDS)
     for name, parameter in net.named_parameters():
         value, version = before[name]
