@@ -30,21 +30,24 @@ def load_graph(path: str | Path) -> "ModelProto":
 
     Raises:
         FileNotFoundError: There is no such file.
-        DiffQError: The file is not ONNX, or cut short.
+        DiffQError: The file cannot be read (it is a folder, or forbidden), is not ONNX, or cut short.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}'.")
-    size = path.stat().st_size
+    named = repr(str(path))
     try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
+        content = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no file {named}.") from error
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        raise DiffQError(f"cannot read {named}: {getattr(error, 'strerror', None) or error}.") from error
+    try:
+        model = onnx.load_from_string(content)
     except DecodeError as error:
-        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: {error}.") from error
+        raise DiffQError(f"{named} ({len(content)} bytes) is not an ONNX file, or was cut short: {error}.") from error
     if not model.HasField("graph") or not model.opset_import:
-        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: it has no graph or no opset.")
+        raise DiffQError(f"{named} ({len(content)} bytes) is not an ONNX file, or was cut short: it has no graph or no opset.")
     return model
 
 
