@@ -65,9 +65,15 @@ def test_the_proof_finds_one(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("bits", "bias", "between"), [(4, False, "pool"), (4, True, "pool"), (8, False, "pool"), (4, False, "relu")])
 def test_a_product_with_blocks_behind_integers_keeps_its_kernel(bits, bias, between, verify, tmp_path):
     """onnxruntime makes an integer product of it, for which a scale for each block is one too many: the file would not run."""
-    move = nn.Sequential(nn.MaxPool2d(6), nn.Flatten()) if between == "pool" else nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    move = (
+        nn.Sequential(nn.MaxPool2d(6), nn.Flatten())
+        if between == "pool"
+        else nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
     model = nn.Sequential(
-        Conv(nn.functional.conv2d, (512, 16, 3, 3), 8, name="conv"), move, Linear(512, 512, bits, group=32, ranges=32, bias=bias, name="linear")
+        Conv(nn.functional.conv2d, (512, 16, 3, 3), 8, name="conv"),
+        move,
+        Linear(512, 512, bits, group=32, ranges=32, bias=bias, name="linear"),
     ).eval()
     example, path = torch.randn(2, 16, 8, 8), tmp_path / "model.onnx"
     result = export_onnx(model, example, path, activations="int8", calibration=[example], verify=verify)

@@ -127,7 +127,13 @@ def test_a_path_that_cannot_be_read_is_one_sentence(read, name, error, says, tmp
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("", "it is a folder"), ("nul\0.onnx", "null"), ("n" * 300, "too long"), ("missing/m.onnx", "No such"), ("file/m.onnx", "Not a directory")],
+    [
+        ("", "it is a folder"),
+        ("nul\0.onnx", "null"),
+        ("n" * 300, "too long"),
+        ("missing/m.onnx", "No such"),
+        ("file/m.onnx", "Not a directory"),
+    ],
 )
 def test_a_path_that_cannot_be_written_is_one_sentence(name, says, model, tmp_path):
     (tmp_path / "file").write_text("x")

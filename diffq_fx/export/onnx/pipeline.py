@@ -202,11 +202,8 @@ def _remarks(job: _Job, draft: _Draft) -> list[str]:
         remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
     if isinstance(job.request.machines, Stopwatch) and (skipped := len(job.request.machines.skipped)):
         remarks.append(f"the time for measuring was over before {skipped} products: their form is that of the portable profiles")
-    if draft.parity is not None and draft.parity.leaves_out_hidden:
-        remarks.append(
-            "the outputs agree with PyTorch's where the mask shows a place, and differ where it hides one: where a row of attention sees "
-            "nothing (padding on the left of a causal model) PyTorch gives 0 and onnxruntime an average. Leave these places out"
-        )
+    if draft.parity is not None and draft.parity.remark:
+        remarks.append(draft.parity.remark)
     if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
         remarks.append(
             f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
