@@ -11,7 +11,7 @@ from torch import nn
 from diffq_fx import _compat
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.layout.profiles import TARGETS
-from diffq_fx.export.onnx.result import ExportResult
+from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
