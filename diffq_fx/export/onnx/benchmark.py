@@ -38,8 +38,7 @@ class Quartiles:
             >>> Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0])
             Quartiles(q1=2.0, median=3.0, q3=4.0)
         """
-        q1, median, q3 = np.percentile(values, (25, 50, 75))
-        return cls(q1=float(q1), median=float(median), q3=float(q3))
+        return cls(**dict(zip(("q1", "median", "q3"), np.percentile(values, (25, 50, 75)).tolist(), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

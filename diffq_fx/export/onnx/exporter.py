@@ -161,7 +161,7 @@ def _check_choices(layout: str, activations: str, target: str, calibration: Iter
 
 
 def _check_finite(converted: nn.Module) -> None:
-    """Refuse parameters that are not finite: nothing that such a model computes can be compared."""
+    """Nothing that a model with such parameters computes can be compared."""
     for name, parameter in converted.named_parameters():
         hides = not parameter.requires_grad and not bool(parameter.isnan().any())  # a mask of -inf that nothing trains
         if not hides and (where := not_finite(parameter)):
@@ -169,7 +169,6 @@ def _check_finite(converted: nn.Module) -> None:
 
 
 def _check_converted(converted: nn.Module) -> None:
-    """Refuse a model that still holds quantizers, has no stored weight, or one that ONNX cannot hold."""
     for name, module in converted.named_modules():
         if isinstance(module, WeightQuantizer):
             raise ExportError(
@@ -187,7 +186,6 @@ def _check_converted(converted: nn.Module) -> None:
 
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode for a while."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -105,35 +105,26 @@ class ExportMetadata:
     """The machines that the forms of the products were chosen for; None in layout "qdq", which has one form."""
     session: Mapping[str, str] = field(default_factory=dict)
     """The session entries that the file asks for."""
-    weights: tuple[WeightRecord, ...] = field(default=())
+    weights: tuple[WeightRecord, ...] = ()
+    """Per weight: bits, containers, the rule that was applied, why it, and why not a faster one."""
 
     @property
-    def payload_bits(self) -> int:
-        """Bits of all levels, each at the width it has learned."""
-        return sum(record.payload_bits for record in self.weights)
+    def payload_bytes(self) -> int:
+        """All levels at the widths that they have learned."""
+        return -(-sum(record.payload_bits for record in self.weights) // 8)
 
     @property
-    def container_payload_bits(self) -> int:
-        """Bits of all levels in the containers of the file."""
-        return sum(record.container_payload_bits for record in self.weights)
+    def container_payload_bytes(self) -> int:
+        """All levels in the containers of the file."""
+        return -(-sum(record.container_payload_bits for record in self.weights) // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportResult:
+class ExportResult(ExportMetadata):
     """What ``export_onnx`` wrote, and why one can trust it."""
 
     path: Path
     opset: int
-    layout: str
-    activations: str
-    target: str | None
-    """The machines that the forms of the products were chosen for; None in layout "qdq"."""
-    weights: tuple[WeightRecord, ...]
-    """Per weight: bits, containers, the rule that was applied, why it, and why not a faster one."""
-    payload_bytes: int
-    """The levels at the widths that they have learned."""
-    container_payload_bytes: int
-    """The levels in the containers of the file."""
     file_bytes: int
     """The file on disk, with its scales, its float parameters and its graph."""
     max_abs_error: float | None

@@ -1,7 +1,7 @@
 """The steps of an export, in their order. Imports onnx, onnxscript and onnxruntime; :mod:`.exporter` does not."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +175,11 @@ def export_file(
 
 
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
-    metadata, parity = draft.metadata, draft.parity
+    parity = draft.parity
     return ExportResult(
+        **{entry.name: getattr(draft.metadata, entry.name) for entry in fields(draft.metadata)},
         path=job.path,
         opset=draft.opset,
-        layout=metadata.layout,
-        activations=metadata.activations,
-        target=metadata.target,
-        weights=metadata.weights,
-        payload_bytes=-(-metadata.payload_bits // 8),
-        container_payload_bytes=-(-metadata.container_payload_bits // 8),
         file_bytes=file_bytes,
         max_abs_error=None if parity is None else parity.max_abs_error,
         max_relative_error=None if parity is None else parity.max_relative_error,
