@@ -149,7 +149,7 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     """Put a Max between integers and each product that onnxruntime (1.31) would wrongly make an integer one.
 
     Behind products whose weight stays in float: between a DequantizeLinear and a QuantizeLinear onnxruntime gives such a weight int8 levels
-    of its own when it loads the file, one scale for all of it, up to 127. These saturate on x86 without VNNI, and are less exact everywhere.
+    of its own when it loads the file, one scale for all of it, up to 127. They saturate on x86 without VNNI, and are less exact everywhere.
     In front of products whose weight has a scale for each block: the kernel for two DequantizeLinear takes no such scales, and fails.
 
     Args:
