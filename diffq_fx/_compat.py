@@ -126,6 +126,14 @@ def shapes_without_running(shapes: Mapping[Any, Callable[..., Any]]) -> Iterator
         yield
 
 
+def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
+    """The conditions on its dynamic sizes that a trace has passed, as sympy's expressions. Without torch's record of them: none."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    sizes = (size for value in values if isinstance(value, Tensor) for size in value.shape if isinstance(size, torch.SymInt))
+    environment = getattr(getattr(next(sizes, None), "node", None), "shape_env", None)
+    return [guard.expr for guard in getattr(environment, "guards", ())]
+
+
 def onnxruntime_errors() -> tuple[type[Exception], ...]:
     """Everything that onnxruntime raises; its exceptions have no class in common. Without its list: any exception."""
     try:

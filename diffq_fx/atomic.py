@@ -20,8 +20,8 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
     """Turn what the system says into ``error``, with the name that the user gave."""
     try:
         yield
-    except OSError as problem:
-        raise error(f"cannot write '{path}': {problem.strerror or problem}") from problem
+    except (OSError, ValueError) as problem:  # a name with a null byte is a ValueError
+        raise error(f"cannot write {str(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
 @contextmanager
@@ -35,14 +35,14 @@ def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
     Raises:
         DiffQError: as ``error``: the target's folder is missing or read-only, or the target is a folder, a device, a pipe or read-only.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise error(f"cannot write '{path}': it is a folder")
-    if target.exists() and not target.is_file():
-        raise error(f"cannot write '{path}': it is no regular file (a device, pipe or socket), which a new file would replace")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise error(f"cannot write '{path}': the file is read-only")
     with naming(path, error):
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise error(f"cannot write '{path}': it is a folder")
+        if target.exists() and not target.is_file():
+            raise error(f"cannot write '{path}': it is no regular file (a device, pipe or socket), which a new file would replace")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise error(f"cannot write '{path}': the file is read-only")
         folder = Path(tempfile.mkdtemp(prefix=".diffq_fx.", dir=target.parent))
     try:
         yield folder

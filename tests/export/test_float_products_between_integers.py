@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from stored_models import Conv, Linear, assert_same, optimized_ops, run_exact
 from torch import nn
 
 from diffq_fx import convert, prepare
@@ -58,3 +59,24 @@ def test_the_proof_finds_one(name, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"has no constant levels in the file: it may saturate"):
         export_onnx(model, example, tmp_path / "model.onnx", activations="int8", calibration=[example])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(("bits", "bias", "between"), [(4, False, "pool"), (4, True, "pool"), (8, False, "pool"), (4, False, "relu")])
+def test_a_product_with_blocks_behind_integers_keeps_its_kernel(bits, bias, between, verify, tmp_path):
+    """onnxruntime makes an integer product of it, for which a scale for each block is one too many: the file would not run."""
+    move = (
+        nn.Sequential(nn.MaxPool2d(6), nn.Flatten())
+        if between == "pool"
+        else nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    model = nn.Sequential(
+        Conv(nn.functional.conv2d, (512, 16, 3, 3), 8, name="conv"),
+        move,
+        Linear(512, 512, bits, group=32, ranges=32, bias=bias, name="linear"),
+    ).eval()
+    example, path = torch.randn(2, 16, 8, 8), tmp_path / "model.onnx"
+    result = export_onnx(model, example, path, activations="int8", calibration=[example], verify=verify)
+    assert [record.rule for record in result.weights] == ["int8", "linear"]
+    assert "MatMulNBits" in optimized_ops(path, tmp_path)
+    assert_same(run_exact(path, example), model(example), tolerance=0.02)

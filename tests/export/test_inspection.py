@@ -363,9 +363,3 @@ def test_a_tensor_with_too_few_bytes_is_refused(tmp_path):
     path = save(tmp_path / "model.onnx", [matmul()], [damaged])
     with pytest.raises(DiffQError, match=r"'w' of shape \[8, 4\] and type float holds 100 bytes instead of 128"):
         inspect_onnx(path)
-
-
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "nothing.onnx", tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            inspect_onnx(path)

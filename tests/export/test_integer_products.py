@@ -24,11 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:export_onnx. rounding activation
 BITS, GRIDS = range(2, 9), ("affine", "symmetric")
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def matmul_integer(activation, levels):
     """What onnxruntime computes here."""
     node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])

@@ -23,11 +23,6 @@ ROWS = torch.randn(32, 384)
 IMAGE = torch.randn(2, 16, 14, 14)
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def run_optimized(path, *inputs):
     """The operators that are left of a file, and its outputs."""
     options = session_options(path)

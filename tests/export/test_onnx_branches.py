@@ -18,6 +18,11 @@ BRANCHES = {
     "three or more": lambda x: x.shape[0] >= 3,
     "even": lambda x: x.shape[0] % 2 == 0,
     "longer than six": lambda x: x.shape[1] > 6,
+    "not seven": lambda x: x.shape[0] != 7,
+    "of some lengths": lambda x: x.shape[1] in (3, 900),
+    "length of one": lambda x: x.shape[1] == 1,
+    "square": lambda x: x.shape[0] == x.shape[1],
+    "so many values": lambda x: x.shape[0] * x.shape[1] == 28,
 }
 
 
@@ -55,6 +60,7 @@ def sizes_of(path):
         ("more than four", 6, r"the traced branch holds from 5 on alone"),
         ("three or more", 2, r"is static \(2\): the model's own code fixes it"),
         ("even", 4, r"is static \(4\): at batch=5 output '.*' differs"),
+        ("not seven", 4, r"is static \(4\): at batch=7 output '.*' differs"),
     ],
 )
 def test_a_branch_on_the_batch_makes_it_static(kind, batch, says, path):
@@ -72,6 +78,12 @@ def test_a_branch_on_the_batch_makes_it_static(kind, batch, says, path):
         ("longer than six", ({1: Dim.DYNAMIC},), "the forward branches on size 1 of input 0"),
         ("more than four", ({0: Dim.AUTO, 1: Dim.AUTO},), "the forward branches on size 0 of input 0"),
         ("one", ({0: Dim.DYNAMIC},), "at batch=1 output '.*' differs"),
+        ("not seven", ({0: Dim.AUTO, 1: Dim.AUTO},), "at batch=7, x_1=5 output '.*' differs"),
+        ("of some lengths", ({1: Dim.DYNAMIC},), "at x_1=3 output '.*' differs.*Leave this size static"),
+        ("length of one", ({0: Dim.AUTO, 1: Dim.AUTO},), "at batch=4, x_1=1 output '.*' differs"),
+        ("length of one", ({1: Dim("length")},), "at x_1=1 output '.*' differs"),
+        ("square", ({0: Dim.AUTO, 1: Dim.AUTO},), "at batch=4, x_1=4 output '.*' differs"),
+        ("so many values", ({0: Dim.AUTO, 1: Dim.AUTO},), "at batch=4, x_1=7 output '.*' differs"),
     ],
 )
 def test_a_branch_on_a_size_that_is_asked_for_is_refused(kind, shapes, says, path, recwarn):
@@ -80,9 +92,18 @@ def test_a_branch_on_a_size_that_is_asked_for_is_refused(kind, shapes, says, pat
     assert not path.exists()
 
 
-@pytest.mark.parametrize("shapes", [({1: Dim("length", min=2, max=6)},), ({1: Dim.AUTO(max=6)},)])
-def test_limits_that_are_stated_are_kept(shapes, path, recwarn):
-    export_onnx(Branches("longer than six").eval(), torch.randn(4, 5, 16), path, dynamic_shapes=shapes)
+@pytest.mark.parametrize(
+    ("kind", "shapes"),
+    [
+        ("longer than six", ({1: Dim("length", min=2, max=6)},)),
+        ("longer than six", ({1: Dim.AUTO(max=6)},)),
+        ("length of one", ({1: Dim("length", min=2)},)),
+        ("length of one", ({1: Dim.AUTO(min=2)},)),
+        ("of some lengths", ({1: Dim.AUTO(min=4, max=899)},)),
+    ],
+)
+def test_limits_that_are_stated_are_kept(kind, shapes, path, recwarn):
+    export_onnx(Branches(kind).eval(), torch.randn(4, 5, 16), path, dynamic_shapes=shapes)
     assert isinstance(sizes_of(path)[1], str)
 
 

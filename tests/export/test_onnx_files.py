@@ -1,5 +1,6 @@
 """Files are written where the user said, whatever the name is, and nothing else is touched."""
 
+import io
 import os
 
 import onnx
@@ -8,8 +9,10 @@ import torch
 from stored_models import Linear, assert_same, run_exact
 from torch import nn
 
-from diffq_fx.errors import ExportError
-from diffq_fx.export import export_onnx, read_metadata
+from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.export import export_onnx, read_metadata, session_options
+from diffq_fx.export.onnx.benchmark import compare_latency
+from diffq_fx.export.onnx.inspection import inspect_onnx
 
 NAMES = ["m[1].onnx", "exact.onnx", "model.onnx", "ä" * 120]
 DATA_LIMIT = "diffq_fx.export.onnx.saving._PROTOBUF_LIMIT"
@@ -87,3 +90,63 @@ def test_a_pipe_is_no_place_for_a_file(model, tmp_path):
         with pytest.raises(ExportError, match=f"cannot write '.*{name}': it is no regular file"):
             export_onnx(model, torch.randn(2, 256), tmp_path / name)
     assert (tmp_path / "pipe").is_fifo()
+
+
+def read_by_bench(path):
+    compare_latency(path, path, repeats=1)
+
+
+@pytest.mark.parametrize("read", [inspect_onnx, read_metadata, session_options, read_by_bench])
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("", DiffQError, "Is a directory"),
+        ("nul\0.onnx", DiffQError, "null"),
+        ("n" * 300, DiffQError, "too long"),
+        ("missing/model.onnx", FileNotFoundError, "there is no file"),
+        ("file/model.onnx", FileNotFoundError, "there is no file"),
+        ("secret", DiffQError, "Permission denied"),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_one_sentence(read, name, error, says, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "secret").write_text("x")
+    opened = io.open
+
+    def refuse(file, *args, **kwargs):
+        if str(file).endswith("secret"):  # root may read everything
+            raise PermissionError(13, "Permission denied", file)
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(error, match=says) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert repr(str(tmp_path / name))[1:-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "it is a folder"),
+        ("nul\0.onnx", "null"),
+        ("n" * 300, "too long"),
+        ("missing/m.onnx", "No such"),
+        ("file/m.onnx", "Not a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_one_sentence(name, says, model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ExportError, match=f"^export_onnx: cannot write .*: .*{says}") as caught:
+        export_onnx(model, torch.randn(2, 256), tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(model, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(ExportError, match="^export_onnx: cannot write '.*m.onnx': Permission denied$"):
+        export_onnx(model, torch.randn(2, 256), tmp_path / "m.onnx")

@@ -12,11 +12,6 @@ from diffq_fx.export import export_onnx
 WEIGHT_MATHS = {"Cast", "Sub", "Mul", "DequantizeLinear", "Expand", "Reshape", "Transpose", "Slice", "Concat"}
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def check(model, example, path, tmp_path):
     result = export_onnx(model, example, path)
     left = WEIGHT_MATHS & set(optimized_ops(path, tmp_path))

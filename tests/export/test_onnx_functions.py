@@ -31,11 +31,6 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def convolutions(names=WEIGHTS, convolve=F.conv2d, shape=(24, 16, 3, 3), **options):
     return Parallel(*(Conv(convolve, shape, name=name.replace(" ", "."), **{**WEIGHTS[name], **options}) for name in names)).eval()
 

@@ -18,11 +18,6 @@ from diffq_fx.export.onnx import tracing
 from diffq_fx.export.onnx.examples import ExportExample
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 class Attention(nn.Module):
     """A causal decoder whose mask may come in every form that models take."""
 
@@ -79,6 +74,37 @@ def test_what_a_mask_hides_is_no_difference_and_is_said(path):
 
     with pytest.raises(ExportError, match="differs from PyTorch"):  # also where the mask shows a place
         export_onnx(Wrong().eval(), (torch.randn(2, 7, 16), mask), path)
+
+
+def blind(form):
+    """A mask whose second row sees nothing."""
+    mask = right_padded()
+    mask[1] = 0
+    return {"integers": mask, "booleans": mask.bool(), "added": (1.0 - mask[:, None, None]).expand(2, 1, 7, 7) * -1e38 * 10}[form]
+
+
+@pytest.mark.parametrize("form", ["integers", "booleans", "added"])
+@pytest.mark.parametrize("pool", [lambda y: y, lambda y: y.mean(1), lambda y: y[:, 0, 0], lambda y: {"y": y, "pooled": y.amax(1)}])
+def test_a_row_that_sees_nothing_is_named(form, pool, path):
+    class Pooled(Attention):
+        def forward(self, x, mask):
+            return pool(super().forward(x, mask))
+
+    with pytest.warns(DiffQWarning, match=r"row 1 of input 'mask' sees nothing.*Give every row of example_inputs a place that it sees"):
+        result = export_onnx(Pooled().eval(), (torch.randn(2, 7, 16), blind(form)), path)
+    assert result.max_relative_error < 1e-4
+
+
+@pytest.mark.parametrize("form", ["integers", "added"])
+def test_a_difference_that_a_row_without_sight_may_explain_is_refused_with_its_name(form, path):
+    class Summed(Attention):
+        def forward(self, x, mask):
+            return super().forward(x, mask).sum(0)
+
+    says = r"differs from PyTorch by .*\. Row 1 of input 'mask' sees nothing.*Give every row of example_inputs a place that it sees"
+    with pytest.raises(ExportError, match=says) as caught:
+        export_onnx(Summed().eval(), (torch.randn(2, 7, 16), blind(form)), path)
+    assert "report" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", MASKS)

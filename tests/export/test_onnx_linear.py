@@ -25,11 +25,6 @@ def check(model, example, path, tmp_path, fused=1):
     return result
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 CASES = [
     *((bits, "channel", grid) for bits in (2, 3, 4, 5, 8) for grid in ("affine", "symmetric")),
     *((bits, "tensor", "affine") for bits in (2, 4, 8)),

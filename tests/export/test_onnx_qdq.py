@@ -5,15 +5,11 @@ import pytest
 import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
-from stored_models import Bare, Conv, Linear, Parallel, Tied, assert_same, levels_in, run_exact
+from stored_models import Bare, Conv, Linear, Parallel, Tied, assert_same, levels_in, run_exact, store
+from torch import nn
 from torch.nn import functional as F
 
 from diffq_fx.export import export_onnx
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
 
 
 def dequantize_nodes(path):
@@ -90,3 +86,39 @@ def test_two_bits_where_onnxruntime_would_compute_a_wrong_product(outputs, conta
     assert bool(result.weights[0].remarks) == (container == 4)
     fresh = torch.randn(5, 64)
     assert_same(run_exact(path, fresh), model(fresh))
+
+
+class Read(nn.Module):
+    """A weight of 2 bits under any function."""
+
+    def __init__(self, function, shape, **kwargs):
+        super().__init__()
+        self.weight, self.function = store(torch.randn(shape), 2, **kwargs), function
+
+    def forward(self, x):
+        return self.function(x, self.weight())
+
+
+IDS = torch.tensor([[0, 9, 3]])
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "container"),
+    [
+        (Tied(32, 16, 2), IDS, 4),
+        (Tied(32, 16, 2, group="tensor", ranges="tensor"), IDS, 4),
+        (Tied(32, 16, 2, group=8, ranges=8), IDS, 2),  # nothing moves through blocks
+        (Read(lambda i, w: F.embedding(i, w), (32, 16)), IDS, 2),
+        (Read(lambda i, w: F.embedding(i, w.t()), (16, 32)), IDS, 4),
+        (Read(lambda x, w: (x @ w) @ w.t(), (32, 32), axis=1), torch.randn(2, 32), 4),
+        (Read(lambda x, w: (x @ w.t(), w), (16, 32)), torch.randn(2, 32), 4),
+        (Read(lambda x, w: F.conv1d(x, w.permute(1, 0, 2)), (16, 32, 3)), torch.randn(2, 16, 9), 4),
+        (Read(lambda x, w: tuple(x @ part.t() for part in w.chunk(3)), (96, 32)), torch.randn(2, 32), 2),
+    ],
+)
+def test_two_bits_are_held_in_four_where_onnxruntime_would_transpose_them(model, example, container, path):
+    """It moves a Transpose in front of the DequantizeLinear, and then cannot load the file: it computes no constants of 2 bits."""
+    (record,) = export_onnx(model.eval(), example, path, layout="qdq").weights
+    assert list(record.containers) == [container]
+    assert bool(record.remarks) == (container == 4)
+    assert_same(run_exact(path, example), model(example))

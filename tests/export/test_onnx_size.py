@@ -67,11 +67,6 @@ def test_a_trained_file_is_within_3_percent_of_its_payload(name, path):
     assert result.file_bytes <= 1.03 * 2**20 * report.packed_size.total_mib
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def test_shapes_that_inference_finds_are_left_out(path):
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     export_onnx(

@@ -13,11 +13,6 @@ from diffq_fx.export.onnx.benchmark import compare_latency
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.onnx"
-
-
 def test_a_file_carries_its_options(path):
     export_onnx(Linear(512, 512, 4).eval(), torch.zeros(1, 512), path)
     assert read_metadata(path).session == {LEVEL: "4"}

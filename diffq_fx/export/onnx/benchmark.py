@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from diffq_fx.errors import DiffQError
-from diffq_fx.export.onnx.differences import largest_difference
+from diffq_fx.export.onnx.differences import OutputDifference, difference_of
 from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
 from diffq_fx.export.onnx.signatures import check_same_signature, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations
-
-_Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +38,7 @@ class Quartiles:
             >>> Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0])
             Quartiles(q1=2.0, median=3.0, q3=4.0)
         """
-        q1, median, q3 = np.percentile(values, (25, 50, 75))
-        return cls(q1=float(q1), median=float(median), q3=float(q3))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputDifference:
-    """How far one output of B is from that of A."""
-
-    name: str
-    shape: tuple[int, ...]
-    max_abs: float
-    """Largest ``|A - B|``; inf where only one of them is NaN or infinite."""
-    max_relative: float
-    """``max_abs`` divided by the largest finite ``|A|`` of this output."""
+        return cls(**dict(zip(("q1", "median", "q3"), np.percentile(values, (25, 50, 75)).tolist(), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +131,7 @@ def compare_latency(
         raise DiffQError(
             f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
         ) from error
-    outputs = compare_outputs(outputs_a, outputs_b)
+    outputs = tuple(difference_of(name, value, outputs_b[name]) for name, value in outputs_a.items())
     runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
     a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
@@ -167,31 +152,3 @@ def compare_latency(
         session_a=entries[0],
         session_b=entries[1],
     )
-
-
-def compare_outputs(outputs_a: _Arrays, outputs_b: _Arrays) -> tuple[OutputDifference, ...]:
-    """Compare the outputs of two runs, one by one.
-
-    Args:
-        outputs_a: output name -> value.
-        outputs_b: the same names.
-
-    Returns:
-        The differences in the order of ``outputs_a``.
-
-    Raises:
-        DiffQError: An output has another shape.
-
-    Example:
-        >>> one, other = np.array([1.0, -2.0]), np.array([1.0, -2.5])
-        >>> compare_outputs({"y": one}, {"y": other})[0].max_relative
-        0.25
-    """
-    return tuple(_difference(name, value, outputs_b[name]) for name, value in outputs_a.items())
-
-
-def _difference(name: str, a: np.ndarray, b: np.ndarray) -> OutputDifference:
-    if a.shape != b.shape:
-        raise DiffQError(f"output '{name}' has shape {list(a.shape)} in A and {list(b.shape)} in B on the same inputs.")
-    difference, relative = largest_difference(b, a)
-    return OutputDifference(name=name, shape=a.shape, max_abs=difference, max_relative=relative)

@@ -1,5 +1,6 @@
 """Branches on a size: a trace takes one of them, at the example's size, and is wrong for the sizes that take another."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,27 +15,23 @@ SIZE_ADVICE = "Leave this size static, or state its limits: torch.export.Dim(nam
 _TAKEN_FOR_GRANTED = 2
 """torch.export takes no dynamic size for 0 or 1."""
 _UNLIMITED = 2**31
+_SMALL = 128
+_LARGEST = 2048
+"""Sizes up to the one are looked at, and numbers up to the other that a condition of the model names."""
+_MOST_POINTS = 8
 
 
 def branches(model: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, dynamic_shapes: Any = None) -> list[str]:
     """The sizes that a trace limits although the model runs beyond the limit too, each in words.
 
     Where the model does not run beyond it, the limit is the model's own (a table of positions); one in ``dynamic_shapes`` is the user's.
-
-    Args:
-        model: in eval mode.
-        program: the model's trace with dynamic sizes.
-        example: the user's example.
-        dynamic_shapes: what the user has given.
     """
-    stated = {limit for leaf in _compat.tree_leaves(dynamic_shapes) for limit in (getattr(leaf, "min", None), getattr(leaf, "max", None))}
-    found = []
-    for symbol, bounds in program.range_constraints.items():
-        least, largest = _limits(bounds)
+    stated, found = stated_limits(dynamic_shapes), []
+    for symbol, (least, largest) in _limits(program).items():
         limited = largest < _UNLIMITED
         beyond = [largest + 1] if limited and largest not in stated else []
         beyond += [least - 1] if least > _TAKEN_FOR_GRANTED and least not in stated else []
-        places = _places(program, str(symbol))
+        places = _places(program, symbol)
         if places and any(_runs(model, example, places, int(size)) for size in beyond):
             number, axis = places[0]
             until = f"to {largest}" if limited else "on"
@@ -42,31 +39,61 @@ def branches(model: nn.Module, program: torch.export.ExportedProgram, example: E
     return found
 
 
-def least_asked_for(dynamic_shapes: Any) -> int:
-    """The largest ``min`` in ``dynamic_shapes``: above 1 a batch of one is not asked for."""
-    return max((getattr(leaf, "min", None) or 0 for leaf in _compat.tree_leaves(dynamic_shapes)), default=0)
+def stated_limits(dynamic_shapes: Any) -> set[int | None]:
+    """The ``min`` and ``max`` in ``dynamic_shapes``."""
+    return {limit for leaf in _compat.tree_leaves(dynamic_shapes) for limit in (getattr(leaf, "min", None), getattr(leaf, "max", None))}
 
 
-def _limits(bounds: Any) -> tuple[Any, Any]:
-    """The least and the largest, as sympy's numbers."""
-    return bounds.lower, bounds.upper
+def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, int], stated: set[int | None]) -> list[dict[str, int]]:
+    """Sizes at which a trace may take another branch than the model, within its limits: 1, and where a condition turns.
+
+    Whether the model itself has asked (``length != 7``) or torch (for a kernel), only a comparison at these sizes tells.
+
+    Args:
+        program: the model's trace with dynamic sizes.
+        sizes: symbol -> its size in the example.
+        stated: limits that the user gives.
+    """
+    limits = {symbol: (_TAKEN_FOR_GRANTED, _UNLIMITED) for symbol in sizes} | _limits(program)
+    least = 1 if _TAKEN_FOR_GRANTED in stated else _TAKEN_FOR_GRANTED
+    single = [{**sizes, symbol: 1} for symbol, size in sizes.items() if size > 1 and limits[symbol][0] <= least]
+    points = []
+    for condition in _compat.size_conditions(program):
+        named = {symbol: str(symbol) for symbol in sorted(condition.free_symbols, key=str)}
+        for symbol, name in named.items():
+            if not set(named.values()) <= set(sizes):
+                continue
+            rest = condition.subs({other: sizes[each] for other, each in named.items() if other != symbol})
+            numbers = {int(atom) + step for atom in condition.atoms() if atom.is_Integer for step in (-1, 0, 1)}
+            low, high = limits[name]
+            tried = (n for n in sorted({*range(2, _SMALL), *numbers}) if low <= n <= min(high, _LARGEST))
+            points += [{**sizes, name: size} for size in tried if rest.subs(symbol, size) == False][:1]  # noqa: E712  sympy's false
+    return single + [point for number, point in enumerate(points) if point not in points[:number]][:_MOST_POINTS]
+
+
+def _limits(program: torch.export.ExportedProgram) -> dict[str, tuple[Any, Any]]:
+    """Symbol -> the least and the largest size, as sympy's numbers."""
+    ranges: Mapping[Any, Any] = program.range_constraints
+    return {str(symbol): (bounds.lower, bounds.upper) for symbol, bounds in ranges.items()}
+
+
+def input_values(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
+    """The tensors that a program takes, with symbolic sizes."""
+    users = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def _places(program: torch.export.ExportedProgram, symbol: str) -> list[tuple[int, int]]:
     """(input, axis) of every size that is the symbol."""
-    users = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return [(number, axis) for number, tensor in enumerate(tensors) for axis, size in enumerate(tensor.shape) if str(size) == symbol]
+    tensors = enumerate(input_values(program))
+    return [(number, axis) for number, tensor in tensors for axis, size in enumerate(tensor.shape) if str(size) == symbol]
 
 
 def _runs(model: nn.Module, example: ExportExample, places: list[tuple[int, int]], size: int) -> bool:
-    tensors = example.tensors
-    for number, axis in places:
-        index = torch.arange(size, device=tensors[number].device).clamp(max=tensors[number].shape[axis] - 1)
-        tensors[number] = tensors[number].index_select(axis, index)
+    shapes = [tuple(size if (number, axis) in places else n for axis, n in enumerate(t.shape)) for number, t in enumerate(example.tensors)]
     try:
-        example.replace(tensors).run(model)
+        example.resized(shapes).run(model)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return False
     return True

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,9 @@ from diffq_fx.export.onnx.layout.request import Range
 from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What the calibration has shown."""
-
-    ranges: dict[str, Range]
-    """Name of each value -> its range over all items."""
-    first: ExportExample
-    """The first item."""
-
-
 def calibrate(
     path: Path, watched: Mapping[str, tuple[str, str]], calibration: Iterable[Any], example: ExportExample, graph: ir.Graph
-) -> Calibration:
+) -> tuple[dict[str, Range], ExportExample]:
     """Run a file on every item.
 
     Args:
@@ -37,6 +26,9 @@ def calibrate(
         example: the user's example.
         graph: tells which sizes an input may have.
 
+    Returns:
+        Name of each value -> its range over all items, and the first item.
+
     Raises:
         ExportError: There is no item, or one does not fit, is not finite, or makes a value that is not finite.
     """
@@ -44,21 +36,21 @@ def calibrate(
     names = [entry.name for entry in session.get_inputs()]
     shapes = {str(value.name): value.shape for value in graph.inputs}
     ranges = dict.fromkeys(watched, (math.inf, -math.inf))
-    first, count = example, 0
+    first = None
     for count, item in enumerate(calibration, 1):
         tensors = _tensors(item, count, example)
         for name, tensor, wanted in zip(names, tensors, example.tensors, strict=True):
             _check(tensor, wanted, shapes[name], f"calibration item {count}, input {name!r}")
-        first = example.replace(tensors) if count == 1 else first
+        first = first or example.replace(tensors)
         outputs = run_session(session, {name: to_numpy(tensor) for name, tensor in zip(names, tensors, strict=True)}, path)
         for value, (low_name, high_name) in watched.items():
             low, high = float(outputs[low_name]), float(outputs[high_name])
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ExportError(f"calibration item {count} makes {value!r} range from {low} to {high}: the model overflows on it.")
             ranges[value] = (min(ranges[value][0], low), max(ranges[value][1], high))
-    if not count:
+    if first is None:
         raise ExportError("the calibration is empty: give some typical inputs, each in the form of example_inputs.")
-    return Calibration(ranges, first)
+    return ranges, first
 
 
 def _tensors(item: Any, number: int, example: ExportExample) -> list[torch.Tensor]:
@@ -79,10 +71,8 @@ def _tensors(item: Any, number: int, example: ExportExample) -> list[torch.Tenso
 def _check(tensor: torch.Tensor, wanted: torch.Tensor, shape: ir.Shape | None, where: str) -> None:
     if tensor.dtype != wanted.dtype:
         raise ExportError(f"{where} is {tensor.dtype}, the example {wanted.dtype}.")
-    sizes = list(shape) if shape is not None else []
-    fits = len(sizes) == tensor.dim() and all(not isinstance(n, int) or n == found for n, found in zip(sizes, tensor.shape, strict=True))
-    if not fits:
-        expected = ", ".join(str(size) for size in sizes)
-        raise ExportError(f"{where} has shape {tuple(tensor.shape)}, the model takes ({expected}).")
+    sizes = list(shape or ())
+    if len(sizes) != tensor.dim() or any(isinstance(n, int) and n != found for n, found in zip(sizes, tensor.shape, strict=True)):
+        raise ExportError(f"{where} has shape {tuple(tensor.shape)}, the model takes ({', '.join(map(str, sizes))}).")
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ExportError(f"{where} has {int((~tensor.isfinite()).sum())} values that are not finite: a range cannot be made of them.")

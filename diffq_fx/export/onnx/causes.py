@@ -27,13 +27,7 @@ _CACHES = (
 
 
 def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -> str:
-    """Why an export fails where the model itself is the reason; else what the error says.
-
-    Args:
-        model: in eval mode.
-        example: the user's example.
-        error: what stopped the export.
-    """
+    """Why an export fails where the model itself (in eval mode) is the reason; else what the error that stopped it says."""
     name = type(model).__name__
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()})
     try:
@@ -60,7 +54,7 @@ def tracing_cause(error: Exception) -> str:
 def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:
     """Why torch.onnx fails: the operator, the module that calls it, and the innermost reason."""
     errors = list(_chain(error))
-    found = next((match for each in errors if (match := _NODE.search(_plain(each)))), None)
+    found = next((match for each in errors if (match := _NODE.search(_COLOURS.sub("", str(each))))), None)
     if found is None:
         return _shown(errors[-1])
     name, operator = found.groups()
@@ -93,12 +87,8 @@ def _find(graph: fx.Graph, name: str) -> fx.Node | None:
     return next((node for node in graph.nodes if node.name == name), None)
 
 
-def _plain(error: BaseException) -> str:
-    return _COLOURS.sub("", str(error))
-
-
 def _shown(error: BaseException) -> str:
-    lines = [line.strip() for line in _plain(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
     text = "\n  ".join(lines[:_MOST_LINES])
     text = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

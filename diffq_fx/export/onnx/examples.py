@@ -1,8 +1,10 @@
-"""Example inputs: read in every form that torch.export takes, made dynamic, repeated along the batch, drawn anew."""
+"""Example inputs as an export uses them: read in every form, repeated along the batch, drawn anew, with what their masks hide."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,52 @@ _HIDES = -1e4
 """What is added to a score of attention to hide it lies below this."""
 
 
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """What one value of one mask hides, if it is the value that hides."""
+
+    number: int
+    """Of the mask among the inputs."""
+    shows: float
+    """The mask's other value."""
+    places: np.ndarray
+    """Of shape (batch, length)."""
+    rows: np.ndarray
+    """Of shape (batch,): where attention sees nothing."""
+
+    def without(self, output: np.ndarray) -> np.ndarray:
+        """An output of shape (batch, length, ...) without the places that are hidden, any other of the batch without those rows."""
+        if output.shape[:2] == self.places.shape:
+            return output if self.places.all() else output[~self.places]
+        return output[~self.rows] if output.shape[:1] == self.rows.shape and not self.rows.all() else output
+
+    def shown(self, example: "ExportExample") -> "ExportExample":
+        """The example with rows that see everything instead of nothing."""
+        tensors = [tensor.clone() for tensor in example.tensors]
+        tensors[self.number][torch.from_numpy(self.rows)] = self.shows
+        return example.replace(tensors)
+
+
 class ExportExample(Example):
     """The example of a call as an export uses it."""
 
     @property
-    def masks(self) -> list[Tensor]:
-        """The tensors of shape (batch, length) that say which places are seen."""
-        return [tensor for tensor in self.tensors if tensor.dim() == 2 and _is_mask(tensor)]
+    def hidden(self) -> list[Hidden]:
+        """What each mask of shape (batch, length) or (batch, ..., queries, keys) hides, by either of its values."""
+        found = []
+        for number, tensor in enumerate(self.tensors):
+            if tensor.dim() < 2 or not tensor.numel() or not _is_mask(tensor):
+                continue
+            values = tensor.detach().double().cpu().numpy()
+            is_added = values.min() < _HIDES
+            for hides, shows in ((values.min(), 0.0),) if is_added else ((0, 1.0), (1, 0.0)):
+                places = values == hides
+                rows = places.all(1)
+                if values.ndim > 2:  # queries that see no key, in whatever head
+                    places = places.all(-1).reshape(len(values), -1, values.shape[-2]).any(1)
+                    rows = places.any(1)
+                found.append(Hidden(number, shows, places, rows))
+        return found
 
     def run(self, model: nn.Module) -> list[Any]:
         """Call the model without gradients; the leaves of what it returns."""
@@ -52,8 +93,12 @@ class ExportExample(Example):
                 shapes[tensor] = {0: torch.export.Dim.AUTO}
         return shapes
 
+    def resized(self, shapes: list[tuple[int, ...]]) -> "ExportExample":
+        """The example cut off, or with its last values repeated, to these shapes."""
+        return self.replace([_resized(tensor, shape) for tensor, shape in zip(self.tensors, shapes, strict=True)])
+
     def redrawn(
-        self, generator: torch.Generator, sizes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False
+        self, generator: torch.Generator, shapes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False
     ) -> "ExportExample":
         """Fresh random inputs like these: floats and integers within the range of the example's, masks of the example's rows.
 
@@ -61,10 +106,10 @@ class ExportExample(Example):
 
         Args:
             generator: the source of randomness, on the CPU.
-            sizes: the shape of each tensor.
+            shapes: of each tensor.
             keep: which tensors keep their values, the last ones repeated where the shape is larger.
         """
-        return self.replace([_like(t, shape, generator, keep(t)) for t, shape in zip(self.tensors, sizes, strict=True)])
+        return self.replace([_like(t, shape, generator, keep(t)) for t, shape in zip(self.tensors, shapes, strict=True)])
 
 
 def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, keep: bool) -> Tensor:
@@ -105,7 +150,8 @@ def _rows_like(mask: Tensor, shape: tuple[int, ...], generator: torch.Generator)
         while mask.shape[axis] > size:
             mask = _without_one(mask, axis)
     if len(shape) > 1:
-        mask = mask[torch.randint(mask.shape[0], shape[:1], generator=generator).to(mask.device)]
+        order = torch.randperm(mask.shape[0], generator=generator)
+        mask = mask[order[torch.arange(shape[0]) % len(order)].to(mask.device)]
     return _resized(mask, shape)
 
 
@@ -122,7 +168,6 @@ def _without_one(mask: Tensor, axis: int) -> Tensor:
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The tensor cut off, or with its last values repeated, along each size."""
     for axis, size in enumerate(shape):
         places = torch.arange(size, device=tensor.device).clamp(max=tensor.shape[axis] - 1)
         tensor = tensor.index_select(axis, places)

@@ -11,7 +11,7 @@ from torch import nn
 from diffq_fx import _compat
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.export.onnx.layout.profiles import TARGETS
-from diffq_fx.export.onnx.result import ExportResult
+from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -161,7 +161,7 @@ def _check_choices(layout: str, activations: str, target: str, calibration: Iter
 
 
 def _check_finite(converted: nn.Module) -> None:
-    """Refuse parameters that are not finite: nothing that such a model computes can be compared."""
+    """Nothing that a model with such parameters computes can be compared."""
     for name, parameter in converted.named_parameters():
         hides = not parameter.requires_grad and not bool(parameter.isnan().any())  # a mask of -inf that nothing trains
         if not hides and (where := not_finite(parameter)):
@@ -169,7 +169,6 @@ def _check_finite(converted: nn.Module) -> None:
 
 
 def _check_converted(converted: nn.Module) -> None:
-    """Refuse a model that still holds quantizers, has no stored weight, or one that ONNX cannot hold."""
     for name, module in converted.named_modules():
         if isinstance(module, WeightQuantizer):
             raise ExportError(
@@ -187,7 +186,6 @@ def _check_converted(converted: nn.Module) -> None:
 
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
-    """Switch a model to eval mode for a while."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -20,31 +20,28 @@ _SUB_BYTE_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 
 
 def load_graph(path: str | Path) -> "ModelProto":
-    """Read an ONNX file without its external data.
-
-    Args:
-        path: an ONNX file (protobuf, whatever its ending).
-
-    Returns:
-        The model; a tensor kept in another file stays there.
+    """Read an ONNX file (protobuf, whatever its ending); a tensor kept in another file stays there.
 
     Raises:
         FileNotFoundError: There is no such file.
-        DiffQError: The file is not ONNX, or cut short.
+        DiffQError: The file cannot be read (it is a folder, or forbidden), is not ONNX, or cut short.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}'.")
-    size = path.stat().st_size
+    named = repr(str(path))
     try:
-        model = onnx.load(path, format="protobuf", load_external_data=False)
+        content = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"there is no file {named}.") from error
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        raise DiffQError(f"cannot read {named}: {getattr(error, 'strerror', None) or error}.") from error
+    try:
+        model = onnx.load_from_string(content)
     except DecodeError as error:
-        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: {error}.") from error
+        raise DiffQError(f"{named} ({len(content)} bytes) is not an ONNX file, or was cut short: {error}.") from error
     if not model.HasField("graph") or not model.opset_import:
-        raise DiffQError(f"'{path}' ({size} bytes) is not an ONNX file, or was cut short: it has no graph or no opset.")
+        raise DiffQError(f"{named} ({len(content)} bytes) is not an ONNX file, or was cut short: it has no graph or no opset.")
     return model
 
 
@@ -76,13 +73,7 @@ def container_bits(data_type: int) -> int:
 
 
 def payload_bytes(tensor: "TensorProto") -> int:
-    """Bytes of the values alone, packed as raw_data packs them, wherever and however the file keeps them.
-
-    Args:
-        tensor: an initializer, its data inside the file or out of it.
-
-    Returns:
-        ``ceil(values * container bits / 8)``; the summed length of strings.
+    """Bytes of the values alone, packed as raw_data packs them, wherever and however the file keeps them; the length of strings.
 
     Raises:
         DiffQError: The tensor holds fewer or more bytes than its shape needs.
@@ -116,14 +107,7 @@ def external_region(tensor: "TensorProto") -> Region | None:
 
 
 def size_bytes(path: str | Path, locations: Iterable[str]) -> int:
-    """Size on disk of an ONNX file and of the files that hold its external data, in bytes.
-
-    Args:
-        path: an ONNX file.
-        locations: the other files as the tensors name them, relative to the folder of ``path``.
-
-    Returns:
-        The sum of their sizes.
+    """Bytes on disk of an ONNX file and of those at ``locations``, where its external data lies, relative to its folder.
 
     Raises:
         FileNotFoundError: One of them is missing.

@@ -99,7 +99,7 @@ class OnnxInspection:
     @property
     def learned_payload_bytes(self) -> int | None:
         """All levels bit-packed at the width that each has learned; None for files of others."""
-        return None if self.metadata is None else -(-self.metadata.payload_bits // 8)
+        return None if self.metadata is None else self.metadata.payload_bytes
 
     def of_role(self, role: Role) -> tuple[TensorReport, ...]:
         """The tensors of one role, in the order of the file."""

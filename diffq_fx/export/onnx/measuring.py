@@ -43,11 +43,7 @@ _LEAST_OUTPUTS = 64
 
 
 def machines_of(target: str) -> Machines:
-    """What tells the times of a product for a target of ``export_onnx``.
-
-    Args:
-        target: one of :data:`~diffq_fx.export.onnx.layout.profiles.TARGETS`.
-    """
+    """What tells the times of a product for a target of ``export_onnx``."""
     return Stopwatch() if target == THIS_MACHINE else lambda product, kernels: KINDS[target]
 
 
@@ -102,15 +98,12 @@ def _part(product: Product) -> Product:
 
 
 def prepare_run(kernel: Kernel, product: Product, *, threads: int = 0) -> Run:
-    """Load a model of one product in one form, as ``export_onnx`` would write it, with random weights.
+    """Load a model of one product in one form, as ``export_onnx`` would write it; what is returned runs it once on random inputs.
 
     Args:
         kernel: the form.
         product: the size; at 2 bits with a number of outputs that is a multiple of 4.
         threads: of onnxruntime; 0 for as many as it takes by itself.
-
-    Returns:
-        What runs it once on random inputs.
 
     Example:
         >>> prepare_run(Kernel("fused 4", 32), Product(2, 64, 64))()[0].shape

@@ -77,17 +77,21 @@ class WeightRecord:
     @property
     def payload_bits(self) -> int:
         """Bits of the levels, each at the width it has learned."""
-        return sum(width * count for width, count in self.bits.items())
+        return _bits(self.bits)
 
     @property
     def container_payload_bits(self) -> int:
         """Bits of the levels in the containers of the file."""
-        return sum(width * count for width, count in self.containers.items())
+        return _bits(self.containers)
 
     @property
     def container_bits(self) -> int:
         """The widest container of the weight."""
         return max(self.containers)
+
+
+def _bits(histogram: Mapping[int, int]) -> int:
+    return sum(width * count for width, count in histogram.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,27 +105,44 @@ class ExportMetadata:
     """The machines that the forms of the products were chosen for; None in layout "qdq", which has one form."""
     session: Mapping[str, str] = field(default_factory=dict)
     """The session entries that the file asks for."""
-    weights: tuple[WeightRecord, ...] = field(default=())
+    weights: tuple[WeightRecord, ...] = ()
+    """Per weight: bits, containers, the rule that was applied, why it, and why not a faster one."""
 
     @property
-    def payload_bits(self) -> int:
-        """Bits of all levels, each at the width it has learned."""
-        return sum(record.payload_bits for record in self.weights)
+    def payload_bytes(self) -> int:
+        """All levels at the widths that they have learned."""
+        return -(-sum(record.payload_bits for record in self.weights) // 8)
 
     @property
-    def container_payload_bits(self) -> int:
-        """Bits of all levels in the containers of the file."""
-        return sum(record.container_payload_bits for record in self.weights)
+    def container_payload_bytes(self) -> int:
+        """All levels in the containers of the file."""
+        return -(-sum(record.container_payload_bits for record in self.weights) // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult(ExportMetadata):
+    """What ``export_onnx`` wrote, and why one can trust it."""
+
+    path: Path
+    opset: int
+    file_bytes: int
+    """The file on disk, with its scales, its float parameters and its graph."""
+    max_abs_error: float | None
+    """Largest difference to PyTorch over the verification's inputs; None with ``verify=False``."""
+    max_relative_error: float | None
+    """The same as a part of the output's largest value. Both are measured with activations in float everywhere: they show that the
+    file computes with the model's own weights."""
+    fast_relative_error: float | None
+    """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster; on the first item
+    of the calibration, on random inputs without one."""
+    operators: dict[str, int] | None
+    """Operators that onnxruntime runs in one inference; None with ``verify=False``."""
+    remarks: tuple[str, ...]
+    """What is worth knowing about the file as a whole."""
 
 
 def to_props(metadata: ExportMetadata) -> dict[str, str]:
-    """Write metadata as ``metadata_props``.
-
-    Args:
-        metadata: what to write.
-
-    Returns:
-        The entries of the table above.
+    """Write metadata as ``metadata_props``, the entries of the table above.
 
     Example:
         >>> sorted(to_props(ExportMetadata(layout="qdq")))
@@ -143,14 +164,9 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
 
 
 def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
-    """Read metadata back from ``metadata_props``.
+    """Read metadata back from ``metadata_props``; None for a file that diffq_fx has not written.
 
-    Args:
-        props: the file's entries; those of other producers are ignored. ``onnxruntime``'s
-            ``session.get_modelmeta().custom_metadata_map`` and ``onnx_ir.Model.metadata_props`` are such mappings.
-
-    Returns:
-        The metadata, or None for a file that diffq_fx has not written.
+    ``onnxruntime``'s ``session.get_modelmeta().custom_metadata_map`` and ``onnx_ir.Model.metadata_props`` are such mappings.
 
     Raises:
         ExportError: The entries are of a newer schema, or damaged.
@@ -161,18 +177,20 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
         >>> from_props({"author": "somebody"}) is None
         True
     """
-    if f"{PREFIX}schema" not in props:
+    ours = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(PREFIX)}
+    if "schema" not in ours:
         return None
     try:
-        schema = int(props[f"{PREFIX}schema"])
+        schema = int(ours["schema"])
         if schema > SCHEMA_VERSION:
             raise ExportError(f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx.")
-        entries = json.loads(props[f"{PREFIX}weights"])
-        weights = tuple(_record(name, entry) for name, entry in entries.items())
-        session = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(f"{PREFIX}session.")}
-        activations = props.get(f"{PREFIX}activations", "float")
-        target = props.get(f"{PREFIX}target")
-        return ExportMetadata(layout=props[f"{PREFIX}layout"], activations=activations, target=target, session=session, weights=weights)
+        return ExportMetadata(
+            layout=ours["layout"],
+            activations=ours.get("activations", "float"),
+            target=ours.get("target"),
+            session={key: value for key, value in ours.items() if key.startswith("session.")},
+            weights=tuple(_record(name, entry) for name, entry in json.loads(ours["weights"]).items()),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
 

@@ -8,10 +8,10 @@ import onnx_ir as ir
 
 
 def name_outputs(graph: ir.Graph, returned: Any) -> None:
-    """Call outputs by the keys of the mappings that a model returns; those of a plain tuple keep their names.
+    """Call outputs by the keys of the mappings that a model returns, in place; those of a plain tuple keep their names.
 
     Args:
-        graph: the main graph; changed in place.
+        graph: the main graph.
         returned: what the model returns, with the number of each output in its place.
     """
     taken = {value.name for node in graph.all_nodes() for value in node.outputs} | set(graph.initializers)
@@ -39,9 +39,6 @@ def name_sizes(graph: ir.Graph) -> dict[str, str]:
 
     Sizes that are not those of any input, and expressions such as ``2*batch``, follow. A second batch that the model keeps apart
     from the first one is "<input>_0".
-
-    Args:
-        graph: the main graph.
 
     Returns:
         Old name -> new name.

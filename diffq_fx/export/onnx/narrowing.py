@@ -1,5 +1,7 @@
 """What is not quantized in a smaller type, cast back when a file is loaded: parameters as float16, tables of integers as they need."""
 
+from collections.abc import Set
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -30,15 +32,10 @@ def halved_names(converted: nn.Module) -> set[str]:
     }
 
 
-def store_halves(model: ir.Model, names: set[str]) -> None:
-    """Replace float32 initializers by float16 ones and a Cast.
-
-    Args:
-        model: changed in place.
-        names: the initializers to replace; names that the graph does not have are ignored.
-    """
+def store_halves(model: ir.Model, names: Set[str]) -> None:
+    """Replace float32 initializers by float16 ones and a Cast, in place; names that the graph does not have are ignored."""
     emitter = Emitter(model.graph)
-    for name in sorted(names & set(model.graph.initializers)):
+    for name in sorted(names & model.graph.initializers.keys()):
         value = model.graph.initializers[name]
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
             _store_as(emitter, value, value.const_value.numpy().astype(np.float16))
@@ -74,7 +71,7 @@ def _store_as(emitter: Emitter, value: ir.Value, stored: np.ndarray) -> None:
 class HalvedModel(nn.Module):
     """A model that computes with some parameters rounded to float16, as its file will; the model itself is not touched."""
 
-    def __init__(self, model: nn.Module, names: set[str]) -> None:
+    def __init__(self, model: nn.Module, names: Set[str]) -> None:
         super().__init__()
         self.model = model
         self.names = names

@@ -21,19 +21,12 @@ _SIXTEEN_BIT_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
 
 
 def set_opset(model: ir.Model, asked: int | None) -> int:
-    """Convert a model to the smallest opset that holds it, or to the one that the user asked for.
-
-    Args:
-        model: at the base opset but for the containers; changed in place.
-        asked: the user's opset, None for the smallest.
-
-    Returns:
-        The opset.
+    """Convert a model in place to the smallest opset that holds it, or to the one that the user asked for; returns which.
 
     Raises:
         ExportError: The opset is too low for a container, or not one that models can be converted to.
     """
-    needed, reason = needed_opset(model)
+    needed, reason = _needed_opset(model)
     target = needed if asked is None else asked
     if not BASE_OPSET <= target <= MAX_OPSET:
         raise ExportError(f"opset {target} is outside of {BASE_OPSET} to {MAX_OPSET}, which the exporter can write.")
@@ -47,7 +40,7 @@ def set_opset(model: ir.Model, asked: int | None) -> int:
     return target
 
 
-def needed_opset(model: ir.Model) -> tuple[int, str]:
+def _needed_opset(model: ir.Model) -> tuple[int, str]:
     """The smallest opset that holds a model, and what asks for it."""
     asking = [(BASE_OPSET, "the model")]
     for name, value in model.graph.initializers.items():

@@ -1,10 +1,10 @@
-"""Runs an exported file in onnxruntime and compares it with PyTorch: the largest difference, never a cosine."""
+"""Runs an exported file in onnxruntime and compares it with PyTorch."""
 
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from diffq_fx.errors import DiffQError, ExportError
-from diffq_fx.export.onnx.differences import largest_difference
-from diffq_fx.export.onnx.examples import ExportExample
+from diffq_fx.export.onnx.differences import difference_of
+from diffq_fx.export.onnx.examples import ExportExample, Hidden
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.sessions import EXACT_LEVEL, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
@@ -24,8 +24,19 @@ TOLERANCE = 1e-4
 """Largest difference allowed, as a part of the output's largest value; a model in float16 gets a few of its own steps."""
 _STEPS = 4
 _SEED = 0
+_SIDES = ("PyTorch", "onnxruntime")
+_SEE_SOMETHING = (
+    "sees nothing: of such a row attention makes 0 or NaN in PyTorch and an average in onnxruntime. "
+    "Give every row of example_inputs a place that it sees"
+)
+_REFUSALS = (DiffQError, RuntimeError, ValueError, IndexError)
 
 _Outputs = Mapping[str, np.ndarray]
+_Pair = tuple[_Outputs, list[np.ndarray]]
+
+
+class _BlindRowError(Exception):
+    """What differs hangs on a row of a mask that sees nothing."""
 
 
 class SizeError(ExportError):
@@ -45,8 +56,8 @@ class Parity:
     """Operators that onnxruntime ran, and how often, in one inference."""
     dequantized: tuple[str, ...]
     """Names of the DequantizeLinear nodes among them: weights that are dequantized at every run."""
-    leaves_out_hidden: bool
-    """Whether only what a mask shows was compared, since the rest differs."""
+    remark: str
+    """What was compared, if not everything: only what a mask shows, since the rest differs."""
 
 
 @dataclass(frozen=True)
@@ -60,42 +71,92 @@ class DraftFiles:
     """The same numbers with activations that are not rounded in the graph; the published file itself if it rounds none there."""
 
 
+class _Comparison:
+    """One file against the model, on any inputs."""
+
+    def __init__(self, path: Path, reference: nn.Module, example: ExportExample, session: Any) -> None:
+        self.path, self.reference, self.example, self.session = path, reference, example, session
+        self.hidden: Hidden | None = None
+        """The user's mask, if only what it shows is the same."""
+
+    def outputs(self, inputs: ExportExample) -> _Pair:
+        """What the file and the model make of the same inputs."""
+        feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(self.session.get_inputs(), inputs.tensors, strict=True)}
+        expected = [to_numpy(leaf) for leaf in inputs.map(torch.clone).run(self.reference) if isinstance(leaf, torch.Tensor)]
+        return run_session(self.session, feeds, self.path), expected
+
+    def check(self, found: _Outputs, expected: list[np.ndarray], inputs: ExportExample) -> tuple[float, float]:
+        """The differences of everything, or else of what a mask shows."""
+        try:
+            return compare_outputs(found, expected)
+        except ExportError as error:
+            for here, of_user in zip(inputs.hidden, self.example.hidden, strict=False):
+                shown = {name: here.without(value) for name, value in found.items()}
+                with suppress(ExportError):
+                    errors = compare_outputs(shown, [here.without(value) for value in expected])
+                    self.hidden = of_user
+                    return errors
+            for here, of_user in zip(inputs.hidden, self.example.hidden, strict=False):
+                with suppress(*_REFUSALS):
+                    compare_outputs(*self.outputs(here.shown(inputs)))  # so it is the rows that see nothing
+                    raise _BlindRowError(f"{error}. {self._blind_rows(of_user)}") from error
+            raise
+
+    def remark(self) -> str:
+        if self.hidden is None:
+            return ""
+        blind = self._blind_rows(self.hidden) or (
+            "Where a row of attention sees nothing (padding on the left of a causal model) PyTorch gives 0 and onnxruntime an average. "
+            "Leave these places out"
+        )
+        return (
+            f"the outputs agree with PyTorch's where the mask shows a place, and differ where it hides one: {blind[0].lower()}{blind[1:]}"
+        )
+
+    def _blind_rows(self, hidden: Hidden) -> str:
+        rows = ", ".join(map(str, hidden.rows.nonzero()[0]))
+        return rows and f"Row {rows} of input {self.session.get_inputs()[hidden.number].name!r} {_SEE_SOMETHING}"
+
+
 def check_parity(
     files: DraftFiles, reference: nn.Module, example: ExportExample, traced: TracedModel, typical: ExportExample | None = None
 ) -> Parity:
-    """Compare a file with the model that it was made of, on fresh random inputs at the example's size and at another batch.
+    """Compare a file with the model that it was made of, on fresh random inputs at the example's size and at others.
 
     Args:
         files: what is compared.
         reference: the model, in eval mode, with the numbers that the file has.
         example: the user's example.
-        traced: tells which sizes are dynamic.
+        traced: tells which sizes are dynamic, and at which ones a trace may be wrong.
         typical: inputs for the error of rounded activations; None for the random ones.
 
     Raises:
         SizeError: the model does not run at another size, or the file has dynamic sizes and differs at one.
         ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
-    exact = open_session(files.exact, 0, {**files.entries, **dict([EXACT_LEVEL])})
-    fast = open_session(files.published, 0, files.entries, files.published.with_name("profile"))
+    session = open_session(files.exact, 0, {**files.entries, **dict([EXACT_LEVEL])})
+    profiled = open_session(files.published, 0, files.entries, files.published.with_name("profile"))
+    exact = _Comparison(files.exact, reference, example, session)
+    fast = _Comparison(files.published, reference, example, profiled)
     generator = torch.Generator().manual_seed(_SEED)
-    worst, fast_worst, hidden = (0.0, 0.0), 0.0, False
+    worst, rounded = (0.0, 0.0), [] if typical is None else [typical]
     for sizes in [traced.sizes, traced.other_sizes] if traced.sizes else [traced.sizes]:
-        fresh = _that_runs(reference, example, generator, _shapes(traced, sizes))
+        fresh = _that_runs(reference, example, generator, traced.shapes(sizes))
         with _at(sizes):
-            found, expected = _both(exact, files.exact, reference, fresh)
-            errors, only_seen = _compared(found, expected, fresh.masks)
-        hidden |= only_seen
-        worst = max(worst, errors, key=lambda pair: pair[1])
-        if typical is None:
-            fast_worst = max(fast_worst, _relative(*_both(fast, files.published, reference, fresh)))
-    if typical is not None:
-        fast_worst = _relative(*_both(fast, files.published, reference, typical))
-    if traced.single:
-        _check_single(exact, files.exact, reference, example.redrawn(generator, _shapes(traced, traced.single)), traced.single)
-    kernels = _kernels(Path(fast.end_profiling()))
+            worst = max(worst, exact.check(*exact.outputs(fresh), fresh), key=lambda pair: pair[1])
+        rounded += [fresh] if typical is None else []
+    fast_worst = max((_relative(*fast.outputs(inputs)) for inputs in rounded), default=0.0)
+    for sizes in traced.turning_points:
+        try:
+            fresh = example.redrawn(generator, traced.shapes(sizes))
+            outputs = exact.outputs(fresh)
+        except _REFUSALS:
+            continue  # no size that both take
+        with _at(sizes):
+            exact.check(*outputs, fresh)
+    kernels = _kernels(Path(profiled.end_profiling()))
     dequantized = _dequantized_at_run(files) if any(operator == "DequantizeLinear" for _, operator in kernels) else ()
-    return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized, hidden)
+    return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized, exact.remark())
 
 
 def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
@@ -111,67 +172,17 @@ def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
     return tuple(names[node.output[0]] for node in left if node.output[0] in names)
 
 
-def _shapes(traced: TracedModel, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
-    return [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in traced.input_shapes]
-
-
 @contextmanager
 def _at(sizes: Mapping[str, int]) -> Iterator[None]:
     """Turn an error into one that names the sizes, if any is dynamic."""
     try:
         yield
-    except (DiffQError, RuntimeError, ValueError, IndexError) as error:
-        if not sizes:
-            raise ExportError(f"{error}. The file was not written; please report this model.") from error
-        raise SizeError(f"at {', '.join(f'{name}={size}' for name, size in sizes.items())} {error}") from error
-
-
-def _check_single(session: Any, path: Path, reference: nn.Module, example: ExportExample, sizes: Mapping[str, int]) -> None:
-    """Compare at a batch of one, where both run."""
-    try:
-        found, expected = _both(session, path, reference, example)
-    except (DiffQError, RuntimeError, ValueError, IndexError):
-        return
-    with _at(sizes):
-        _compared(found, expected, example.masks)
-
-
-def _compared(found: _Outputs, expected: list[np.ndarray], masks: list[torch.Tensor]) -> tuple[tuple[float, float], bool]:
-    """The differences, and whether they are only those of what a mask shows."""
-    try:
-        return compare_outputs(found, expected), False
-    except ExportError as error:
-        return _compare_what_is_seen(found, expected, masks, error), True
-
-
-def _both(session: Any, path: Path, reference: nn.Module, example: ExportExample) -> tuple[_Outputs, list[np.ndarray]]:
-    """What the file and the model make of the same inputs."""
-    feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(session.get_inputs(), example.tensors, strict=True)}
-    expected = [to_numpy(leaf) for leaf in example.map(torch.clone).run(reference) if isinstance(leaf, torch.Tensor)]
-    return run_session(session, feeds, path), expected
-
-
-def _compare_what_is_seen(
-    found: _Outputs, expected: list[np.ndarray], masks: list[torch.Tensor], error: ExportError
-) -> tuple[float, float]:
-    """Compare without the places that a mask hides.
-
-    What stands there means nothing, and where they see nothing in turn (padding on the left of a causal model) attention is 0 in PyTorch
-    and an average in onnxruntime.
-    """
-    for mask in masks:
-        for hidden in (to_numpy(mask) == value for value in (0, 1)):
-            seen = [{name: _without(value, hidden) for name, value in found.items()}, [_without(value, hidden) for value in expected]]
-            try:
-                return compare_outputs(*seen)
-            except ExportError:
-                continue
-    raise error
-
-
-def _without(output: np.ndarray, hidden: np.ndarray) -> np.ndarray:
-    """An output of shape (batch, length, ...) without the places that are hidden; any other as it is."""
-    return output[~hidden] if output.shape[:2] == hidden.shape and not hidden.all() else output
+    except _BlindRowError as error:
+        raise ExportError(str(error)) from error
+    except _REFUSALS as error:
+        if sizes:
+            raise SizeError(f"at {', '.join(f'{name}={size}' for name, size in sizes.items())} {error}") from error
+        raise ExportError(f"{error}. The file was not written; please report this model.") from error
 
 
 def _that_runs(reference: nn.Module, example: ExportExample, generator: torch.Generator, shapes: list[tuple[int, ...]]) -> ExportExample:
@@ -194,30 +205,31 @@ def compare_outputs(found: _Outputs, expected: list[np.ndarray]) -> tuple[float,
     """The largest difference, and the largest relative to the output's largest value.
 
     Raises:
-        ExportError: The outputs do not fit, or differ by more than the tolerance.
+        DiffQError: The outputs do not fit.
+        ExportError: They differ by more than the tolerance.
 
     Example:
         >>> compare_outputs({"y": np.array([1.0, 2.0])}, [np.array([1.0, 2.00001])])[1] < 1e-5
         True
     """
     if len(found) != len(expected):
-        raise ExportError(f"the file has {len(found)} outputs {list(found)}, the model returns {len(expected)} tensors")
+        raise DiffQError(f"the file has {len(found)} outputs {list(found)}, the model returns {len(expected)} tensors")
     worst_abs, worst_relative = 0.0, 0.0
     for (name, ours), theirs in zip(found.items(), expected, strict=True):
-        if ours.shape != theirs.shape:
-            raise ExportError(f"output {name!r} has shape {ours.shape} in onnxruntime, {theirs.shape} in PyTorch")
-        difference, relative = largest_difference(ours, theirs)
+        difference = difference_of(name, theirs, ours, _SIDES)
         allowed = max(TOLERANCE, _STEPS * float(np.finfo(theirs.dtype).eps)) if theirs.dtype.kind == "f" else 0.0
-        if not relative <= allowed:
+        if not difference.max_relative <= allowed:
             raise ExportError(
-                f"output {name!r} differs from PyTorch by {difference:.3g}, {relative:.3g} of its largest value (allowed: {allowed:.0e})"
+                f"output {name!r} differs from PyTorch by {difference.max_abs:.3g}, {difference.max_relative:.3g} of its largest value "
+                f"(allowed: {allowed:.0e})"
             )
-        worst_abs, worst_relative = max(worst_abs, difference), max(worst_relative, relative)
+        worst_abs, worst_relative = max(worst_abs, difference.max_abs), max(worst_relative, difference.max_relative)
     return worst_abs, worst_relative
 
 
 def _relative(found: _Outputs, expected: list[np.ndarray]) -> float:
-    return max((largest_difference(ours, theirs)[1] for ours, theirs in zip(found.values(), expected, strict=True)), default=0.0)
+    pairs = zip(found.items(), expected, strict=True)
+    return max((difference_of(name, theirs, ours, _SIDES).max_relative for (name, ours), theirs in pairs), default=0.0)
 
 
 def _kernels(profile: Path) -> list[tuple[str, str]]:

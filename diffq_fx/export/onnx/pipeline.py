@@ -1,7 +1,7 @@
 """The steps of an export, in their order. Imports onnx, onnxscript and onnxruntime; :mod:`.exporter` does not."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE
-from diffq_fx.export.onnx.calibration import Calibration, calibrate
+from diffq_fx.export.onnx.calibration import calibrate
 from diffq_fx.export.onnx.causes import failure_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
@@ -22,11 +22,10 @@ from diffq_fx.export.onnx.layout.request import LayoutRequest
 from diffq_fx.export.onnx.layout.rounding import watch
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
-from diffq_fx.export.onnx.metadata import ExportMetadata, to_props
+from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, to_props
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
-from diffq_fx.export.onnx.result import ExportResult
 from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
@@ -35,23 +34,7 @@ from diffq_fx.storage import IntegerWeight, StoredWeight
 
 _ROUGH = 0.1
 """A relative error of the rounded activations that is worth a remark."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
-    """What one export works on."""
-
-    converted: nn.Module
-    weights: dict[str, StoredWeight]
-    example: ExportExample
-    traced: TracedModel
-    halved: set[str]
-    folder: Path
-    path: Path
-    request: LayoutRequest
-    verify: bool
-    typical: ExportExample | None = None
-    """Inputs as the model sees them in use, if the user has given any."""
+_NOT_FUSED = "this onnxruntime does not fuse it here: it would be dequantized at every run"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +45,80 @@ class _Draft:
     opset: int
     metadata: ExportMetadata
     parity: Parity | None
+
+    @property
+    def dequantized(self) -> list[str]:
+        """The weights that onnxruntime dequantizes at every run, as in layout "qdq" it shall."""
+        if self.metadata.layout == "qdq" or self.parity is None:
+            return []
+        nodes = self.parity.dequantized
+        return [weight.name for weight in self.metadata.weights if any(node.startswith(f"{weight.name}.") for node in nodes)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """What one export works on."""
+
+    converted: nn.Module
+    weights: dict[str, StoredWeight]
+    example: ExportExample
+    traced: TracedModel
+    halved: frozenset[str]
+    folder: Path
+    path: Path
+    request: LayoutRequest
+    verify: bool
+    typical: ExportExample | None = None
+    """Inputs as the model sees them in use, if the user has given any."""
+
+    def traced_anew(self, traced: TracedModel) -> "_Job":
+        return replace(self, traced=traced, request=replace(self.request, sizes=traced.sizes))
+
+    def calibrated(self, calibration: Iterable[Any]) -> "_Job":
+        """With the range of every activation that is to be rounded."""
+        model, applied, _ = self._laid_out({}, twin=True)
+        watched = watch(model, applied.rounded)
+        file = save_draft(model, self.folder / "calibration", self.path)
+        ranges, first = calibrate(file, watched, calibration, self.example, self.traced.model.graph)
+        return replace(self, request=replace(self.request, ranges=ranges), typical=first)
+
+    def draft(self) -> _Draft:
+        """The file; what this onnxruntime turns out to dequantize at every run is folded in a second draft."""
+        draft = self._draft({})
+        return self._draft(dict.fromkeys(draft.dequantized, _NOT_FUSED)) if draft.dequantized else draft
+
+    def _draft(self, refused: Mapping[str, str]) -> _Draft:
+        model, applied, opset = self._laid_out(refused)
+        layout, entries = self.request.layout, wanted_entries(self.request.layout)
+        metadata = ExportMetadata(
+            layout=layout,
+            activations=self.request.activations,
+            target=None if layout == "qdq" else self.request.target,
+            session=entries,
+            weights=applied.records,
+        )
+        drop_what_is_derived(model)
+        if layout != "qdq":  # other runtimes may not know functions
+            call_functions(model)
+        model.producer_name, model.producer_version = "diffq_fx", diffq_fx.__version__
+        model.metadata_props.update(to_props(metadata))
+        file = save_draft(model, self.folder / "published", self.path)
+        check_products(file)
+        return _Draft(file, opset, metadata, self._parity(refused, DraftFiles(file, entries, file)) if self.verify else None)
+
+    def _laid_out(self, refused: Mapping[str, str], *, twin: bool = False) -> tuple[ir.Model, Applied, int]:
+        model = self.traced.model.clone()
+        applied = apply_layout(model, self.weights, replace(self.request, refused=refused, twin=twin))
+        store_halves(model, self.halved)
+        store_narrow_tables(model)
+        return model, applied, set_opset(model, self.request.opset)
+
+    def _parity(self, refused: Mapping[str, str], files: DraftFiles) -> Parity:
+        if self.request.rounds:
+            model, _, _ = self._laid_out(refused, twin=True)
+            files = replace(files, exact=save_draft(model, self.folder / "exact", self.path))
+        reference = HalvedModel(self.converted, self.halved) if self.halved else self.converted
+        return check_parity(files, reference, self.example, self.traced, self.typical)
 
 
 def export_file(
@@ -80,14 +137,35 @@ def export_file(
         ExportError: Any of the steps fails; the target is as it was.
     """
     example = ExportExample.of(example_inputs).on_its_own()
+    weights = weights_by_initializer(converted)
+    halved = frozenset(halved_names(converted))
     try:
         with draft_folder(path, ExportError) as folder:
             try:
-                job = _job(converted, example, path, folder, request, dynamic_shapes, verify=verify)
-                if calibration is not None:
-                    found = _calibrated(job, calibration)
-                    job = replace(job, request=replace(job.request, ranges=found.ranges), typical=found.first)
-                job, draft = _drafted(job, dynamic_shapes)
+                for weight in weights.values():
+                    if isinstance(weight, IntegerWeight):
+                        read_table(weight)  # a weight without ONNX form is found before the long work begins
+                traced = trace(converted, example, dynamic_shapes)
+                request = replace(request, sizes=traced.sizes, halved=halved)
+                job = _Job(
+                    converted=converted,
+                    weights=weights,
+                    example=example,
+                    traced=traced,
+                    halved=halved,
+                    folder=folder,
+                    path=path,
+                    request=request,
+                    verify=verify,
+                )
+                job = job if calibration is None else job.calibrated(calibration)
+                try:
+                    draft = job.draft()
+                except SizeError as error:
+                    if dynamic_shapes is not None:
+                        raise ExportError(f"{error}. {SIZE_ADVICE}") from error
+                    job = job.traced_anew(trace(converted, example, None, static=str(error)))
+                    draft = job.draft()
             except DiffQError as error:
                 raise ExportError(failure_cause(converted, example, error)) from error
             file_bytes = publish(draft.file, path)
@@ -96,136 +174,12 @@ def export_file(
     return _result(job, draft, file_bytes)
 
 
-def _job(
-    converted: nn.Module, example: ExportExample, path: Path, folder: Path, request: LayoutRequest, dynamic_shapes: Any, *, verify: bool
-) -> _Job:
-    weights = weights_by_initializer(converted)
-    for weight in weights.values():
-        if isinstance(weight, IntegerWeight):
-            read_table(weight)  # a weight without ONNX form is found before the long work begins
-    traced = trace(converted, example, dynamic_shapes)
-    halved = halved_names(converted)
-    return _Job(
-        converted=converted,
-        weights=weights,
-        example=example,
-        traced=traced,
-        halved=halved,
-        folder=folder,
-        path=path,
-        request=replace(request, sizes=traced.sizes, halved=frozenset(halved)),
-        verify=verify,
-    )
-
-
-def _drafted(job: _Job, dynamic_shapes: Any) -> tuple[_Job, _Draft]:
-    """Draft the file; with a static batch where it is wrong at another one."""
-    try:
-        return job, _draft_without_dequantization(job)
-    except SizeError as error:
-        if dynamic_shapes is not None:
-            raise ExportError(f"{error}. {SIZE_ADVICE}") from error
-        traced = trace(job.converted, job.example, None, static=str(error))
-        job = replace(job, traced=traced, request=replace(job.request, sizes=traced.sizes))
-        return job, _draft_without_dequantization(job)
-
-
-def _calibrated(job: _Job, calibration: Iterable[Any]) -> Calibration:
-    """The range of every activation that is to be rounded."""
-    model, applied, _ = _laid_out(job, {}, twin=True)
-    watched = watch(model, applied.rounded)
-    return calibrate(save_draft(model, job.folder / "calibration", job.path), watched, calibration, job.example, job.traced.model.graph)
-
-
-def _draft_without_dequantization(job: _Job) -> _Draft:
-    """Draft the file; what this onnxruntime turns out to dequantize at every run is folded in a second draft."""
-    draft = _draft(job, {})
-    refused = _dequantized_weights(job, draft)
-    if not refused:
-        return draft
-    reason = "this onnxruntime does not fuse it here: it would be dequantized at every run"
-    return _draft(job, dict.fromkeys(refused, reason))
-
-
-def _draft(job: _Job, refused: Mapping[str, str]) -> _Draft:
-    model, applied, opset = _laid_out(job, refused)
-    request = job.request
-    entries = wanted_entries(request.layout)
-    metadata = ExportMetadata(
-        layout=request.layout,
-        activations=request.activations,
-        target=None if request.layout == "qdq" else request.target,
-        session=entries,
-        weights=applied.records,
-    )
-    drop_what_is_derived(model)
-    if request.layout != "qdq":  # other runtimes may not know functions
-        call_functions(model)
-    model.producer_name = "diffq_fx"
-    model.producer_version = diffq_fx.__version__
-    model.metadata_props.update(to_props(metadata))
-    file = save_draft(model, job.folder / "published", job.path)
-    check_products(file)
-    parity = _parity(job, refused, DraftFiles(file, entries, file)) if job.verify else None
-    return _Draft(file, opset, metadata, parity)
-
-
-def _laid_out(job: _Job, refused: Mapping[str, str], *, twin: bool = False) -> tuple[ir.Model, Applied, int]:
-    model = job.traced.model.clone()
-    applied = apply_layout(model, job.weights, replace(job.request, refused=refused, twin=twin))
-    store_halves(model, job.halved)
-    store_narrow_tables(model)
-    return model, applied, set_opset(model, job.request.opset)
-
-
-def _parity(job: _Job, refused: Mapping[str, str], files: DraftFiles) -> Parity:
-    if job.request.rounds:
-        model, _, _ = _laid_out(job, refused, twin=True)
-        files = replace(files, exact=save_draft(model, job.folder / "exact", job.path))
-    reference = HalvedModel(job.converted, job.halved) if job.halved else job.converted
-    return check_parity(files, reference, job.example, job.traced, job.typical)
-
-
-def _dequantized_weights(job: _Job, draft: _Draft) -> list[str]:
-    if job.request.layout == "qdq" or draft.parity is None:
-        return []
-    nodes = draft.parity.dequantized
-    return [w.name for w in draft.metadata.weights if any(node.startswith(f"{w.name}.") for node in nodes)]
-
-
-def _remarks(job: _Job, draft: _Draft) -> list[str]:
-    remarks = list(job.traced.remarks)
-    unread = {weight.spec.name for weight in job.weights.values()} - {record.name for record in draft.metadata.weights}
-    if unread:
-        remarks.append(f"the graph does not read {', '.join(sorted(unread))}: not in the file")
-    if dequantized := _dequantized_weights(job, draft):
-        remarks.append(f"onnxruntime dequantizes at every run: {', '.join(dequantized)}")
-    if isinstance(job.request.machines, Stopwatch) and (skipped := len(job.request.machines.skipped)):
-        remarks.append(f"the time for measuring was over before {skipped} products: their form is that of the portable profiles")
-    if draft.parity is not None and draft.parity.leaves_out_hidden:
-        remarks.append(
-            "the outputs agree with PyTorch's where the mask shows a place, and differ where it hides one: where a row of attention sees "
-            "nothing (padding on the left of a causal model) PyTorch gives 0 and onnxruntime an average. Leave these places out"
-        )
-    if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
-        remarks.append(
-            f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
-            "measure the file's accuracy before you use it"
-        )
-    return remarks
-
-
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
-    metadata, parity = draft.metadata, draft.parity
+    parity = draft.parity
     return ExportResult(
+        **{entry.name: getattr(draft.metadata, entry.name) for entry in fields(draft.metadata)},
         path=job.path,
         opset=draft.opset,
-        layout=metadata.layout,
-        activations=metadata.activations,
-        target=metadata.target,
-        weights=metadata.weights,
-        payload_bytes=-(-metadata.payload_bits // 8),
-        container_payload_bytes=-(-metadata.container_payload_bits // 8),
         file_bytes=file_bytes,
         max_abs_error=None if parity is None else parity.max_abs_error,
         max_relative_error=None if parity is None else parity.max_relative_error,
@@ -233,3 +187,23 @@ def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
         operators=None if parity is None else parity.operators,
         remarks=tuple(_remarks(job, draft)),
     )
+
+
+def _remarks(job: _Job, draft: _Draft) -> list[str]:
+    remarks, machines = list(job.traced.remarks), job.request.machines
+    if unread := {weight.spec.name for weight in job.weights.values()} - {record.name for record in draft.metadata.weights}:
+        remarks.append(f"the graph does not read {', '.join(sorted(unread))}: not in the file")
+    if draft.dequantized:
+        remarks.append(f"onnxruntime dequantizes at every run: {', '.join(draft.dequantized)}")
+    if isinstance(machines, Stopwatch) and machines.skipped:
+        remarks.append(
+            f"the time for measuring was over before {len(machines.skipped)} products: their form is that of the portable profiles"
+        )
+    if draft.parity is not None and draft.parity.remark:
+        remarks.append(draft.parity.remark)
+    if job.request.rounds and draft.parity is not None and draft.parity.fast_relative_error > _ROUGH:
+        remarks.append(
+            f"rounding activations changes the outputs by up to {draft.parity.fast_relative_error:.0%} of their largest value: "
+            "measure the file's accuracy before you use it"
+        )
+    return remarks

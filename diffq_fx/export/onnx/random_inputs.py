@@ -34,16 +34,13 @@ _SAME_SHAPE = frozenset(("DequantizeLinear", "Cast", "Identity", "Sub", "Mul"))
 def make_inputs(
     signature: Sequence[TensorSignature], shapes: Mapping[str, tuple[int, ...]], bounds: Mapping[str, int], seed: int
 ) -> dict[str, np.ndarray]:
-    """Draw random inputs.
+    """Draw random inputs: normal floats, fair booleans, all values of 8-bit integers, or integers in ``[0, bound)``.
 
     Args:
         signature: the inputs of a model.
         shapes: input name -> shape.
         bounds: input name -> exclusive upper bound of its integers, see :func:`index_bounds`.
         seed: of the random numbers; the same seed draws the same inputs.
-
-    Returns:
-        Input name -> normal floats, fair booleans, all values of 8-bit integers, or integers in ``[0, bound)``.
 
     Raises:
         DiffQError: An input is of a type that cannot be drawn (text, sequence, map).
@@ -73,14 +70,7 @@ def _draw(entry: TensorSignature, shape: tuple[int, ...], bound: int | None, gen
 
 
 def index_bounds(models: "Iterable[ModelProto]") -> dict[str, int]:
-    """Find the integer inputs that select rows of a table, and the number of rows of the smallest one.
-
-    Args:
-        models: models that take the same inputs.
-
-    Returns:
-        Input name -> exclusive upper bound; without the inputs for which no Gather was found.
-    """
+    """The integer inputs that select rows of a table -> the number of rows of the smallest one, over models of the same inputs."""
     from onnx.inliner import inline_local_functions
 
     bounds: dict[str, int] = {}
@@ -106,17 +96,12 @@ def _visit_graph(graph: "GraphProto", sources: _Sources, tables: _Tables, bounds
             tables[node.output[0]] = tuple(attributes["value"].t.dims)
         elif node.op_type in ("Gather", "GatherBlockQuantized"):
             axis = attributes["axis" if node.op_type == "Gather" else "gather_axis"].i if attributes else 0
-            _bound_indices(node, axis, sources, tables, bounds)
+            shape = tables.get(node.input[0], ())
+            for name in sources.get(node.input[1], ()) if -len(shape) <= axis < len(shape) else ():
+                bounds[name] = min(bounds.get(name, shape[axis]), shape[axis])
         if node.op_type in _ID_VIEWS and node.input[0] in sources:
             sources[node.output[0]] = sources[node.input[0]]
         _follow_table(node, attributes, tables)
-
-
-def _bound_indices(node: "NodeProto", axis: int, sources: _Sources, tables: _Tables, bounds: dict[str, int]) -> None:
-    shape = tables.get(node.input[0], ())
-    if -len(shape) <= axis < len(shape):
-        for name in sources.get(node.input[1], ()):
-            bounds[name] = min(bounds.get(name, shape[axis]), shape[axis])
 
 
 def _follow_table(node: "NodeProto", attributes: dict[str, Any], tables: _Tables) -> None:

@@ -55,8 +55,7 @@ def _data_name(path: Path) -> str:
 def publish(draft: Path, path: Path) -> int:
     """Put a draft in the place of the target, with the second file that it reads first; that of the old file goes.
 
-    Returns:
-        Bytes of all files.
+    Returns the bytes of all files.
 
     Raises:
         ExportError: The target cannot be replaced.
@@ -83,8 +82,8 @@ def _own_data_of(path: Path) -> list[Path]:
     """The second file of what an earlier export has left under ``path``."""
     try:
         model = load_graph(path)
-        if metadata_of(model) is None:
-            return []
+        is_ours = metadata_of(model) is not None
     except (OSError, DiffQError):  # no file, or not one of ours
         return []
-    return [path.with_name(name) for name in external_locations(model) if name.startswith(f"{path.name}.") and name.endswith(".data")]
+    names = external_locations(model) if is_ours else []
+    return [path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")]

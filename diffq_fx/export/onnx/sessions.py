@@ -26,23 +26,12 @@ _FAST_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "4")
 
 
 def wanted_entries(layout: str) -> dict[str, str]:
-    """The session entries that a file of ours asks for.
-
-    Args:
-        layout: "onnxruntime" or "qdq".
-    """
+    """The session entries that a file of ours asks for."""
     return dict([_FAST_LEVEL]) if layout == "onnxruntime" else {}
 
 
 def session_entries(model: "ModelProto") -> dict[str, str]:
-    """The onnxruntime session entries that a file asks for in its metadata.
-
-    Args:
-        model: a model with ``metadata_props`` such as ``diffq_fx.session.disable_quant_qdq = 1``.
-
-    Returns:
-        onnxruntime's key -> value: ``{"session.disable_quant_qdq": "1"}``.
-    """
+    """The session entries that a file asks for in its metadata: onnxruntime's key -> value."""
     return {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(f"{PREFIX}session.")}
 
 
@@ -120,9 +109,6 @@ def open_session(
         profile: how the name of a profile shall begin; None for none.
         optimized: where to write the graph as onnxruntime runs it; None for nowhere.
 
-    Returns:
-        The session.
-
     Raises:
         DiffQError: onnxruntime cannot load the file.
     """
@@ -143,15 +129,7 @@ def open_session(
 
 
 def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
-    """Run a session once.
-
-    Args:
-        session: of the file ``path``.
-        inputs: input name -> value.
-        path: for the message.
-
-    Returns:
-        Output name -> value.
+    """Run a session of the file ``path`` once: input name -> value, output name -> value.
 
     Raises:
         DiffQError: onnxruntime fails on these inputs, or an output is not a tensor.

@@ -26,6 +26,11 @@ class TensorSignature:
         sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
         return f"'{self.name}' {self.type} [{sizes}]"
 
+    def keys(self, position: int) -> list[str]:
+        """What an open dimension may be called, its own name first; none for a fixed one."""
+        size = self.shape[position]
+        return [] if isinstance(size, int) else [*([size] if size else []), f"{self.name}.{position}"]
+
 
 def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
     """Choose a size for every open dimension.
@@ -57,28 +62,19 @@ def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mappi
 def _resolve(entry: TensorSignature, batch: int, sizes: Mapping[str, int]) -> tuple[int, ...]:
     shape: list[int] = []
     for position, size in enumerate(entry.shape):
-        keys = [key for key in (size, f"{entry.name}.{position}") if isinstance(key, str) and key in sizes]
-        if isinstance(size, int):
-            shape.append(size)
-        elif keys:
-            shape.append(sizes[keys[-1]])
-        elif position == 0:
-            shape.append(batch)
-        else:
-            key = size or f"{entry.name}.{position}"
+        given = [sizes[key] for key in entry.keys(position) if key in sizes]
+        if not isinstance(size, int) and not given and position:
+            key = entry.keys(position)[0]
             raise ValueError(
                 f"input {entry} leaves dimension {position} open and only the first one is the batch. "
                 f"Give it a size: dims={{{key!r}: 128}}, or --dim {key}=128 on the command line."
             )
+        shape.append(size if isinstance(size, int) else given[-1] if given else batch)
     return tuple(shape)
 
 
 def _check_sizes(signature: Sequence[TensorSignature], batch: int, sizes: Mapping[str, int]) -> None:
-    known: list[str] = []
-    for entry in signature:
-        for position, size in enumerate(entry.shape):
-            if not isinstance(size, int):
-                known += [f"{entry.name}.{position}"] if size is None else [size, f"{entry.name}.{position}"]
+    known = [key for entry in signature for position in range(len(entry.shape)) for key in entry.keys(position)]
     if wrong := sorted(set(sizes) - set(known)):
         open_ones = ", ".join(dict.fromkeys(known)) or "none"
         raise ValueError(f"dims names {', '.join(wrong)}, which no input leaves open; open dimensions: {open_ones}.")
@@ -92,31 +88,23 @@ def _check_sizes(signature: Sequence[TensorSignature], batch: int, sizes: Mappin
 
 def signature_of(entries: Sequence[Any]) -> list[TensorSignature]:
     """The signature that ``session.get_inputs()`` or ``session.get_outputs()`` gives."""
-    return [
-        TensorSignature(name=entry.name, type=entry.type, shape=tuple(None if size == "" else size for size in entry.shape))
-        for entry in entries
-    ]
+    shapes = [tuple(None if size == "" else size for size in entry.shape) for entry in entries]
+    return [TensorSignature(name=entry.name, type=entry.type, shape=shape) for entry, shape in zip(entries, shapes, strict=True)]
 
 
 def check_same_signature(
     sessions: "Sequence[InferenceSession]", paths: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Check that two models take the same inputs and give the same outputs.
-
-    Args:
-        sessions: A and B.
-        paths: their files, for the message.
-        shapes: the inputs' shapes that were made for A, and that B must take.
+    """Check that two models A and B take the same inputs, of the shapes that were made for A, and give the same outputs.
 
     Raises:
         DiffQError: An input or output is missing from one of them, or has another type or a shape that B cannot take.
     """
     a, b = sessions
-    findings = [
-        *_mismatches("input", signature_of(a.get_inputs()), signature_of(b.get_inputs())),
-        *_mismatches("output", signature_of(a.get_outputs()), signature_of(b.get_outputs())),
-    ]
-    for entry in signature_of(b.get_inputs()):
+    inputs_of_b = signature_of(b.get_inputs())
+    findings = _mismatches("input", signature_of(a.get_inputs()), inputs_of_b)
+    findings += _mismatches("output", signature_of(a.get_outputs()), signature_of(b.get_outputs()))
+    for entry in inputs_of_b:
         if entry.name in shapes and not _fits(shapes[entry.name], entry.shape):
             findings.append(f"B's input {entry} does not take A's shape {list(shapes[entry.name])}")
     if findings:

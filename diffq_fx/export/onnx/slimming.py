@@ -13,11 +13,7 @@ _KEPT_NAMES = ("DequantizeLinear",)
 
 
 def drop_what_is_derived(model: ir.Model) -> None:
-    """Remove the shapes and types that onnx's shape inference finds again, and shorten the names of what hangs on constants alone.
-
-    Args:
-        model: complete, at its final opset; changed in place.
-    """
+    """Remove what onnx's shape inference finds again, and shorten names, in place; the model is complete, at its final opset."""
     _shorten_constants(model.graph)
     bare = model.clone()
     for value in _inner_values(bare.graph):
@@ -47,12 +43,12 @@ def _says_as_much(found: ir.Value, known: ir.Value) -> bool:
 def _shorten_constants(graph: ir.Graph) -> None:
     """Nodes that onnxruntime computes when it loads the file need no name, their results a short one."""
     constants: set[ir.Value | None] = {None, *graph.initializers.values()}
-    taken = {
-        value.name for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph.all_nodes() for v in node.outputs))
-    }
+    taken = {value.name for value in graph.inputs} | set(graph.initializers)
+    taken |= {value.name for node in graph.all_nodes() for value in node.outputs}
     names = (name for number in count() if (name := f"c{number}") not in taken)
     for node in graph:
-        if not node.inputs or not constants.issuperset(node.inputs) or _has_bodies(node):
+        has_bodies = any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values())
+        if not node.inputs or not constants.issuperset(node.inputs) or has_bodies:
             continue
         constants.update(node.outputs)
         if node.op_type not in _KEPT_NAMES:
@@ -60,7 +56,3 @@ def _shorten_constants(graph: ir.Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.name = next(names)
-
-
-def _has_bodies(node: ir.Node) -> bool:
-    return any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values())

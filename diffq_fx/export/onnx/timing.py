@@ -16,13 +16,7 @@ _LEAST_TURNS = 3
 
 
 def runs_per_sample(run: Run, *, seconds: float = _SAMPLE_SECONDS, clock: Clock = time.perf_counter) -> int:
-    """Run until nothing is new, and tell how many runs one sample takes.
-
-    Args:
-        run: what to time.
-        seconds: what a sample shall take.
-        clock: seconds since some time.
-    """
+    """Run until nothing is new, and tell how many runs one sample of so many ``seconds`` takes."""
     fastest = math.inf
     for warm_up in range(_WARMUP_RUNS):
         fastest = min(fastest, _seconds(run, 1, clock))

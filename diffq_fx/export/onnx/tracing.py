@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,7 +17,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, least_asked_for
+from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
 from diffq_fx.export.onnx.causes import tracing_cause, translation_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
@@ -41,14 +41,14 @@ class TracedModel:
     """Symbolic size of an input -> what it is in the user's example."""
     other_sizes: dict[str, int]
     """The same with every size changed by one, within what the model allows."""
-    single: dict[str, int]
-    """The same with a batch of one, which torch.export takes for no dynamic size; empty where it is no batch of this file."""
+    turning_points: list[dict[str, int]]
+    """Others at which the trace may have another branch than the model, if the model takes them."""
     remarks: tuple[str, ...]
 
-    @property
-    def input_shapes(self) -> list[ir.Shape]:
-        """The shape of each input of the graph."""
-        return [value.shape if value.shape is not None else ir.Shape([]) for value in self.model.graph.inputs]
+    def shapes(self, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:
+        """The shape of each input at these sizes."""
+        shapes = [value.shape or ir.Shape([]) for value in self.model.graph.inputs]
+        return [tuple(size if isinstance(size, int) else 1 for size in shape.evaluate(sizes)) for shape in shapes]
 
 
 def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
@@ -77,23 +77,21 @@ def trace(converted: nn.Module, example: ExportExample, dynamic_shapes: Any, sta
             program = _exported(converted, example, dynamic_shapes)
             if found := branches(converted, program, example, dynamic_shapes):
                 raise ExportError(f"{found[0]}. {SIZE_ADVICE}")
-            return _translated(converted, program, example, (), least=least_asked_for(dynamic_shapes))
-        if static:
-            return _translated(converted, _exported(converted, example, None), example, (_static_remark(example, static),))
-        try:
-            program = _with_dynamic_batch(converted, example)
-            if found := branches(converted, program, example):
-                return _translated(converted, _exported(converted, example, None), example, (_static_remark(example, found[0]),))
-            remarks = (
-                () if _has_dynamic_batch(program) else (_static_remark(example, "the model's own code fixes it, or it cannot repeat"),)
-            )
-            return _translated(converted, program, example, remarks)
-        except ExportError as error:
+            return _translated(converted, program, example, (), stated_limits(dynamic_shapes))
+        if not static:
             try:
-                program = _exported(converted, example, None)
-                return _translated(converted, program, example, (_static_remark(example, f"with a dynamic one {error}"),))
-            except ExportError:
-                raise error from error.__cause__
+                program = _with_dynamic_batch(converted, example)
+                found = branches(converted, program, example)
+                if not found:
+                    fixed = "" if _has_dynamic_batch(program) else "the model's own code fixes it, or it cannot repeat"
+                    return _translated(converted, program, example, (_static_remark(example, fixed),) if fixed else ())
+                static = found[0]
+            except ExportError as error:
+                try:
+                    return trace(converted, example, None, static=f"with a dynamic one {error}")
+                except ExportError:
+                    raise error from error.__cause__
+        return _translated(converted, _exported(converted, example, None), example, (_static_remark(example, static),))
 
 
 def _with_dynamic_batch(converted: nn.Module, example: ExportExample) -> torch.export.ExportedProgram:
@@ -145,11 +143,15 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
 
 
 def _translated(
-    converted: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...], least: int = 1
+    converted: nn.Module,
+    program: torch.export.ExportedProgram,
+    example: ExportExample,
+    remarks: tuple[str, ...],
+    stated: Set[int | None] = frozenset(),
 ) -> TracedModel:
     """Translate; without torch.onnx's optimizer where that is what fails."""
     try:
-        return _traced(_to_onnx(program, optimize=True), program, example, remarks, least)
+        return _traced(_to_onnx(program, optimize=True), program, example, remarks, stated)
     except (torch.onnx.errors.OnnxExporterError, *_TRACING_ERRORS) as error:
         try:
             model = _to_onnx(program, optimize=False)
@@ -157,7 +159,7 @@ def _translated(
             cause = translation_cause(error, program)
             raise ExportError(f"torch.onnx cannot translate the {type(converted).__name__}: {cause}") from error
         remark = f"the graph is not optimized by torch.onnx, which fails on it ({translation_cause(error, program)})"
-        return _traced(model, program, example, (*remarks, remark), least)
+        return _traced(model, program, example, (*remarks, remark), stated)
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
@@ -199,9 +201,8 @@ def _placeholder() -> Any:
 
 
 def _traced(
-    model: ir.Model, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...], least: int
+    model: ir.Model, program: torch.export.ExportedProgram, example: ExportExample, remarks: tuple[str, ...], stated: Set[int | None]
 ) -> TracedModel:
-    sizes: dict[str, int] = {}
     inputs = model.graph.inputs
     names = name_sizes(model.graph)
     returned = program.call_spec.out_spec
@@ -212,15 +213,15 @@ def _traced(
             f"the exported graph has {len(inputs)} inputs {[value.name for value in inputs]}, the example {len(example.tensors)} "
             "tensors; give every input as a tensor of its own."
         )
-    for value, tensor in zip(inputs, example.tensors, strict=True):
-        for size, actual in zip(value.shape or (), tensor.shape, strict=True):
-            if isinstance(size, ir.SymbolicDim) and size.value is not None and size.value.isidentifier():
-                sizes[size.value] = actual
+    pairs = zip(input_values(program), example.tensors, strict=True)
+    by_symbol = {str(size): actual for value, tensor in pairs for size, actual in zip(value.shape, tensor.shape, strict=True)}
+    by_symbol = {symbol: actual for symbol, actual in by_symbol.items() if symbol in names}
+    sizes = {names[symbol]: actual for symbol, actual in by_symbol.items()}
     largest = {names.get(str(symbol)): bounds.upper for symbol, bounds in program.range_constraints.items()}
-    batch = sizes.get("batch", 1)
-    same = {name: 1 for name, size in sizes.items() if name == "batch" or (name.endswith("_0") and size == batch)}
-    single = {**sizes, **same} if batch > 1 >= least else {}
-    return TracedModel(model, sizes, _other_sizes(sizes, largest), single, remarks)
+    points = [{names[symbol]: size for symbol, size in point.items()} for point in turning_points(program, by_symbol, stated)]
+    for point in points:  # a second batch that the model keeps apart follows the first
+        point.update({name: point["batch"] for name in sizes if name.endswith("_0") and sizes[name] == sizes.get("batch")})
+    return TracedModel(model, sizes, _other_sizes(sizes, largest), points, remarks)
 
 
 def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:
@@ -237,9 +238,7 @@ def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[
 
 def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
     """Whether any input has a symbolic first size, or there is no first size to make symbolic."""
-    users = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
-    firsts = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    firsts = [value.shape[0] for value in input_values(program) if value.dim()]
     return not firsts or any(not str(size).isdigit() for size in firsts)  # a SymInt with a guard on its value prints as that value
 
 

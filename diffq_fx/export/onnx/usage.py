@@ -6,7 +6,6 @@ operator that computes with it. The path of operators is part of the answer: it 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,23 +14,7 @@ from diffq_fx.export.onnx.files import container_bits, dtype_name, external_regi
 if TYPE_CHECKING:
     from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-_VIEWS = frozenset(
-    (
-        "Identity",
-        "Cast",
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Slice",
-        "Split",
-        "Expand",
-        "Gather",
-        "Round",
-        "TopK",
-    )
-)
+_VIEWS = frozenset("Identity Cast Transpose Reshape Squeeze Unsqueeze Flatten Slice Split Expand Gather Round TopK".split())
 """Operators that move, sort or round the values of their first input and compute nothing with others."""
 
 _Positions = tuple[int | None, int | None, int]
@@ -120,27 +103,16 @@ class _Trace:
 _Values = dict[str, tuple[_Trace, ...]]
 
 
-@dataclass
-class _Walk:
-    """What a walk over a model knows and collects."""
-
-    functions: "dict[tuple[str, str], FunctionProto]"
-    found: list[Constant] = field(default_factory=list)
-
-
 def find_constants(model: "ModelProto") -> list[Constant]:
-    """Find every constant tensor of a model, its readers, its scales and its zero points.
-
-    Args:
-        model: a model; external data need not be loaded.
+    """Find every constant tensor of a model, its readers, its scales and its zero points; external data need not be loaded.
 
     Returns:
         The constants in the order of the file: those of the graph, of the graphs inside its nodes, of its functions.
     """
     walk = _Walk({(function.domain, function.name): function for function in model.functions})
-    _walk_graph(model.graph, "", {}, walk)
+    walk.graph(model.graph, "", {})
     for function in model.functions:
-        _walk_nodes(function, f"{function.name}/", {}, walk)
+        walk.nodes(function, f"{function.name}/", {})
     return walk.found
 
 
@@ -150,69 +122,61 @@ def external_locations(model: "ModelProto") -> list[str]:
     return sorted({region.location for region in regions if region is not None})
 
 
-def _walk_graph(graph: "GraphProto", scope: str, outer: _Values, walk: _Walk) -> None:
-    values = dict(outer)
-    for tensor in graph.initializer:
-        _add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values, walk)
-    for sparse in graph.sparse_initializer:
-        name = sparse.values.name
-        _add(Constant(scope + name, sparse.values, tuple(sparse.dims), sparse.indices), name, values, walk)
-    _walk_nodes(graph, scope, values, walk)
-    for output in graph.output:
-        for trace in values.get(output.name, ()):
-            trace.end("graph output")
+class _Walk:
+    """A walk over a model, and the constants that it finds."""
 
+    def __init__(self, functions: "dict[tuple[str, str], FunctionProto]") -> None:
+        self.functions = functions
+        self.found: list[Constant] = []
 
-def _walk_nodes(graph: "GraphProto | FunctionProto", scope: str, values: _Values, walk: _Walk) -> None:
-    for node in graph.node:
-        if node.op_type == "Constant":
-            for constant in _constant_of(node, scope):
-                _add(constant, node.output[0], values, walk)
-            continue
-        for name, inner in _inner_graphs(node):
-            _walk_graph(inner, f"{scope}{node.name or node.op_type}/{name}/", values, walk)
-        if (function := walk.functions.get((node.domain, node.op_type))) is not None:
-            _walk_call(node, function, values, walk)
-        else:
-            _visit(node, values)
+    def graph(self, graph: "GraphProto", scope: str, outer: _Values) -> None:
+        values = dict(outer)
+        for tensor in graph.initializer:
+            self._add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values)
+        for sparse in graph.sparse_initializer:
+            name = sparse.values.name
+            self._add(Constant(scope + name, sparse.values, tuple(sparse.dims), sparse.indices), name, values)
+        self.nodes(graph, scope, values)
+        for output in graph.output:
+            for trace in values.get(output.name, ()):
+                trace.end("graph output")
 
+    def nodes(self, graph: "GraphProto | FunctionProto", scope: str, values: _Values) -> None:
+        for node in graph.node:
+            for attribute in node.attribute:
+                inner = {attribute.name: attribute.g} if attribute.HasField("g") else {}
+                inner |= {f"{attribute.name}.{place}": each for place, each in enumerate(attribute.graphs)}
+                for name, body in inner.items():
+                    self.graph(body, f"{scope}{node.name or node.op_type}/{name}/", values)
+                if node.op_type == "Constant" and attribute.name == "value":
+                    self._add(Constant(scope + node.output[0], attribute.t, tuple(attribute.t.dims)), node.output[0], values)
+                elif node.op_type == "Constant" and attribute.name == "sparse_value":
+                    sparse = attribute.sparse_tensor
+                    constant = Constant(scope + node.output[0], sparse.values, tuple(sparse.dims), sparse.indices)
+                    self._add(constant, node.output[0], values)
+            if (function := self.functions.get((node.domain, node.op_type))) is not None:
+                self._call(node, function, values)
+            elif node.op_type != "Constant":
+                _visit(node, values)
 
-def _walk_call(node: "NodeProto", function: "FunctionProto", values: _Values, walk: _Walk) -> None:
-    """Follow constants through the body of a function, which counts as one operator to whoever reads the file."""
-    body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
-    given = {trace.constant: trace for of_one in body.values() for trace in of_one}
-    readers = {constant: dict(constant.readers) for constant in given}
-    _walk_nodes(function, "", body, _Walk(walk.functions))  # its own constants count once, with the function
-    carried = {trace.constant for name in function.output for trace in body.get(name, ())}
-    for constant, trace in given.items():
-        constant.readers = readers[constant]  # without the operators of the body
-        if constant not in carried:
-            trace.end(node.op_type)
-    for formal, name in zip(function.output, node.output, strict=False):
-        traces = [trace for trace in body.get(formal, ()) if trace.constant in given]
-        values[name] = tuple(replace(trace, path=(*given[trace.constant].path, node.op_type)) for trace in traces)
+    def _call(self, node: "NodeProto", function: "FunctionProto", values: _Values) -> None:
+        """Follow constants through the body of a function, which counts as one operator to whoever reads the file."""
+        body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
+        given = {trace.constant: trace for of_one in body.values() for trace in of_one}
+        readers = {constant: dict(constant.readers) for constant in given}
+        _Walk(self.functions).nodes(function, "", body)  # its own constants count once, with the function
+        carried = {trace.constant for name in function.output for trace in body.get(name, ())}
+        for constant, trace in given.items():
+            constant.readers = readers[constant]  # without the operators of the body
+            if constant not in carried:
+                trace.end(node.op_type)
+        for formal, name in zip(function.output, node.output, strict=False):
+            traces = [trace for trace in body.get(formal, ()) if trace.constant in given]
+            values[name] = tuple(replace(trace, path=(*given[trace.constant].path, node.op_type)) for trace in traces)
 
-
-def _add(constant: Constant, name: str, values: _Values, walk: _Walk) -> None:
-    walk.found.append(constant)
-    values[name] = (_Trace(constant),)
-
-
-def _constant_of(node: "NodeProto", scope: str) -> Iterator[Constant]:
-    for attribute in node.attribute:
-        if attribute.name == "value":
-            yield Constant(scope + node.output[0], attribute.t, tuple(attribute.t.dims))
-        elif attribute.name == "sparse_value":
-            sparse = attribute.sparse_tensor
-            yield Constant(scope + node.output[0], sparse.values, tuple(sparse.dims), sparse.indices)
-
-
-def _inner_graphs(node: "NodeProto") -> Iterator[tuple[str, "GraphProto"]]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.name, attribute.g
-        for place, graph in enumerate(attribute.graphs):
-            yield f"{attribute.name}.{place}", graph
+    def _add(self, constant: Constant, name: str, values: _Values) -> None:
+        self.found.append(constant)
+        values[name] = (_Trace(constant),)
 
 
 def _visit(node: "NodeProto", values: _Values) -> None:
@@ -222,12 +186,12 @@ def _visit(node: "NodeProto", values: _Values) -> None:
     _pair_with_scales(node, inputs)
     carried = _carried_positions(node, inputs)
     outputs = _scaled_later(node, inputs, traces)
-    for position, traces in enumerate(inputs):
-        for trace in traces:
-            if position not in carried:
-                trace.end(node.op_type)
-            else:
+    for position, of_one in enumerate(inputs):
+        for trace in of_one:
+            if position in carried:
                 outputs.append(_carry(trace, node, inputs))
+            else:
+                trace.end(node.op_type)
     if outputs:
         values.update(dict.fromkeys(node.output, tuple(outputs)))
 
@@ -262,11 +226,10 @@ def _carried_positions(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> s
         return {0}
     if node.op_type == "Concat" and all(inputs):
         return set(range(len(inputs)))
-    if node.op_type == "Mul" and len(inputs) == 2 and all(inputs) and all(t.constant.is_floating for traces in inputs for t in traces):
+    if node.op_type == "Mul" and len(inputs) == 2 and all(inputs) and all(t.constant.is_floating for of_one in inputs for t in of_one):
         return {0}
-    if (pair := _eager_dequantization(node, inputs)) is not None:
-        return {pair[0]}
-    return set()
+    pair = _eager_dequantization(node, inputs)
+    return set() if pair is None else {pair[0]}
 
 
 def _pair_with_scales(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> None:

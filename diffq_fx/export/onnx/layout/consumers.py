@@ -71,6 +71,8 @@ class Uses:
     """The Conv nodes whose filters it is."""
     others: tuple[str, ...]
     """What else reads it, as op types; "output" for a graph that gives it out."""
+    turned: frozenset[bool]
+    """How its readers have it: as PyTorch has it (False), behind a Transpose (True)."""
 
 
 def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
@@ -85,11 +87,13 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
     gathers: list[ir.Node] = []
     convolutions: list[ir.Node] = []
     others: list[str] = []
+    turned: set[bool] = set()
     pending = [(weight, _Path())]
     while pending:
         value, path = pending.pop(0)
         if value.is_graph_output():
             others.append("output")
+            turned.add(path.transposed)
         for node, index in value.uses():
             readable = value.shape is not None and len(value.shape) == _MATRIX and node.graph is graph and not node.domain
             steps = _steps(node, value, path, axis) if readable and index == 0 else {}
@@ -97,15 +101,19 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
             is_whole = path == _Path() and node.graph is graph and not node.domain
             if use is not None:
                 linear.append(use)
+                turned.add(use.transposed)
             elif is_whole and node.op_type == "Gather" and index == 0 and _integer(node, "axis") == axis == 0:
                 gathers.append(node)
+                turned.add(False)
             elif is_whole and node.op_type == "Conv" and index == 1 and axis == 0:
                 convolutions.append(node)
+                turned.add(False)
             elif steps:
                 pending.extend(steps.items())
             else:
                 others.extend(_final_readers(node))
-    return Uses(tuple(linear), tuple(gathers), tuple(convolutions), tuple(dict.fromkeys(others)))
+                turned.add(path.transposed or node.op_type == "Transpose")
+    return Uses(tuple(linear), tuple(gathers), tuple(convolutions), tuple(dict.fromkeys(others)), frozenset(turned))
 
 
 def _linear_use(graph: ir.Graph, node: ir.Node, path: _Path) -> LinearUse | None:

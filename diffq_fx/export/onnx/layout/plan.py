@@ -105,9 +105,11 @@ def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
     turned = any(use.transposed and (table.is_per_tensor or use.channel_axis == table.spec.axis) for use in uses.linear)
     storage = one_container(table, "transposed" if turned else _plain_form(table))
     plan = WeightPlan(table, uses, storage, (Choice(FLOAT, ""),) * len(uses.linear))
-    misread = storage.width == _TWO_BITS and table.stored_shape(storage.form)[1] % TWO_BIT_ALIGNMENT
-    if misread and any(takes_stored(storage, use) for use in uses.linear):
-        # onnxruntime would fuse this one too, and compute a wrong product: it reads packed rows as if each began at a byte.
+    misread = table.stored_shape(storage.form)[1] % TWO_BIT_ALIGNMENT and any(takes_stored(storage, use) for use in uses.linear)
+    transposed = table.blocks == 1 and uses.turned != {storage.form == "transposed"}
+    if storage.width == _TWO_BITS and (misread or transposed):
+        # onnxruntime would fuse this one too and compute a wrong product, for it reads packed rows as if each began at a byte; or it would
+        # move a Transpose in front of the DequantizeLinear, and then cannot load the file.
         return WeightPlan(table, uses, Storage(storage.form, storage.widths * 2), plan.products)
     return plan
 

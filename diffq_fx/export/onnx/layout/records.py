@@ -95,7 +95,7 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     if stored.storage.width is None:
         remarks.append("channels are grouped by container; onnxruntime joins them when it loads the file")
     if stored.storage.widest > plan.table.container_bits:
-        remarks.append("4 bits for 2: onnxruntime computes a wrong product for 2-bit weights unless N is a multiple of 4")
+        remarks.append("4 bits for 2: onnxruntime transposes no 2-bit weights, and their products are wrong unless N is a multiple of 4")
     for form in _product_forms(plan):
         if form.dtype == ir.DataType.UINT8:
             remarks.append(

@@ -146,29 +146,34 @@ def round_values(emitter: Emitter, rounded: Sequence[RoundedValue], ranges: Mapp
 
 
 def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
-    """Put a Max in front of the QuantizeLinear of each product whose weight stays in float.
+    """Put a Max between integers and each product that onnxruntime (1.31) would wrongly make an integer one.
 
-    onnxruntime (1.31) gives such a weight, between a DequantizeLinear and a QuantizeLinear, int8 levels of its own when it loads the file:
-    one scale for all of it, up to 127. These saturate on x86 without VNNI, and are less exact everywhere.
+    Behind products whose weight stays in float: between a DequantizeLinear and a QuantizeLinear onnxruntime gives such a weight int8 levels
+    of its own when it loads the file, one scale for all of it, up to 127. They saturate on x86 without VNNI, and are less exact everywhere.
+    In front of products whose weight has a scale for each block: the kernel for two DequantizeLinear takes no such scales, and fails.
 
     Args:
         emitter: of the graph, which is changed.
         convolutions: the Conv nodes that are integer ones.
     """
-    lowest = None
-    for node in list(emitter.graph):
+    kept: list[tuple[ir.Value, ir.Node, bool]] = []
+    for node in emitter.graph:
         if node.op_type not in _PRODUCTS or node.domain or node in convolutions or not _hangs_on_integers(node.inputs[0]):
+            continue
+        weight = None if node.inputs[1] is None else node.inputs[1].producer()
+        if node.inputs[0] is not None and weight is not None and weight.attributes.get_int("block_size", 0):
+            kept.append((node.inputs[0], node, True))
             continue
         reader = only_reader(node.outputs[0])
         last = reader if reader is not None and reader.op_type == "Add" else node  # onnxruntime makes a Gemm of MatMul and Add
-        result = last.outputs[0]
-        if not _leads_to_integers(result):
-            continue
-        lowest = lowest or emitter.initializer("lowest", np.finfo(np.float32).min)
-        kept = make_node("Max", [result, lowest], emitter.unique(f"{result.name}.float"))
-        describe_like(kept.outputs[0], result)
-        _redirect(result, kept.outputs[0], [reader for reader in result.consumers() if reader is not kept])
-        emitter.graph.insert_after(last, [kept])
+        if _leads_to_integers(last.outputs[0]):
+            kept.append((last.outputs[0], last, False))
+    lowest = emitter.initializer("lowest", np.finfo(np.float32).min) if kept else None
+    for value, node, in_front in kept:
+        new = make_node("Max", [value, lowest], emitter.unique(f"{value.name}.float"))
+        describe_like(new.outputs[0], value)
+        _redirect(value, new.outputs[0], [node] if in_front else [reader for reader in value.consumers() if reader is not new])
+        (emitter.graph.insert_before if in_front else emitter.graph.insert_after)(node, [new])
     emitter.flush()
 
 
