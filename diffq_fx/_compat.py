@@ -38,7 +38,10 @@ _tree_leaves = _private("torch.utils._pytree", "tree_leaves")
 _tree_map_only = _private("torch.utils._pytree", "tree_map_only")
 _decompositions = _private("torch._decomp", "decomposition_table")
 _dispatch_key = _private("torch._C", "DispatchKey")
-_any_global_hook = _private("torch.nn.modules.module", "_has_any_global_hook")
+_forward_pre_hooks = _private("torch.nn.modules.module", "_global_forward_pre_hooks")
+_forward_hooks = _private("torch.nn.modules.module", "_global_forward_hooks")
+_backward_pre_hooks = _private("torch.nn.modules.module", "_global_backward_pre_hooks")
+_backward_hooks = _private("torch.nn.modules.module", "_global_backward_hooks")
 _graph_task = _private("torch._C", "_current_graph_task_id")
 
 
@@ -80,7 +83,7 @@ def in_dispatch_mode() -> bool:
 
 def has_global_hooks() -> bool:
     """Whether a hook is registered for all modules. False if torch does not tell: it then fires on the modules that a graph calls."""
-    return _any_global_hook is not None and bool(_any_global_hook())
+    return any((_forward_pre_hooks, _forward_hooks, _backward_pre_hooks, _backward_hooks))
 
 
 def tree_leaves(tree: Any) -> list[Any]:

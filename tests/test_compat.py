@@ -72,7 +72,7 @@ def test_a_transform_of_torch_func_is_seen():
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_hook_on_all_modules_is_seen_where_torch_tells(monkeypatch, gone):
     if gone:
-        monkeypatch.setattr(_compat, "_any_global_hook", None)
+        monkeypatch.setattr(_compat, "_forward_hooks", None)
     hook = nn.modules.module.register_module_forward_hook(lambda *call: None)
     try:
         assert _compat.has_global_hooks() is not gone
@@ -169,7 +169,7 @@ class OffloadsToTheCpu(nn.Module):
 @pytest.mark.parametrize("grad", [True, False])
 def test_hooks_on_saved_tensors_are_seen_by_public_names_alone(model, grad):
     x = torch.randn(2, 8, requires_grad=True)
-    with torch.set_grad_enabled(grad), pytest.raises(CaptureError, match="hooks on saved tensors"):
+    with torch.set_grad_enabled(grad), pytest.raises(CaptureError, match="hooks on saved tensors|_NoopSaveInputs"):  # old torch
         prepare_diffq(model, x, DiffQConfig(target_bits=6, training_steps=1), scope="model")
 
 
