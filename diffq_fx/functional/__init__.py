@@ -1,6 +1,6 @@
 """The maths of quantization, and nothing else: grids, groups, ranges, codebooks. No modules, no graphs, no state."""
 
-from diffq_fx.functional.grid import (
+from diffq_fx.functional.quantization import (
     Grid,
     QuantParams,
     bits_from_logits,

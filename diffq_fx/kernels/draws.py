@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.grid import Grid
 from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.quantization import Grid
 from diffq_fx.kernels.memory import recorded
 
 GAUSSIAN_STD = 0.5

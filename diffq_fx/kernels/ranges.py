@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.grid import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.functional.groups import GroupKind, GroupLayout
+from diffq_fx.functional.quantization import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
 

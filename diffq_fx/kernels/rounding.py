@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.grid import Grid, QuantParams, dequantize, quantize
 from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
+from diffq_fx.functional.quantization import Grid, QuantParams, dequantize, quantize
 from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
 

@@ -2,7 +2,7 @@
 
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
-from diffq_fx.methods.lc import LC
+from diffq_fx.methods.learning_compression import LC
 from diffq_fx.methods.lsq import LSQ
 from diffq_fx.methods.product_quantization import ProductQuantization
 from diffq_fx.methods.quant_noise import QuantNoise

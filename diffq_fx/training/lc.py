@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffq_fx.compression import require_compression
 from diffq_fx.errors import DivergenceError, PreparationError
-from diffq_fx.methods.lc import LCWeight, shared_groups
+from diffq_fx.methods.learning_compression import LCWeight, shared_groups
 from diffq_fx.training.safety import LastGoodState
 from diffq_fx.weights import not_finite
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
-from diffq_fx.methods.lc import shared_groups
+from diffq_fx.methods.learning_compression import shared_groups
 from diffq_fx.training.lc import LCProgress, LStep, TrainingFunction, lc_penalty, lc_step, lc_weights
 from diffq_fx.training.safety import LastGoodState
 

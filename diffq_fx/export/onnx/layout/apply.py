@@ -8,7 +8,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.batch_norm import fold_batch_norm
-from diffq_fx.export.onnx.layout.codebook import emit_looked_up
 from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
 from diffq_fx.export.onnx.layout.convolution import choose_convolutions, emit_filters, form_of_filters
 from diffq_fx.export.onnx.layout.cost import FLOAT
@@ -17,6 +16,7 @@ from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.fold import emit_folded
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.linear import emit_fused, replace_product
+from diffq_fx.export.onnx.layout.look_up import emit_looked_up
 from diffq_fx.export.onnx.layout.plan import WeightPlan, plan_for_onnxruntime, plan_for_qdq, takes_stored
 from diffq_fx.export.onnx.layout.products import Factor, choose_form, emit_factor
 from diffq_fx.export.onnx.layout.qdq import emit_dequantized
