@@ -1,9 +1,10 @@
-"""The order of the package, in which nothing imports what is built on top of it; and that what users call is documented."""
+"""The order of the package, in which nothing imports what is built on top of it; names and documentation."""
 
 import ast
 import importlib
 import inspect
 import re
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -91,3 +92,9 @@ def test_what_users_call_is_documented(module):
             needed = ["Example:"] + ["Args:"] * bool(signature.parameters) + ["Returns:"] * (signature.return_annotation is not None)
             lacking[name] = [part for part in needed if part not in (function.__doc__ or "")]
     assert not any(lacking.values()), lacking
+
+
+def test_no_two_files_have_one_name():
+    """A file is found by its name alone; but for those of packed files."""
+    names = Counter(path.name for path in ROOT.rglob("*.py") if "packed" not in path.parts)
+    assert [name for name, count in names.items() if count > 1] == ["__init__.py"]
