@@ -4,7 +4,7 @@ from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import OnePass, add_noise
 from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, statistics
-from diffq_fx.kernels.rounding import RoundInRange, learned_factor, round_to_grid
+from diffq_fx.kernels.round_in_range import RoundInRange, learned_factor, round_to_grid
 
 __all__ = [
     "OnePass",
