@@ -3,6 +3,6 @@
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.storage.integers import IntegerWeight
-from diffq_fx.storage.stored_weight import StoredWeight
+from diffq_fx.storage.base import StoredWeight
 
 __all__ = ["CodebookWeight", "Footprint", "IntegerWeight", "StoredWeight"]
