@@ -6,7 +6,6 @@ eval without grad, then nothing was changed and nothing reads a weight past its 
 paths off.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
+from diffq_fx.capture.contents import parts_of
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example
@@ -150,14 +150,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _parts(value: Any) -> dict[Any, Any]:
-    """What an object of any type is made of, by key; empty for what cannot be looked into."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple | list):
-        return dict(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    return {} if isinstance(value, type) or callable(value) else getattr(value, "__dict__", {})
+    return {} if isinstance(value, type) or callable(value) else parts_of(value) or {}
 
 
 def _gradient_difference(found: _Gradients | str, expected: _Gradients | str) -> str:

@@ -65,7 +65,6 @@ class WeightTracer(fx.Tracer):
     def __init__(self, selection: Selection, reads: Reads) -> None:
         super().__init__()
         self.selection, self.reads = selection, reads
-        self.called_whole: set[str] = set()
         self.run_through: set[str] = {""}
         self.readers: dict[int, set[str]] = {}
         """Paths of the modules whose forwards read a weight, by the weight's identity."""
@@ -73,7 +72,6 @@ class WeightTracer(fx.Tracer):
         """The first refusal; the forward may have caught it."""
         self.texts: list[str] = []
         """What stands for a size in texts that the forward makes, such as the message of an assertion."""
-        self._reading: str | None = None
 
     def refusal(self, what: str) -> CaptureError:
         """Why there is no graph, to be raised."""
@@ -121,8 +119,8 @@ class WeightTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Read an attribute as fx does, and note who reads a weight."""
-        if self.selection.spec_of(attr_val):
-            self.readers.setdefault(id(attr_val), set()).add(self.scope.module_path if self._reading is None else self._reading)
+        if self.reads.is_on and self.selection.spec_of(attr_val):
+            self.readers.setdefault(id(attr_val), set()).add(self.scope.module_path)
         with self.reads.paused():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -139,12 +137,12 @@ class WeightTracer(fx.Tracer):
         if not isinstance(m, CALLED_WHOLE) or m not in self._holders:
             self.run_through |= {path} if m in self._holders else set()
             return super().call_module(m, forward, args, kwargs)
-        self.called_whole.add(path)
-        self._reading = path
+        weights = {}
         with self.reads.paused():  # while tracing, to read a parameter is to make its node
-            names = [name for name, parameter in m.named_parameters() if self.selection.spec_of(parameter)]
-            weights = {name: getattr(*owner_of(m, name)) for name in names}
-        self._reading = None
+            for name, parameter in m.named_parameters():
+                if self.selection.spec_of(parameter):
+                    weights[name] = getattr(*owner_of(m, name))
+                    self.readers.setdefault(id(parameter), set()).add(path)
         return self.create_proxy("call_module", path, args, {**kwargs, HANDED: weights})
 
 
@@ -153,13 +151,9 @@ def _grad_state() -> tuple[bool, bool]:
 
 
 class CodeTracer(fx.Tracer):
-    """Makes the graph of a pickle again, from its code: every module that it calls stays a call."""
+    """Makes the graph of a pickle again, from its code."""
 
     proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child is a leaf."""
-        return True
 
 
 def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, WeightTracer]:
