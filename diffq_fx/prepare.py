@@ -51,9 +51,9 @@ def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | N
             through the original and the prepared model in train and eval mode, and both must agree bit by bit with the noise off.
         config: the settings; by default 4 bits a weight.
         scope: "model" traces the whole model into one fx graph, which runs until Python changes what it was made from (a hook on a layer,
-            an attribute, what it holds, a class), but keeps what the forward read of globals; "module" rewrites only the modules that
-            read weights and keeps the signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says
-            which and why.
+            an attribute, what it holds, a class), but keeps what the forward read of globals; "module" lets every
+            module run its own Python, in which those that read weights find the quantized ones; "auto" takes the first where it is
+            faithful. ``model.compression`` says which and why.
 
     Returns:
         The prepared model, of the model's own class; in model scope a GraphModule too.
