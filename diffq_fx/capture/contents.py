@@ -72,13 +72,14 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def parts_of(value: Any) -> dict[Any, Any] | None:
-    """What an object of any type is made of, by key; None for what cannot be looked into."""
+    """What an object of any type is made of, by key, no object made for it; None for what cannot be looked into."""
     if isinstance(value, types.FunctionType):
-        return {"code": value.__code__.co_code, "variables": list(_enclosed(value)), "defaults": (value.__defaults__, value.__kwdefaults__)}
+        defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}
+        return {"code": value.__code__.co_code, **defaults, **dict(enumerate(_enclosed(value)))}
     if isinstance(value, types.MethodType):
         return {"function": value.__func__, "self": value.__self__}
     if isinstance(value, functools.partial):
-        return {"function": value.func, "arguments": (value.args, value.keywords)}
+        return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
     attributes = {} if type(value) in _CONTAINERS else _attributes(value)
     if isinstance(value, set):
         return {0: frozenset(value), **attributes} if all(isinstance(each, (*_ATOMS, tuple)) for each in value) else None
