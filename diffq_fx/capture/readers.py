@@ -74,21 +74,14 @@ def _module_stack() -> Iterator[list[nn.Module]]:
     """The modules whose forwards are running, innermost last."""
     stack: list[nn.Module] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(*_: Any) -> None:
         stack.pop()
 
-    hooks = [
-        module_hooks.register_module_forward_pre_hook(enter),
+    with (
+        module_hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module)),
         module_hooks.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    ):
         yield stack
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def find_readers(model: nn.Module, example: Example, selection: Selection) -> tuple[dict[str, tuple[str, ...]], list[str]]:
