@@ -67,7 +67,8 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(value))
     yield type(value)
     yield len(parts)
-    for part in itertools.chain.from_iterable(parts.items()):
+    keys_count = not isinstance(value, list | tuple | deque)
+    for part in itertools.chain.from_iterable(parts.items()) if keys_count else parts.values():
         yield from _walk(part, seen)
 
 

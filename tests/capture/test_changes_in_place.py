@@ -144,6 +144,10 @@ def scaled(by, kept):
     return by["gain"]
 
 
+def test_a_list_of_as_many_values_as_are_compared():
+    assert prepared(Reads([1.0] * (contents.MOST_VALUES - 2), lambda kept: kept[-1])).compression.scope == "model"
+
+
 def test_functions_with_state_are_looked_into():
     for make in (counter, lambda state: functools.partial(scaled, state), lambda state: types.MethodType(scaled, state)):
         state = {"gain": 1.0}
