@@ -16,9 +16,8 @@ from diffq_fx.errors import ConversionError, DiffQWarning, DivergenceError
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parts_of, unwrapped
-from diffq_fx.passes.quantizer_nodes import replace_quantizers
+from diffq_fx.passes.quantizer_nodes import replace_quantizers, verify_converted
 from diffq_fx.passes.runner import run_passes
-from diffq_fx.passes.verify import verify_converted
 from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, not_finite, owner_of

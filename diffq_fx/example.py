@@ -106,23 +106,24 @@ def _seed_everything() -> None:
 @contextmanager
 def restored_random_state(devices: Sequence[int] = ()) -> Iterator[None]:
     """Put the random states of torch (CPU and these CUDA devices), Python and numpy back as they are now."""
-    python_state = random.getstate()
-    numpy_random = sys.modules.get("numpy.random")
-    numpy_state = numpy_random.get_state(legacy=False) if numpy_random else None
+    python_state, numpy_state = random.getstate(), _numpy_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python_state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
+        if numpy_state is not None:
+            sys.modules["numpy.random"].set_state(numpy_state)
 
 
 def random_fingerprint() -> tuple[Any, ...]:
     """Equal to an earlier one unless torch (on the CPU), Python or numpy drew a random number in between."""
+    return torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(_numpy_state())
+
+
+def _numpy_state() -> Any:
     numpy_random = sys.modules.get("numpy.random")
-    numpy_state = pickle.dumps(numpy_random.get_state(legacy=False)) if numpy_random else b""
-    return torch.get_rng_state().tolist(), random.getstate(), numpy_state
+    return None if numpy_random is None else numpy_random.get_state(legacy=False)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

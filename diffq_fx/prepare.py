@@ -23,9 +23,8 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
-from diffq_fx.passes.quantizer_nodes import insert_quantizers
+from diffq_fx.passes.quantizer_nodes import insert_quantizers, verify_prepared
 from diffq_fx.passes.runner import run_passes
-from diffq_fx.passes.verify import verify_prepared
 from diffq_fx.selection import Selection, select_weights
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
 from diffq_fx.unfit import refuse_unfit, refuse_unfit_names
@@ -51,9 +50,9 @@ def prepare_diffq(model: nn.Module, example_inputs: Any, config: DiffQConfig | N
             through the original and the prepared model in train and eval mode, and both must agree bit by bit with the noise off.
         config: the settings; by default 4 bits a weight.
         scope: "model" traces the whole model into one fx graph, which runs until Python changes what it was made from (a hook on a layer,
-            an attribute, what it holds, a class), but keeps what the forward read of globals; "module" rewrites only the modules that
-            read weights and keeps the signature of the model; "auto" takes the first where it is faithful. ``model.compression`` says
-            which and why.
+            an attribute, what it holds, a class), but keeps what the forward read of globals; "module" lets every
+            module run its own Python, in which those that read weights find the quantized ones; "auto" takes the first where it is
+            faithful. ``model.compression`` says which and why.
 
     Returns:
         The prepared model, of the model's own class; in model scope a GraphModule too.
@@ -113,7 +112,8 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
         selection = select_weights(model, choice, caller)
         refuse_unfit_names(model, selection, caller)
         expected = _reference(model, example, caller)
-        prepared, compression = _first_faithful(model, example, selection, choice, expected, scope, caller)
+        prepared = _first_faithful(model, example, selection, choice, expected, scope, caller)
+        compression = prepared.__dict__[CHILD]
         _check_target(compression, caller)
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
@@ -130,7 +130,7 @@ def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
             "  An attribute of the model is in the way of copy.deepcopy(model)."
         ) from err
     try:
-        return Reference.of(model, twin, example)
+        return Reference(model, twin, example)
     except Exception as err:  # the user's forward may raise anything
         raise ValueError(
             f"{caller}: the model does not run on example_inputs ({example}).\n  {type(err).__name__}: {err}\n"
@@ -140,75 +140,65 @@ def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
 
 def _first_faithful(
     model: nn.Module, example: Example, selection: Selection, choice: MethodChoice, expected: Reference, scope: Scope, caller: str
-) -> tuple[nn.Module, Compression]:
+) -> nn.Module:
     """Try the ways to capture; the first that passes the gate is taken."""
     reasons: list[str] = []
     for name in _WAYS if scope == "auto" else (scope,):
         own = replace(selection, specs=dict(selection.specs), skipped=list(selection.skipped))
         try:
-            prepared, compression = _WAYS[name](model, example, own, choice)
+            prepared = _WAYS[name](model, example, own, choice)
+            compression = prepared.__dict__[CHILD]
             check_faithful(prepared, compression.quantizers, example, expected)
         except CaptureError as err:
             reasons.append(f"{name} scope: {err}")
             continue
         compression.scope, compression.scope_reason = name, "; ".join(reasons) or "asked for" * (scope != "auto")
-        return prepared, compression
-    unsteady = unrepeatable(model, example, expected)
-    if unsteady:
+        return prepared
+    if unsteady := unrepeatable(model, example, expected):
         reasons.append(f"the original model itself gives another result when it runs again from the same seed ({unsteady})")
     raise CaptureError(f"{caller}: the {type(model).__name__} cannot be captured faithfully:\n  " + "\n  ".join(reasons))
 
 
-def _prepare_model_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> tuple[nn.Module, Compression]:
+def _prepare_model_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> nn.Module:
     captured = capture_model(model, example, selection)
     run_passes(captured, [partial(annotate_weights, selection=selection)])
     read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
-    unread = [spec.name for spec in selection.specs.values() if spec.name not in read]
-    if unread:
+    if unread := [spec.name for spec in selection.specs.values() if spec.name not in read]:
         raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
-    quantizers = _add_quantizers(captured, selection)
-    run_passes(captured, [insert_quantizers, verify_prepared])
-    return captured, _add_compression(captured, selection, choice, quantizers)
+    _add_quantizers(captured, selection, choice)
+    return run_passes(captured, [insert_quantizers, verify_prepared])
 
 
-def _prepare_module_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> tuple[nn.Module, Compression]:
+def _prepare_module_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> nn.Module:
     readers, unseen = find_readers(copy_replacing(model, {}), example, selection)
     private = copy_sharing_parameters(model)
-    quantizers = _add_quantizers(private, selection)
     for path, taken_over in ({"": TakenOver()} | takeovers(private, readers, selection.names())).items():
         take_over(private.get_submodule(path), taken_over)
-    compression = _add_compression(private, selection, choice, quantizers)
+    compression = _add_quantizers(private, selection, choice)
     if unseen:
         compression.notes = (
             f"the example never read {', '.join(unseen)}; their noise is put where the weights are kept. "
             "If another module reads them directly, give an example that does.",
         )
-    return private, compression
+    return private
 
 
 _WAYS = {"model": _prepare_model_scope, "module": _prepare_module_scope}
 """From the most to the least explicit."""
 
 
-def _add_quantizers(model: nn.Module, selection: Selection) -> list[WeightQuantizer]:
-    """Make one quantizer per weight and register it beside the weight under each of its names."""
-    quantizers = []
-    for key, spec in selection.specs.items():
-        quantizer = selection.methods[key].make_quantizer(spec, selection.parameters[key])
-        for name in spec.names:
-            owner, attribute = owner_of(model, name)
-            owner._modules[attribute + QUANTIZER_SUFFIX] = quantizer  # not add_module: a graph would take it for a change of the user's
-        quantizers.append(quantizer)
-    return quantizers
-
-
-def _add_compression(model: nn.Module, selection: Selection, choice: MethodChoice, quantizers: list[WeightQuantizer]) -> Compression:
-    """Make the handle and let the model show it.
+def _add_quantizers(model: nn.Module, selection: Selection, choice: MethodChoice) -> Compression:
+    """Register one quantizer per weight beside it, under each of its names; make the handle and let the model show it.
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
-    for quantizer in quantizers:
-        quantizer.place = _place_of(model, quantizer.spec.name)
+    quantizers: list[WeightQuantizer] = []
+    for key, spec in selection.specs.items():
+        quantizer = selection.methods[key].make_quantizer(spec, selection.parameters[key])
+        quantizer.place = _place_of(model, spec.name)
+        for owner, attribute in (owner_of(model, name) for name in spec.names):
+            owner.add_module(attribute + QUANTIZER_SUFFIX, quantizer)
+        quantizers.append(quantizer)
     compression = Compression(choice, quantizers, selection.skipped, _rest_of(model, selection, quantizers))
     phases.start(compression)
     quantizers[0].add_module(_HELD, compression)

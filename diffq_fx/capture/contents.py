@@ -59,7 +59,7 @@ def same(a: Any, b: Any) -> bool:
 
 def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
     """The value and its parts; each object that has parts once, since objects may hold each other."""
-    if isinstance(value, _ATOMS) or (parts := _parts(value)) is None:
+    if isinstance(value, _ATOMS) or (parts := parts_of(value)) is None:
         yield value
         return
     if id(value) in seen:
@@ -67,25 +67,26 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(value))
     yield type(value)
     yield len(parts)
-    for part in parts:
+    keys_count = not isinstance(value, list | tuple | deque)
+    for part in itertools.chain.from_iterable(parts.items()) if keys_count else parts.values():
         yield from _walk(part, seen)
 
 
-def _parts(value: Any) -> list[Any] | None:
-    """What an object is made of; None for what cannot be looked into."""
+def parts_of(value: Any) -> dict[Any, Any] | None:
+    """What an object of any type is made of, by key, no object made for it; None for what cannot be looked into."""
     if isinstance(value, types.FunctionType):
-        return [value.__code__.co_code, *_enclosed(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}
+        return {"code": value.__code__.co_code, **defaults, **dict(enumerate(_enclosed(value)))}
     if isinstance(value, types.MethodType):
-        return [value.__func__, value.__self__]
+        return {"function": value.__func__, "self": value.__self__}
     if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    attributes = [] if type(value) in _CONTAINERS else _attributes(value)
+        return {"function": value.func, "arguments": value.args, "keywords": value.keywords}
+    attributes = {} if type(value) in _CONTAINERS else _attributes(value)
     if isinstance(value, set):
-        return [frozenset(value), *attributes] if all(isinstance(each, (*_ATOMS, tuple)) for each in value) else None
-    if isinstance(value, Mapping):
-        return [*itertools.chain.from_iterable(value.items()), *attributes]
-    if isinstance(value, list | tuple | deque):
-        return [*value, *attributes]
+        return {0: frozenset(value), **attributes} if all(isinstance(each, (*_ATOMS, tuple)) for each in value) else None
+    if isinstance(value, Mapping | list | tuple | deque):
+        parts = value if isinstance(value, Mapping) else dict(enumerate(value))
+        return {**parts, **{f".{name}": part for name, part in attributes.items()}}
     return attributes if hasattr(value, "__dict__") or attributes else None
 
 
@@ -95,8 +96,8 @@ def _enclosed(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def _attributes(value: Any) -> list[Any]:
-    """Names and values of an object's own attributes, and of the plain ones of its class."""
+def _attributes(value: Any) -> dict[str, Any]:
+    """An object's own attributes, and the plain ones of its class."""
     own = dict(getattr(value, "__dict__", {}))
     for cls in type(value).__mro__:
         for name, kept in vars(cls).items():
@@ -104,4 +105,4 @@ def _attributes(value: Any) -> list[Any]:
                 own.setdefault(name, getattr(value, name, None))
             elif isinstance(kept, (*_COMPARED_BY_VALUE, *_CONTAINERS)) and not name.startswith("__"):
                 own.setdefault(name, kept)
-    return [*itertools.chain.from_iterable(own.items())]
+    return own

@@ -6,15 +6,14 @@ eval without grad, then nothing was changed and nothing reads a weight past its 
 paths off.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
+from diffq_fx.capture.contents import parts_of
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example
@@ -24,25 +23,17 @@ from diffq_fx.methods.base import WeightQuantizer
 _Gradients = dict[str, Tensor | None]
 
 
-@dataclass
 class Reference:
     """What the original model does with the example, and what it leaves behind."""
 
-    outcomes: list[dict[str, Any]] = field(default_factory=list)
-    """For each of ``MODES`` what it gives, by what it is called in messages."""
-    left: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    """Buffers after the calls, and the parameters that a forward has changed."""
-
-    @staticmethod
-    def of(model: nn.Module, twin: nn.Module, example: Example) -> "Reference":
+    def __init__(self, model: nn.Module, twin: nn.Module, example: Example) -> None:
         """Run a twin of the original, with parameters of its own."""
-        reference = Reference()
         weights = dict(twin.named_parameters())
-        for mode in MODES:
-            outcome = _outcome(twin, example, mode, weights)
-            reference.outcomes.append(_compat.map_tensors(_without_history, outcome))  # no graph kept alive
-        reference.left = _left_behind(model, twin, weights)
-        return reference
+        outcomes = (_outcome(twin, example, mode, weights) for mode in MODES)
+        self.outcomes = [_compat.map_tensors(_without_history, outcome) for outcome in outcomes]  # no graph kept alive
+        """For each of ``MODES`` what it gives, by what it is called in messages."""
+        self.left = _left_behind(model, twin, weights)
+        """Buffers after the calls, and the parameters that a forward has changed."""
 
 
 def _without_history(tensor: Tensor) -> Tensor:
@@ -150,14 +141,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _parts(value: Any) -> dict[Any, Any]:
-    """What an object of any type is made of, by key; empty for what cannot be looked into."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, tuple | list):
-        return dict(enumerate(value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
-    return {} if isinstance(value, type) or callable(value) else getattr(value, "__dict__", {})
+    return {} if isinstance(value, type) or callable(value) else parts_of(value) or {}
 
 
 def _gradient_difference(found: _Gradients | str, expected: _Gradients | str) -> str:
@@ -167,8 +151,8 @@ def _gradient_difference(found: _Gradients | str, expected: _Gradients | str) ->
     means a difference below the square root of the type's precision, so a gradient that is lost, doubled or reversed is never close.
     """
     if isinstance(found, str) or isinstance(expected, str):
-        same = found if isinstance(found, str) else "gradients", expected if isinstance(expected, str) else "gradients"
-        return "" if same[0] == same[1] else f"the backward gives {same[0]}, the original's {same[1]}"
+        mine, wanted = (each if isinstance(each, str) else "gradients" for each in (found, expected))
+        return "" if mine == wanted else f"the backward gives {mine}, the original's {wanted}"
     for name, gradient in expected.items():
         mine, what = found.get(name), f"the gradient of {name}"
         if gradient is None or mine is None:
@@ -208,8 +192,7 @@ def check_faithful(prepared: nn.Module, quantizers: Sequence[WeightQuantizer], e
     for quantizer in quantizers:
         value = readable[quantizer.spec.name]
         twins[id(quantizer)].pass_through(lambda value=value: value)
-    difference = _first_difference(prepared, twin, readable, example, reference)
-    if difference:
+    if difference := _first_difference(prepared, twin, readable, example, reference):
         raise CaptureError(f"with noise off, {difference}")
 
 
@@ -221,8 +204,7 @@ def _first_difference(prepared: nn.Module, twin: nn.Module, readable: Mapping[st
             found = _outcome(twin, example, mode, parameters)
         except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
             return f"in {mode} the model fails: {type(err).__name__}: {err}"
-        past = _read_past(found["the output"], {id(prepared.get_parameter(name)): name for name in readable})
-        if past:
+        if past := _read_past(found["the output"], {id(prepared.get_parameter(name)): name for name in readable}):
             return f"in {mode} weight {past!r} is read from the model that was given, by a copy of it: a function or a global holds it"
         for what, value in expected.items():
             difference = _gradient_difference(found[what], value) if what == "the gradients" else _difference(found[what], value, what)

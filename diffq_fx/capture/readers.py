@@ -74,21 +74,14 @@ def _module_stack() -> Iterator[list[nn.Module]]:
     """The modules whose forwards are running, innermost last."""
     stack: list[nn.Module] = []
 
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(*_: Any) -> None:
         stack.pop()
 
-    hooks = [
-        module_hooks.register_module_forward_pre_hook(enter),
+    with (
+        module_hooks.register_module_forward_pre_hook(lambda module, _: stack.append(module)),
         module_hooks.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    ):
         yield stack
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def find_readers(model: nn.Module, example: Example, selection: Selection) -> tuple[dict[str, tuple[str, ...]], list[str]]:
@@ -121,41 +114,27 @@ def find_readers(model: nn.Module, example: Example, selection: Selection) -> tu
 
 
 def reading_modules(model: nn.Module, seen: Mapping[int, set[str]], selection: Selection) -> dict[str, tuple[str, ...]]:
-    """From who reads a weight (paths, by the weight's identity) to who makes it: a module that contains it, each weight once in a call."""
-    uses: list[tuple[str, str]] = []
+    """From who reads a weight (paths, by the weight's identity) to who makes it: a module that contains it, each weight once in a call.
+
+    Where one reader contains another of the same weight, the outer one takes it.
+    """
+    uses: dict[tuple[str, str], None] = {}
     for key, spec in selection.specs.items():
-        frames = {_climb(path, spec.names) for path in sorted(seen.get(key, ()))}
-        frames = frames or {(name.rpartition(".")[0], name) for name in spec.names}
-        uses.extend((_reader_above(model, path), name) for path, name in sorted(frames))
-    return {path: tuple(names) for path, names in _by_reader(uses).items()}
-
-
-def _climb(path: str, names: tuple[str, ...]) -> tuple[str, str]:
-    """From the reading module up to the nearest one that contains the weight under one of its names."""
-    while True:
-        for name in names:
-            if not path or name.startswith(path + "."):
-                return path, name
-        path = path.rpartition(".")[0]
-
-
-def _reader_above(model: nn.Module, path: str) -> str:
-    """The outermost module at or above ``path`` that is known to read its children's weights."""
-    parts = path.split(".") if path else []
-    for length in range(len(parts) + 1):
-        above = ".".join(parts[:length])
-        if isinstance(model.get_submodule(above), _READS_ITS_CHILDREN):
-            return above
-    return path
-
-
-def _by_reader(uses: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group by reader; where one reader contains another of the same weight, the outer one takes it."""
-    readers: dict[str, list[str]] = {}
+        owners = [name.rpartition(".")[0] for name in spec.names]
+        for reader in sorted(seen.get(key) or owners):
+            path, name = next((path, name) for path in _upwards(reader) for name in spec.names if not path or name.startswith(f"{path}."))
+            known = [outer for outer in _upwards(path) if isinstance(model.get_submodule(outer), _READS_ITS_CHILDREN)]
+            uses[known[-1] if known else path, name] = None
+    readers: dict[str, tuple[str, ...]] = {}
     for path, name in uses:
-        if any(other == name and path != outer and (not outer or path.startswith(outer + ".")) for outer, other in uses):
-            continue
-        relative = name[len(path) + 1 :] if path else name
-        if relative not in readers.setdefault(path, []):
-            readers[path].append(relative)
+        if not any((outer, name) in uses for outer in _upwards(path) if outer != path):
+            readers[path] = (*readers.get(path, ()), name.removeprefix(f"{path}."))
     return readers
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A path, and those of the modules around it, up to the model itself."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""

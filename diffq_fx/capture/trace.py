@@ -23,7 +23,7 @@ from diffq_fx.weights import owner_of
 class _StrictProxy(fx.Proxy):
     """Refuses what a graph would lose without a word, and what would freeze a value or a size that Python looks at."""
 
-    tracer: "WeightTracer"
+    tracer: "_WeightTracer"
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node", "root", "attr", "_node"):  # x.requires_grad = True is no operation
@@ -54,7 +54,7 @@ class _StrictAttribute(_StrictProxy, Attribute):
     """The same for an attribute of a tensor, such as its shape."""
 
 
-class WeightTracer(fx.Tracer):
+class _WeightTracer(fx.Tracer):
     """Traces through every module that holds a weight to quantize; all others stay calls, so that train()/eval() keep working.
 
     Refuses what a graph cannot hold, also for buffers: what Python decides on their values would be frozen.
@@ -65,7 +65,6 @@ class WeightTracer(fx.Tracer):
     def __init__(self, selection: Selection, reads: Reads) -> None:
         super().__init__()
         self.selection, self.reads = selection, reads
-        self.called_whole: set[str] = set()
         self.run_through: set[str] = {""}
         self.readers: dict[int, set[str]] = {}
         """Paths of the modules whose forwards read a weight, by the weight's identity."""
@@ -73,7 +72,6 @@ class WeightTracer(fx.Tracer):
         """The first refusal; the forward may have caught it."""
         self.texts: list[str] = []
         """What stands for a size in texts that the forward makes, such as the message of an assertion."""
-        self._reading: str | None = None
 
     def refusal(self, what: str) -> CaptureError:
         """Why there is no graph, to be raised."""
@@ -81,19 +79,15 @@ class WeightTracer(fx.Tracer):
         return self.refused
 
     def to_bool(self, obj: Any) -> bool:
-        """Refuse a branch."""
         raise self.refusal("the forward branches on a value or size of a tensor: such are no inputs to control flow in a graph")
 
     def iter(self, obj: Any) -> Any:
-        """Refuse a loop."""
         raise self.refusal("the forward loops over a tensor or its sizes, whose number a graph would freeze")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """The proxy of a node."""
         return _StrictProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node, if it can do what the forward does here."""
         if _grad_state() != self._grad_state:
             raise self.refusal("the forward switches gradients on or off (torch.no_grad), which a graph would lose")
         if kind in ("get_attr", "call_module") and any(keyword.iskeyword(part) for part in str(target).split(".")):
@@ -101,7 +95,6 @@ class WeightTracer(fx.Tracer):
         return super().create_node(kind, target, *args, **kwargs)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace, and record what the forward reads meanwhile."""
         self._grad_state = _grad_state()
         try:
             return super().trace(root, concrete_args)
@@ -109,10 +102,9 @@ class WeightTracer(fx.Tracer):
             self.reads.is_on = False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        """Make the placeholders; the forward begins after that."""
         self._holders = {m for m in self.root.modules() if any(self.selection.spec_of(p) for p in m.parameters())}
         made = super().create_args_for_root(root_fn, is_module, concrete_args)
-        self.reads.is_on = True
+        self.reads.is_on = True  # the forward begins
         return made
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -120,14 +112,12 @@ class WeightTracer(fx.Tracer):
         return m not in self._holders
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Read an attribute as fx does, and note who reads a weight."""
-        if self.selection.spec_of(attr_val):
-            self.readers.setdefault(id(attr_val), set()).add(self.scope.module_path if self._reading is None else self._reading)
+        if self.reads.is_on and self.selection.spec_of(attr_val):
+            self.readers.setdefault(id(attr_val), set()).add(self.scope.module_path)
         with self.reads.paused():
             return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        """Make an argument of a node, as fx does."""
         with self.reads.paused():
             return super().create_arg(a)
 
@@ -139,12 +129,12 @@ class WeightTracer(fx.Tracer):
         if not isinstance(m, CALLED_WHOLE) or m not in self._holders:
             self.run_through |= {path} if m in self._holders else set()
             return super().call_module(m, forward, args, kwargs)
-        self.called_whole.add(path)
-        self._reading = path
+        weights = {}
         with self.reads.paused():  # while tracing, to read a parameter is to make its node
-            names = [name for name, parameter in m.named_parameters() if self.selection.spec_of(parameter)]
-            weights = {name: getattr(*owner_of(m, name)) for name in names}
-        self._reading = None
+            for name, parameter in m.named_parameters():
+                if self.selection.spec_of(parameter):
+                    weights[name] = getattr(*owner_of(m, name))
+                    self.readers.setdefault(id(parameter), set()).add(path)
         return self.create_proxy("call_module", path, args, {**kwargs, HANDED: weights})
 
 
@@ -153,16 +143,12 @@ def _grad_state() -> tuple[bool, bool]:
 
 
 class CodeTracer(fx.Tracer):
-    """Makes the graph of a pickle again, from its code: every module that it calls stays a call."""
+    """Makes the graph of a pickle again, from its code."""
 
     proxy_buffer_attributes = True
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child is a leaf."""
-        return True
 
-
-def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, WeightTracer]:
+def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, _WeightTracer]:
     """Trace a model in train and in eval mode and return the graph if it is one and the same.
 
     Tracing runs on copies that share the parameters.
@@ -180,7 +166,7 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     """
     graphs, tracers = [], []
     for training in (True, False):
-        tracers.append(WeightTracer(selection, reads))
+        tracers.append(_WeightTracer(selection, reads))
         graphs.append(_traced(reads.watch(copy_sharing_parameters(model).train(training)), tracers[-1]))
     train_code, eval_code = (graph.python_code("self").src for graph in graphs)
     if train_code != eval_code:
@@ -188,7 +174,7 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     return graphs[1], tracers[1]
 
 
-def _traced(module: nn.Module, tracer: WeightTracer) -> fx.Graph:
+def _traced(module: nn.Module, tracer: _WeightTracer) -> fx.Graph:
     """One trace, and the proof that the forward did nothing beside what the graph holds."""
     with restored_random_state(), _refused_while_tracing(tracer):
         before, random_before = _state_of(module), random_fingerprint()
@@ -236,7 +222,7 @@ def _first_line(err: Exception) -> str:
 
 
 @contextmanager
-def _refused_while_tracing(tracer: WeightTracer) -> Iterator[None]:
+def _refused_while_tracing(tracer: _WeightTracer) -> Iterator[None]:
     """Refuse what fx would inline or lose without a word, where the forward calls it."""
 
     def refusing(what: str) -> Callable[..., Any]:

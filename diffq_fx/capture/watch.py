@@ -4,6 +4,8 @@ The graph does not read them again. Each forward compares them with what they we
 in which every module makes its own weights.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,33 +25,14 @@ class _Absent:
     """In place of the value of an attribute that is not there; a class, since its copies and pickles are itself."""
 
 
-class _Read(NamedTuple):
-    """What was read of one module."""
+class _Fact(NamedTuple):
+    """What a module had under a name that was read: an attribute of its own, a child, or neither."""
 
     path: str
     module: nn.Module
-    attributes: dict[str, Any]
-    """Its own attributes, and names that it has as parameter, buffer or of its class alone."""
-    children: dict[str, nn.Module | None]
-    all_children: bool
-    """The forward asked for the children, whatever they are."""
-    is_run_through: bool
-    """The graph does not call it: no hook on it would fire."""
-
-    def changes(self) -> Iterator[str]:
-        """What is not as it was."""
-        now = self.module.__dict__
-        for name, value in self.attributes.items():
-            if not same(now.get(name, _Absent), value):
-                yield f"{name} was set"
-        children = _children(self.module) if self.all_children else now["_modules"]
-        for name in children if self.all_children else self.children:
-            if children.get(name) is not self.children.get(name):
-                yield f"{name} was set"
-        if len(children) < len(self.children):
-            yield "a child was removed"
-        if self.is_run_through and any(now[kind] for kind in HOOKS):
-            yield "a hook was registered"
+    is_child: bool
+    name: str
+    value: Any
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -62,11 +45,17 @@ class GraphUse:
 
     ended_by: str = ""
     """What was changed; empty while the graph is used."""
-    reads: list[_Read] = field(default_factory=list)
+    facts: list[_Fact] = field(default_factory=list)
+    containers: list[tuple[str, nn.Module, dict[str, nn.Module | None]]] = field(default_factory=list)
+    """Modules whose children the forward asked for, whatever they are: path, module, children."""
+    run_through: list[tuple[str, nn.Module]] = field(default_factory=list)
+    """Modules that the graph does not call: no hook on them would fire."""
     changeable: list[tuple[str, Any, tuple[Any, ...]]] = field(default_factory=list)
     """What was read and can change in place: name, object, and what it held."""
     on_classes: dict[tuple[type, str], tuple[Any, ...]] = field(default_factory=dict)
     """What was read and belongs to a class, methods included; an object that can change in place by what it held."""
+    _flat: tuple[list[Any], ...] = ()
+    """The facts, and then the hooks, as lists to compare in one go: at every forward there are hundreds."""
 
     def note(self, path: str, module: nn.Module, names: frozenset[str], *, is_run_through: bool) -> None:
         """Note what a module has under the names that were read.
@@ -74,16 +63,18 @@ class GraphUse:
         Raises:
             CaptureError: it holds something whose changes could not be seen.
         """
-        own, children, whole = vars(module), _children(module), "_modules" in names
-        of_instance = names - {"_modules", *children} - (set() if path else {"forward"})  # wrappers of a whole model call its forward
-        attributes = {name: own.get(name, _Absent) for name in of_instance}
-        read_children = {name: child for name, child in children.items() if whole or name in names}
-        self.reads.append(_Read(path, module, attributes, read_children, whole, is_run_through and bool(path)))
+        own, where = vars(module), path or "the model"
+        if is_run_through and path:
+            self.run_through.append((where, module))
+        if "_modules" in names:
+            self.containers.append((where, module, _children(module)))
         for name in sorted(names - {"_modules"}):
-            if name not in own:
-                if hasattr(type(module), name):
-                    self._note_class(type(module), name)
-            elif can_change_in_place(own[name]):
+            is_child = name in module._modules
+            if path or name != "forward":  # wrappers of a whole model set its forward, and call the one that it had
+                self.facts.append(_Fact(where, module, is_child, name, (module._modules if is_child else own).get(name, _Absent)))
+            if name not in own and hasattr(type(module), name):
+                self._note_class(type(module), name)
+            elif can_change_in_place(own.get(name)):
                 what = f"{path}.{name}".removeprefix(".")
                 self.changeable.append((what, own[name], contents_of(own[name], what)))
 
@@ -99,9 +90,25 @@ class GraphUse:
         return not self.ended_by
 
     def _changes(self) -> Iterator[str]:
-        for read in self.reads:
-            for change in read.changes():
-                yield f"{read.path or 'the model'}: {change}"
+        if not self._flat:
+            dicts = [vars(each.module)["_modules"] if each.is_child else vars(each.module) for each in self.facts]
+            hooks = [(vars(module), kind) for _, module in self.run_through for kind in HOOKS]
+            self._flat = (
+                dicts,
+                [each.name for each in self.facts],
+                [each.value for each in self.facts],
+                *map(list, zip(*hooks, strict=True)),
+            )
+        dicts, names, values, *hooks = self._flat
+        if not all(map(operator.is_, map(dict.get, dicts, names, itertools.repeat(_Absent)), values)):
+            for fact, place in zip(self.facts, dicts, strict=True):
+                if not same(place.get(fact.name, _Absent), fact.value):
+                    yield f"{fact.path}: {fact.name} was set"
+        if hooks and any(map(dict.get, *hooks)):
+            yield from (f"{path}: a hook was registered" for path, module in self.run_through if any(vars(module)[kind] for kind in HOOKS))
+        for path, module, children in self.containers:
+            if _children(module) != children:
+                yield f"{path}: its children were changed"
         for name, value, contents in self.changeable:
             if not is_unchanged(value, contents):
                 yield f"{name} was changed in place"
@@ -113,7 +120,7 @@ class GraphUse:
     def __getstate__(self) -> dict[str, Any]:
         """What classes hold belongs to no copy or pickle."""
         self.stands()
-        return {**vars(self), "on_classes": list(self.on_classes)}
+        return {**vars(self), "_flat": (), "on_classes": list(self.on_classes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, on_classes={})

@@ -144,6 +144,10 @@ def scaled(by, kept):
     return by["gain"]
 
 
+def test_a_list_of_as_many_values_as_are_compared():
+    assert prepared(Reads([1.0] * (contents.MOST_VALUES - 2), lambda kept: kept[-1])).compression.scope == "model"
+
+
 def test_functions_with_state_are_looked_into():
     for make in (counter, lambda state: functools.partial(scaled, state), lambda state: types.MethodType(scaled, state)):
         state = {"gain": 1.0}
@@ -156,6 +160,32 @@ def test_functions_with_state_are_looked_into():
 
 def counter(state):
     return lambda kept: state["gain"]
+
+
+def with_default(state):
+    def read(kept, *, state=state):
+        return state["gain"]
+
+    return read
+
+
+def product(reads):
+    result = 1.0
+    for read in reads:
+        result = result * read(None)
+    return result
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_every_one_of_several_functions_is_looked_into(which):
+    states = [{"gain": 1.0} for _ in range(4)]
+    reads = [make(state) for make, state in zip((counter, counter, with_default, with_default), states, strict=True)]
+    model = prepared(Reads(reads, product))
+    before = model(X)
+    read = model.kept[which]
+    mine = (read.__kwdefaults__ or {}).get("state") or read.__closure__[0].cell_contents
+    mine["gain"] = 2.0
+    assert torch.equal(model(X), before * 2)
 
 
 def test_objects_that_hold_each_other_or_the_model():

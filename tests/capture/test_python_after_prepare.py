@@ -210,6 +210,18 @@ def test_a_graph_is_used_until_something_that_it_depends_on_changes():
     assert model.graph_use.ended_by == "the model: temperature was set"
 
 
+def test_what_was_changed_and_put_back_before_a_forward_is_no_change():
+    model = prepared("auto").eval()
+    model.temperature = 2.0
+    model.temperature = 1.0
+    model.body.register_forward_hook(lambda module, args, output: output * 2).remove()
+    body = model.body
+    model.body = nn.Identity()
+    model.body = body
+    model(X)
+    assert model.uses_graph
+
+
 @pytest.mark.parametrize("change", ["append", "setitem", "replace", "delete"])
 def test_a_change_of_a_container_is_followed(change):
     model = prepare_diffq(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), nn.ReLU())), X, CONFIG).eval()

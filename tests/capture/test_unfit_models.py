@@ -245,18 +245,18 @@ def tie_again(model):
     model.head.register_parameter("weight", model.emb.weight)
 
 
-TIES = {"set": tie, "registry": tie_by_registry, "register": tie_again}
-METHODS = {"diffq": CONFIG, "ste": STE(bits=4), "one in float": DiffQConfig(penalty=1.0, exclude=("emb.weight",))}
+in_float = DiffQConfig(penalty=1.0, exclude=("emb.weight",))
 
 
 @scopes
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("how", TIES)
+@pytest.mark.parametrize(
+    ("how", "method"), [(tie, CONFIG), (tie, STE(bits=4)), (tie_by_registry, CONFIG), (tie_by_registry, in_float), (tie_again, in_float)]
+)
 def test_weights_that_are_tied_after_prepare_are_named(how, method, scope):
     ids = torch.arange(4)
-    model = prepare(Language(), ids, METHODS[method], scope=scope)
+    model = prepare(Language(), ids, method, scope=scope)
     model(ids).sum().backward()
-    TIES[how](model)
+    how(model)
     says = r"weights 'emb\.weight' and 'head\.weight' are one Parameter now, and were not when the model was prepared"
     with pytest.raises(ConversionError, match=rf"convert: {says}"):
         converted(model)

@@ -13,9 +13,8 @@ from diffq_fx.example import Example
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
-from diffq_fx.passes.quantizer_nodes import insert_quantizers, replace_quantizers
+from diffq_fx.passes.quantizer_nodes import insert_quantizers, replace_quantizers, verify_converted, verify_prepared
 from diffq_fx.passes.runner import run_passes
-from diffq_fx.passes.verify import verify_converted, verify_prepared
 from diffq_fx.selection import select_weights
 from diffq_fx.weights import owner_of
 

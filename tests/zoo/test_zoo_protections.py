@@ -121,7 +121,7 @@ def test_a_mode_that_is_baked_in(name: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def _trace_eval_only(model: nn.Module, selection: Any, reads: Any) -> tuple[fx.Graph, fx.Tracer]:
-    tracer = trace.WeightTracer(selection, reads)
+    tracer = trace._WeightTracer(selection, reads)
     return trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer), tracer
 
 
