@@ -42,14 +42,7 @@ class QuantParams(NamedTuple):
 def bits_from_logits(logits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
     """Number of bits of each group: ``b = b_min + sigmoid(gain * l) (b_max - b_min)``, DiffQ (arXiv:2104.09987).
 
-    Args:
-        logits: trainable, any shape.
-        min_bits: smallest width, in bits.
-        max_bits: largest width, in bits.
-        gain: how much faster than the logit its sigmoid's argument moves; the paper has 1.
-
-    Returns:
-        Bits as float, the shape of ``logits``.
+    Bits as float, of trainable logits of any shape. ``gain`` is how much faster than the logit its sigmoid's argument moves (paper: 1).
 
     Example:
         >>> bits_from_logits(torch.zeros(2), 2, 8)
@@ -73,14 +66,6 @@ def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tens
     """Range ``(low, high)`` of each group that the grid has to cover, in float32 or better.
 
     The integer grids hold zero exactly, so the affine range is widened to include it; the symmetric one mirrors max|w|.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        layout: the groups that share a range.
-        grid: see :data:`Grid`.
-
-    Returns:
-        Two tensors of shape (R, C).
 
     Example:
         >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
@@ -122,16 +107,8 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
     """Scale and zero point of a grid of ``2^b`` levels over ``[low, high]``.
 
     ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``, which keeps every weight of the range
-    within ``scale / 2`` of a level. A range of length zero gets scale 1: its one value is a level.
-
-    Args:
-        low: shape (R, C).
-        high: shape (R, C).
-        bits: whole numbers from 1 to 16, shape that broadcasts with ``low``.
-        grid: see :data:`Grid`.
-
-    Returns:
-        Scale as float32 or better, zero_point as int32 in ``[0, 2^b - 1]``, or a float offset on the "float" grid.
+    within ``scale / 2`` of a level. A range of length zero gets scale 1: its one value is a level. ``bits`` are whole numbers from 1 to 16.
+    The scale is float32 or better, the zero_point int32 in ``[0, 2^b - 1]``; the "float" grid has a float offset.
 
     Example:
         >>> params = quant_params(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[2]]), "affine")
@@ -151,16 +128,7 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
 
 
 def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLayout) -> Tensor:
-    """Nearest level of each weight: ``q = clamp(round(w / scale) + zero_point, 0, 2^b - 1)``.
-
-    Args:
-        rows_OI: weight rows, shape (O, I).
-        params: from :func:`quant_params`.
-        bits: whole numbers, shape that broadcasts with ``params.scale``.
-        layout: the layout of ``params.scale``.
-
-    Returns:
-        Levels as int32, shape (O, I), in ``[0, 2^b - 1]``.
+    """Nearest level of each weight, int32: ``q = clamp(round(w / scale) + zero_point, 0, 2^b - 1)``; ``layout`` is that of the scale.
 
     Example:
         >>> layout = GroupLayout.of(1, 3, "channel")
@@ -180,15 +148,7 @@ def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
 def dequantize(levels_OI: Tensor, params: QuantParams, layout: GroupLayout) -> Tensor:
     """Weights of the levels: ``w = (q - zero_point) * scale``, as ONNX's DequantizeLinear computes it.
 
-    On the paper's float grid ``w = q * scale + offset``.
-
-    Args:
-        levels_OI: int, shape (O, I).
-        params: from :func:`quant_params`.
-        layout: the layout of ``params.scale``.
-
-    Returns:
-        Weight rows in the dtype of ``params.scale``, shape (O, I).
+    On the paper's float grid ``w = q * scale + offset``. The weights have the dtype of ``params.scale``; ``layout`` is its layout.
 
     Example:
         >>> params = QuantParams(torch.tensor([[0.5]]), torch.tensor([[1]]), None)

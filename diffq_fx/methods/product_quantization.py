@@ -145,8 +145,8 @@ class ProductWeight(WeightQuantizer):
         if state.shape != self.codes.shape:
             shapes = f"{tuple(state.shape)}, expected {tuple(self.codes.shape)}"
             raise RuntimeError(f"weight {self.spec.name!r}: the codes of the state_dict have shape {shapes}: it is of another model.")
-        self.codes = state.to(self.codes, copy=True)
-        self.is_assigned, self._kept = bool((self.codes >= 0).all()), None
+        self.codes = state.to(self.centroids.device, torch.int32, copy=True)
+        self.is_assigned, self._kept = bool((state >= 0).all()), None
         self.centroids.requires_grad_(self.is_assigned)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ProductWeight":

@@ -105,6 +105,9 @@ def test_codes_are_in_the_state_dict_and_follow_the_model():
     assert torch.equal(output(twin), output(model))
     assert torch.equal(output(copy.deepcopy(model)), output(model))
     assert torch.equal(output(model.double().float()), output(twin))
+    moved = copy.deepcopy(twin).to("meta")
+    moved.load_state_dict(state, assign=True)
+    assert torch.equal(output(moved), output(twin))
     model.load_state_dict(prepared("product").state_dict())
     assert not model.get_submodule("0.weight_quantizer").is_assigned
 
