@@ -9,7 +9,7 @@ from rich.table import Table
 from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
 
 if TYPE_CHECKING:
-    from diffq_fx.export.packed.inspection import PackedInspection, PackedWeightReport
+    from diffq_fx.export.packed.packed_report import PackedInspection, PackedWeightReport
 
 _SMALL_BYTES = 4096
 """Plain tensors of fewer bytes are summed up, not listed."""
@@ -55,7 +55,7 @@ def unpack(
 
 def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
     """Show the weights of a packed file: widths, payload, entropy, overhead."""
-    from diffq_fx.export.packed.inspection import inspect_packed
+    from diffq_fx.export.packed.packed_report import inspect_packed
 
     inspection = inspect_packed(file)
     if json:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packed_models import assert_equal, converted, expected, float_twin, round_trip, store, stored_in
 
 from diffq_fx.export import load_packed, save_packed
-from diffq_fx.export.packed.inspection import inspect_packed
+from diffq_fx.export.packed.packed_report import inspect_packed
 from diffq_fx.storage import IntegerWeight
 
 GROUPS = ("tensor", "channel", 1, 3, 4, 8)
@@ -45,7 +45,7 @@ def test_every_width_large_enough_for_the_coder(tmp_path, bits, compression):
 @pytest.mark.parametrize("group", ["tensor", "channel", 1, 8, 7])
 def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, monkeypatch):
     monkeypatch.setattr("diffq_fx.export.packed.shards._PART_WEIGHTS", 3000)
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     weights = [
         store("a", (300, 129), bits=(1, 16), group=group, ranges="channel"),
         store("b", (7, 50, 3), axis=1, bits=(2, 5), group=group, ranges="tensor", grid="float", dtype=torch.float16),
@@ -59,7 +59,7 @@ def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, mon
 
 
 def test_threads_give_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     model = converted(*(store(f"w{i}", (100, 300), seed=i) for i in range(5)))
     path = save_packed(model, tmp_path / "m.safetensors")
     before = torch.get_num_threads()

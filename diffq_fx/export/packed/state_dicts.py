@@ -1,5 +1,6 @@
 """Float safetensors state dicts to packed files and back, for the command line."""
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,10 +12,10 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.contents import ModelContents
-from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
+from diffq_fx.export.packed.container import FORMAT
+from diffq_fx.export.packed.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
-from diffq_fx.export.packed.saving import write_packed
+from diffq_fx.export.packed.writer import write_packed
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -56,20 +57,24 @@ def pack_state_dict(
     rest: list[tuple[tuple[str, ...], Tensor]] = []
     for name, tensor in tensors.items():
         excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
-        if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES or excluded:
+        if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES.values() or excluded:
             rest.append(((name,), tensor))
         else:
             spec = WeightSpec(name=name, shape=tuple(tensor.shape), axis=0, dtype=tensor.dtype, group_size=size, range_size=size, grid=grid)
             stored.append(_rounded(tensor, spec, bits))
     try:
-        write_packed(ModelContents(tuple(stored), tuple(rest)), target, entropy=entropy)
+        write_packed(stored, rest, target, entropy=entropy)
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error
     return [names[0] for names, tensor in rest if tensor.dim() >= 2]
 
 
 def _refuse_same_file(source: Path, target: Path) -> None:
-    if source.exists() and target.exists() and source.samefile(target):
+    try:
+        is_same = os.path.samefile(source, target)
+    except (OSError, ValueError):  # one of them is missing, or can be no file: whoever opens it says so
+        return
+    if is_same:
         raise PackedFileError(f"'{target}' is the same file as '{source}', which would be lost. Give another name.")
 
 
@@ -83,12 +88,14 @@ def _group_size(value: str) -> GroupSize:
 
 def _read_state_dict(source: Path) -> dict[str, Tensor]:
     import safetensors
-    from safetensors.torch import load_file
 
     try:
-        return load_file(source)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise PackedFileError(f"'{source}' is not a safetensors file that can be read: {error}.") from error
+        with safetensors.safe_open(source, "pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT:
+                raise PackedFileError(f"'{source}' is packed already; to give it other bits unpack it first (diffq-fx unpack).")
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise PackedFileError(f"{str(source)!r} is not a safetensors file that can be read: {str(error)!r}.") from error
 
 
 def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:

@@ -1,12 +1,12 @@
 """What a packed file must know of one kind of stored weight; everything else in this package works on codes and knows no kind.
 
 A kind turns rows of a stored weight into *codes* (unsigned, each at its group's width), a few *small integers* of known widths and some
-raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``__init__.py``.
+raw *floats*, and back. A new kind of storage is one subclass of :class:`PackedWeight`, added to ``KINDS`` in ``header.py``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
+from diffq_fx.export.packed.bitplanes import Values
+from diffq_fx.export.packed.unpacking import DecodedPart
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import WeightSpec
+
+
+class PartCodes(NamedTuple):
+    """Consecutive rows of one weight, to be written. Legend: O rows, I columns, (R, C) the groups of those rows."""
+
+    codes: Values
+    """Shape (O, I); the coder gains most where small codes are frequent."""
+    widths: NDArray[np.uint8]
+    """Bits of each group of codes, shape (R, C) of the kind's ``layout`` for these rows."""
+    integers: Values = np.zeros(0, np.uint16)
+    """Small integers, shape (n,), such as zero points."""
+    floats: bytes = b""
+    """What is stored as it is, such as scales."""
 
 
 class PackedWeight(ABC):
@@ -29,15 +43,14 @@ class PackedWeight(ABC):
     """What it packs."""
     entries: int | None = None
     """Number of different codes, where a kind has so many: none is above, and all are of the width that the highest needs."""
-    common: tuple[torch.dtype, tuple[int, ...]] | None = None
+    common_type: tuple[torch.dtype, tuple[int, ...]] | None = None
     """Type and shape of the tensor that all parts need, such as a codebook, where a kind has one; it is stored by itself."""
+    common: Tensor
+    """That tensor."""
 
-    def __init__(self, spec: WeightSpec) -> None:
+    def __init__(self, spec: WeightSpec, layout: GroupLayout) -> None:
         self.spec = spec
-
-    @property
-    @abstractmethod
-    def layout(self) -> GroupLayout:
+        self.layout = layout
         """Rows and columns of the codes, and which of them share a width."""
 
     @property
@@ -51,50 +64,25 @@ class PackedWeight(ABC):
 
     @classmethod
     @abstractmethod
-    def of_stored(cls, stored: Any) -> "PackedWeight":
-        """Decide how to pack a weight.
-
-        Raises:
-            PackedFileError: it holds values that the format cannot.
-        """
+    def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedWeight":
+        """Undo :meth:`facts`; an error if one of them is missing or not possible."""
 
     @classmethod
     @abstractmethod
-    def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedWeight":
-        """Undo :meth:`facts`.
-
-        Raises:
-            PackedFileError: a fact is missing or not possible.
-        """
-
-    def common_of(self, stored: Any) -> Tensor | None:
-        """The tensor that all parts need."""
-        return None
-
-    def set_common(self, tensor: Tensor) -> None:
-        """Take that tensor; comes before any :meth:`weight_rows` and :meth:`restore`."""
-        raise NotImplementedError(f"{self.kind} has no common tensor")
-
-    def check_widths(self, widths: NDArray[np.uint8]) -> None:
-        """Refuse widths that its codes cannot have.
-
-        Raises:
-            PackedFileError: one of them is not the one that ``entries`` asks for.
-        """
-        if self.entries is not None and (widths != max((self.entries - 1).bit_length(), 1)).any():
-            raise PackedFileError(f"codes of {int(widths.max())} bits do not index {self.entries} entries")
+    def of_stored(cls, stored: Any) -> "PackedWeight":
+        """Decide how to pack a weight; an error if it holds values that the format cannot."""
 
     @abstractmethod
     def encode(self, stored: Any, rows: slice) -> PartCodes:
         """The codes of some rows."""
 
-    @abstractmethod
     def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
         """Widths of the small integers of a part of so many rows whose groups have ``widths``, shape (n,)."""
+        return np.zeros(0, np.uint8)
 
-    @abstractmethod
     def float_bytes(self, rows: int) -> int:
         """Bytes of the floats of a part of so many rows."""
+        return 0
 
     @abstractmethod
     def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
@@ -109,13 +97,26 @@ class PackedWeight(ABC):
         """
 
     @abstractmethod
-    def restore(self, parts: Iterable[PartCodes]) -> StoredWeight:
+    def restore(self, parts: Sequence[DecodedPart]) -> StoredWeight:
         """The stored weight of all its parts, in order."""
-
-    def group_rows(self, values: Any, rows: slice, layout: GroupLayout) -> Any:
-        """The values per group (R, C) that belong to some rows."""
-        return values if layout.kind == "tensor" else values[rows]
 
     def widths_shape(self, rows: int) -> tuple[int, int]:
         """Shape (R, C) of the widths of so many rows."""
-        return (1, 1) if self.layout.kind == "tensor" else (rows, self.layout.shape[1])
+        return self.layout.of_rows(slice(0, rows)).shape
+
+    def check_widths(self, widths: NDArray[np.uint8]) -> None:
+        """Refuse widths that are not the one that ``entries`` asks for."""
+        if self.entries is not None and (widths != max((self.entries - 1).bit_length(), 1)).any():
+            raise PackedFileError(f"codes of {int(widths.max())} bits do not index {self.entries} entries")
+
+    def check_codes(self, part: DecodedPart) -> None:
+        """Refuse codes that are no index of an entry, where their width could hold such."""
+        if self.entries is not None and (self.entries < 2 or self.entries.bit_count() > 1):
+            highest = int(part.codes.max())
+            if highest >= self.entries:
+                raise PackedFileError(f"a code of '{self.spec.name}' is {highest}, it has {self.entries} entries")
+
+
+def expanded(values: NDArray[Any], layout: GroupLayout) -> NDArray[Any]:
+    """Values per group (R, C) as an array that broadcasts with rows of shape (O, I)."""
+    return values if values.shape[1] == 1 else np.repeat(values, layout.block, axis=1)[:, : layout.columns]

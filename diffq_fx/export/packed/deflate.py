@@ -23,10 +23,7 @@ _HEAD_BITS, _LENGTH_BITS = 100, 3  # about what a table takes, and the length of
 
 
 def encode(data: NDArray[np.uint8]) -> bytes:
-    """Code bytes by Huffman codes of their own.
-
-    Args:
-        data: uint8, shape (n,).
+    """Code bytes, uint8 of shape (n,), by Huffman codes of their own.
 
     Example:
         >>> data = np.arange(4000, dtype=np.uint8) % 4
@@ -38,11 +35,7 @@ def encode(data: NDArray[np.uint8]) -> bytes:
 
 
 def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
-    """Undo :func:`encode`; never makes more than ``size`` bytes.
-
-    Raises:
-        PackedFileError: the stream is damaged, or does not hold ``size`` bytes, one or more.
-    """
+    """Undo :func:`encode`; an error if ``data`` is damaged, or not exactly ``size`` bytes, more of which are never made."""
     reader, found, at = _reader(), np.empty(size, np.uint8), 0
     coder = reader.decompressobj(_WINDOW_BITS)
     try:

@@ -1,42 +1,44 @@
-"""The contents of a packed file's header: weights, plain tensors and shards, written as JSON and read with every value checked.
+"""What a packed file says of itself: weights, plain tensors and shards, written as JSON and read with every value checked.
 
 ``docs/packed-format.md`` is the schema.
 """
 
 import math
+import zlib
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding.classes import BINS, MAX_WIDTH, CodeClass
-from diffq_fx.export.packed.fileformat.container import MOST_SIDES, RESERVED, Entry, is_integers
-from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES, TENSOR_TYPES, can_stand_for
-from diffq_fx.export.packed.kinds import kind_of_name
-from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.export.packed.shard_reading import shard_size
-from diffq_fx.export.packed.shards import SECTIONS, ShardHead, Span
+from diffq_fx.export.packed.classes import BINS, MAX_WIDTH, CodeClass
+from diffq_fx.export.packed.codebook_kind import PackedCodebook
+from diffq_fx.export.packed.container import MOST_BYTES, RESERVED, Container, Entry, is_integers, is_shape
+from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES, can_stand_for, tensor_of
+from diffq_fx.export.packed.integer_kind import PackedIntegers
+from diffq_fx.export.packed.shards import SECTIONS, Shard, Span, shard_size
+from diffq_fx.export.packed.weight_kind import PackedWeight
 from diffq_fx.weights import WeightSpec
+
+KINDS: tuple[type[PackedWeight], ...] = (PackedIntegers, PackedCodebook)
+"""The kinds of stored weights that a packed file can hold; a new kind is one more here."""
+SMALL_NAME = f"{RESERVED}small"
+"""Name of the small tensors in the container."""
 
 _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
-_MOST_CRC = 1 << 32
-_SMALL_PER_BYTE = 128
 _ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")
 """What no weight leaves to the defaults of its kind."""
 
 
-@dataclass(frozen=True)
-class PlainTensor:
+class PlainTensor(NamedTuple):
     """A tensor that is stored as it is."""
 
-    name: str
-    aliases: tuple[str, ...]
+    names: tuple[str, ...]
+    """Every name of the tensor, the first one first."""
     dtype: torch.dtype
     """The type that it has in the model; in the file it may be a smaller one that holds the same values."""
     stored_dtype: torch.dtype
@@ -50,14 +52,19 @@ class PlainTensor:
         """Whether it lies together with others."""
         return self.stop - self.start < SMALL_BYTES
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name of the tensor, the first one first."""
-        return (self.name, *self.aliases)
+    def to_json(self) -> dict[str, Any]:
+        """What the header says beyond the name and what the container says; small tensors are no tensors of the container."""
+        found: dict[str, Any] = {}
+        if self.is_small:
+            found["shape"] = list(self.shape)
+            if self.stored_dtype != torch.float32:
+                found["stored"] = TENSOR_TYPES.name(self.stored_dtype)
+        if self.dtype != _widened(self.stored_dtype):
+            found["dtype"] = TENSOR_TYPES.name(self.dtype)
+        return found | ({"aliases": list(self.names[1:])} if self.names[1:] else {})
 
 
-@dataclass(frozen=True)
-class SmallTensors:
+class SmallTensors(NamedTuple):
     """The bytes of all small plain tensors, where they lie."""
 
     size: int
@@ -70,32 +77,7 @@ class SmallTensors:
     stop: int = 0
 
 
-@dataclass(frozen=True)
-class CommonTensor:
-    """What all rows of a weight need, such as its codebook."""
-
-    weight: int
-    """Number of the weight in the file."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    crc32: int
-    start: int = 0
-    stop: int = 0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows of weights that are coded together, and where they lie."""
-
-    spans: tuple[Span, ...]
-    head: ShardHead
-    crc32: int
-    start: int = 0
-    stop: int = 0
-
-
-@dataclass(frozen=True)
-class Contents:
+class Contents(NamedTuple):
     """Everything that a packed file's header says."""
 
     weights: tuple[PackedWeight, ...]
@@ -103,13 +85,37 @@ class Contents:
     tensors_crc32: int
     """Of the bytes of all plain tensors that are not small, in file order."""
     small: SmallTensors | None
-    commons: tuple[CommonTensor, ...]
     shards: tuple[Shard, ...]
 
     def names(self) -> dict[str, str]:
-        """The first name of each tensor or weight, by every name."""
+        """The first name of each tensor or weight, by every name; an error if two have one name."""
         every = [weight.spec.names for weight in self.weights] + [tensor.names for tensor in self.tensors]
-        return {name: names[0] for names in every for name in names}
+        found = {name: names[0] for names in every for name in names}
+        if len(found) != sum(map(len, every)):
+            flat = [name for names in every for name in names]
+            raise PackedFileError(f"two tensors have one name, '{max(flat, key=flat.count)}'")
+        return found
+
+    def to_json(self, common_crcs: Mapping[int, int]) -> dict[str, Any]:
+        """What :func:`read_contents` reads.
+
+        Args:
+            common_crcs: checksum of the common tensor of each weight that has one, by the weight's number.
+        """
+        weights = [_weight_to_json(weight) for weight in self.weights]
+        for index, crc in common_crcs.items():
+            weights[index]["common_crc32"] = crc
+        defaults = _defaults(weights)
+        large = {tensor.names[0]: tensor.to_json() for tensor in self.tensors if not tensor.is_small}
+        return {
+            "defaults": defaults,
+            "weights": [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in weights],
+            "tensors": {name: value for name, value in large.items() if value},
+            "tensors_crc32": self.tensors_crc32,
+            "small": {tensor.names[0]: tensor.to_json() for tensor in self.tensors if tensor.is_small},
+            "small_section": [] if self.small is None else [self.small.coded_size, self.small.crc32],
+            "shards": [{key: getattr(shard, key) for key in ("crc32", "spans", "classes", "sections")} for shard in self.shards],
+        }
 
 
 def shard_name(index: int) -> str:
@@ -117,44 +123,14 @@ def shard_name(index: int) -> str:
     return f"{RESERVED}shard/{index}"
 
 
-SMALL_NAME = f"{RESERVED}small"
-"""Name of the small tensors in the container."""
-
-
-def small_size(coded_size: int, size: int) -> int:
-    """Bytes of the container's tensor that holds so many bytes of small tensors: one for 128 of them or more."""
-    return max(coded_size, -(-size // _SMALL_PER_BYTE))
-
-
 def common_name(weight: int) -> str:
     """Name of the common tensor of a weight in the container."""
     return f"{RESERVED}common/{weight}"
 
 
-def contents_to_json(contents: Contents) -> dict[str, Any]:
-    """What :func:`contents_from_json` reads; offsets are the container's to know."""
-    extras = {tensor.name: _tensor_to_json(tensor) for tensor in contents.tensors if not tensor.is_small}
-    weights = [_weight_to_json(weight) for weight in contents.weights]
-    for common in contents.commons:
-        weights[common.weight]["common_crc32"] = common.crc32
-    defaults = _defaults(weights)
-    return {
-        "defaults": defaults,
-        "weights": [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in weights],
-        "tensors": {name: extra for name, extra in extras.items() if extra},
-        "tensors_crc32": contents.tensors_crc32,
-        "small": {tensor.name: _small_to_json(tensor) for tensor in contents.tensors if tensor.is_small},
-        "small_section": [] if contents.small is None else [contents.small.coded_size, contents.small.crc32],
-        "shards": [
-            {
-                "crc32": shard.crc32,
-                "spans": [[span.weight, span.first_row, span.rows] for span in shard.spans],
-                "classes": [[each.width, each.first_bin, each.last_bin] for each in shard.head.classes],
-                "sections": list(shard.head.sections),
-            }
-            for shard in contents.shards
-        ],
-    }
+def small_size(coded_size: int, size: int) -> int:
+    """Bytes of the container's tensor that holds so many bytes of small tensors: one for 128 of them or more."""
+    return max(coded_size, -(-size // 128))
 
 
 def _defaults(weights: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -171,16 +147,6 @@ def _widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _tensor_to_json(tensor: PlainTensor) -> dict[str, Any]:
-    dtype = {"dtype": TENSOR_TYPES.name(tensor.dtype)} if tensor.dtype != _widened(tensor.stored_dtype) else {}
-    return dtype | ({"aliases": list(tensor.aliases)} if tensor.aliases else {})
-
-
-def _small_to_json(tensor: PlainTensor) -> dict[str, Any]:
-    stored = {} if tensor.stored_dtype == torch.float32 else {"stored": TENSOR_TYPES.name(tensor.stored_dtype)}
-    return {"shape": list(tensor.shape)} | stored | _tensor_to_json(tensor)
-
-
 def _weight_to_json(weight: PackedWeight) -> dict[str, Any]:
     spec = weight.spec
     fields: dict[str, Any] = {"name": spec.name, "kind": weight.kind, "shape": list(spec.shape), "axis": spec.axis}
@@ -190,12 +156,12 @@ def _weight_to_json(weight: PackedWeight) -> dict[str, Any]:
     return fields | {"consumer": spec.consumer} | weight.facts()
 
 
-def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -> Contents:
-    """Read the contents, and check them against each other and the tensors of the container.
+def read_contents(container: Container) -> Contents:
+    """Read the contents and the common tensors, all checked against each other and the tensors of the container.
 
-    Raises:
-        PackedFileError: something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
+    An error if something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
     """
+    value, entries = container.contents, container.entries
     weight_values = _with_defaults(_list(value, "weights"), value.get("defaults"))
     weights = tuple(_weight_from_json(each) for each in weight_values)
     described = value.get("tensors")
@@ -207,19 +173,16 @@ def contents_from_json(value: Mapping[str, Any], entries: Mapping[str, Entry]) -
     tensors = tuple(_tensor_from_json(name, described.get(name, {}), entry, is_small=False) for name, entry in plain.items())
     small_tensors, small = _small_from_json(value.get("small"), value.get("small_section"), entries.get(SMALL_NAME))
     found = _list(value, "shards")
-    of_weights = {common_name(i) for i, weight in enumerate(weights) if weight.common}
-    ours = of_weights | {shard_name(i) for i in range(len(found))} | ({SMALL_NAME} if small else set())
-    if set(entries) - set(plain) != ours:
-        raise PackedFileError(f"the header describes {len(found)} shards and {len(of_weights)} common tensors, the file has others")
-    commons = tuple(_common_from_json(weight_values[i], entries[common_name(i)], i, w) for i, w in enumerate(weights) if w.common)
-    shards = tuple(_shard_from_json(each, entries[shard_name(i)], i, weights) for i, each in enumerate(found))
+    commons = {common_name(index): index for index, weight in enumerate(weights) if weight.common_type}
+    ours = {*commons, *(shard_name(index) for index in range(len(found))), *([SMALL_NAME] if small else [])}
+    if entries.keys() - plain.keys() != ours:
+        raise PackedFileError(f"the header describes {len(found)} shards and {len(commons)} common tensors, the file has others")
+    shards = tuple(_shard_from_json(each, entries[shard_name(index)], index, weights) for index, each in enumerate(found))
     _check_spans(weights, shards)
-    if max((t.stop for t in (*tensors, *commons)), default=0) > min((s.start for s in shards), default=1 << 62):
-        raise PackedFileError("a tensor lies between the shards")
-    contents = Contents(weights, tensors + small_tensors, _crc(value.get("tensors_crc32")), small, commons, shards)
-    count = sum(len(w.spec.names) for w in weights) + sum(len(t.names) for t in contents.tensors)
-    if len(contents.names()) != count:
-        raise PackedFileError("two tensors have one name")
+    contents = Contents(weights, tensors + small_tensors, _crc(value.get("tensors_crc32")), small, shards)
+    contents.names()
+    for name, index in commons.items():
+        _read_common(container, entries[name], weights[index], _crc(weight_values[index].get("common_crc32")))
     return contents
 
 
@@ -239,28 +202,33 @@ def _list(value: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _crc(value: Any) -> int:
-    if not is_integers([value], _MOST_CRC):
+    if not is_integers([value], 1 << 32):
         raise PackedFileError("a checksum is missing in the header")
     return value
 
 
-def _names(name: Any, aliases: Any) -> tuple[str, tuple[str, ...]]:
-    if not isinstance(name, str) or not isinstance(aliases, list) or not all(isinstance(each, str) for each in aliases):
+def _names(name: Any, aliases: Any) -> tuple[str, ...]:
+    if not isinstance(aliases, list) or not all(isinstance(each, str) for each in (name, *aliases)):
         raise PackedFileError(f"a tensor's name {str(name)[:100]!r} or aliases {str(aliases)[:100]!r} are not text")
-    return name, tuple(aliases)
+    return (name, *aliases)
 
 
 def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
-    name, aliases = _names(value.get("name"), value.get("aliases", []))
+    name, *aliases = _names(value.get("name"), value.get("aliases", []))
     try:
-        kind, shape = kind_of_name(value.get("kind")), _shape(value.get("shape"))
-        axis, grid, consumer = value.get("axis"), value.get("grid"), value.get("consumer")
+        kind = next((kind for kind in KINDS if kind.kind == value.get("kind")), None)
+        if kind is None:
+            known = " and ".join(kind.kind for kind in KINDS)
+            raise PackedFileError(f"its kind {value.get('kind')!r} is not known here; {known} are")
+        shape, axis, grid, consumer = (value.get(key) for key in ("shape", "axis", "grid", "consumer"))
+        if not is_shape(shape, _MOST_CODES) or not 0 < math.prod(shape) <= _MOST_CODES or not shape:
+            raise PackedFileError(f"its shape {str(shape)[:100]} is not possible")
         if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
         spec = WeightSpec(
             name=name,
-            aliases=aliases,
-            shape=shape,
+            aliases=tuple(aliases),
+            shape=tuple(shape),
             axis=axis,
             dtype=FLOAT_TYPES.parse(value.get("dtype")),
             group_size=_group_size(value.get("group_size")),
@@ -273,13 +241,6 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
         raise PackedFileError(f"weight '{name}': {error}") from error
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    sound = is_integers(value, _MOST_CODES) and 1 <= len(value) <= MOST_SIDES and 0 not in value
-    if not sound or math.prod(value) > _MOST_CODES:
-        raise PackedFileError(f"its shape {str(value)[:100]} is not possible")
-    return tuple(value)
-
-
 def _group_size(value: Any) -> Any:
     if value not in _GROUP_KINDS and not (is_integers([value], _MOST_CODES) and value):
         raise PackedFileError(f"its group size {value!r} is not possible")
@@ -289,14 +250,13 @@ def _group_size(value: Any) -> Any:
 def _tensor_from_json(name: str, value: Any, entry: Entry, *, is_small: bool) -> PlainTensor:
     if not isinstance(value, dict):
         raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
-    _, aliases = _names(name, value.get("aliases", []))
-    stored = TENSOR_TYPES.parse(entry.dtype)
+    names, stored = _names(name, value.get("aliases", [])), TENSOR_TYPES.parse(entry.dtype)
     dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else _widened(stored)
     if dtype != stored and not can_stand_for(stored, dtype):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
-    tensor = PlainTensor(name, aliases, dtype, stored, entry.shape, entry.start, entry.stop)
+    tensor = PlainTensor(names, dtype, stored, entry.shape, entry.start, entry.stop)
     if tensor.is_small != is_small:
-        raise PackedFileError(f"tensor '{name}' of {entry.size} bytes does not lie where tensors of its size do")
+        raise PackedFileError(f"tensor '{name}' of {entry.stop - entry.start} bytes does not lie where tensors of its size do")
     return tensor
 
 
@@ -307,54 +267,53 @@ def _small_from_json(value: Any, section: Any, entry: Entry | None) -> tuple[tup
     tensors, at = [], 0
     for name, each in value.items():
         stored, shape = TENSOR_TYPES.parse(each.get("stored", "F32")), each.get("shape")
-        if not is_integers(shape, SMALL_BYTES) or len(shape) > MOST_SIDES:
+        if not is_shape(shape, SMALL_BYTES):
             raise PackedFileError(f"small tensor '{name[:100]}' has the shape {str(shape)[:100]}")
         size = math.prod(shape) * stored.itemsize
         tensors.append(_tensor_from_json(name, each, Entry(TENSOR_TYPES.name(stored), tuple(shape), at, at + size), is_small=True))
         at += size
     if not at and entry is None:
         return tuple(tensors), None
-    if not is_integers(section, 1 << 48) or len(section) != 2:
+    if not is_integers(section, MOST_BYTES, 2):
         raise PackedFileError("the section of the small tensors is not described")
-    if entry is None or not at or (entry.dtype, entry.shape) != ("U8", (small_size(section[0], at),)):
+    if entry is None or not at or entry[:2] != ("U8", (small_size(section[0], at),)):
         raise PackedFileError(f"the header describes {at} bytes of small tensors, which the file does not hold")
     return tuple(tensors), SmallTensors(at, section[0], _crc(section[1]), entry.start, entry.stop)
 
 
-def _common_from_json(value: Mapping[str, Any], entry: Entry, index: int, weight: PackedWeight) -> CommonTensor:
-    found = (TENSOR_TYPES.parse(entry.dtype), entry.shape)
-    if found != weight.common:
-        raise PackedFileError(f"weight '{weight.spec.name}': expected a common tensor of {weight.common}, got {found}")
-    return CommonTensor(index, *found, _crc(value.get("common_crc32")), entry.start, entry.stop)
-
-
 def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights: Sequence[PackedWeight]) -> Shard:
     spans, classes, sections = value.get("spans"), value.get("classes"), value.get("sections")
-    if not _are_triples(spans, _MOST_CODES) or not _are_triples(classes, max(BINS, MAX_WIDTH + 1)) or not is_integers(sections, 1 << 48):
+    limits, triples = [_MOST_CODES, max(BINS, MAX_WIDTH + 1)], [spans, classes]
+    are_triples = all(isinstance(v, list) and all(is_integers(e, limit, 3) for e in v) for v, limit in zip(triples, limits, strict=True))
+    if not are_triples or not is_integers(sections, MOST_BYTES, SECTIONS):
         raise PackedFileError(f"shard {index} is not described")
-    found = tuple(Span(*each) for each in spans)
+    found, code_classes = tuple(Span(*each) for each in spans), tuple(CodeClass(*each) for each in classes)  # pyright: ignore
     if not found or not all(span.weight < len(weights) and span.rows for span in found):
         raise PackedFileError(f"shard {index} holds rows of weights that are not there")
-    code_classes = tuple(CodeClass(*each) for each in classes)
     if not all(1 <= each.width <= MAX_WIDTH and each.first_bin <= each.last_bin < BINS for each in code_classes):
         raise PackedFileError(f"shard {index} has classes that are not possible")
-    if len(sections) != SECTIONS or (entry.dtype, entry.shape) != ("U8", (shard_size(sections, found, weights),)):
-        raise PackedFileError(f"shard {index} of {entry.size} bytes does not hold its sections or is too small for its rows")
-    return Shard(found, ShardHead(code_classes, tuple(sections)), _crc(value.get("crc32")), entry.start, entry.stop)
+    if entry[:2] != ("U8", (shard_size(sections, found, weights),)):
+        raise PackedFileError(f"shard {index} of {entry.stop - entry.start} bytes does not hold its sections or is too small for its rows")
+    return Shard(found, code_classes, tuple(sections), _crc(value.get("crc32")), entry.start, entry.stop)
 
 
-def _are_triples(value: Any, limit: int) -> TypeGuard[list[list[int]]]:
-    return isinstance(value, list) and all(is_integers(each, limit) and len(each) == 3 for each in value)
-
-
-def _check_spans(weights: Sequence[PackedWeight], shards: Iterable[Shard]) -> None:
+def _check_spans(weights: Sequence[PackedWeight], shards: Sequence[Shard]) -> None:
     """Every row of every weight must come exactly once, and in order."""
     rows = [0] * len(weights)
-    for shard in shards:
-        for span in shard.spans:
-            if span.first_row != rows[span.weight]:
-                raise PackedFileError(f"weight '{weights[span.weight].spec.name}': its rows are not in order")
-            rows[span.weight] += span.rows
+    for span in (span for shard in shards for span in shard.spans):
+        if span.first_row != rows[span.weight]:
+            raise PackedFileError(f"weight '{weights[span.weight].spec.name}': its rows are not in order")
+        rows[span.weight] += span.rows
     for weight, found in zip(weights, rows, strict=True):
         if found != weight.layout.rows:
             raise PackedFileError(f"weight '{weight.spec.name}': expected {weight.layout.rows} rows, got {found}")
+
+
+def _read_common(container: Container, entry: Entry, weight: PackedWeight, crc32: int) -> None:
+    found, name = (TENSOR_TYPES.parse(entry.dtype), entry.shape), weight.spec.name
+    if found != weight.common_type:
+        raise PackedFileError(f"weight '{name}': expected a common tensor of {weight.common_type}, got {found}")
+    data = container.read(entry.start, entry.stop)
+    if zlib.crc32(data) != crc32:
+        raise PackedFileError(f"is damaged: the checksum of the codebook of '{name}' does not fit")
+    weight.common = tensor_of(data, *found)

@@ -3,13 +3,18 @@
 ``unpacking.c`` reads from several streams at once, each of them a stack of bit planes; ``docs/packed-format.md`` has the terms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffq_fx.export.packed.coding.bitplanes import unpack_plane
+from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.bitplanes import Values
+from diffq_fx.export.packed.classes import NO_CLASS
+from diffq_fx.export.packed.streams import DecodedStream
 from diffq_fx.kernels import extension
 
 # The structures of unpacking.c, whose pointers are numbers here.
@@ -21,34 +26,19 @@ _PART_FIELDS = """
 _PART = np.dtype([(name, np.int64) for name in _PART_FIELDS])
 
 
-class Plane(NamedTuple):
-    """``bits`` of each value of a stream, from its bit ``shift`` up: byte k of n holds those of the values k, k + n, k + 2n, ..."""
-
-    data: NDArray[np.uint8]
-    bits: int
-    shift: int
-
-
 class Streams:
     """The streams of all classes of a shard, their planes ready for the kernel."""
 
-    def __init__(self, planes: Sequence[Sequence[Plane]], counts: Sequence[int]) -> None:
-        flat = [plane for of_class in planes for plane in of_class]
-        self._by_class = planes
+    def __init__(self, streams: Sequence[DecodedStream]) -> None:
+        flat = [plane for stream in streams for plane in stream.planes]
+        self.by_class = streams
         self.planes = np.array([(p.data.ctypes.data, len(p.data), p.bits, p.shift) for p in flat], _PLANE)
-        self.first_plane = np.cumsum([0, *[len(of_class) for of_class in planes]], dtype=np.int32)
-        self.counts = np.array(counts, np.int64)
-
-    def values(self, index: int, first: int, count: int) -> NDArray[np.uint16]:
-        """Some values of a class, unpacked with numpy."""
-        values, some = np.zeros(count, np.uint16), slice(first, first + count)
-        for plane in self._by_class[index]:
-            values |= unpack_plane(plane.data, plane.bits, int(self.counts[index]), some).astype(np.uint16) << np.uint16(plane.shift)
-        return values
+        self.first_plane = np.cumsum([0, *[len(stream.planes) for stream in streams]], dtype=np.int32)
+        self.counts = np.array([stream.count for stream in streams], np.int64)
 
 
 class Grouping(NamedTuple):
-    """Rows of a weight, and the class of each of their groups."""
+    """Rows of a weight, and the class of each of their groups. In a stream codes lie by tile: whole blocks, then the short last ones."""
 
     rows: int
     columns: int
@@ -60,6 +50,37 @@ class Grouping(NamedTuple):
     classes: NDArray[np.uint16]
     """By width and bin."""
 
+    def tiles(self) -> list[tuple[slice, int]]:
+        """The groups of a row that have one length, and that length.
+
+        Example:
+            >>> Grouping(2, 11, 4, *[np.zeros((1, 1), np.uint8)] * 3).tiles()
+            [(slice(0, 2, None), 4), (slice(2, 3, None), 3)]
+        """
+        whole, rest = divmod(self.columns, self.block)
+        return [(slice(0, whole), self.block), *([(slice(whole, whole + 1), rest)] if rest else [])]
+
+    def places(self) -> Iterator[tuple[int, slice, int, NDArray[np.bool_]]]:
+        """For each class of each tile, in order: the class, the tile's columns, the length of its groups, and which are of that class."""
+        for groups, length in self.tiles():
+            widths = self.widths if self.widths.shape[1] == 1 else self.widths[:, groups]
+            found = np.broadcast_to(self.classes[widths, self.bins[:, None]], (self.rows, groups.stop - groups.start))
+            columns = slice(groups.start * self.block, groups.start * self.block + found.shape[1] * length)
+            for index in np.unique(found).tolist():
+                yield index, columns, length, found == index
+
+    def counts(self, number: int) -> NDArray[np.int64]:
+        """Codes of each of so many classes; an error if a group has none."""
+        total = np.zeros(number, np.int64)
+        for groups, length in self.tiles():
+            cells = count_cells(self, groups)
+            present = np.nonzero(cells)
+            found = self.classes[present]
+            if (found == NO_CLASS).any():
+                raise PackedFileError("a group of weights has no model")
+            total += np.bincount(found, cells[present], number).astype(np.int64) * length
+        return total
+
 
 class Grid(NamedTuple):
     """The grid of each group, arrays of shape (R, C) that broadcast with the groups; or of each width, arrays of shape (17,)."""
@@ -69,6 +90,39 @@ class Grid(NamedTuple):
     """The level from which codes count."""
     zero_point: NDArray[np.int32] | None
     offset: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class DecodedPart:
+    """Some rows of a weight as they come out of a shard, with codes that are still in their streams. Legend: O rows, I columns."""
+
+    present: NDArray[np.uint8]
+    """The widths that occur, rising."""
+    integers: Values
+    """Small integers, shape (n,), such as zero points."""
+    floats: bytes
+    """What is stored as it is, such as scales."""
+    streams: Streams
+    first: NDArray[np.int64]
+    """The value of each stream that the part begins with."""
+    grouping: Grouping
+
+    @property
+    def rows(self) -> int:
+        """O."""
+        return self.grouping.rows
+
+    @property
+    def widths(self) -> NDArray[np.uint8]:
+        """Bits of each group, shape (R, C)."""
+        return self.grouping.widths
+
+    @cached_property
+    def codes(self) -> Values:
+        """The codes, shape (O, I)."""
+        out = np.empty((self.rows, self.grouping.columns), np.uint8 if self.present[-1] <= 8 else np.uint16)
+        unpack(self.streams, self.first, self.grouping, None, out)
+        return out
 
 
 def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
@@ -105,9 +159,6 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
         grouping: the rows; they take no more values from a stream than it has.
         grid: float32 scales and what else makes weights; None for codes.
         out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
-
-    Raises:
-        RuntimeError: there is a grid and no kernel: see :func:`diffq_fx.kernels.extension.kernels`.
     """
     if grid is None and extension.kernels() is None:
         _put_in_order(streams, first, grouping, out)
@@ -127,8 +178,7 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
     if grid is not None:
         shape = grid.scale.shape
         arrays = {name: value for name, value in grid._asdict().items() if value is not None}
-        each = {name: value if value.shape == shape else np.broadcast_to(value, shape) for name, value in arrays.items()}
-        fields |= {name: np.ascontiguousarray(value) for name, value in each.items()}
+        fields |= {name: np.ascontiguousarray(np.broadcast_to(value, shape)) for name, value in arrays.items()}
         if len(shape) == 2:
             sizes["row"], sizes["group"] = _strides(grid.scale)
     part = np.zeros(1, _PART)
@@ -138,19 +188,12 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
 
 
 def _put_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping, out: NDArray[Any]) -> None:
-    """Fill rows with codes, class by class: the whole blocks of all rows, then the shorter blocks at their ends."""
-    rows, columns, block, widths, bins, classes = grouping
-    of_group = np.broadcast_to(classes[widths, bins.reshape(-1, 1)], (rows, -(-columns // block)))
-    at, whole = first.copy(), columns // block
-    for groups, length in ((slice(0, whole), block), (slice(whole, None), columns % block)):
-        some = of_group[:, groups] if length else of_group[:, :0]
-        tile = np.empty((*some.shape, length), out.dtype)
-        for index in np.unique(some).tolist():
-            is_here = some == index
-            count = int(is_here.sum()) * length
-            tile[is_here] = streams.values(index, int(at[index]), count).reshape(-1, length)
-            at[index] += count
-        out[:, groups.start * block : groups.start * block + some.shape[1] * length] = tile.reshape(rows, -1)
+    at = first.copy()
+    for index, columns, length, groups in grouping.places():
+        count = int(groups.sum()) * length
+        values = streams.by_class[index].values(slice(at[index], at[index] + count))
+        out[:, columns].reshape(len(out), -1, length)[groups] = values.reshape(-1, length)  # a view: an axis is cut, none is joined
+        at[index] += count
 
 
 def _strides(values: NDArray[Any]) -> tuple[int, int]:

@@ -20,19 +20,17 @@ A block of streams, whose widths and counts the reader knows, is for each stream
     the low bits, bit-packed
 """
 
-import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding import ans, deflate
-from diffq_fx.export.packed.coding.bitplanes import Values, pack, pack_plane, packed_size, planes_of, unpack, unpack_plane
-from diffq_fx.export.packed.coding.source import Source
-from diffq_fx.export.packed.coding.unpacking import Plane
+from diffq_fx.export.packed import ans, deflate
+from diffq_fx.export.packed.bitplanes import Plane, Values, pack, pack_plane, packed_size, planes, unpack
+from diffq_fx.export.packed.container import Source
 
 STORED, DEFLATE, ANS = 0, 1, 2
 
@@ -52,21 +50,21 @@ _ITEM = 4
 _CODERS = {DEFLATE: deflate, ANS: ans}
 
 
-@dataclass(frozen=True)
-class Stream:
+class Effort(NamedTuple):
+    """How hard a writer tries: without ``entropy`` it packs at the width; if patient it takes the slower coder wherever that is shorter."""
+
+    entropy: bool
+    is_patient: bool = False
+
+
+class Stream(NamedTuple):
     """Values of one width."""
 
     width: int
     values: Values
 
-    @property
-    def count(self) -> int:
-        """Number of values."""
-        return len(self.values)
 
-
-@dataclass(frozen=True)
-class _Cut:
+class _Cut(NamedTuple):
     """A way to code a stream, and about how long it makes it."""
 
     coder: int
@@ -75,37 +73,33 @@ class _Cut:
     bits: float
 
 
-def encode_block(streams: Sequence[Stream], *, entropy: bool, is_patient: bool = False) -> bytes:
-    """Encode streams.
-
-    Args:
-        streams: any number of them, the empty ones too.
-        entropy: False packs every stream at its width.
-        is_patient: take the slower coder wherever it is the shorter one.
+def encode_block(streams: Sequence[Stream], effort: Effort) -> bytes:
+    """Encode any number of streams, the empty ones too.
 
     Example:
         >>> values = np.array([0, 1, 0, 0] * 1000, np.uint8)
-        >>> len(encode_block([Stream(3, values)], entropy=False)), len(encode_block([Stream(3, values)], entropy=True))
+        >>> len(encode_block([Stream(3, values)], Effort(False))), len(encode_block([Stream(3, values)], Effort(True)))
         (1501, 331)
     """
-    return b"".join(_encode(stream, entropy, is_patient) for stream in streams if stream.count)
+    return b"".join(_encode(stream, effort) for stream in streams if len(stream.values))
 
 
-def encode_bytes(data: bytes, *, entropy: bool, is_patient: bool = False) -> bytes:
+def encode_bytes(data: bytes, effort: Effort) -> bytes:
     """Encode numbers of 4 bytes, or anything else, as :func:`encode_block` does 4 streams: byte k is in stream k mod 4.
 
     Example:
         >>> data = np.linspace(1, 2, 1000, dtype=np.float32).tobytes()
-        >>> len(data), len(encode_bytes(data, entropy=True)), decode_bytes(Source.of(encode_bytes(data, entropy=True)), 4000) == data
-        (4000, 2885, True)
+        >>> coded = encode_bytes(data, Effort(True))
+        >>> len(coded), decode_bytes(Source(lambda start, stop: coded[start:stop], 0, 2885), 2885, 4000) == data
+        (2885, True)
     """
     raw = np.frombuffer(data, np.uint8)
-    return encode_block([Stream(8, raw[place::_ITEM]) for place in range(_ITEM)], entropy=entropy, is_patient=is_patient)
+    return encode_block([Stream(8, raw[place::_ITEM]) for place in range(_ITEM)], effort)
 
 
-def _encode(stream: Stream, entropy: bool, is_patient: bool) -> bytes:
+def _encode(stream: Stream, effort: Effort) -> bytes:
     stored = bytes(1) + pack(stream.values, stream.width)
-    cuts = _good_cuts(stream, is_patient or stream.count <= _SHORT) if entropy and len(stored) > _LEAST else ()
+    cuts = _good_cuts(stream, effort.is_patient or len(stream.values) <= _SHORT) if effort.entropy and len(stored) > _LEAST else ()
     return min((stored, *(_coded(stream, cut) for cut in cuts)), key=len)
 
 
@@ -118,17 +112,13 @@ def _coded(stream: Stream, cut: _Cut) -> bytes:
 def _good_cuts(stream: Stream, is_patient: bool) -> list[_Cut]:
     """The ways to code a stream that are worth a try; without patience one at most, a fast one if it is nearly as short."""
     counts, lows = np.bincount(stream.values, minlength=1 << stream.width), range(max(stream.width - 8, 0), stream.width)
-    shortest = functools.partial(min, key=lambda cut: cut.bits)
     huffman, exact = [_cut(DEFLATE, counts, stream.width, low) for low in lows], _cut(ANS, counts, stream.width, lows[0])
-    if is_patient:
-        return [
-            shortest(huffman),
-            exact,
-            shortest(_cut(ANS, counts, stream.width, low, plane=8) for low in lows),
-        ]  # a table of single values is short
-    limit, short = _WORTH_IT * stream.width * stream.count, shortest(huffman).bits
-    fast = min((cut for cut in huffman if cut.bits <= _NEARLY_AS_SHORT * short), key=lambda cut: (cut.plane, cut.bits))
-    best = exact if exact.bits < _WORTH_THE_TIME * min(short, limit) else fast
+    shortest = min(huffman, key=lambda cut: cut.bits)
+    if is_patient:  # a table of single values, in a plane of 8 bits, is short
+        return [shortest, exact, min((_cut(ANS, counts, stream.width, low, plane=8) for low in lows), key=lambda cut: cut.bits)]
+    limit = _WORTH_IT * stream.width * len(stream.values)
+    fast = min((cut for cut in huffman if cut.bits <= _NEARLY_AS_SHORT * shortest.bits), key=lambda cut: (cut.plane, cut.bits))
+    best = exact if exact.bits < _WORTH_THE_TIME * min(shortest.bits, limit) else fast
     return [best] if best.bits < limit else []
 
 
@@ -143,72 +133,37 @@ def _cut(coder: int, counts: NDArray[np.int64], width: int, low: int, plane: int
     return _Cut(coder, low, plane, bits + low * number)
 
 
-class DecodedStream:
-    """A stream of a block that has been decoded: its values can be had piece by piece, and until then take little room."""
+class DecodedStream(NamedTuple):
+    """A stream of a block: its values take little room until somebody wants them."""
 
-    def __init__(
-        self, width: int, count: int, low: int, plane: int, high_bytes: NDArray[np.uint8] | None, low_bytes: bytes | memoryview
-    ) -> None:
-        self.count = count
-        self._width = width
-        self._low = low
-        self._plane = plane
-        self._high_bytes = high_bytes
-        self._low_bytes = low_bytes
+    width: int
+    count: int
+    planes: list[Plane]
 
-    def planes(self) -> list[Plane]:
-        """The bit planes that make its values."""
-        low, at, found = np.frombuffer(self._low_bytes, np.uint8), 0, []
-        for first, bits in planes_of(self._low):
-            size = -(-self.count * bits // 8)
-            found.append(Plane(low[at : at + size], bits, first))
-            at += size
-        return found if self._high_bytes is None else [*found, Plane(self._high_bytes, self._plane, self._low)]
-
-    def values(self) -> Values:
-        """The values, made anew at each call: uint8 up to 8 bits, else uint16."""
-        kind = np.uint8 if self._width <= 8 else np.uint16
-        if self._high_bytes is None:
-            return unpack(self._low_bytes, self._width, self.count)
-        high = unpack_plane(self._high_bytes, self._plane, self.count).astype(kind, copy=False)
-        if not self._low:
-            return high
-        values = high << kind(self._low)
-        values |= unpack(self._low_bytes, self._low, self.count).astype(kind, copy=False)
-        return values
+    def values(self, some: slice = slice(None)) -> Values:
+        """The values, made anew at each call."""
+        return unpack(self.planes, self.width, self.count, some)
 
 
-def decode_block(source: Source, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:
-    """Undo :func:`encode_block`.
+def decode_block(source: Source, size: int, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:
+    """Undo :func:`encode_block`; an error if the block is damaged.
 
     Args:
-        source: exactly the block.
+        source: where the block comes next.
+        size: of the block, in bytes.
         expected: width and count of each stream.
-
-    Returns:
-        The streams.
-
-    Raises:
-        PackedFileError: the block is damaged, or not of these streams.
     """
-    streams = [_decode(source, width, count) if count else DecodedStream(width, 0, width, 0, None, b"") for width, count in expected]
-    source.end()
+    before = source.left
+    streams = [_decode(source, width, count) if count else DecodedStream(width, 0, []) for width, count in expected]
+    if before - source.left != size:
+        raise PackedFileError(f"the streams of a block take {before - source.left} bytes, it has {size}")
     return streams
 
 
-def decode_bytes(source: Source, size: int) -> bytes:
-    """Undo :func:`encode_bytes`.
-
-    Args:
-        source: exactly the block.
-        size: of the outcome.
-
-    Raises:
-        PackedFileError: the block is damaged, or not of this size.
-    """
-    streams = decode_block(source, [(8, len(range(place, size, _ITEM))) for place in range(_ITEM)])
-    raw = np.empty(size, np.uint8)
-    for place, stream in enumerate(streams):
+def decode_bytes(source: Source, size: int, expected: int) -> bytes:
+    """Undo :func:`encode_bytes`, whose block of ``size`` bytes comes next, and gives as many as are expected."""
+    raw = np.empty(expected, np.uint8)
+    for place, stream in enumerate(decode_block(source, size, [(8, len(range(place, expected, _ITEM))) for place in range(_ITEM)])):
         raw[place::_ITEM] = stream.values()
     return raw.tobytes()
 
@@ -216,7 +171,7 @@ def decode_bytes(source: Source, size: int) -> bytes:
 def _decode(source: Source, width: int, count: int) -> DecodedStream:
     head = source.take(1)[0]
     if head == STORED:
-        return DecodedStream(width, count, width, 0, None, source.take(packed_size(count, width)))
+        return DecodedStream(width, count, planes(source.take(packed_size(count, width)), width, count))
     coder, plane, low = head & 3, 1 << (head >> 2 & 3), head >> 4
     if coder not in _CODERS or not 0 < width - low <= plane:
         raise PackedFileError(f"a stream of {width} bits has a damaged head: coder {coder}, {low} low bits, plane of {plane}")
@@ -224,7 +179,7 @@ def _decode(source: Source, width: int, count: int) -> DecodedStream:
     high = _CODERS[coder].decode(memoryview(coded), high_bytes)
     if np.bitwise_or.reduce(high) & _bits_above(width - low, plane):
         raise PackedFileError(f"a value does not fit {width} bits")
-    return DecodedStream(width, count, low, plane, high, source.take(packed_size(count, low)))
+    return DecodedStream(width, count, [*planes(source.take(packed_size(count, low)), low, count), Plane(high, plane, low)])
 
 
 def _bits_above(used: int, plane: int) -> np.uint8:

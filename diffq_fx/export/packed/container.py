@@ -10,15 +10,14 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.fileformat.dtypes import TENSOR_TYPES
+from diffq_fx.export.packed.dtypes import TENSOR_TYPES
 
 RESERVED = "diffq_fx/"
 """Tensors whose names begin so are not the model's."""
@@ -30,40 +29,59 @@ _LENGTH, _CRC = struct.Struct("<Q"), struct.Struct("<I")
 _MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _ROOM_FOR_CONTENTS = 1 << 20  # bytes that they may have when inflated, whatever the size of the file
 _RAW_DEFLATE = -15
-_LARGEST_SIDE = 1 << 48
+_FEW = 1 << 16  # bytes that are read at once where nobody needs them together
+MOST_BYTES = 1 << 48
 MOST_SIDES = 64
 """Dimensions of a tensor."""
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the container."""
+class Entry(NamedTuple):
+    """One tensor of the container: its type by safetensors' name, and its bytes, counted from the first byte of the first tensor."""
 
     dtype: str
-    """Name of its type in safetensors."""
     shape: tuple[int, ...]
     start: int
-    """First byte, counted from the first byte of the first tensor."""
     stop: int
 
+
+class Source:
+    """Some bytes that are taken from the front, with the checksum of those that were: what is done with does not stay in memory."""
+
+    def __init__(self, read: Callable[[int, int], bytes | memoryview], start: int, stop: int, crc32: int = 0) -> None:
+        self._read, self._at, self._stop = read, start, stop
+        self.crc32 = crc32
+
     @property
-    def size(self) -> int:
-        """Its bytes."""
-        return self.stop - self.start
+    def left(self) -> int:
+        """Bytes that nobody took."""
+        return self._stop - self._at
+
+    def take(self, count: int) -> bytes | memoryview:
+        """The next ``count`` bytes; an error if there are fewer."""
+        if count > self.left:
+            raise PackedFileError(f"it ends early: {count} bytes are wanted, {self.left} are left")
+        data = self._read(self._at, self._at + count)
+        self._at += count
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return data
+
+    def skip(self, *, zeros: bool = False) -> None:
+        """Take what is left; with ``zeros`` anything else in it is an error."""
+        while self.left:
+            data = self.take(min(self.left, _FEW))
+            if zeros and any(data):
+                raise PackedFileError("something is hidden in the zeros that fill up a block")
 
 
-def write_container(path: Path, tensors: Sequence[tuple[str, str, Sequence[int], bytes]], contents: Mapping[str, Any]) -> None:
-    """Write a container.
+def write_container(path: str | Path, tensors: Sequence[tuple[str, str, Sequence[int], bytes]], contents: Mapping[str, Any]) -> None:
+    """Write a container whole, or leave the old file as it was.
 
     Args:
         path: where to.
         tensors: name, type, shape and bytes of each.
         contents: what else is to be said of them, as JSON.
-
-    Raises:
-        PackedFileError: the file cannot be written; the old one is as it was.
     """
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
     packed = _deflated(json.dumps(contents, separators=(",", ":")).encode(), sum(len(data) for *_, data in tensors))
@@ -74,12 +92,9 @@ def write_container(path: Path, tensors: Sequence[tuple[str, str, Sequence[int],
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = _LENGTH.pack(len(text)) + text
-    with replaced_atomically(path, PackedFileError) as file:
-        file.write(head)
-        for *_, data in tensors:
+    with replaced_atomically(Path(path), PackedFileError) as file:
+        for data in (head, *(data for *_, data in tensors), packed, _CRC.pack(zlib.crc32(packed, zlib.crc32(head)))):
             file.write(data)
-        file.write(packed)
-        file.write(_CRC.pack(zlib.crc32(packed, zlib.crc32(head))))
 
 
 def _deflated(text: bytes, file_bytes: int) -> bytes:
@@ -101,104 +116,74 @@ def _inflated(data: bytes, file_bytes: int) -> bytes:
 
 
 class Container:
-    """An open container whose header has been checked; a context manager."""
+    """An open container whose header has been checked; its errors do not name the file, whoever opens it does."""
 
-    def __init__(self, path: Path) -> None:
-        """Open and check a file.
-
-        Raises:
-            PackedFileError: it cannot be opened, is of another kind or version, or is damaged.
-        """
-        self._lock = Lock()
-        try:
-            self._file: BinaryIO = path.open("rb")
-        except OSError as error:
-            raise PackedFileError(f"cannot be opened: {error.strerror or error}") from error
-        try:
-            self.size = os.fstat(self._file.fileno()).st_size
-            self.header_size = self._read_length()
-            self.entries, self.contents = self._read_header()
-        except OSError as error:
-            self._file.close()
-            raise PackedFileError(f"cannot be read: {error.strerror or error}") from error
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> "Container":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __init__(self, file: BinaryIO) -> None:
+        """Check a file; an error if it is of another kind or version, or damaged."""
+        self._file, self._lock = file, Lock()
+        self.size = os.fstat(file.fileno()).st_size
+        begin = self._read(0, min(self.size, _LENGTH.size + 1))
+        self._body = _LENGTH.size + _header_size(begin, self.size)
+        self.entries, self.contents = self._read_header()
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes from ``start`` to ``stop``, counted from the first byte of the first tensor; from any thread.
+        """Bytes from ``start`` to ``stop``, counted from the first byte of the first tensor; from any thread."""
+        return self._read(self._body + start, self._body + stop)
 
-        Raises:
-            PackedFileError: the file has become shorter, or cannot be read.
-        """
-        return self._read(_LENGTH.size + self.header_size + start, stop - start)
-
-    def _read(self, start: int, count: int) -> bytes:
+    def _read(self, start: int, stop: int) -> bytes:
         try:
             with self._lock:
                 self._file.seek(start)
-                data = self._file.read(count)
+                data = self._file.read(stop - start)
         except OSError as error:
             raise PackedFileError(f"cannot be read: {error.strerror or error}") from error
-        if len(data) != count:
-            raise PackedFileError(f"is cut short: expected {count} bytes at {start}, got {len(data)}")
+        if len(data) != stop - start:
+            raise PackedFileError(f"is cut short: expected {stop - start} bytes at {start}, got {len(data)}")
         return data
 
-    def _read_length(self) -> int:
-        begin = self._read(0, min(self.size, _LENGTH.size + 1))
-        length = _LENGTH.unpack(begin[:-1])[0] if len(begin) > _LENGTH.size else -1
-        if begin[-1:] == b"{" and 2 <= length <= min(self.size - _LENGTH.size, _MOST_HEADER_BYTES):
-            return length
-        if begin.startswith(_PICKLES):
-            raise PackedFileError("is a pickle (as torch.save writes it), not a packed file; a pickle can run code, so it was not opened")
-        raise PackedFileError(f"is not a packed file, or is damaged: its {self.size} bytes do not begin with the length of a header")
-
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, Any]]:
-        head = self._read(0, _LENGTH.size + self.header_size)
+        head = self._read(0, self._body)
         header = _parse(head[_LENGTH.size :])
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             known = "is a safetensors file without what save_packed adds to one: read it with safetensors.torch.load_file"
             raise PackedFileError(known if b'"data_offsets"' in head else "is not a packed file, or is damaged")
-        if metadata.get("version") != str(VERSION):
-            raise PackedFileError(
-                f"has the format version {metadata.get('version')!r}, or is damaged; this diffq_fx reads version {VERSION}"
-            )
-        entries = self._checked_entries(header)
+        if (version := metadata.get("version")) != str(VERSION):
+            raise PackedFileError(f"has the format version {version!r}, or is damaged; this diffq_fx reads version {VERSION}")
+        entries = {name: _entry(name, value) for name, value in header.items()}
+        _check_places(entries, self.size - self._body)
         contents, checksum = entries.pop(_CONTENTS, None), entries.pop(_CHECKSUM, None)
-        if contents is None or checksum is None or checksum.size != _CRC.size:
+        if contents is None or checksum is None or checksum.stop - checksum.start != _CRC.size:
             raise PackedFileError("is damaged: it has no contents, or no checksum of its header")
         packed = self.read(contents.start, contents.stop)
         if self.read(checksum.start, checksum.stop) != _CRC.pack(zlib.crc32(packed, zlib.crc32(head))):
             raise PackedFileError("is damaged: the checksum of its header does not fit")
         return entries, _parse(_inflated(packed, self.size))
 
-    def _checked_entries(self, header: Mapping[str, Any]) -> dict[str, Entry]:
-        """The tensors, which must follow each other without a gap up to the end of the file."""
-        entries = {name: _entry(name, value) for name, value in header.items()}
-        at = 0
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-            if entry.start != at:
-                raise PackedFileError(f"is damaged: tensor '{name}' begins at byte {entry.start}, expected {at}")
-            at = entry.stop
-        expected = self.size - _LENGTH.size - self.header_size
-        if at != expected:
-            raise PackedFileError(f"is damaged or cut short: its tensors end at byte {at} of {expected}")
-        return entries
+
+def _header_size(begin: bytes, size: int) -> int:
+    """The header's bytes, of a file that begins so and has so many bytes."""
+    length = _LENGTH.unpack(begin[:-1])[0] if len(begin) > _LENGTH.size else -1
+    if begin[-1:] == b"{" and 2 <= length <= min(size - _LENGTH.size, _MOST_HEADER_BYTES):
+        return length
+    if begin.startswith(_PICKLES):
+        raise PackedFileError("is a pickle (as torch.save writes it), not a packed file; a pickle can run code, so it was not opened")
+    raise PackedFileError(f"is not a packed file, or is damaged: its {size} bytes do not begin with the length of a header")
+
+
+def _check_places(entries: Mapping[str, Entry], size: int) -> None:
+    """Refuse tensors that do not follow each other without a gap up to the end of the file."""
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != at:
+            raise PackedFileError(f"is damaged: tensor '{name}' begins at byte {entry.start}, expected {at}")
+        at = entry.stop
+    if at != size:
+        raise PackedFileError(f"is damaged or cut short: its tensors end at byte {at} of {size}")
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """JSON that is an object without double names.
-
-    Raises:
-        PackedFileError: it is not.
-    """
+    """JSON that is an object, without double names and without numbers that are none."""
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -224,28 +209,32 @@ def _refuse_constant(constant: str) -> Any:
 def _entry(name: str, value: Any) -> Entry:
     """One tensor's facts, the number of its bytes checked against its shape."""
     fields = value if isinstance(value, dict) else {}
-    shape, offsets = fields.get("shape"), fields.get("data_offsets")
-    if not is_integers(shape, _LARGEST_SIDE) or not is_integers(offsets, _LARGEST_SIDE) or len(shape) > MOST_SIDES:
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not is_shape(shape, MOST_BYTES) or not is_integers(offsets, MOST_BYTES, 2) or offsets[0] > offsets[1]:
         raise PackedFileError(f"is damaged: tensor '{name[:100]}' has shape {str(shape)[:100]} and bytes {str(offsets)[:100]}")
-    if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise PackedFileError(f"is damaged: tensor '{name[:100]}' has bytes {str(offsets)[:100]}")
     try:
-        size = TENSOR_TYPES.parse(fields.get("dtype")).itemsize * math.prod(shape)
+        size = TENSOR_TYPES.parse(dtype).itemsize * math.prod(shape)
     except PackedFileError as error:
         raise PackedFileError(f"is damaged: tensor '{name[:100]}': {error}") from error
     if size != offsets[1] - offsets[0]:
-        raise PackedFileError(f"is damaged: tensor '{name}' of {fields['dtype']} {shape} has {offsets[1] - offsets[0]} bytes, not {size}")
+        raise PackedFileError(f"is damaged: tensor '{name}' of {dtype} {shape} has {offsets[1] - offsets[0]} bytes, not {size}")
     return Entry(fields["dtype"], tuple(shape), offsets[0], offsets[1])
 
 
-def is_integers(value: Any, limit: int) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of whole numbers from 0 up to and without ``limit``.
+def is_integers(value: Any, limit: int, count: int | None = None) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a list of so many whole numbers from 0 up to and without ``limit``.
 
     Example:
-        >>> is_integers([1, 2], 3), is_integers([True], 3), is_integers([3], 3), is_integers(None, 3)
-        (True, False, False, False)
+        >>> is_integers([1, 2], 3), is_integers([True], 3), is_integers([3], 3), is_integers(None, 3), is_integers([1], 3, 2)
+        (True, False, False, False, False)
     """
-    return isinstance(value, list) and all(type(each) is int and 0 <= each < limit for each in value)
+    right = isinstance(value, list) and (count is None or len(value) == count)
+    return right and all(type(each) is int and 0 <= each < limit for each in value)
+
+
+def is_shape(value: Any, limit: int) -> TypeGuard[list[int]]:
+    """Whether a JSON value is a tensor's shape, each side of it below ``limit``."""
+    return is_integers(value, limit) and len(value) <= MOST_SIDES
 
 
 def looks_packed(path: Path) -> bool:
@@ -258,6 +247,6 @@ def looks_packed(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             begin = file.read(_LENGTH.size + 1)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in its name
         return False
-    return len(begin) > _LENGTH.size and begin[-1:] == b"{" and _LENGTH.unpack(begin[:-1])[0] <= _MOST_HEADER_BYTES
+    return begin[_LENGTH.size :] == b"{" and _LENGTH.unpack(begin[:-1])[0] <= _MOST_HEADER_BYTES

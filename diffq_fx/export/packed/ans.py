@@ -23,10 +23,7 @@ _END, _ENDS = 0xD1FF, 1 << 16
 
 
 def encode(symbols: NDArray[np.uint8]) -> bytes:
-    """Code symbols at their order-0 entropy.
-
-    Args:
-        symbols: uint8, shape (n,).
+    """Code symbols, uint8 of shape (n,), at their order-0 entropy.
 
     Example:
         >>> symbols = np.arange(32768, dtype=np.uint8) % 4
@@ -43,15 +40,7 @@ def encode(symbols: NDArray[np.uint8]) -> bytes:
 
 
 def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
-    """Undo :func:`encode`.
-
-    Args:
-        data: exactly the coded sequence.
-        count: symbols in it.
-
-    Raises:
-        PackedFileError: the sequence is damaged or of another length.
-    """
+    """Undo :func:`encode`; an error if ``data`` is damaged, or not exactly ``count`` symbols."""
     words_at = 3 + 2 * data[0] if len(data) else 0
     if words_at < 5 or len(data) < words_at or (len(data) - words_at) % 4:
         raise PackedFileError(f"{len(data)} bytes do not hold the frequencies and words of a coded sequence")

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.functional import QuantParams
-from diffq_fx.storage import IntegerWeight
-from diffq_fx.storage.packing import unpack_levels
 from diffq_fx.weights import WeightSpec
 
 WIDTHS = 17
@@ -26,14 +24,7 @@ Floats = NDArray[Any]
 
 
 def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:
-    """Scale of each group, as :func:`diffq_fx.functional.quant_params` computes it.
-
-    Args:
-        extents: high - low of each range, shape (1, 1) or (O, 1).
-        widths: shape (O, C).
-
-    Returns:
-        Shape (O, C), in the dtype of ``extents``.
+    """Scale of each group (O, C) of ranges of such extents (E, 1), as :func:`diffq_fx.functional.quant_params` computes it.
 
     Example:
         >>> scales_of(np.array([[3.0]], np.float32), np.array([[1, 2]], np.uint8))
@@ -45,14 +36,7 @@ def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:
 
 
 def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
-    """The extents of ranges, one for each row, that give these scales exactly; None if there are none.
-
-    Args:
-        scales: shape (O, C).
-        widths: shape (O, C).
-
-    Returns:
-        Shape (O, 1), or None.
+    """The extents (O, 1) of ranges, one for each row, that give the scales of shape (O, C) exactly; None if there are none.
 
     Example:
         >>> find_extents(np.array([[3.0, 1.0]], np.float32), np.array([[1, 2]], np.uint8))
@@ -106,7 +90,7 @@ def _doubles(tensor: Any) -> NDArray[np.float64]:
 
 
 def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str:
-    """How to store zero points: see :class:`~diffq_fx.export.packed.kinds.integers.PackedIntegers`."""
+    """How to store zero points: see :class:`~diffq_fx.export.packed.integer_kind.PackedIntegers`."""
     if zero_point is None:
         return "none"
     values, top = array_of(zero_point), masks(widths, np.int64)
@@ -144,28 +128,9 @@ def follows_from_ranges(params: QuantParams, widths: NDArray[np.uint8], spec: We
 
 
 def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Ranges and widths that occur together, in rising order.
-
-    Args:
-        widths: of some rows, shape (O, C).
-        spec: says whether each row is a range.
-
-    Returns:
-        The width of each such cell, and the cell of each group, shape (O * C,).
-    """
+    """The width of each *cell*, a range and a width that occur together, in rising order; and the cell of each of the groups (O, C)."""
     of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
     key = (of_row[:, None] * WIDTHS + widths).reshape(-1)
     present = np.zeros(WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
     present[key] = True
     return (np.flatnonzero(present) % WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
-
-
-def levels_of_rows(stored: IntegerWeight, rows: slice) -> NDArray[np.int32]:
-    """Levels of some rows, without unpacking the others."""
-    columns, bits = stored.spec.columns, stored.container_bits
-    per_byte = max(8 // bits, 1)
-    start = rows.start * columns // per_byte * per_byte
-    stop = rows.stop * columns
-    packed = stored.levels[start * bits // 8 : -(-stop * bits // 8)].cpu()
-    flat = unpack_levels(packed, bits, stop - start)
-    return flat[rows.start * columns - start :].reshape(-1, columns).numpy()
