@@ -1,13 +1,7 @@
 """Bytes at their order-0 entropy by asymmetric numeral systems (Duda, arXiv:1311.2540), through the library constriction.
 
-The bytes of a coded sequence (little endian) are::
-
-    last         u8        highest symbol that has a frequency, at least 1
-    frequencies  u16       of the symbols 0 to last
-    words        u32       of constriction's ``AnsCoder``
-
-The symbols' model is ``Categorical(frequencies as float32, perfect=False)``. After them comes 0xD1FF, drawn from ``Uniform(65536)``:
-it tells a reader that it has read as many symbols as were written. Nothing may be left then.
+``docs/packed-format.md`` has the bytes of a coded sequence. After its symbols comes 0xD1FF, drawn from ``Uniform(65536)``: it tells a
+reader that it has read as many symbols as were written.
 """
 
 from typing import Any

@@ -225,18 +225,19 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
             raise PackedFileError(f"its shape {str(shape)[:100]} is not possible")
         if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
-        spec = WeightSpec(
-            name=name,
-            aliases=tuple(aliases),
-            shape=tuple(shape),
-            axis=axis,
-            dtype=FLOAT_TYPES.parse(value.get("dtype")),
-            group_size=_group_size(value.get("group_size")),
-            range_size=_group_size(value.get("range_size")),
-            grid=grid,
-            consumer=consumer,
+        dtype, (group, ranges) = (
+            FLOAT_TYPES.parse(value.get("dtype")),
+            (_group_size(value.get(key)) for key in ("group_size", "range_size")),
         )
-        return kind.of_facts(spec, value)
+        facts: dict[str, Any] = {
+            "axis": axis,
+            "dtype": dtype,
+            "group_size": group,
+            "range_size": ranges,
+            "grid": grid,
+            "consumer": consumer,
+        }
+        return kind.of_facts(WeightSpec(name=name, aliases=tuple(aliases), shape=tuple(shape), **facts), value)
     except PackedFileError as error:
         raise PackedFileError(f"weight '{name}': {error}") from error
 

@@ -2,9 +2,6 @@
 
 Its bytes are five sections: the widths of all groups, the bins of all rows, small integers (zero points), floats (scales), codes. Zeros
 fill the shard up to one byte for 128 weights, so that a reader can refuse a shape that is too large for the file before it allocates.
-
-Within a shard the order is: spans, parts of a span, tiles of a part (its blocks, then the shorter blocks at the ends of its rows), and in a
-tile its groups by class, in the order of rows within a class. Legend: O rows, I columns, C groups of a row, K classes.
 """
 
 import zlib
@@ -108,17 +105,7 @@ def plan_shards(weights: Sequence[PackedWeight]) -> list[list[Span]]:
 def encode_shard(
     spans: Sequence[Span], weights: Sequence[PackedWeight], stored: Sequence[StoredWeight], *, entropy: bool
 ) -> tuple[bytes, Shard]:
-    """Encode rows of weights; without ``entropy`` everything is bit-packed.
-
-    Args:
-        spans: the rows.
-        weights: all weights of the file.
-        stored: what they pack.
-        entropy: False to bit-pack everything.
-
-    Returns:
-        The shard's bytes, and what the header must say of them.
-    """
+    """The bytes of these rows, and what the header must say of them; ``stored`` are what all weights of the file pack."""
     effort = Effort(entropy, is_patient=_numel(spans, weights) <= FEW_WEIGHTS)
     parts = list(_parts_of(spans, weights))
     codes = [part.packed.encode(stored[part.weight], part.rows) for part in parts]

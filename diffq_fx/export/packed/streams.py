@@ -1,23 +1,8 @@
 """Streams of unsigned values as bytes: bit-packed, or with their high bits entropy coded.
 
-The low bits of a stream, which hardly ever tell anything, stay as they are. Its high bits are packed into bytes as one bit plane (of 1,
-2, 4 or 8 bits, so that a byte holds 8 to 1 values), and these bytes go through a coder. Which bits are low, how wide the plane is, and
-which coder, is chosen by the length of the outcome.
-
-=====  =======  =============================================================================================================
-coder  name     what it does
-=====  =======  =============================================================================================================
-0      stored   nothing is coded: every bit is low
-1      deflate  Huffman codes: fast, and mostly within 1 % of the entropy
-2      ans      at the entropy, several times slower, one thread at a time; taken for small models, and where it saves more than 1.2 %
-=====  =======  =============================================================================================================
-
-A block of streams, whose widths and counts the reader knows, is for each stream that is not empty (little endian)::
-
-    head   u8      coder, 2 bits; log2 of the bits that a value takes in the plane, 2 bits; low bits of a value, 4 bits; 0 if stored
-    size   u32     bytes of the coded plane; not if stored
-    the coded plane
-    the low bits, bit-packed
+The low bits of a stream, which hardly ever tell anything, stay as they are. Its high bits are packed into bytes as one bit plane, and these
+bytes go through a coder: deflate, which is fast, or ans, which is shorter but several times slower and taken for small models and where it
+saves more than 1.2 %. Which bits are low, how wide the plane is, and which coder, is chosen by the length of the outcome.
 """
 
 import struct

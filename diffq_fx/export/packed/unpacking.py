@@ -1,7 +1,4 @@
-"""Codes of a packed file in the order of their weight: in C in one pass over memory, up to the float weights; with numpy the codes alone.
-
-``unpacking.c`` reads from several streams at once, each of them a stack of bit planes; ``docs/packed-format.md`` has the terms.
-"""
+"""Codes in the order of their weight: in C in one pass over memory, up to the float weights; with numpy the codes alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -155,35 +152,32 @@ def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid:
 
     Args:
         streams: where the codes are.
-        first: the value of each stream to begin with.
-        grouping: the rows; they take no more values from a stream than it has.
+        first: the value of each stream to begin with; the rows take no more than it has.
+        grouping: the rows.
         grid: float32 scales and what else makes weights; None for codes.
         out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
     """
     if grid is None and extension.kernels() is None:
         _put_in_order(streams, first, grouping, out)
         return
-    kernels, number = extension.loaded(), len(streams.counts)
-    by_width = grid is not None and grid.scale.ndim == 1
-    values = np.empty((number, kernels.AHEAD), np.float32 if by_width else np.uint16)
-    state = np.array(first, np.int64), values, np.zeros(number, np.int32), np.zeros(number, np.int32)
-    widths, bins, classes = (np.ascontiguousarray(each) for each in (grouping.widths, grouping.bins, grouping.classes))
-    fields: dict[str, Any] = dict(zip(("next", "ahead", "used", "filled"), state, strict=True))
-    fields |= {"planes": streams.planes, "first_plane": streams.first_plane, "counts": streams.counts}
-    fields |= {"widths": widths, "bins": bins, "classes": classes}
-    fields |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
-    sizes = {"bin_row": int(len(bins) > 1), "bin_number": classes.shape[1], "rows": grouping.rows}
-    sizes |= {"columns": grouping.columns, "block": grouping.block, "by_width": int(by_width)}
-    sizes["width_row"], sizes["width_group"] = _strides(widths)
+    kernels, number, by_width = extension.loaded(), len(streams.counts), grid is not None and grid.scale.ndim == 1
+    arrays = {"planes": streams.planes, "first_plane": streams.first_plane, "counts": streams.counts, "next": np.array(first, np.int64)}
+    arrays |= {"ahead": np.empty((number, kernels.AHEAD), np.float32 if by_width else np.uint16)}
+    arrays |= {"used": np.zeros(number, np.int32), "filled": np.zeros(number, np.int32)}
+    arrays |= {"widths": grouping.widths, "bins": grouping.bins, "classes": grouping.classes}
     if grid is not None:
-        shape = grid.scale.shape
-        arrays = {name: value for name, value in grid._asdict().items() if value is not None}
-        fields |= {name: np.ascontiguousarray(np.broadcast_to(value, shape)) for name, value in arrays.items()}
-        if len(shape) == 2:
-            sizes["row"], sizes["group"] = _strides(grid.scale)
+        arrays |= {name: np.broadcast_to(value, grid.scale.shape) for name, value in grid._asdict().items() if value is not None}
+    arrays |= {{"f": "weights", "u": f"codes{8 * out.itemsize}"}[out.dtype.kind]: out}
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     part = np.zeros(1, _PART)
-    for name, number in ({name: value.ctypes.data for name, value in fields.items()} | sizes).items():
-        part[name] = number
+    for name, value in arrays.items():
+        part[name] = value.ctypes.data
+    for name in ("rows", "columns", "block"):
+        part[name] = getattr(grouping, name)
+    part["width_row"], part["width_group"] = _strides(grouping.widths)
+    part["bin_row"], part["bin_number"], part["by_width"] = len(grouping.bins) > 1, grouping.classes.shape[1], by_width
+    if grid is not None and not by_width:
+        part["row"], part["group"] = _strides(grid.scale)
     kernels.unpack(part.ctypes.data)
 
 
