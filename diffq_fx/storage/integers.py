@@ -13,7 +13,7 @@ from diffq_fx.functional.groups import from_rows, scale_layout_of
 from diffq_fx.kernels import memory
 from diffq_fx.storage.base import StoredWeight
 from diffq_fx.storage.footprint import Footprint, grid_footprint
-from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels, unpack_rows
+from diffq_fx.storage.packing import container_for, pack_levels, unpack_rows
 from diffq_fx.weights import WeightSpec
 
 
@@ -93,8 +93,7 @@ class IntegerWeight(StoredWeight):
 
     def levels_OI(self) -> Tensor:
         """The unpacked levels, int32, shape (O, I), each in ``[0, 2^b - 1]``."""
-        flat = unpack_levels(self.levels, self.container_bits, self.spec.numel)
-        return flat.reshape(self.spec.rows, self.spec.columns)
+        return unpack_rows(self.levels, self.container_bits, self.spec.columns, slice(0, self.spec.rows))
 
     def footprint(self) -> Footprint:
         """The parts of its sizes."""

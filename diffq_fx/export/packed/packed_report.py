@@ -148,15 +148,8 @@ def _length(counts: _Counts, model: _Counts) -> float:
 def _weight_report(packed: PackedWeight, tally: _Tally) -> PackedWeightReport:
     spec, bits = packed.spec, {width: int(counts.sum()) for width, counts in sorted(tally.counts.items())}
     return PackedWeightReport(
-        name=spec.name,
-        aliases=spec.aliases,
-        kind=packed.kind,
-        shape=spec.shape,
-        dtype=FLOAT_TYPES.name(spec.dtype),
-        group_size=spec.group_size,
-        grid=spec.grid,
-        description=packed.description,
-        values=spec.numel,
+        **{key: getattr(spec, key) for key in ("name", "aliases", "shape", "group_size", "grid")},
+        **{"kind": packed.kind, "dtype": FLOAT_TYPES.name(spec.dtype), "description": packed.description, "values": spec.numel},
         bits=bits,
         bit_packed_bytes=-(-sum(width * count for width, count in bits.items()) // 8),
         entropy_bytes=sum(_length(counts, counts) for counts in tally.counts.values()) / 8,
