@@ -84,8 +84,8 @@ def unpack_rows(packed: Tensor, container_bits: int, columns: int, rows: slice) 
     """The levels of some rows of so many columns, int32 of shape (R, columns), without unpacking the others.
 
     Example:
-        >>> unpack_rows(torch.tensor([33, 67, 5], dtype=torch.uint8), 4, 3, slice(1, 2))
-        tensor([[3, 4, 5]], dtype=torch.int32)
+        >>> unpack_rows(torch.tensor([33, 67, 101], dtype=torch.uint8), 4, 3, slice(1, 2))
+        tensor([[4, 5, 6]], dtype=torch.int32)
     """
     per_byte = max(8 // container_bits, 1)
     first, stop = rows.start * columns // per_byte * per_byte, rows.stop * columns

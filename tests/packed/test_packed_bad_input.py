@@ -357,13 +357,13 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     model = small_model(large=torch.randn(130, 128))  # more than Python reads ahead
     path = save_packed(model, tmp_path / "m")
 
-    original = loading._fill_float
+    original = loading._fill_model
 
     def cut_then_fill(model, reader):
         path.write_bytes(path.read_bytes()[:9000])
         original(model, reader)
 
-    monkeypatch.setattr(loading, "_fill_float", cut_then_fill)
+    monkeypatch.setattr(loading, "_fill_model", cut_then_fill)
     twin = float_twin(model)
     with pytest.raises(PackedFileError, match="is cut short: expected"):
         load_packed(twin, path)

@@ -20,8 +20,7 @@ BINS = 128
 BIN_BITS = 7
 _BINS_OF_OCTAVE = 16
 MAX_WIDTH = 16
-_ROW_IS_LONG = 128
-"""Codes of a row that are worth a bin of its own; shorter rows share one."""
+_ROW_IS_LONG = 128  # codes of a row that are worth a bin of its own; shorter rows share one
 _SYMBOLS = 64
 _TABLE_BITS = 1000  # what one more class costs: a head and a table
 NO_CLASS = 0xFFFF

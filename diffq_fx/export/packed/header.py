@@ -30,8 +30,7 @@ SMALL_NAME = f"{RESERVED}small"
 _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
-_ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")
-"""What no weight leaves to the defaults of its kind."""
+_ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")  # what no weight leaves to the defaults of its kind
 
 
 class PlainTensor(NamedTuple):

@@ -17,7 +17,8 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.reader import PackedReader, in_threads, opened
 from diffq_fx.export.packed.shards import DecodedShard, Part
 from diffq_fx.export.packed.unpacking import DecodedPart
-from diffq_fx.export.packed.writer import contents_of, grouped_by_storage
+from diffq_fx.export.packed.weight_kind import PackedWeight
+from diffq_fx.export.packed.writer import NamedTensors, contents_of, grouped_by_storage
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import StoredWeight
@@ -60,13 +61,11 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
         TypeError: the arguments are neither of these, or ``names`` is one name instead of several.
 
     Example:
-        >>> import tempfile, warnings
-        >>> from diffq_fx import convert_diffq, prepare_diffq
+        >>> import tempfile
+        >>> from diffq_fx import convert, prepare
         >>> from diffq_fx.export import load_packed, save_packed
-        >>> model = torch.nn.Linear(64, 64)
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     converted = convert_diffq(prepare_diffq(model, torch.zeros(1, 64)))
+        >>> from diffq_fx.methods import STE
+        >>> converted = convert(prepare(torch.nn.Linear(64, 64), torch.zeros(1, 64), STE(bits=4)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_packed(converted, Path(folder) / "model.safetensors")
         ...     loaded = load_packed(torch.nn.Linear(64, 64), path)
@@ -83,8 +82,7 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
         with opened(source) as reader:
             if not into_model:
                 return _load_tensors(reader, names)
-            model = unwrapped(first)
-            (_fill_converted if _is_converted(model) else _fill_float)(model, reader)
+            _fill_model(unwrapped(first), reader)
             return first
     except PackedFileError as error:
         raise PackedFileError(f"load_packed: {error}") from error
@@ -124,41 +122,36 @@ def _load_tensors(reader: PackedReader, names: Collection[str] | None) -> dict[s
     return {name: found[source] for name, source in first.items() if names is None or name in names}
 
 
-def _fill_float(model: nn.Module, reader: PackedReader) -> None:
-    """Fill a float model, whole or not at all."""
-    contents, state = reader.contents, model.state_dict(keep_vars=True)
-    _refuse_other_names(list(state), list(contents.names()), type(model).__name__)
-    targets = _targets(state, reader, {weight.spec.name: (weight.spec.shape, weight.spec.dtype) for weight in contents.weights})
-    plain, shards = reader.plain_tensors(), _decode_all(reader)
+def _fill_model(model: nn.Module, reader: PackedReader) -> None:
+    """Fill a float model, or put integers in the place of a converted one's; whole or not at all."""
+    contents, is_converted = reader.contents, _is_converted(model)
+    weights, tensors = contents_of(model) if is_converted else ([], grouped_by_storage(model.state_dict(keep_vars=True)))
+    facts = {tensor.names: (tensor.shape, tensor.dtype) for tensor in contents.tensors}
+    if is_converted:
+        _refuse_other_weights([stored for _, stored in weights], contents.weights)
+    else:
+        facts |= {weight.spec.names: (weight.spec.shape, weight.spec.dtype) for weight in contents.weights}
+    targets = _targets(tensors, facts, type(model).__name__)
+    plain, shards = reader.plain_tensors(), list(in_threads(reader.decode, contents.shards))  # all is sound, and takes a byte a code
+    restored = _restored(contents.weights, shards) if is_converted else {}
     for tensor, value in plain:
         for target in targets[tensor.names[0]]:
             target.copy_(value)
+    if is_converted:
+        _replace_modules(model, weights, restored)
+        return
     for _ in in_threads(_filling(targets), shards):
         pass
     for target in (each for group in targets.values() for each in group):
         torch.autograd.graph.increment_version(target)  # numpy has written past it
 
 
-def _fill_converted(model: nn.Module, reader: PackedReader) -> None:
-    """Put a file's integers in the place of those of a converted model and fill its other tensors, whole or not at all."""
-    contents, (weights, tensors) = reader.contents, contents_of(model)
-    _refuse_other_weights([stored for _, stored in weights], contents.weights)
-    rest = {name: tensor for names, tensor in tensors for name in names}
-    _refuse_other_names(list(rest), [name for tensor in contents.tensors for name in tensor.names], type(model).__name__)
-    targets, plain = _targets(rest, reader, {}), reader.plain_tensors()
-    parts: dict[str, list[DecodedPart]] = {weight.spec.name: [] for weight in contents.weights}
-    for shard in _decode_all(reader):
+def _restored(weights: Sequence[PackedWeight], shards: Iterable[DecodedShard]) -> dict[str, StoredWeight]:
+    parts: dict[str, list[DecodedPart]] = {weight.spec.name: [] for weight in weights}
+    for shard in shards:
         for part, codes in shard.parts():
             parts[part.packed.spec.name].append(codes)
-    restored = {weight.spec.name: weight.restore(parts.pop(weight.spec.name)) for weight in contents.weights}
-    for tensor, value in plain:
-        for target in targets[tensor.names[0]]:
-            target.copy_(value)
-    replaced = {id(module): restored[stored.spec.name] for module, stored in weights}
-    for module, _ in weights:  # in a larger model a weight keeps the names that it had in its part
-        new = replaced[id(module)]
-        new.spec = replace(new.spec, name=module.spec.name, aliases=module.spec.aliases)
-    _replace_modules(model, replaced)
+    return {weight.spec.name: weight.restore(parts.pop(weight.spec.name)) for weight in weights}
 
 
 def _filling(targets: Mapping[str, Sequence[Tensor]]) -> Callable[[DecodedShard], None]:
@@ -188,38 +181,30 @@ def _fill_rows(target: Tensor, part: Part, codes: DecodedPart) -> None:
         place.copy_(some.reshape(place.shape))
 
 
-def _decode_all(reader: PackedReader) -> list[DecodedShard]:
-    """Every shard of the file, decoded and so known to be sound; a code takes a byte of memory or less."""
-    return list(in_threads(reader.decode, reader.contents.shards))
-
-
 def _targets(
-    state: Mapping[str, Tensor], reader: PackedReader, facts: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    tensors: NamedTensors, facts: Mapping[tuple[str, ...], tuple[tuple[int, ...], torch.dtype]], model: str
 ) -> dict[str, list[Tensor]]:
     """The tensors of a model that each tensor of a file goes to, by the file's first name.
 
-    An error if shapes or types differ, or the model ties tensors that the file holds apart. ``facts`` are those of the weights.
+    An error if names, shapes or types differ, or the model ties tensors that the file holds apart.
     """
-    first = reader.contents.names()
-    facts = {**facts, **{tensor.names[0]: (tensor.shape, tensor.dtype) for tensor in reader.contents.tensors}}
-    targets: dict[str, list[Tensor]] = {}
-    for names, tensor in grouped_by_storage(state):
+    first = {name: names[0] for names in facts for name in names}
+    own = {name for names, _ in tensors for name in names}
+    if unknown := sorted(own - first.keys()):
+        raise PackedFileError(f"the file has no {_some(unknown)}, which the {model} has")
+    if missing := sorted(first.keys() - own):
+        raise PackedFileError(f"the {model} has no {_some(missing)}, which the file has")
+    targets: dict[str, list[Tensor]] = {names[0]: [] for names in facts}
+    wanted = {names[0]: fact for names, fact in facts.items()}
+    for names, tensor in tensors:
         source, *others = {first[name] for name in names}
         if others:
             raise PackedFileError(f"the model ties {' and '.join(sorted(names))}, which the file holds as different tensors")
-        shape, dtype = facts[source]
+        shape, dtype = wanted[source]
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
             raise PackedFileError(f"tensor '{names[0]}': the model has {tuple(tensor.shape)} {tensor.dtype}, the file {shape} {dtype}")
-        targets.setdefault(source, []).append(tensor)
+        targets[source].append(tensor)
     return targets
-
-
-def _refuse_other_names(own: Sequence[str], files: Sequence[str], model: str) -> None:
-    """Refuse a model that has other tensors than a file."""
-    if unknown := sorted(set(own) - set(files)):
-        raise PackedFileError(f"the file has no {_some(unknown)}, which the {model} has")
-    if missing := sorted(set(files) - set(own)):
-        raise PackedFileError(f"the {model} has no {_some(missing)}, which the file has")
 
 
 def _refuse_other_weights(own: Iterable[Any], files: Iterable[Any]) -> None:
@@ -236,13 +221,15 @@ def _refuse_other_weights(own: Iterable[Any], files: Iterable[Any]) -> None:
             raise PackedFileError(f"weight '{name}': the model has {stored[name]}, the file {packed[name]}")
 
 
-def _replace_modules(model: nn.Module, replaced: Mapping[int, StoredWeight]) -> None:
-    """Put other stored weights in the place of those of a model, under every name."""
+def _replace_modules(model: nn.Module, weights: Iterable[tuple[StoredWeight, StoredWeight]], restored: Mapping[str, StoredWeight]) -> None:
+    """Put other stored weights in the place of those of a model, under every name; they keep the names that they had in their part."""
+    replaced = {id(module): restored[stored.spec.name] for module, stored in weights}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replaced:
-                device = next(child.buffers()).device
-                parent._modules[name] = replaced[id(child)].to(device).train(child.training)
+            if isinstance(child, StoredWeight):
+                new = replaced[id(child)]
+                new.spec = replace(new.spec, name=child.spec.name, aliases=child.spec.aliases)
+                parent._modules[name] = new.to(next(child.buffers()).device).train(child.training)
 
 
 def _some(names: Sequence[str]) -> str:

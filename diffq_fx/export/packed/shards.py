@@ -25,8 +25,7 @@ FEW_WEIGHTS = 1 << 19
 _PART_WEIGHTS = 1 << 20
 """Weights that are worked on at once: few enough for small temporaries, enough that threads do not fight for the interpreter."""
 _LEAST_CODES, _MOST_CODES = 1 << 21, 1 << 23
-_SHARDS = 4
-"""Shards of a model that is neither small nor large: enough for a few threads, few enough to fill the coder's lanes."""
+_SHARDS = 4  # shards of a model that is neither small nor large: enough for a few threads, few enough to fill the coder's lanes
 
 
 class Span(NamedTuple):

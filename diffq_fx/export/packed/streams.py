@@ -20,18 +20,12 @@ from diffq_fx.export.packed.container import Source
 STORED, DEFLATE, ANS = 0, 1, 2
 
 _SIZE = struct.Struct("<I")
-_WORTH_IT = 0.99
-"""Coding must bring a long stream below this share of its size."""
-_WORTH_THE_TIME = 0.988
-"""The slower coder must bring a long stream below this share of its Huffman codes."""
-_NEARLY_AS_SHORT = 1.007
-"""The coded bytes of a long stream may be fewer at the cost of such a share of its size."""
-_LEAST = 14
-"""Bytes that a coded stream has at least."""
-_SHORT = 1 << 9
-"""Values of a stream that the slower coder does not take long for."""
-_ITEM = 4
-"""Bytes of the numbers that :func:`encode_bytes` expects: each place in them is a stream, since the highest bytes are much alike."""
+_WORTH_IT = 0.99  # coding must bring a long stream below this share of its size
+_WORTH_THE_TIME = 0.988  # the slower coder must bring a long stream below this share of its Huffman codes
+_NEARLY_AS_SHORT = 1.007  # the coded bytes of a long stream may be fewer at the cost of such a share of its size
+_LEAST = 14  # bytes that a coded stream has at least
+_SHORT = 1 << 9  # values of a stream that the slower coder does not take long for
+_ITEM = 4  # bytes of the numbers that :func:`encode_bytes` expects: each place in them is a stream, since the highest bytes are much alike
 _CODERS = {DEFLATE: deflate, ANS: ans}
 
 

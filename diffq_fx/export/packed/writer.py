@@ -47,13 +47,11 @@ def save_packed(model: nn.Module, path: str | Path, compression: PackedCompressi
         ValueError: there is no such compression.
 
     Example:
-        >>> import tempfile, warnings
-        >>> from diffq_fx import convert_diffq, prepare_diffq
+        >>> import tempfile
+        >>> from diffq_fx import convert, prepare
         >>> from diffq_fx.export import load_packed, save_packed
-        >>> model = torch.nn.Linear(64, 64)
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     converted = convert_diffq(prepare_diffq(model, torch.zeros(1, 64)))
+        >>> from diffq_fx.methods import STE
+        >>> converted = convert(prepare(torch.nn.Linear(64, 64), torch.zeros(1, 64), STE(bits=4)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     weights = load_packed(save_packed(converted, Path(folder) / "model.safetensors"))
         >>> torch.equal(weights["weight"], converted.weight_quantized())
