@@ -79,17 +79,8 @@ class IntegerWeight(StoredWeight):
 
     def forward(self) -> Tensor:
         """The float weight: ``(levels - zero_point) * scale``."""
-        return torch.ops.diffq_fx.dequantize(
-            self.levels,
-            self.scale,
-            self.zero_point,
-            self.offset,
-            self.container_bits,
-            list(self.spec.shape),
-            self.spec.axis,
-            self.spec.scale_layout.block,
-            self.spec.dtype,
-        )
+        spec, where = self.spec, (list(self.spec.shape), self.spec.axis, self.spec.scale_layout.block)
+        return torch.ops.diffq_fx.dequantize(self.levels, self.scale, self.zero_point, self.offset, self.container_bits, *where, spec.dtype)
 
     def levels_OI(self) -> Tensor:
         """The unpacked levels, int32, shape (O, I), each in ``[0, 2^b - 1]``."""

@@ -17,13 +17,7 @@ _END, _ENDS = 0xD1FF, 1 << 16
 
 
 def encode(symbols: NDArray[np.uint8]) -> bytes:
-    """Code symbols, uint8 of shape (n,), at their order-0 entropy.
-
-    Example:
-        >>> symbols = np.arange(32768, dtype=np.uint8) % 4
-        >>> len(encode(symbols)), bool((decode(memoryview(encode(symbols)), 32768) == symbols).all())
-        (8205, True)
-    """
+    """Code symbols, uint8 of shape (n,), at their order-0 entropy."""
     stream = _library()
     counts = np.bincount(symbols, minlength=2)
     frequencies = np.maximum(np.rint(counts * (_HIGHEST / counts.max())), counts > 0).astype("<u2")
@@ -52,12 +46,7 @@ def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is, whose values have these shares.
-
-    Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
-        1604.0
-    """
+    """About how long the code of ``size`` bytes is, whose values have these shares."""
     present = np.flatnonzero(shares)
     some = shares[present]
     return -size * float(some @ np.log2(some)) + 56 + 16 * (int(present[-1]) + 1)

@@ -37,22 +37,12 @@ def _planes_of(width: int) -> Iterator[tuple[int, int]]:
 
 
 def packed_size(count: int, width: int) -> int:
-    """Bytes that ``count`` values of ``width`` bits take.
-
-    Example:
-        >>> packed_size(8, 3), packed_size(9, 3)
-        (3, 5)
-    """
+    """Bytes that ``count`` values of ``width`` bits take."""
     return sum(-(-count * bits // 8) for _, bits in _planes_of(width))
 
 
 def pack(values: Values, width: int) -> bytes:
-    """Pack the low ``width`` bits of values, 0 to 16, into ``packed_size(n, width)`` bytes.
-
-    Example:
-        >>> pack(np.array([1, 2, 3, 0, 1, 2, 3, 0], np.uint8), 2).hex()
-        'dd22'
-    """
+    """Pack the low ``width`` bits of values, 0 to 16, into ``packed_size(n, width)`` bytes."""
     return b"".join(pack_plane((values >> first).astype(np.uint8), bits) for first, bits in _planes_of(width))
 
 
@@ -77,12 +67,7 @@ def planes(data: bytes | memoryview, width: int, count: int) -> list[Plane]:
 
 
 def unpack(planes: Sequence[Plane], width: int, count: int, some: slice = slice(None)) -> Values:
-    """All of ``count`` values of ``width`` bits, or a few of them.
-
-    Example:
-        >>> unpack(planes(bytes.fromhex("dd22"), 2, 8), 2, 8)
-        array([1, 2, 3, 0, 1, 2, 3, 0], dtype=uint8)
-    """
+    """All of ``count`` values of ``width`` bits, or a few of them."""
     start, stop, _ = some.indices(count)
     values = narrow(np.zeros(0, np.uint8), width)
     for index, (data, bits, shift) in enumerate(planes):

@@ -28,22 +28,12 @@ NO_CLASS = 0xFFFF
 
 
 def bins_in(rows: int, columns: int) -> int:
-    """Number of bins that so many rows have.
-
-    Example:
-        >>> bins_in(8, 1000), bins_in(8, 9)
-        (8, 1)
-    """
+    """Number of bins that so many rows have."""
     return rows if columns >= _ROW_IS_LONG else 1
 
 
 def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bin of each row, shape (``bins_in(O, I)``,), of codes (O, I): sixteenths of an octave of the mean code, in shares of its range.
-
-    Example:
-        >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
-        array([70, 32], dtype=uint8)
-    """
+    """Bin of each row, shape (``bins_in(O, I)``,), of codes (O, I): sixteenths of an octave of the mean code, in shares of its range."""
     share = codes * np.exp2(-1 - widths.astype(np.float32))
     mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
     return np.clip(np.floor(-_BINS_OF_OCTAVE * np.log2(np.maximum(mean, 1e-9))) - _BINS_OF_OCTAVE, 0, BINS - 1).astype(np.uint8)
@@ -104,12 +94,7 @@ def _xlogx(counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def merged_bins(classes: Sequence[CodeClass]) -> NDArray[np.uint8]:
-    """For each bin the lowest one that is in the same class at every width: rows need to tell no more than that.
-
-    Example:
-        >>> merged_bins([CodeClass(3, 0, 4), CodeClass(3, 5, 127), CodeClass(4, 0, 127)])[[0, 4, 5, 100]]
-        array([0, 0, 5, 5], dtype=uint8)
-    """
+    """For each bin the lowest one that is in the same class at every width: rows need to tell no more than that."""
     starts = np.zeros(BINS, np.uint8)
     for each in classes:
         starts[each.first_bin] = each.first_bin

@@ -222,12 +222,7 @@ def _entry(name: str, value: Any) -> Entry:
 
 
 def is_integers(value: Any, limit: int, count: int | None = None) -> TypeGuard[list[int]]:
-    """Whether a JSON value is a list of so many whole numbers from 0 up to and without ``limit``.
-
-    Example:
-        >>> is_integers([1, 2], 3), is_integers([True], 3), is_integers([3], 3), is_integers(None, 3), is_integers([1], 3, 2)
-        (True, False, False, False, False)
-    """
+    """Whether a JSON value is a list of so many whole numbers from 0 up to and without ``limit``."""
     right = isinstance(value, list) and (count is None or len(value) == count)
     return right and all(type(each) is int and 0 <= each < limit for each in value)
 
@@ -238,12 +233,7 @@ def is_shape(value: Any, limit: int) -> TypeGuard[list[int]]:
 
 
 def looks_packed(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does; its contents are not checked.
-
-    Example:
-        >>> looks_packed(Path(__file__))
-        False
-    """
+    """Whether a file begins as a safetensors file does; its contents are not checked."""
     try:
         with path.open("rb") as file:
             begin = file.read(_LENGTH.size + 1)

@@ -23,13 +23,7 @@ _HEAD_BITS, _LENGTH_BITS = 100, 3  # about what a table takes, and the length of
 
 
 def encode(data: NDArray[np.uint8]) -> bytes:
-    """Code bytes, uint8 of shape (n,), by Huffman codes of their own.
-
-    Example:
-        >>> data = np.arange(4000, dtype=np.uint8) % 4
-        >>> len(encode(data)), decode(memoryview(encode(data)), 4000).tobytes() == data.tobytes()
-        (1139, True)
-    """
+    """Code bytes, uint8 of shape (n,), by Huffman codes of their own."""
     coder = zlib.compressobj(wbits=_WINDOW_BITS, memLevel=_MOST_MEMORY, strategy=zlib.Z_HUFFMAN_ONLY)
     return coder.compress(np.ascontiguousarray(data).data) + coder.flush()
 
@@ -65,12 +59,7 @@ def _reader() -> Any:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is, whose values have these shares.
-
-    Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
-        1609.0
-    """
+    """About how long the code of ``size`` bytes is, whose values have these shares."""
     some = shares[shares > 0]
     return size * _mean_length(some) + -(-size // _BLOCK) * (_HEAD_BITS + _LENGTH_BITS * len(some))
 

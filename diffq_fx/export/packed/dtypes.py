@@ -38,24 +38,14 @@ TENSOR_TYPES = TypeNames({**_FLOATS, **_INTEGERS, "BOOL": torch.bool, **_RARE, "
 
 
 def can_stand_for(stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether a file may keep a tensor in a smaller type: float32 as float16, int32 or int64 as integers of fewer bits.
-
-    Example:
-        >>> can_stand_for(torch.uint16, torch.int64), can_stand_for(torch.int64, torch.uint8)
-        (True, False)
-    """
+    """Whether a file may keep a tensor in a smaller type: float32 as float16, int32 or int64 as integers of fewer bits."""
     if dtype in (torch.int32, torch.int64) and stored in (*_INTEGERS.values(), torch.uint16):
         return stored.itemsize < dtype.itemsize
     return (stored, dtype) == (torch.float16, torch.float32)
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """A tensor's values, row by row, little endian.
-
-    Example:
-        >>> bytes_of(torch.tensor([1, 258], dtype=torch.int16)).hex()
-        '01000201'
-    """
+    """A tensor's values, row by row, little endian."""
     _refuse_big_endian()
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 

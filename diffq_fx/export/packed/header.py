@@ -30,20 +30,17 @@ SMALL_NAME = f"{RESERVED}small"
 _GROUP_KINDS = ("tensor", "channel")
 _GRIDS = ("affine", "symmetric", "float")
 _MOST_CODES = 1 << 40
-_ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")  # what no weight leaves to the defaults of its kind
+ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")  # what no weight leaves to the defaults of its kind
 
 
 class PlainTensor(NamedTuple):
     """A tensor that is stored as it is."""
 
     names: tuple[str, ...]
-    """Every name of the tensor, the first one first."""
-    dtype: torch.dtype
-    """The type that it has in the model; in the file it may be a smaller one that holds the same values."""
+    dtype: torch.dtype  # in the model; in the file it may be a smaller one that holds the same values
     stored_dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    """First byte, counted from the first byte of all small tensors where it is small, else as the container counts."""
+    start: int  # first byte, counted from the first byte of all small tensors where it is small, else as the container counts
     stop: int
 
     @property
@@ -51,29 +48,15 @@ class PlainTensor(NamedTuple):
         """Whether it lies together with others."""
         return self.stop - self.start < SMALL_BYTES
 
-    def to_json(self) -> dict[str, Any]:
-        """What the header says beyond the name and what the container says; small tensors are no tensors of the container."""
-        found: dict[str, Any] = {}
-        if self.is_small:
-            found["shape"] = list(self.shape)
-            if self.stored_dtype != torch.float32:
-                found["stored"] = TENSOR_TYPES.name(self.stored_dtype)
-        if self.dtype != _widened(self.stored_dtype):
-            found["dtype"] = TENSOR_TYPES.name(self.dtype)
-        return found | ({"aliases": list(self.names[1:])} if self.names[1:] else {})
-
 
 class SmallTensors(NamedTuple):
-    """The bytes of all small plain tensors, where they lie."""
+    """Where all small plain tensors lie: ``size`` bytes, coded, then zeros; the checksum is that of both."""
 
     size: int
-    """Their bytes in all, before they are coded."""
     coded_size: int
-    """Their bytes when coded; zeros follow, if these are less than one for 128."""
     crc32: int
-    """Of the coded bytes and the zeros."""
-    start: int = 0
-    stop: int = 0
+    start: int
+    stop: int
 
 
 class Contents(NamedTuple):
@@ -81,8 +64,7 @@ class Contents(NamedTuple):
 
     weights: tuple[PackedWeight, ...]
     tensors: tuple[PlainTensor, ...]
-    tensors_crc32: int
-    """Of the bytes of all plain tensors that are not small, in file order."""
+    tensors_crc32: int  # of the bytes of all plain tensors that are not small, in file order
     small: SmallTensors | None
     shards: tuple[Shard, ...]
 
@@ -94,27 +76,6 @@ class Contents(NamedTuple):
             flat = [name for names in every for name in names]
             raise PackedFileError(f"two tensors have one name, '{max(flat, key=flat.count)}'")
         return found
-
-    def to_json(self, common_crcs: Mapping[int, int]) -> dict[str, Any]:
-        """What :func:`read_contents` reads.
-
-        Args:
-            common_crcs: checksum of the common tensor of each weight that has one, by the weight's number.
-        """
-        weights = [_weight_to_json(weight) for weight in self.weights]
-        for index, crc in common_crcs.items():
-            weights[index]["common_crc32"] = crc
-        defaults = _defaults(weights)
-        large = {tensor.names[0]: tensor.to_json() for tensor in self.tensors if not tensor.is_small}
-        return {
-            "defaults": defaults,
-            "weights": [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in weights],
-            "tensors": {name: value for name, value in large.items() if value},
-            "tensors_crc32": self.tensors_crc32,
-            "small": {tensor.names[0]: tensor.to_json() for tensor in self.tensors if tensor.is_small},
-            "small_section": [] if self.small is None else [self.small.coded_size, self.small.crc32],
-            "shards": [{key: getattr(shard, key) for key in ("crc32", "spans", "classes", "sections")} for shard in self.shards],
-        }
 
 
 def shard_name(index: int) -> str:
@@ -132,27 +93,9 @@ def small_size(coded_size: int, size: int) -> int:
     return max(coded_size, -(-size // 128))
 
 
-def _defaults(weights: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each kind what all its weights say alike, so that they need not say it."""
-    found: dict[str, dict[str, Any]] = {}
-    for weight in weights:
-        shared = found.setdefault(weight["kind"], {key: value for key, value in weight.items() if key not in _ITS_OWN})
-        found[weight["kind"]] = {key: value for key, value in shared.items() if key in weight and weight[key] == value}
-    return found
-
-
-def _widened(dtype: torch.dtype) -> torch.dtype:
+def widened(dtype: torch.dtype) -> torch.dtype:
     """The type that a tensor of this stored type has in the model, unless the header says otherwise."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _weight_to_json(weight: PackedWeight) -> dict[str, Any]:
-    spec = weight.spec
-    fields: dict[str, Any] = {"name": spec.name, "kind": weight.kind, "shape": list(spec.shape), "axis": spec.axis}
-    if spec.aliases:
-        fields["aliases"] = list(spec.aliases)
-    fields |= {"dtype": FLOAT_TYPES.name(spec.dtype), "group_size": spec.group_size, "range_size": spec.range_size, "grid": spec.grid}
-    return fields | {"consumer": spec.consumer} | weight.facts()
 
 
 def read_contents(container: Container) -> Contents:
@@ -187,7 +130,7 @@ def read_contents(container: Container) -> Contents:
 
 def _with_defaults(weights: Sequence[dict[str, Any]], defaults: Any) -> list[Mapping[str, Any]]:
     """Weights with what they leave to the defaults of their kind."""
-    if not isinstance(defaults, dict) or not all(isinstance(each, dict) and each.keys().isdisjoint(_ITS_OWN) for each in defaults.values()):
+    if not isinstance(defaults, dict) or not all(isinstance(each, dict) and each.keys().isdisjoint(ITS_OWN) for each in defaults.values()):
         raise PackedFileError("the header has no defaults of its weights, or some that a weight must say itself")
     kinds = [each.get("kind") for each in weights]
     return [ChainMap(each, defaults.get(kind, {}) if isinstance(kind, str) else {}) for each, kind in zip(weights, kinds, strict=True)]
@@ -251,7 +194,7 @@ def _tensor_from_json(name: str, value: Any, entry: Entry, *, is_small: bool) ->
     if not isinstance(value, dict):
         raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
     names, stored = _names(name, value.get("aliases", [])), TENSOR_TYPES.parse(entry.dtype)
-    dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else _widened(stored)
+    dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else widened(stored)
     if dtype != stored and not can_stand_for(stored, dtype):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
     tensor = PlainTensor(names, dtype, stored, entry.shape, entry.start, entry.stop)

@@ -24,26 +24,14 @@ Floats = NDArray[Any]
 
 
 def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:
-    """Scale of each group (O, C) of ranges of such extents (E, 1), as :func:`diffq_fx.functional.quant_params` computes it.
-
-    Example:
-        >>> scales_of(np.array([[3.0]], np.float32), np.array([[1, 2]], np.uint8))
-        array([[3., 1.]], dtype=float32)
-    """
+    """Scale of each group (O, C) of ranges of such extents (E, 1), as :func:`diffq_fx.functional.quant_params` computes it."""
     levels = np.exp2(widths.astype(extents.dtype)) - 1
     scales = extents / levels
     return np.where(scales > np.finfo(scales.dtype).tiny, scales, np.ones_like(scales))
 
 
 def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
-    """The extents (O, 1) of ranges, one for each row, that give the scales of shape (O, C) exactly; None if there are none.
-
-    Example:
-        >>> find_extents(np.array([[3.0, 1.0]], np.float32), np.array([[1, 2]], np.uint8))
-        array([[3.]], dtype=float32)
-        >>> find_extents(np.array([[3.0, 2.0]], np.float32), np.array([[1, 2]], np.uint8)) is None
-        True
-    """
+    """The extents (O, 1) of ranges, one for each row, that give the scales of shape (O, C) exactly; None if there are none."""
     column = np.argmin(widths, 1)[:, None]  # the coarsest scale leaves the fewest candidates
     scale, width = np.take_along_axis(scales, column, 1), np.take_along_axis(widths, column, 1)
     found = np.full_like(scale, np.nan)
@@ -66,12 +54,7 @@ def array_of(tensor: Any) -> NDArray[Any]:
 
 
 def masks(widths: NDArray[np.uint8], kind: Any) -> NDArray[Any]:
-    """``2^b - 1`` of each group.
-
-    Example:
-        >>> masks(np.array([[1, 8, 16]], np.uint8), np.uint16)
-        array([[    1,   255, 65535]], dtype=uint16)
-    """
+    """``2^b - 1`` of each group."""
     return ((1 << widths.astype(np.int32)) - 1).astype(kind)
 
 

@@ -6,7 +6,7 @@ fill the shard up to one byte for 128 weights, so that a reader can refuse a sha
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,8 @@ class Shard(NamedTuple):
     sections: tuple[int, ...]
     """Bytes of each section."""
     crc32: int
-    start: int = 0
-    stop: int = 0
+    start: int
+    stop: int
 
 
 class Part(NamedTuple):
@@ -103,7 +103,7 @@ def plan_shards(weights: Sequence[PackedWeight]) -> list[list[Span]]:
 
 def encode_shard(
     spans: Sequence[Span], weights: Sequence[PackedWeight], stored: Sequence[StoredWeight], *, entropy: bool
-) -> tuple[bytes, Shard]:
+) -> tuple[bytes, dict[str, Any]]:
     """The bytes of these rows, and what the header must say of them; ``stored`` are what all weights of the file pack."""
     effort = Effort(entropy, is_patient=_numel(spans, weights) <= FEW_WEIGHTS)
     parts = list(_parts_of(spans, weights))
@@ -124,8 +124,8 @@ def encode_shard(
         encode_block(_code_streams(groupings, codes, classes), effort),
     )
     sizes, data = tuple(map(len, sections)), b"".join(sections)
-    data += bytes(shard_size(sizes, spans, weights) - len(data))
-    return data, Shard(tuple(spans), tuple(classes), sizes, zlib.crc32(data))
+    data = data.ljust(shard_size(sizes, spans, weights), b"\0")
+    return data, {"crc32": zlib.crc32(data), "spans": spans, "classes": classes, "sections": sizes}
 
 
 def _code_streams(groupings: Sequence[Grouping], parts: Sequence[PartCodes], classes: Sequence[CodeClass]) -> list[Stream]:
@@ -152,11 +152,12 @@ class DecodedShard:
         self._parts = list(_parts_of(shard.spans, weights))
         self._classes, table = shard.classes, class_table(shard.classes)
         widths_size, bins_size, integers_size, floats_size, codes_size = shard.sections
-        self._widths = self._decode_widths(source, widths_size)
+        widths = self._decode_widths(source, widths_size)
         bins = self._decode_bins(source, bins_size)
+        self._groupings = [part.grouping(*each, table) for part, *each in zip(self._parts, widths, bins, strict=True)]  # pyright: ignore
         self._integers = self._decode_integers(source, integers_size)
-        self._floats = self._decode_floats(source, floats_size)
-        self._groupings = [part.grouping(w, b, table) for part, w, b in zip(self._parts, self._widths, bins, strict=True)]
+        sizes = [part.packed.float_bytes(part.shape[0]) for part in self._parts]
+        self._floats = _split(decode_bytes(source, floats_size, sum(sizes)), sizes)
         self._counts = [grouping.counts(len(shard.classes)) for grouping in self._groupings]
         totals = np.sum(self._counts, axis=0).tolist()
         expected = [(each.width, count) for each, count in zip(shard.classes, totals, strict=True)]
@@ -168,8 +169,7 @@ class DecodedShard:
     def _decode_widths(self, source: Source, size: int) -> list[NDArray[np.uint8]]:
         shapes = [part.packed.widths_shape(part.shape[0]) for part in self._parts]
         sizes = [groups_R * groups_C for groups_R, groups_C in shapes]
-        (stream,) = decode_block(source, size, [(4, sum(sizes))])
-        values = stream.values()
+        values = decode_block(source, size, [(4, sum(sizes))])[0].values()
         np.add(values, 1, values)  # its own array: a width takes 4 bits
         found = [piece.reshape(shape) for piece, shape in zip(_split(values, sizes), shapes, strict=True)]
         for part, widths in zip(self._parts, found, strict=True):
@@ -180,23 +180,16 @@ class DecodedShard:
         counts = [bins_in(*part.shape) for part in self._parts]
         if not size:
             return [np.zeros(1, np.uint8)] * len(counts)
-        (stream,) = decode_block(source, size, [(BIN_BITS, sum(counts))])
-        return _split(stream.values(), counts)
+        return _split(decode_block(source, size, [(BIN_BITS, sum(counts))])[0].values(), counts)
 
     def _decode_integers(self, source: Source, size: int) -> list[Values]:
-        widths = [part.packed.integer_widths(w, part.shape[0]) for part, w in zip(self._parts, self._widths, strict=True)]
+        widths = [part.packed.integer_widths(each.widths, each.rows) for part, each in zip(self._parts, self._groupings, strict=True)]
         each = np.concatenate(widths)
         present, counts = np.unique(each, return_counts=True)
-        streams = decode_block(source, size, list(zip(present.tolist(), counts.tolist(), strict=True)))
         values = np.zeros(len(each), np.uint16)
-        for width, stream in zip(present, streams, strict=True):
-            values[each == width] = stream.values()
-        return _split(values, [len(w) for w in widths])
-
-    def _decode_floats(self, source: Source, size: int) -> list[bytes]:
-        sizes = [part.packed.float_bytes(part.shape[0]) for part in self._parts]
-        floats, stops = decode_bytes(source, size, sum(sizes)), np.cumsum(sizes).tolist()
-        return [floats[stop - size : stop] for stop, size in zip(stops, sizes, strict=True)]
+        for stream in decode_block(source, size, list(zip(present.tolist(), counts.tolist(), strict=True))):
+            values[each == stream.width] = stream.values()
+        return _split(values, [len(of_part) for of_part in widths])
 
     def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
         """The parts in order, each with its codes."""
@@ -207,5 +200,7 @@ class DecodedShard:
             first = first + counts
 
 
-def _split(values: Values, counts: Sequence[int]) -> list[Values]:
-    return np.split(values, np.cumsum(counts)[:-1])
+def _split(values: Any, counts: Sequence[int]) -> list[Any]:
+    """The first so many values, the next, and so on."""
+    stops = np.cumsum(counts).tolist()
+    return [values[stop - count : stop] for stop, count in zip(stops, counts, strict=True)]

@@ -53,25 +53,12 @@ class _Cut(NamedTuple):
 
 
 def encode_block(streams: Sequence[Stream], effort: Effort) -> bytes:
-    """Encode any number of streams, the empty ones too.
-
-    Example:
-        >>> values = np.array([0, 1, 0, 0] * 1000, np.uint8)
-        >>> len(encode_block([Stream(3, values)], Effort(False))), len(encode_block([Stream(3, values)], Effort(True)))
-        (1501, 331)
-    """
+    """Encode any number of streams, the empty ones too."""
     return b"".join(_encode(stream, effort) for stream in streams if len(stream.values))
 
 
 def encode_bytes(data: bytes, effort: Effort) -> bytes:
-    """Encode numbers of 4 bytes, or anything else, as :func:`encode_block` does 4 streams: byte k is in stream k mod 4.
-
-    Example:
-        >>> data = np.linspace(1, 2, 1000, dtype=np.float32).tobytes()
-        >>> coded = encode_bytes(data, Effort(True))
-        >>> len(coded), decode_bytes(Source(lambda start, stop: coded[start:stop], 0, 2885), 2885, 4000) == data
-        (2885, True)
-    """
+    """Encode numbers of 4 bytes, or anything else, as :func:`encode_block` does 4 streams: byte k is in stream k mod 4."""
     raw = np.frombuffer(data, np.uint8)
     return encode_block([Stream(8, raw[place::_ITEM]) for place in range(_ITEM)], effort)
 

@@ -40,12 +40,9 @@ class Grouping(NamedTuple):
     rows: int
     columns: int
     block: int
-    widths: NDArray[np.uint8]
-    """Shape (R, C): R is 1 or the rows, C is 1 or the groups of a row."""
-    bins: NDArray[np.uint8]
-    """Shape (R,)."""
-    classes: NDArray[np.uint16]
-    """By width and bin."""
+    widths: NDArray[np.uint8]  # shape (R, C): R is 1 or the rows, C is 1 or the groups of a row
+    bins: NDArray[np.uint8]  # shape (R,)
+    classes: NDArray[np.uint16]  # by width and bin
 
     def tiles(self) -> list[tuple[slice, int]]:
         """The groups of a row that have one length, and that length.
@@ -83,8 +80,7 @@ class Grid(NamedTuple):
     """The grid of each group, arrays of shape (R, C) that broadcast with the groups; or of each width, arrays of shape (17,)."""
 
     scale: NDArray[np.float32]
-    centre: NDArray[np.int32]
-    """The level from which codes count."""
+    centre: NDArray[np.int32]  # the level from which codes count
     zero_point: NDArray[np.int32] | None
     offset: NDArray[np.float32] | None
 
@@ -93,15 +89,11 @@ class Grid(NamedTuple):
 class DecodedPart:
     """Some rows of a weight as they come out of a shard, with codes that are still in their streams. Legend: O rows, I columns."""
 
-    present: NDArray[np.uint8]
-    """The widths that occur, rising."""
-    integers: Values
-    """Small integers, shape (n,), such as zero points."""
-    floats: bytes
-    """What is stored as it is, such as scales."""
+    present: NDArray[np.uint8]  # the widths that occur, rising
+    integers: Values  # shape (n,), such as zero points
+    floats: bytes  # stored as it is, such as scales
     streams: Streams
-    first: NDArray[np.int64]
-    """The value of each stream that the part begins with."""
+    first: NDArray[np.int64]  # the value of each stream that the part begins with
     grouping: Grouping
 
     @property

@@ -24,14 +24,10 @@ from diffq_fx.weights import WeightSpec
 class PartCodes(NamedTuple):
     """Consecutive rows of one weight, to be written. Legend: O rows, I columns, (R, C) the groups of those rows."""
 
-    codes: Values
-    """Shape (O, I); the coder gains most where small codes are frequent."""
-    widths: NDArray[np.uint8]
-    """Bits of each group of codes, shape (R, C) of the kind's ``layout`` for these rows."""
-    integers: Values = np.zeros(0, np.uint16)
-    """Small integers, shape (n,), such as zero points."""
-    floats: bytes = b""
-    """What is stored as it is, such as scales."""
+    codes: Values  # shape (O, I); the coder gains most where small codes are frequent
+    widths: NDArray[np.uint8]  # bits of each group of codes, shape (R, C) of the kind's layout for these rows
+    integers: Values = np.zeros(0, np.uint16)  # shape (n,), such as zero points
+    floats: bytes = b""  # stored as it is, such as scales
 
 
 class PackedWeight(ABC):
@@ -86,14 +82,9 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
-        """The float weight of a part, bit for bit what the stored weight computes.
+        """The float weight of a part, bit for bit what the stored weight computes: shape (O, I) in the dtype that it computes in.
 
-        Args:
-            part: rows of the weight.
-            out: where to put them, shape (O, I); None to get a new tensor.
-
-        Returns:
-            Shape (O, I) in the dtype that the weight is computed in; None if it is in ``out``, which is ignored for other dtypes.
+        Where that is float32 it may be put into ``out``, of the same shape, instead: then there is None to return.
         """
 
     @abstractmethod

@@ -3,17 +3,18 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.compression import Compression
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.container import RESERVED, write_container
-from diffq_fx.export.packed.dtypes import TENSOR_TYPES, bytes_of
-from diffq_fx.export.packed.header import KINDS, SMALL_NAME, Contents, PlainTensor, SmallTensors, common_name, shard_name, small_size
+from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES, bytes_of
+from diffq_fx.export.packed.header import ITS_OWN, KINDS, SMALL_NAME, common_name, shard_name, small_size, widened
 from diffq_fx.export.packed.shards import FEW_WEIGHTS, encode_shard, plan_shards
 from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.export.packed.weight_kind import PackedWeight
@@ -114,27 +115,31 @@ def write_packed(stored: Sequence[StoredWeight], rest: NamedTensors, path: str |
     An error if a weight cannot be packed, a tensor's type or name is not possible, or the file cannot be written.
     """
     weights = [_packed(each) for each in stored]
-    tensors = sorted((_plain(*each) for each in _equal_tables_once(rest)), key=lambda pair: -pair[0].stored_dtype.itemsize)
-    large = [(tensor, data) for tensor, data in tensors if not tensor.is_small]
-    crc = 0
-    for _, data in large:
-        crc = zlib.crc32(data, crc)
-    effort = Effort(entropy, is_patient=sum(weight.spec.numel for weight in weights) <= FEW_WEIGHTS)
-    small, coded = _small(b"".join(data for tensor, data in tensors if tensor.is_small), effort)
-    encoded = [encode_shard(spans, weights, stored, entropy=entropy) for spans in plan_shards(weights)]
-    contents = Contents(tuple(weights), tuple(tensor for tensor, _ in tensors), crc, small, tuple(shard for _, shard in encoded))
-    for name in contents.names():
-        if name.startswith(RESERVED) or name == "__metadata__":
-            raise PackedFileError(f"a tensor cannot be named '{name}': that name is the file format's own")
+    _check_names([weight.spec.names for weight in weights] + [names for names, _ in rest])
+    tensors = sorted((_plain(*each) for each in _equal_tables_once(rest)), key=lambda tensor: -tensor.stored.itemsize)
+    large, small = ([tensor for tensor in tensors if (len(tensor.data) < SMALL_BYTES) == is_small] for is_small in (False, True))
     commons = {index: bytes_of(weight.common) for index, weight in enumerate(weights) if weight.common_type}
-    entries = [(tensor.names[0], tensor.stored_dtype, tensor.shape, data) for tensor, data in large]
-    entries += [(common_name(index), weights[index].common.dtype, weights[index].common.shape, data) for index, data in commons.items()]
+    entries = [(tensor.names[0], tensor.stored, tensor.shape, tensor.data) for tensor in large]
+    for index, data in commons.items():
+        entries.append((common_name(index), weights[index].common.dtype, tuple(weights[index].common.shape), data))
     entries.sort(key=lambda entry: -entry[1].itemsize)  # every tensor lies at a multiple of its item's size
-    entries += [(SMALL_NAME, torch.uint8, (len(coded),), coded)] if small else []
-    entries += [(shard_name(index), torch.uint8, (len(data),), data) for index, (data, _) in enumerate(encoded)]
-    common_crcs = {index: zlib.crc32(data) for index, data in commons.items()}
-    named = [(name, TENSOR_TYPES.name(dtype), tuple(shape), data) for name, dtype, shape, data in entries]
-    write_container(path, named, contents.to_json(common_crcs))
+    crc = 0
+    for tensor in large:
+        crc = zlib.crc32(tensor.data, crc)
+    contents: dict[str, Any] = _weights_json(weights, {index: zlib.crc32(data) for index, data in commons.items()})
+    contents["tensors"] = {tensor.names[0]: facts for tensor in large if (facts := tensor.to_json())}
+    contents |= {"tensors_crc32": crc, "small": {tensor.names[0]: tensor.to_json() for tensor in small}, "small_section": []}
+    if data := b"".join(tensor.data for tensor in small):
+        coded = encode_bytes(data, Effort(entropy, is_patient=sum(weight.spec.numel for weight in weights) <= FEW_WEIGHTS))
+        filled = coded.ljust(small_size(len(coded), len(data)), b"\0")
+        contents["small_section"] = [len(coded), zlib.crc32(filled)]
+        entries.append((SMALL_NAME, torch.uint8, (len(filled),), filled))
+    contents["shards"] = []
+    for index, spans in enumerate(plan_shards(weights)):
+        data, facts = encode_shard(spans, weights, stored, entropy=entropy)
+        contents["shards"].append(facts)
+        entries.append((shard_name(index), torch.uint8, (len(data),), data))
+    write_container(path, [(name, TENSOR_TYPES.name(dtype), shape, data) for name, dtype, shape, data in entries], contents)
 
 
 def _packed(stored: StoredWeight) -> PackedWeight:
@@ -147,6 +152,15 @@ def _packed(stored: StoredWeight) -> PackedWeight:
     raise PackedFileError(f"weight '{stored.spec.name}': a packed file cannot hold a {type(stored).__name__}")
 
 
+def _check_names(every: Sequence[tuple[str, ...]]) -> None:
+    names = [name for each in every for name in each]
+    for name in names:
+        if name.startswith(RESERVED) or name == "__metadata__":
+            raise PackedFileError(f"a tensor cannot be named '{name}': that name is the file format's own")
+    if len(set(names)) != len(names):
+        raise PackedFileError(f"two tensors have the name '{max(names, key=names.count)}'")
+
+
 def _equal_tables_once(tensors: NamedTensors) -> NamedTensors:
     """Large integer tables that are equal (relative positions, in every layer) as one with several names."""
     found: dict[Any, tuple[tuple[str, ...], Tensor]] = {}
@@ -157,8 +171,26 @@ def _equal_tables_once(tensors: NamedTensors) -> NamedTensors:
     return list(found.values())
 
 
-def _plain(names: tuple[str, ...], tensor: Tensor) -> tuple[PlainTensor, bytes]:
-    """A tensor and its bytes, in float16 or a smaller integer type where that holds the same values."""
+class _Plain(NamedTuple):
+    """A tensor that is stored as it is, in float16 or a smaller integer type where that holds the same values."""
+
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    stored: torch.dtype
+    shape: tuple[int, ...]
+    data: bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """What the header says beyond the name; a small tensor is none of the container, which knows a large one's shape and type."""
+        found: dict[str, Any] = {"shape": list(self.shape)} if len(self.data) < SMALL_BYTES else {}
+        if found and self.stored != torch.float32:
+            found["stored"] = TENSOR_TYPES.name(self.stored)
+        if self.dtype != widened(self.stored):
+            found["dtype"] = TENSOR_TYPES.name(self.dtype)
+        return found | ({"aliases": list(self.names[1:])} if self.names[1:] else {})
+
+
+def _plain(names: tuple[str, ...], tensor: Tensor) -> _Plain:
     stored = narrowed(tensor)
     if tensor.dtype == torch.float32 and bytes_of(tensor.half().float()) == bytes_of(tensor):
         stored = tensor.half()
@@ -166,14 +198,21 @@ def _plain(names: tuple[str, ...], tensor: Tensor) -> tuple[PlainTensor, bytes]:
         TENSOR_TYPES.name(tensor.dtype)
     except PackedFileError as error:
         raise PackedFileError(f"tensor '{names[0]}': {error}") from error
-    data = bytes_of(stored)
-    return PlainTensor(names, tensor.dtype, stored.dtype, tuple(tensor.shape), 0, len(data)), data
+    return _Plain(names, tensor.dtype, stored.dtype, tuple(tensor.shape), bytes_of(stored))
 
 
-def _small(data: bytes, effort: Effort) -> tuple[SmallTensors | None, bytes]:
-    """Small tensors as one: what the header says of them, and their bytes, with zeros up to those that it must have."""
-    if not data:
-        return None, b""
-    coded = encode_bytes(data, effort)
-    filled = coded + bytes(small_size(len(coded), len(data)) - len(coded))
-    return SmallTensors(len(data), len(coded), zlib.crc32(filled)), filled
+def _weights_json(weights: Sequence[PackedWeight], common_crcs: Mapping[int, int]) -> dict[str, Any]:
+    """What the header says of weights, and for each kind what all of them say alike, so that they need not say it."""
+    every, defaults = [], {}
+    for index, weight in enumerate(weights):
+        spec = weight.spec
+        fields: dict[str, Any] = {"name": spec.name, "kind": weight.kind, "shape": list(spec.shape), "axis": spec.axis}
+        fields |= {"aliases": list(spec.aliases)} if spec.aliases else {}
+        fields |= {"dtype": FLOAT_TYPES.name(spec.dtype), "group_size": spec.group_size, "range_size": spec.range_size, "grid": spec.grid}
+        fields |= {"consumer": spec.consumer} | weight.facts()
+        fields |= {"common_crc32": common_crcs[index]} if index in common_crcs else {}
+        shared = defaults.setdefault(weight.kind, {key: value for key, value in fields.items() if key not in ITS_OWN})
+        defaults[weight.kind] = {key: value for key, value in shared.items() if key in fields and fields[key] == value}
+        every.append(fields)
+    short = [{key: value for key, value in each.items() if key not in defaults[each["kind"]]} for each in every]
+    return {"defaults": defaults, "weights": short}
