@@ -1,14 +1,18 @@
 """Every width, layout, grid and type comes back bit by bit: as tensors, into a float model, into a converted model."""
 
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import assert_equal, converted, expected, float_twin, round_trip, store, stored_in
+from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.packed_report import inspect_packed
+from diffq_fx.kernels import extension
 from diffq_fx.storage import IntegerWeight
 
 GROUPS = ("tensor", "channel", 1, 3, 4, 8)
@@ -195,3 +199,24 @@ def test_inspection_adds_up(tmp_path):
         assert 0.93 * report.entropy_bytes < report.coded_bytes < 1.05 * report.entropy_bytes
     parts = sum(r.coded_bytes + r.side_bytes for r in found.weights) + sum(t.stored_bytes for t in found.tensors)
     assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("name", ["entropy", "bits"])
+def test_files_that_were_written_before_still_load(name, kernels, monkeypatch):
+    """All kinds of weights, written on 2026-11-26. If this fails and shall fail, the format needs a new version."""
+    monkeypatch.setenv("DIFFQ_FX_KERNELS", kernels)
+    monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
+    found = load_packed(Path(__file__).parent / "stored" / f"{name}.safetensors")
+    assert {name: zlib.crc32(bits_of(tensor).numpy().tobytes()) for name, tensor in found.items()} == {
+        "a": 835952089,
+        "b.weight": 1593241898,
+        "c.weight": 1593241898,
+        "d": 2356185704,
+        "t": 2337633397,
+        "large": 729186632,
+        "e": 3105524212,
+        "bias": 2806869373,
+        "mask": 1489118142,
+        "table": 1911013890,
+    }

@@ -83,9 +83,19 @@ class PackedIntegers(PackedWeight):
             raise PackedFileError(f"widths must be from 1 to 16 bits, got {int(widths.min())} to {int(widths.max())}")
         widths = np.broadcast_to(widths, tuple(params.scale.shape))
         zero_point = grids.zero_point_form(params.zero_point, widths)
-        by_range = zero_point != "plain" and grids.may_have_extents(spec, params.scale.dtype)
-        extents = by_range and grids.follows_from_ranges(params, widths, spec)
-        return cls(spec, params.scale.dtype, _SCALES[extents], zero_point)
+        if zero_point != "plain" and grids.may_have_extents(spec, params.scale.dtype):
+            packed = cls(spec, params.scale.dtype, "extents", zero_point)
+            if packed._gives_back(params, widths):
+                return packed
+        return cls(spec, params.scale.dtype, "groups", zero_point)
+
+    def _gives_back(self, params: QuantParams, widths: NDArray[np.uint8]) -> bool:
+        """Whether what it would store of all rows gives these scales, zero points and offsets, bit by bit."""
+        if (floats := self._floats(params, widths)) is None:
+            return False
+        found = self._params(self._integers(params, widths), floats, len(widths), widths)
+        before, after = ([None if value is None else bytes_of(value) for value in each] for each in (params, found))
+        return before == after
 
     def encode(self, stored: IntegerWeight, rows: slice) -> PartCodes:
         """Residues, zero points and scales of some rows."""
@@ -99,7 +109,9 @@ class PackedIntegers(PackedWeight):
         half = self._expand(1 << (each.astype(np.int32) - 1))
         residues = ((residues + half) & (2 * half - 1)) - half
         codes = residues << 1 ^ residues >> 31  # of int32: 2 r, or below zero -2 r - 1
-        return PartCodes(narrow(codes, int(widths.max())), widths, self._integers(params, each), self._floats(params, each))
+        if (floats := self._floats(params, each)) is None:
+            raise PackedFileError("the extents of some rows are not those of the whole weight")
+        return PartCodes(narrow(codes, int(widths.max())), widths, self._integers(params, each), floats)
 
     def _integers(self, params: QuantParams, widths: NDArray[np.uint8]) -> Values:
         """The zero points that are stored as small integers."""
@@ -113,14 +125,15 @@ class PackedIntegers(PackedWeight):
         values[cell_of_group] = zero_points
         return values
 
-    def _floats(self, params: QuantParams, widths: NDArray[np.uint8]) -> bytes:
+    def _floats(self, params: QuantParams, widths: NDArray[np.uint8]) -> bytes | None:
+        """Scales, offsets and plain zero points as they are stored; None if there are no extents for them."""
         if not self._has_extents:
             plain = params.zero_point if self.zero_point == "plain" else None
             return b"".join(bytes_of(value) for value in (params.scale, params.offset, plain) if value is not None)
         shape = grids.by_range(widths.shape, self.spec)
         extents = grids.find_extents(params.scale.numpy().reshape(shape), widths.reshape(shape))
         if extents is None:
-            raise PackedFileError("the extents of some rows are not those of the whole weight")
+            return None
         return extents.tobytes() + (b"" if params.offset is None else bytes_of(params.offset.reshape(shape)[:, :1]))
 
     def _scale_shape(self, rows: int) -> tuple[int, int]:
@@ -150,7 +163,7 @@ class PackedIntegers(PackedWeight):
         in_place = out is None or out.flags.c_contiguous
         with np.errstate(all="ignore"):  # infinite scales are the file's to have
             if self.scale_dtype != torch.float32 or not (in_place and one_grid_for_a_group) or extension.kernels() is None:
-                params = self._params(part, part.widths, self._scale_shape(part.rows))
+                params = self._params_of(part)
                 levels = torch.from_numpy(self._levels(part, params).astype(np.int32))
                 return functional.dequantize(levels, params, scales.of_rows(slice(0, part.rows)))
             rows = np.empty((part.rows, self.layout.columns), np.float32) if out is None else out
@@ -161,9 +174,9 @@ class PackedIntegers(PackedWeight):
         """The grid of each group, or of each width where scales and zero points follow from that alone."""
         by_width = self._has_extents and self.spec.range_layout.kind == "tensor"
         widths = part.present[None] if by_width else part.widths
-        shape = (1, len(part.present)) if by_width else self._scale_shape(part.rows)
-        params = self._params(part, widths, shape)
-        centre = grids.centres(params, np.broadcast_to(widths, shape)).astype(np.int32)
+        each = widths if by_width else np.broadcast_to(widths, self._scale_shape(part.rows))
+        params = self._params(part.integers, part.floats, part.rows, each)
+        centre = grids.centres(params, each).astype(np.int32)
 
         def values(of_groups: Any) -> Any:
             if of_groups is None or not by_width:
@@ -174,24 +187,28 @@ class PackedIntegers(PackedWeight):
 
         return Grid(*(values(each) for each in (params.scale, torch.from_numpy(centre), params.zero_point, params.offset)))
 
-    def _params(self, part: DecodedPart, widths: NDArray[np.uint8], shape: tuple[int, int]) -> QuantParams:
-        """Scales, zero points and offsets, shape (R, C), of groups of a part that have such widths."""
-        each, count = np.broadcast_to(widths, shape), self._number_of_scales(part.rows)
+    def _params_of(self, part: DecodedPart) -> QuantParams:
+        each = np.broadcast_to(part.widths, self._scale_shape(part.rows))
+        return self._params(part.integers, part.floats, part.rows, each)
+
+    def _params(self, integers: Values, floats: bytes, rows: int, widths: NDArray[np.uint8]) -> QuantParams:
+        """Scales, zero points and offsets, shape (R, C), of groups of so many rows that have such widths, from what is stored of them."""
+        shape, count = widths.shape, self._number_of_scales(rows)
         size = count * self.scale_dtype.itemsize
         stored_shape = (count, 1) if self._has_extents else shape
-        scale = tensor_of(part.floats[:size], self.scale_dtype, stored_shape)
+        scale = tensor_of(floats[:size], self.scale_dtype, stored_shape)
         offset = zero_point = None
         if self.zero_point == "none":
-            offset = tensor_of(part.floats[size : 2 * size], self.scale_dtype, stored_shape).expand(shape)
+            offset = tensor_of(floats[size : 2 * size], self.scale_dtype, stored_shape).expand(shape)
         elif self.zero_point == "plain":
-            zero_point = tensor_of(part.floats[size:], torch.int32, shape)
+            zero_point = tensor_of(floats[size:], torch.int32, shape)
         elif self.zero_point == "middle":
-            zero_point = torch.from_numpy(1 << (each.astype(np.int32) - 1))
+            zero_point = torch.from_numpy(1 << (widths.astype(np.int32) - 1))
         else:
             cell = grids.cells(widths, self.spec)[1] if self._has_extents else slice(None)
-            zero_point = torch.from_numpy(part.integers[cell].astype(np.int32).reshape(shape))
+            zero_point = torch.from_numpy(integers[cell].astype(np.int32).reshape(shape))
         if self._has_extents:
-            scale = torch.from_numpy(grids.scales_of(scale.numpy(), each))
+            scale = torch.from_numpy(grids.scales_of(scale.numpy(), widths))
         return QuantParams(scale, zero_point, offset)
 
     def _levels(self, part: DecodedPart, params: QuantParams) -> Values:
@@ -205,7 +222,7 @@ class PackedIntegers(PackedWeight):
 
     def restore(self, parts: Sequence[DecodedPart]) -> IntegerWeight:
         """The integers of all parts."""
-        params = [self._params(part, part.widths, self._scale_shape(part.rows)) for part in parts]
+        params = [self._params_of(part) for part in parts]
         levels = torch.cat([torch.from_numpy(self._levels(part, each).astype(np.int32)) for part, each in zip(parts, params, strict=True)])
         bits = _joined([torch.from_numpy(part.widths) for part in parts], self.layout)
         joined = (None if values[0] is None else _joined(values, self.spec.scale_layout) for values in zip(*params, strict=True))

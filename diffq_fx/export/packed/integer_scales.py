@@ -93,23 +93,6 @@ def by_range(shape: tuple[int, ...], spec: WeightSpec) -> tuple[int, int]:
     return (1, shape[0] * shape[1]) if spec.range_layout.kind == "tensor" else (shape[0], shape[1])
 
 
-def follows_from_ranges(params: QuantParams, widths: NDArray[np.uint8], spec: WeightSpec) -> bool:
-    """Whether scales are ``extent / (2^b - 1)``, offsets those of the range, and zero points those of range and width."""
-    shape = by_range(widths.shape, spec)
-    if params.offset is not None:
-        offsets = array_of(params.offset).reshape(shape)
-        if offsets.tobytes() != np.repeat(offsets[:, :1], shape[1], 1).tobytes():
-            return False
-    if params.zero_point is not None:
-        zero_points = array_of(params.zero_point).reshape(-1)
-        widths_of_cells, cell = cells(widths, spec)
-        one = np.zeros(len(widths_of_cells), zero_points.dtype)
-        one[cell] = zero_points
-        if (one[cell] != zero_points).any():
-            return False
-    return find_extents(array_of(params.scale).reshape(shape), widths.reshape(shape)) is not None
-
-
 def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The width of each *cell*, a range and a width that occur together, in rising order; and the cell of each of the groups (O, C)."""
     of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
