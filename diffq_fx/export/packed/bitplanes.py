@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[Any]
-"""Unsigned values: uint8 up to 8 bits, else uint16."""
+Values = NDArray[Any]  # unsigned values: uint8 up to 8 bits, else uint16
 
 
 class Plane(NamedTuple):

@@ -23,8 +23,7 @@ MAX_WIDTH = 16
 _ROW_IS_LONG = 128  # codes of a row that are worth a bin of its own; shorter rows share one
 _SYMBOLS = 64
 _TABLE_BITS = 1000  # what one more class costs: a head and a table
-NO_CLASS = 0xFFFF
-"""What a table of classes says of a width and bin that have none."""
+NO_CLASS = 0xFFFF  # what a table of classes says of a width and bin that have none
 
 
 def bins_in(rows: int, columns: int) -> int:

@@ -31,8 +31,7 @@ _ROOM_FOR_CONTENTS = 1 << 20  # bytes that they may have when inflated, whatever
 _RAW_DEFLATE = -15
 _FEW = 1 << 16  # bytes that are read at once where nobody needs them together
 MOST_BYTES = 1 << 48
-MOST_SIDES = 64
-"""Dimensions of a tensor."""
+MOST_SIDES = 64  # dimensions of a tensor
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 

@@ -15,10 +15,8 @@ from diffq_fx.errors import PackedFileError
 
 _WINDOW_BITS = -15  # a raw stream, without a head and a checksum of its own
 _MOST_MEMORY = 9  # zlib's longest blocks, each with a table of its own
-_BLOCK = 1 << 15
-"""Bytes of such a block."""
-_AT_ONCE = 1 << 17
-"""Bytes that are read at once."""
+_BLOCK = 1 << 15  # bytes of such a block
+_AT_ONCE = 1 << 17  # bytes that are read at once
 _HEAD_BITS, _LENGTH_BITS = 100, 3  # about what a table takes, and the length of each code in it
 
 

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -167,19 +167,10 @@ def _weight_from_json(value: Mapping[str, Any]) -> PackedWeight:
             raise PackedFileError(f"its shape {str(shape)[:100]} is not possible")
         if not isinstance(axis, int) or not is_integers([axis], len(shape)) or grid not in _GRIDS or not isinstance(consumer, str):
             raise PackedFileError(f"its axis {axis!r}, grid {grid!r} or consumer {consumer!r} is not possible")
-        dtype, (group, ranges) = (
-            FLOAT_TYPES.parse(value.get("dtype")),
-            (_group_size(value.get(key)) for key in ("group_size", "range_size")),
-        )
-        facts: dict[str, Any] = {
-            "axis": axis,
-            "dtype": dtype,
-            "group_size": group,
-            "range_size": ranges,
-            "grid": grid,
-            "consumer": consumer,
-        }
-        return kind.of_facts(WeightSpec(name=name, aliases=tuple(aliases), shape=tuple(shape), **facts), value)
+        sizes = {key: _group_size(value.get(key)) for key in ("group_size", "range_size")}
+        place: dict[str, Any] = {"name": name, "aliases": tuple(aliases), "shape": tuple(shape), "axis": axis}
+        spec = WeightSpec(**place, **sizes, dtype=FLOAT_TYPES.parse(value.get("dtype")), grid=grid, consumer=consumer)
+        return kind.of_facts(spec, value)
     except PackedFileError as error:
         raise PackedFileError(f"weight '{name}': {error}") from error
 
@@ -226,11 +217,9 @@ def _small_from_json(value: Any, section: Any, entry: Entry | None) -> tuple[tup
 
 def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights: Sequence[PackedWeight]) -> Shard:
     spans, classes, sections = value.get("spans"), value.get("classes"), value.get("sections")
-    limits, triples = [_MOST_CODES, max(BINS, MAX_WIDTH + 1)], [spans, classes]
-    are_triples = all(isinstance(v, list) and all(is_integers(e, limit, 3) for e in v) for v, limit in zip(triples, limits, strict=True))
-    if not are_triples or not is_integers(sections, MOST_BYTES, SECTIONS):
+    if not (_are_triples(spans, _MOST_CODES) and _are_triples(classes, BINS) and is_integers(sections, MOST_BYTES, SECTIONS)):
         raise PackedFileError(f"shard {index} is not described")
-    found, code_classes = tuple(Span(*each) for each in spans), tuple(CodeClass(*each) for each in classes)  # pyright: ignore
+    found, code_classes = tuple(Span(*each) for each in spans), tuple(CodeClass(*each) for each in classes)
     if not found or not all(span.weight < len(weights) and span.rows for span in found):
         raise PackedFileError(f"shard {index} holds rows of weights that are not there")
     if not all(1 <= each.width <= MAX_WIDTH and each.first_bin <= each.last_bin < BINS for each in code_classes):
@@ -238,6 +227,10 @@ def _shard_from_json(value: Mapping[str, Any], entry: Entry, index: int, weights
     if entry[:2] != ("U8", (shard_size(sections, found, weights),)):
         raise PackedFileError(f"shard {index} of {entry.stop - entry.start} bytes does not hold its sections or is too small for its rows")
     return Shard(found, code_classes, tuple(sections), _crc(value.get("crc32")), entry.start, entry.stop)
+
+
+def _are_triples(value: Any, limit: int) -> TypeGuard[list[list[int]]]:
+    return isinstance(value, list) and all(is_integers(each, limit, 3) for each in value)
 
 
 def _check_spans(weights: Sequence[PackedWeight], shards: Sequence[Shard]) -> None:

@@ -176,16 +176,9 @@ class PackedIntegers(PackedWeight):
         widths = part.present[None] if by_width else part.widths
         each = widths if by_width else np.broadcast_to(widths, self._scale_shape(part.rows))
         params = self._params(part.integers, part.floats, part.rows, each)
-        centre = grids.centres(params, each).astype(np.int32)
-
-        def values(of_groups: Any) -> Any:
-            if of_groups is None or not by_width:
-                return None if of_groups is None else grids.array_of(of_groups)
-            table = np.zeros(grids.WIDTHS, grids.array_of(of_groups).dtype)
-            table[part.present] = of_groups.reshape(-1)
-            return table
-
-        return Grid(*(values(each) for each in (params.scale, torch.from_numpy(centre), params.zero_point, params.offset)))
+        scale, zero_point, offset = (None if value is None else grids.array_of(value) for value in params)
+        grid = scale, grids.centres(params, each).astype(np.int32), zero_point, offset
+        return Grid(*((None if value is None else _by_width(part.present, value)) if by_width else value for value in grid))  # type: ignore[arg-type]
 
     def _params_of(self, part: DecodedPart) -> QuantParams:
         each = np.broadcast_to(part.widths, self._scale_shape(part.rows))
@@ -236,6 +229,12 @@ class PackedIntegers(PackedWeight):
 def _params_of(stored: IntegerWeight) -> QuantParams:
     values = (stored.scale, stored.zero_point, stored.offset)
     return QuantParams(*(None if value is None else value.detach().cpu() for value in values))  # type: ignore[arg-type]
+
+
+def _by_width(widths: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[Any]:
+    table = np.zeros(grids.WIDTHS, values.dtype)
+    table[widths] = values.reshape(-1)
+    return table
 
 
 def _joined(values: Sequence[Any], layout: GroupLayout) -> Tensor:

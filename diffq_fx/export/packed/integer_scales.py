@@ -16,11 +16,9 @@ from torch import Tensor
 from diffq_fx.functional import QuantParams
 from diffq_fx.weights import WeightSpec
 
-WIDTHS = 17
-"""Widths from 0 to 16 bits."""
+WIDTHS = 17  # widths from 0 to 16 bits
 
-Floats = NDArray[Any]
-"""float32 or float64."""
+Floats = NDArray[Any]  # float32 or float64
 
 
 def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:

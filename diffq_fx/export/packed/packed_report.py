@@ -30,20 +30,13 @@ class PackedWeightReport:
     dtype: str
     group_size: int | str
     grid: str
-    description: str
-    """Its groups and grid, or its codebook."""
-    values: int
-    """Number of weights."""
-    bits: dict[int, int]
-    """Number of codes of each width."""
-    bit_packed_bytes: int
-    """Its codes at exactly their widths."""
-    entropy_bytes: float
-    """The order-0 entropy of its codes, each width by itself."""
-    coded_bytes: float
-    """Its codes as they are in the file."""
-    side_bytes: float
-    """Its widths, zero points, scales and codebook as they are in the file."""
+    description: str  # its groups and grid, or its codebook
+    values: int  # number of weights
+    bits: dict[int, int]  # number of codes of each width
+    bit_packed_bytes: int  # its codes at exactly their widths
+    entropy_bytes: float  # the order-0 entropy of its codes, each width by itself
+    coded_bytes: float  # its codes as they are in the file
+    side_bytes: float  # its widths, zero points, scales and codebook as they are in the file
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,7 @@ class PlainTensorReport:
     shape: tuple[int, ...]
     dtype: str
     stored_dtype: str
-    stored_bytes: float
-    """What it takes in the file; that of small tensors, which are coded together, is shared out by their size."""
+    stored_bytes: float  # what it takes in the file; that of small tensors, which are coded together, is shared out by their size
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from diffq_fx.export.packed.weight_kind import PackedWeight, PartCodes, expanded
 from diffq_fx.storage import StoredWeight
 
 SECTIONS = 5
-FEW_WEIGHTS = 1 << 19
-"""Weights that the slower coder of entropy may take, some tens of milliseconds."""
+FEW_WEIGHTS = 1 << 19  # weights that the slower coder of entropy may take, some tens of milliseconds
 _PART_WEIGHTS = 1 << 20
 """Weights that are worked on at once: few enough for small temporaries, enough that threads do not fight for the interpreter."""
 _LEAST_CODES, _MOST_CODES = 1 << 21, 1 << 23
@@ -41,8 +40,7 @@ class Shard(NamedTuple):
 
     spans: tuple[Span, ...]
     classes: tuple[CodeClass, ...]
-    sections: tuple[int, ...]
-    """Bytes of each section."""
+    sections: tuple[int, ...]  # bytes of each section
     crc32: int
     start: int
     stop: int

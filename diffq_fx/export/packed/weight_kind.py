@@ -33,21 +33,17 @@ class PartCodes(NamedTuple):
 class PackedWeight(ABC):
     """One weight of one kind, as far as it must be known before its codes can be read."""
 
-    kind: ClassVar[str]
-    """The kind's name in the file."""
-    stored_type: ClassVar[type[StoredWeight]]
-    """What it packs."""
+    kind: ClassVar[str]  # the kind's name in the file
+    stored_type: ClassVar[type[StoredWeight]]  # what it packs
     entries: int | None = None
     """Number of different codes, where a kind has so many: none is above, and all are of the width that the highest needs."""
     common_type: tuple[torch.dtype, tuple[int, ...]] | None = None
     """Type and shape of the tensor that all parts need, such as a codebook, where a kind has one; it is stored by itself."""
-    common: Tensor
-    """That tensor."""
+    common: Tensor  # that tensor
 
     def __init__(self, spec: WeightSpec, layout: GroupLayout) -> None:
         self.spec = spec
-        self.layout = layout
-        """Rows and columns of the codes, and which of them share a width."""
+        self.layout = layout  # rows and columns of the codes, and which of them share a width
 
     @property
     @abstractmethod

@@ -23,8 +23,7 @@ from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.packing import SMALL_TABLE_BYTES, narrowed
 
 PackedCompression = Literal["entropy", "bits"]
-NamedTensors = Sequence[tuple[tuple[str, ...], Tensor]]
-"""Tensors, each once with all its names."""
+NamedTensors = Sequence[tuple[tuple[str, ...], Tensor]]  # tensors, each once with all its names
 
 
 def save_packed(model: nn.Module, path: str | Path, compression: PackedCompression = "entropy") -> Path:
