@@ -15,7 +15,8 @@ FOLDER = "diffq_fx/kernels"
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
 ANY_ORDER = ["-fassociative-math", "-fno-signed-zeros"]
 SAME_BITS = ["-ffp-contract=off"]  # sums in the order of the source, no fused a * b + c: the same on every processor
-FILES = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "unpacking": SAME_BITS, "checksum": SAME_BITS}
+KERNELS = {"noise": ANY_ORDER, "bits": ANY_ORDER, "weights": SAME_BITS, "checksum": SAME_BITS}
+FILES = {f"{FOLDER}/{name}": flags for name, flags in KERNELS.items()} | {"diffq_fx/export/packed/unpacking": SAME_BITS}
 
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 AVX2 = ["-mavx2", "-mfma", "-mbmi2"]  # module.c asks the processor for the same
@@ -34,7 +35,7 @@ class BuildKernels(build_ext):
         for variant, for_processor in VARIANTS.items():
             for file, for_file in FILES.items():
                 ext.extra_objects += self.compiler.compile(
-                    [f"{FOLDER}/{file}.c"],
+                    [f"{file}.c"],
                     output_dir=f"{self.build_temp}/{variant}",
                     macros=[("VARIANT", variant)],
                     extra_postargs=[*FLAGS, *for_file, *for_processor, *openmp],
@@ -64,7 +65,7 @@ def extensions() -> list[Extension]:
         Extension(
             "diffq_fx.kernels._kernels",
             [f"{FOLDER}/module.c"],
-            depends=[*(f"{FOLDER}/{file}.c" for file in FILES), f"{FOLDER}/inline.h", f"{FOLDER}/kernel.h"],
+            depends=[*(f"{file}.c" for file in FILES), f"{FOLDER}/inline.h", f"{FOLDER}/kernel.h"],
             define_macros=macros,
             extra_compile_args=["-std=gnu11", "-g0"],
             py_limited_api=ONE_FOR_ALL_PYTHONS,

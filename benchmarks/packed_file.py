@@ -131,7 +131,7 @@ def zero_levels(weight: IntegerWeight) -> torch.Tensor:
 
 def plain_bytes(path: Path) -> int:
     """What the file holds beside quantized weights: parameters and buffers as they are."""
-    from diffq_fx.export.packed.inspection import inspect_packed
+    from diffq_fx.export.packed.packed_report import inspect_packed
 
     return sum(tensor.stored_bytes for tensor in inspect_packed(path).tensors)
 

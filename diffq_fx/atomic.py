@@ -38,11 +38,13 @@ def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
     with naming(path, error):
         target = Path(os.path.realpath(path))
         if target.is_dir():
-            raise error(f"cannot write '{path}': it is a folder")
+            raise error(f"cannot write '{path}': it is a folder; add the name of a file")
         if target.exists() and not target.is_file():
             raise error(f"cannot write '{path}': it is no regular file (a device, pipe or socket), which a new file would replace")
         if target.exists() and not os.access(target, os.W_OK):
             raise error(f"cannot write '{path}': the file is read-only")
+        if not target.parent.exists():
+            raise error(f"cannot write '{path}': No such file or directory; make its folder first")
         folder = Path(tempfile.mkdtemp(prefix=".diffq_fx.", dir=target.parent))
     try:
         yield folder

@@ -34,7 +34,7 @@ def inspect(
 ) -> None:
     """Show the weights of a file: widths and what they take; in ONNX their container, scales and who reads them."""
     with errors_as_messages():
-        from diffq_fx.export.packed.fileformat.container import looks_packed
+        from diffq_fx.export.packed.container import looks_packed
 
         if looks_packed(file):
             inspect_packed_file(file, json=json, everything=everything)

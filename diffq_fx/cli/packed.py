@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from diffq_fx.cli.output import add_row, errors_as_messages, mib, new_table, print_json, standard_output
+from diffq_fx.cli.output import add_row, errors_as_messages, mean_and_range, mib, new_table, print_json, standard_output
 
 if TYPE_CHECKING:
-    from diffq_fx.export.packed.inspection import PackedInspection, PackedWeightReport
+    from diffq_fx.export.packed.packed_report import PackedInspection, PackedWeightReport, PlainTensorReport
 
 _SMALL_BYTES = 4096
 """Plain tensors of fewer bytes are summed up, not listed."""
@@ -31,9 +31,8 @@ def pack(
     with errors_as_messages():
         from diffq_fx.export.packed.state_dicts import pack_state_dict
 
-        skipped = pack_state_dict(
-            file, out, bits=bits, group_size=group_size, grid=grid, exclude=tuple(exclude or ()), entropy=compression == "entropy"
-        )
+        entropy = compression == "entropy"
+        skipped = pack_state_dict(file, out, bits=bits, group_size=group_size, grid=grid, exclude=exclude or (), entropy=entropy)
         before, after = file.stat().st_size, out.stat().st_size
         console = standard_output()
         console.print(f"{out}: {mib(after)} MiB, {before / after:.2f} times smaller", markup=False, soft_wrap=True)
@@ -55,7 +54,7 @@ def unpack(
 
 def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
     """Show the weights of a packed file: widths, payload, entropy, overhead."""
-    from diffq_fx.export.packed.inspection import inspect_packed
+    from diffq_fx.export.packed.packed_report import inspect_packed
 
     inspection = inspect_packed(file)
     if json:
@@ -68,64 +67,42 @@ def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
 
 
 def _weight_table(inspection: "PackedInspection") -> Table:
-    table = new_table(f"{inspection.path}: quantized weights")
-    table.add_column("name", overflow="fold")
-    for heading in ("shape", "stored as"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("learned bits", "bit-packed MiB", "entropy MiB", "coded MiB", "overhead %", "scales MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = ("bit-packed MiB", "entropy MiB", "coded MiB", "overhead %", "scales MiB")
+    table = new_table(
+        f"{inspection.path}: quantized weights", folded=("name",), left=("shape", "stored as"), right=("learned bits", *sizes)
+    )
     for weight in inspection.weights:
-        shape = "x".join(map(str, weight.shape))
-        names = "\n= ".join((weight.name, *weight.aliases))
-        add_row(table, names, shape, weight.description, _bits(weight), *_sizes(weight))
+        overhead = 100 * (weight.coded_bytes / weight.entropy_bytes - 1) if weight.entropy_bytes else 0.0
+        packed, entropy, coded, side = (
+            mib(round(size)) for size in (weight.bit_packed_bytes, weight.entropy_bytes, weight.coded_bytes, weight.side_bytes)
+        )
+        cells = _names(weight), "x".join(map(str, weight.shape)), weight.description, mean_and_range(weight.bits)
+        add_row(table, *cells, packed, entropy, coded, f"{overhead:.1f}", side)
     return table
 
 
-def _bits(weight: "PackedWeightReport") -> str:
-    """Mean of the learned bits, and their range: ``3.40 (2-6)``."""
-    mean = sum(bits * count for bits, count in weight.bits.items()) / max(sum(weight.bits.values()), 1)
-    return f"{mean:.2f} ({min(weight.bits)}-{max(weight.bits)})" if weight.bits else "-"
-
-
-def _sizes(weight: "PackedWeightReport") -> list[str]:
-    overhead = 100 * (weight.coded_bytes / weight.entropy_bytes - 1) if weight.entropy_bytes else 0.0
-    sizes = [mib(round(size)) for size in (weight.bit_packed_bytes, weight.entropy_bytes, weight.coded_bytes)]
-    return [*sizes, f"{overhead:.1f}", mib(round(weight.side_bytes))]
+def _names(tensor: "PackedWeightReport | PlainTensorReport") -> str:
+    return "\n= ".join((tensor.name, *tensor.aliases))
 
 
 def _tensor_table(inspection: "PackedInspection", everything: bool) -> Table:
-    table = new_table("stored as they are")
-    table.add_column("name", overflow="fold")
-    for heading in ("shape", "type", "stored as"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("MiB", justify="right", no_wrap=True)
+    table = new_table("stored as they are", folded=("name",), left=("shape", "type", "stored as"), right=("MiB",))
     listed = [tensor for tensor in inspection.tensors if everything or tensor.stored_bytes >= _SMALL_BYTES]
     for tensor in listed:
         shape = "x".join(map(str, tensor.shape)) or "scalar"
-        add_row(
-            table, "\n= ".join((tensor.name, *tensor.aliases)), shape, tensor.dtype, tensor.stored_dtype, mib(round(tensor.stored_bytes))
-        )
-    if hidden := [tensor for tensor in inspection.tensors if tensor not in listed]:
-        table.caption = f"and {len(hidden)} small ones, {mib(round(sum(tensor.stored_bytes for tensor in hidden)))} MiB together: see --all"
+        add_row(table, _names(tensor), shape, tensor.dtype, tensor.stored_dtype, mib(round(tensor.stored_bytes)))
+    if hidden := [tensor.stored_bytes for tensor in inspection.tensors if tensor not in listed]:
+        table.caption = f"and {len(hidden)} small ones, {mib(round(sum(hidden)))} MiB together: see --all"
         table.caption_justify = "left"
     return table
 
 
 def _totals_table(inspection: "PackedInspection") -> Table:
-    table = new_table(f"totals; format version {inspection.version}; {inspection.shards} shards")
-    table.add_column("what")
-    for heading in ("values", "MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    weights = inspection.weights
-    values = str(sum(weight.values for weight in weights))
+    weights, title = inspection.weights, f"totals; format version {inspection.version}; {inspection.shards} shards"
+    table, values = new_table(title, folded=("what",), right=("values", "MiB")), str(sum(weight.values for weight in weights))
+    entropy = sum(weight.entropy_bytes for weight in weights)
     add_row(table, "codes at their widths (not in the file)", values, mib(sum(weight.bit_packed_bytes for weight in weights)))
-    add_row(
-        table,
-        "entropy of the codes (not in the file)",
-        values,
-        mib(round(sum(weight.entropy_bytes for weight in weights))),
-        end_section=True,
-    )
+    add_row(table, "entropy of the codes (not in the file)", values, mib(round(entropy)), end_section=True)
     add_row(table, "codes", values, mib(round(sum(weight.coded_bytes for weight in weights))))
     add_row(table, "widths, zero points, scales, codebooks", "", mib(round(sum(weight.side_bytes for weight in weights))))
     add_row(table, "plain tensors", "", mib(round(sum(tensor.stored_bytes for tensor in inspection.tensors))))

@@ -16,7 +16,7 @@ from diffq_fx.functional.groups import from_rows, to_rows
 from diffq_fx.storage.base import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.storage.integers import IntegerWeight
-from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
+from diffq_fx.storage.packing import container_for, pack_levels, unpack_rows
 from diffq_fx.weights import WeightSpec
 
 
@@ -32,7 +32,7 @@ def look_up_op(
     rows = shape[axis]
     columns = torch.Size(shape).numel() // rows
     blocks = -(-columns // codebook.shape[1])
-    codes_OC = unpack_levels(codes, container_bits, rows * blocks).reshape(rows, blocks)
+    codes_OC = unpack_rows(codes, container_bits, blocks, slice(0, rows))
     return look_up_rows(codes_OC, codebook_values(codebook, scale), tuple(shape), axis).to(dtype)
 
 
@@ -136,7 +136,7 @@ class CodebookWeight(StoredWeight):
 
     def codes_OC(self) -> Tensor:
         """The unpacked codes, int32, shape (O, C), each in ``[0, K - 1]``."""
-        return unpack_levels(self.codes, self.container_bits, self.num_codes).reshape(self.spec.rows, -1)
+        return unpack_rows(self.codes, self.container_bits, self.num_codes // self.spec.rows, slice(0, self.spec.rows))
 
     def footprint(self) -> Footprint:
         """The parts of its sizes."""

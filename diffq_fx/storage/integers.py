@@ -13,7 +13,7 @@ from diffq_fx.functional.groups import from_rows, scale_layout_of
 from diffq_fx.kernels import memory
 from diffq_fx.storage.base import StoredWeight
 from diffq_fx.storage.footprint import Footprint, grid_footprint
-from diffq_fx.storage.packing import container_for, pack_levels, unpack_levels
+from diffq_fx.storage.packing import container_for, pack_levels, unpack_rows
 from diffq_fx.weights import WeightSpec
 
 
@@ -40,9 +40,7 @@ def dequantize_op(
     layout, params = scale_layout_of(scale, rows, columns, block), QuantParams(scale, zero_point, offset)
     weight_OI = memory.empty((rows, columns), dtype, levels.device)
     for part in layout.row_slices(levels.device):  # on a CPU in the cache, and without integers as large as the weight
-        numel, first = (part.stop - part.start) * columns, part.start * columns * container_bits // 8
-        packed = levels[first : first + -(-numel * container_bits // 8)]
-        levels_PI = unpack_levels(packed, container_bits, numel).reshape(-1, columns)
+        levels_PI = unpack_rows(levels, container_bits, columns, part)
         weight_OI[part] = functional.dequantize(levels_PI, params.of_rows(part), layout.of_rows(part))
     return from_rows(weight_OI, tuple(shape), axis).contiguous()
 
@@ -81,22 +79,12 @@ class IntegerWeight(StoredWeight):
 
     def forward(self) -> Tensor:
         """The float weight: ``(levels - zero_point) * scale``."""
-        return torch.ops.diffq_fx.dequantize(
-            self.levels,
-            self.scale,
-            self.zero_point,
-            self.offset,
-            self.container_bits,
-            list(self.spec.shape),
-            self.spec.axis,
-            self.spec.scale_layout.block,
-            self.spec.dtype,
-        )
+        spec, where = self.spec, (list(self.spec.shape), self.spec.axis, self.spec.scale_layout.block)
+        return torch.ops.diffq_fx.dequantize(self.levels, self.scale, self.zero_point, self.offset, self.container_bits, *where, spec.dtype)
 
     def levels_OI(self) -> Tensor:
         """The unpacked levels, int32, shape (O, I), each in ``[0, 2^b - 1]``."""
-        flat = unpack_levels(self.levels, self.container_bits, self.spec.numel)
-        return flat.reshape(self.spec.rows, self.spec.columns)
+        return unpack_rows(self.levels, self.container_bits, self.spec.columns, slice(0, self.spec.rows))
 
     def footprint(self) -> Footprint:
         """The parts of its sizes."""

@@ -78,3 +78,16 @@ def unpack_levels(packed: Tensor, container_bits: int, numel: int) -> Tensor:
     mask = (1 << container_bits) - 1
     places = [(packed >> (place * container_bits)) & mask for place in range(8 // container_bits)]
     return torch.stack(places, 1).reshape(-1)[:numel].to(torch.int32)
+
+
+def unpack_rows(packed: Tensor, container_bits: int, columns: int, rows: slice) -> Tensor:
+    """The levels of some rows of so many columns, int32 of shape (R, columns), without unpacking the others.
+
+    Example:
+        >>> unpack_rows(torch.tensor([33, 67, 101], dtype=torch.uint8), 4, 3, slice(1, 2))
+        tensor([[4, 5, 6]], dtype=torch.int32)
+    """
+    per_byte = max(8 // container_bits, 1)
+    first, stop = rows.start * columns // per_byte * per_byte, rows.stop * columns
+    flat = unpack_levels(packed[first * container_bits // 8 : -(-stop * container_bits // 8)], container_bits, stop - first)
+    return flat[rows.start * columns - first :].reshape(-1, columns)

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks._damage import Forgery, damage, forge_body, forge_header
 from diffq_fx.errors import DiffQError, PackedFileError
 from diffq_fx.export import load_packed, save_packed
-from diffq_fx.export.packed.inspection import inspect_packed
+from diffq_fx.export.packed.packed_report import inspect_packed
 
 MUTATIONS = 400  # of each kind; benchmarks/packed_stress.py makes ten thousand
 SLOWEST_LOAD = 60.0  # seconds: a load without end is meant, not a busy machine
@@ -265,7 +265,7 @@ def test_contents_that_inflate_without_end(tmp_path, files):
 
 def test_contents_longer_than_the_file_are_not_deflated(tmp_path, monkeypatch):
     """What a writer writes, a reader has room for."""
-    monkeypatch.setattr("diffq_fx.export.packed.fileformat.container._ROOM_FOR_CONTENTS", 1 << 10)
+    monkeypatch.setattr("diffq_fx.export.packed.container._ROOM_FOR_CONTENTS", 1 << 10)
     model = converted(store("a", (4, 4)), **{f"t{i}": torch.zeros(1) for i in range(300)})
     path = save_packed(model, tmp_path / "m")
     assert_equal(load_packed(path), expected(model))
@@ -334,7 +334,7 @@ def test_a_converted_model_with_other_weights_is_left_alone(tmp_path):
 
 
 def test_a_damaged_shard_leaves_the_model_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     model = converted(*(store(f"w{i}", (64, 300), seed=i) for i in range(4)), bias=torch.randn(4))
     path = save_packed(model, tmp_path / "m")
     data = bytearray(path.read_bytes())
@@ -357,13 +357,13 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     model = small_model(large=torch.randn(130, 128))  # more than Python reads ahead
     path = save_packed(model, tmp_path / "m")
 
-    original = loading.fill_float
+    original = loading._fill_model
 
     def cut_then_fill(model, reader):
         path.write_bytes(path.read_bytes()[:9000])
         original(model, reader)
 
-    monkeypatch.setattr(loading, "fill_float", cut_then_fill)
+    monkeypatch.setattr(loading, "_fill_model", cut_then_fill)
     twin = float_twin(model)
     with pytest.raises(PackedFileError, match="is cut short: expected"):
         load_packed(twin, path)

@@ -15,7 +15,7 @@ from diffq_fx import convert, prepare
 from diffq_fx.cli import app
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
-from diffq_fx.export.packed.inspection import inspect_packed
+from diffq_fx.export.packed.packed_report import inspect_packed
 from diffq_fx.methods import LC, ProductQuantization
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.packing import pack_levels
@@ -45,7 +45,7 @@ def test_codes_of_all_kinds(tmp_path_factory, shape, entries, block, entry_dtype
 @pytest.mark.parametrize("entries", [2, 3, 8, 16, 256, 1000, 65536])
 def test_codes_large_enough_for_the_coder_beside_integers_in_many_parts_and_shards(tmp_path, entries, compression, monkeypatch):
     monkeypatch.setattr("diffq_fx.export.packed.shards._PART_WEIGHTS", 3000)
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     model = converted(
         store_codes("a", (90, 530), entries=entries, aliases=("tied.weight",)),
         store_codes("b", (64, 30, 3), axis=1, entries=entries, block=3, entry_dtype=torch.int8),

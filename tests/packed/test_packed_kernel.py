@@ -8,9 +8,10 @@ import torch
 from packed_models import assert_equal, converted, expected, float_twin, store, store_codes
 
 from diffq_fx.export import load_packed, save_packed
-from diffq_fx.export.packed.coding import deflate, unpacking
-from diffq_fx.export.packed.coding.bitplanes import pack, planes_of
-from diffq_fx.export.packed.coding.unpacking import Grid, Grouping, Plane, Streams, count_cells
+from diffq_fx.export.packed import deflate, unpacking
+from diffq_fx.export.packed.bitplanes import pack, planes
+from diffq_fx.export.packed.streams import DecodedStream
+from diffq_fx.export.packed.unpacking import Grid, Grouping, Streams, count_cells
 from diffq_fx.kernels import extension
 
 KERNELS = ("native", "torch")
@@ -76,7 +77,7 @@ def test_a_product_is_rounded_before_the_offset_is_added():
     scale, offset = np.float32(1 + 2**-23), np.float32(-3.0)
     assert np.float32(np.float64(scale) * 3 + np.float64(offset)) != scale * np.float32(3) + offset
     codes = np.full(11, 6, np.uint8)
-    streams = Streams([[Plane(np.frombuffer(pack(codes, 4), np.uint8), 4, 0)]], [11])
+    streams = Streams([DecodedStream(4, 11, planes(pack(codes, 4), 4, 11))])
     grouping = Grouping(1, 11, 11, np.full((1, 1), 4, np.uint8), np.zeros(1, np.uint8), np.zeros((17, 1), np.uint16))
     out = np.empty((1, 11), np.float32)
     grid = Grid(np.full((1, 1), scale), np.zeros((1, 1), np.int32), None, np.full((1, 1), offset))
@@ -93,16 +94,9 @@ def test_codes_of_many_classes_come_in_the_order_of_the_weight(kernel, block):
     classes = np.arange(34, dtype=np.uint16).reshape(17, 2)
     wanted = (generator.integers(0, 2**16, (rows, groups, block)) >> (16 - widths.astype(int))[..., None]).astype(np.uint16)
     of_class = [wanted[(widths == w) & (bins[:, None] == b)].reshape(-1) for w in range(17) for b in range(2)]
-    planes = []
-    for index, values in enumerate(of_class):
-        data, at, found = np.frombuffer(pack(values, index // 2), np.uint8), 0, []
-        for first, bits in planes_of(index // 2):
-            size = -(-len(values) * bits // 8)
-            found.append(Plane(data[at : at + size], bits, first))
-            at += size
-        planes.append(found)
+    streams = [DecodedStream(i // 2, len(v), planes(pack(v, i // 2), i // 2, len(v))) for i, v in enumerate(of_class)]
     grouping, out = Grouping(rows, groups * block, block, widths, bins, classes), np.empty((rows, groups * block), np.uint16)
-    unpacking.unpack(Streams(planes, [len(v) for v in of_class]), np.zeros(34, np.int64), grouping, None, out)
+    unpacking.unpack(Streams(streams), np.zeros(34, np.int64), grouping, None, out)
     assert np.array_equal(out, wanted.reshape(rows, -1))
 
 
@@ -124,7 +118,7 @@ def test_without_a_kernel_nothing_is_called(monkeypatch):
     monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
     grid = Grid(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32), None, None)
     with pytest.raises(RuntimeError, match="the kernels in C, which this work was begun with, are no longer there"):
-        unpacking.unpack(Streams([], []), np.zeros(0, np.int64), None, grid, np.zeros(0))
+        unpacking.unpack(Streams([]), np.zeros(0, np.int64), None, grid, np.zeros(0))
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["isal", "zlib"])

@@ -1,14 +1,18 @@
 """Every width, layout, grid and type comes back bit by bit: as tensors, into a float model, into a converted model."""
 
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import assert_equal, converted, expected, float_twin, round_trip, store, stored_in
+from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
 from diffq_fx.export import load_packed, save_packed
-from diffq_fx.export.packed.inspection import inspect_packed
+from diffq_fx.export.packed.packed_report import inspect_packed
+from diffq_fx.kernels import extension
 from diffq_fx.storage import IntegerWeight
 
 GROUPS = ("tensor", "channel", 1, 3, 4, 8)
@@ -45,7 +49,7 @@ def test_every_width_large_enough_for_the_coder(tmp_path, bits, compression):
 @pytest.mark.parametrize("group", ["tensor", "channel", 1, 8, 7])
 def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, monkeypatch):
     monkeypatch.setattr("diffq_fx.export.packed.shards._PART_WEIGHTS", 3000)
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     weights = [
         store("a", (300, 129), bits=(1, 16), group=group, ranges="channel"),
         store("b", (7, 50, 3), axis=1, bits=(2, 5), group=group, ranges="tensor", grid="float", dtype=torch.float16),
@@ -59,7 +63,7 @@ def test_every_layout_in_many_parts_and_shards(tmp_path, group, compression, mon
 
 
 def test_threads_give_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffq_fx.export.packed.saving._LEAST_CODES", 1 << 14)
+    monkeypatch.setattr("diffq_fx.export.packed.shards._LEAST_CODES", 1 << 14)
     model = converted(*(store(f"w{i}", (100, 300), seed=i) for i in range(5)))
     path = save_packed(model, tmp_path / "m.safetensors")
     before = torch.get_num_threads()
@@ -195,3 +199,24 @@ def test_inspection_adds_up(tmp_path):
         assert 0.93 * report.entropy_bytes < report.coded_bytes < 1.05 * report.entropy_bytes
     parts = sum(r.coded_bytes + r.side_bytes for r in found.weights) + sum(t.stored_bytes for t in found.tensors)
     assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("name", ["entropy", "bits"])
+def test_files_that_were_written_before_still_load(name, kernels, monkeypatch):
+    """All kinds of weights, written on 2026-11-26. If this fails and shall fail, the format needs a new version."""
+    monkeypatch.setenv("DIFFQ_FX_KERNELS", kernels)
+    monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
+    found = load_packed(Path(__file__).parent / "stored" / f"{name}.safetensors")
+    assert {name: zlib.crc32(bits_of(tensor).numpy().tobytes()) for name, tensor in found.items()} == {
+        "a": 835952089,
+        "b.weight": 1593241898,
+        "c.weight": 1593241898,
+        "d": 2356185704,
+        "t": 2337633397,
+        "large": 729186632,
+        "e": 3105524212,
+        "bias": 2806869373,
+        "mask": 1489118142,
+        "table": 1911013890,
+    }

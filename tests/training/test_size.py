@@ -15,8 +15,8 @@ from diffq_fx.budget.entropy import coded_bits
 from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits, bit_costs
 from diffq_fx.budget.size import exact_bits, expected_bits, size_and_growth
 from diffq_fx.export.packed import save_packed
-from diffq_fx.export.packed.coding.streams import encode_bytes
-from diffq_fx.export.packed.fileformat.dtypes import bytes_of
+from diffq_fx.export.packed.dtypes import bytes_of
+from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.training.phases import measure_coding
 from diffq_fx.weights import WeightSpec
 
@@ -306,7 +306,7 @@ def test_all_that_a_file_holds_is_predicted(layer, settings, within, tmp_path):
 
 @pytest.mark.parametrize("numbers", [torch.rand(700) + 1, torch.randn(20_000), torch.randn(30, 50).half(), torch.ones(500), torch.zeros(0)])
 def test_bits_of_coded_numbers_are_those_of_the_file(numbers):
-    in_file = 8 * len(encode_bytes(bytes_of(numbers), entropy=True, is_patient=True))
+    in_file = 8 * len(encode_bytes(bytes_of(numbers), Effort(entropy=True, is_patient=True)))
     assert coded_bits([numbers]) == pytest.approx(in_file, rel=0.02, abs=8 * 200)
 
 

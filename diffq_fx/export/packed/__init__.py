@@ -1,15 +1,14 @@
 """Packed files: a converted model with its exact learned bits, at their entropy, safe to open. Importing this needs torch and numpy.
 
-The schema is in ``docs/packed-format.md``, and how to add a kind of storage.
+The schema is in ``docs/packed-format.md``, and how to add a kind of storage. From the bytes up:
 
-- To save (``saving``): collect what the model holds (``contents``), encode rows of weights as shards (``kinds``, ``shards``,
-  ``shard_writing``, ``coding``), write the file (``fileformat``).
-- To load (``loading``): open and validate (``fileformat``, ``reading``), decode shards (``shard_reading``), fill a model (``filling``).
-
-``inspection`` looks into a file; ``state_dicts`` is for the command line.
+- a file with checksums: ``container``, ``dtypes``;
+- integers as bytes: ``bitplanes``, ``deflate``, ``ans``, ``streams``, ``classes`` (what shares a stream), ``unpacking`` (in which order);
+- kinds of storage: ``weight_kind``, ``integer_kind``, ``codebook_kind``; ``shards`` codes rows of any kind;
+- the whole: ``header``, ``writer`` (save_packed), ``reader``, ``loading`` (load_packed), ``packed_report``, ``state_dicts`` (command line).
 """
 
 from diffq_fx.export.packed.loading import load_packed
-from diffq_fx.export.packed.saving import save_packed
+from diffq_fx.export.packed.writer import save_packed
 
 __all__ = ["load_packed", "save_packed"]

@@ -1,9 +1,9 @@
 """Float safetensors state dicts to packed files and back, for the command line."""
 
+import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.contents import ModelContents
-from diffq_fx.export.packed.fileformat.dtypes import FLOAT_TYPES
+from diffq_fx.export.packed.container import FORMAT
+from diffq_fx.export.packed.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
-from diffq_fx.export.packed.saving import write_packed
+from diffq_fx.export.packed.writer import write_packed
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -29,7 +29,7 @@ def pack_state_dict(
     A weight is a floating-point tensor with two dimensions or more; its first one is taken for the output channels.
 
     Args:
-        source: a safetensors file.
+        source: a safetensors file, which the packed file ``target`` may not be.
         target: the packed file to write.
         bits: width of every weight, 1 to 16.
         group_size: weights that share a scale: "tensor", "channel", or the length of a block.
@@ -39,10 +39,6 @@ def pack_state_dict(
 
     Returns:
         Names of the tensors with two dimensions or more that stay as they are.
-
-    Raises:
-        PackedFileError: the source is not a safetensors file, a weight is not finite, the target cannot be written, or is the source.
-        ValueError: an option is out of its range, or a pattern matches nothing.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be from 1 to 16, got {bits}.")
@@ -53,23 +49,27 @@ def pack_state_dict(
         if not any(fnmatchcase(name, pattern) for name in tensors):
             raise ValueError(f"the pattern '{pattern}' matches no tensor of '{source}'.")
     stored: list[StoredWeight] = []
-    rest: list[tuple[tuple[str, ...], Tensor]] = []
+    rest: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
-        if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES or excluded:
-            rest.append(((name,), tensor))
+        if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES.values() or excluded:
+            rest[name] = tensor
         else:
             spec = WeightSpec(name=name, shape=tuple(tensor.shape), axis=0, dtype=tensor.dtype, group_size=size, range_size=size, grid=grid)
             stored.append(_rounded(tensor, spec, bits))
     try:
-        write_packed(ModelContents(tuple(stored), tuple(rest)), target, entropy=entropy)
+        write_packed(stored, [((name,), tensor) for name, tensor in rest.items()], target, entropy=entropy)
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error
-    return [names[0] for names, tensor in rest if tensor.dim() >= 2]
+    return [name for name, tensor in rest.items() if tensor.dim() >= 2]
 
 
 def _refuse_same_file(source: Path, target: Path) -> None:
-    if source.exists() and target.exists() and source.samefile(target):
+    try:
+        is_same = os.path.samefile(source, target)
+    except (OSError, ValueError):  # one of them is missing, or can be no file: whoever opens it says so
+        return
+    if is_same:
         raise PackedFileError(f"'{target}' is the same file as '{source}', which would be lost. Give another name.")
 
 
@@ -83,12 +83,14 @@ def _group_size(value: str) -> GroupSize:
 
 def _read_state_dict(source: Path) -> dict[str, Tensor]:
     import safetensors
-    from safetensors.torch import load_file
 
     try:
-        return load_file(source)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise PackedFileError(f"'{source}' is not a safetensors file that can be read: {error}.") from error
+        with safetensors.safe_open(source, "pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT:
+                raise PackedFileError(f"'{source}' is packed already; to give it other bits unpack it first (diffq-fx unpack).")
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise PackedFileError(f"{str(source)!r} is not a safetensors file that can be read: {str(error)!r}.") from error
 
 
 def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
@@ -103,24 +105,14 @@ def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
 
 
 def unpack_state_dict(source: Path, target: Path) -> None:
-    """Write the float state dict of a packed file as safetensors.
-
-    Args:
-        source: a packed file.
-        target: the safetensors file to write. A tied weight is in it under each of its names.
-
-    Raises:
-        PackedFileError: the source is not a packed file, or the target cannot be written or is the source.
-    """
+    """Write the float state dict of a packed file as safetensors, with a tied weight under each of its names."""
     from safetensors.torch import save
 
     _refuse_same_file(source, target)
-    tensors: dict[str, Any] = load_packed(source)
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    data = save(tensors, metadata={"format": "pt"})
+    tensors = load_packed(source)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    untied = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
+    data = save(untied, metadata={"format": "pt"})
     try:
         with replaced_atomically(target, PackedFileError) as file:
             file.write(data)

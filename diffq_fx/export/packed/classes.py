@@ -8,57 +8,37 @@ Legend: O rows, C groups of a row, B bins, K classes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.coding.bitplanes import Values
+from diffq_fx.export.packed.bitplanes import Values
 
 BINS = 128
 BIN_BITS = 7
 _BINS_OF_OCTAVE = 16
 MAX_WIDTH = 16
-_ROW_IS_LONG = 128
-"""Codes of a row that are worth a bin of its own; shorter rows share one."""
+_ROW_IS_LONG = 128  # codes of a row that are worth a bin of its own; shorter rows share one
 _SYMBOLS = 64
 _TABLE_BITS = 1000  # what one more class costs: a head and a table
-_NO_CLASS = 0xFFFF
+NO_CLASS = 0xFFFF  # what a table of classes says of a width and bin that have none
 
 
 def bins_in(rows: int, columns: int) -> int:
-    """Number of bins that so many rows have.
-
-    Example:
-        >>> bins_in(8, 1000), bins_in(8, 9)
-        (8, 1)
-    """
+    """Number of bins that so many rows have."""
     return rows if columns >= _ROW_IS_LONG else 1
 
 
 def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bin of each row: sixteenths of an octave of the mean code, in shares of its range.
-
-    Args:
-        codes: shape (O, I).
-        widths: broadcasts with ``codes``.
-
-    Returns:
-        Shape (``bins_in(O, I)``,), each below 128.
-
-    Example:
-        >>> bins_of(np.array([[0, 1, 2, 0] * 50, [0, 7, 8, 1] * 50], np.uint8), np.array([[4]], np.uint8))
-        array([70, 32], dtype=uint8)
-    """
+    """Bin of each row, shape (``bins_in(O, I)``,), of codes (O, I): sixteenths of an octave of the mean code, in shares of its range."""
     share = codes * np.exp2(-1 - widths.astype(np.float32))
     mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
     return np.clip(np.floor(-_BINS_OF_OCTAVE * np.log2(np.maximum(mean, 1e-9))) - _BINS_OF_OCTAVE, 0, BINS - 1).astype(np.uint8)
 
 
-@dataclass(frozen=True, order=True)
-class CodeClass:
+class CodeClass(NamedTuple):
     """Codes that share one model."""
 
     width: int
@@ -91,14 +71,7 @@ class Histogram:
 
 
 def _partition(counts: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Cut the bins into runs so that the code of all symbols, one table for each run included, is shortest.
-
-    Args:
-        counts: shape (B, 64).
-
-    Returns:
-        First and last bin of each run.
-    """
+    """Cut the bins of counts (B, 64) into runs, first and last bin of each, so that codes and a table for each run are shortest."""
     used = np.flatnonzero(counts.any(1))
     until = np.concatenate([np.zeros((1, _SYMBOLS)), np.cumsum(counts[used], 0)])
     best, cut = np.zeros(len(used) + 1), [0]
@@ -120,51 +93,19 @@ def _xlogx(counts: NDArray[Any]) -> NDArray[Any]:
 
 
 def merged_bins(classes: Sequence[CodeClass]) -> NDArray[np.uint8]:
-    """For each bin the lowest one that is in the same class at every width: rows need to tell no more than that.
-
-    Example:
-        >>> merged_bins([CodeClass(3, 0, 4), CodeClass(3, 5, 127), CodeClass(4, 0, 127)])[[0, 4, 5, 100]]
-        array([0, 0, 5, 5], dtype=uint8)
-    """
+    """For each bin the lowest one that is in the same class at every width: rows need to tell no more than that."""
     starts = np.zeros(BINS, np.uint8)
     for each in classes:
         starts[each.first_bin] = each.first_bin
     return np.maximum.accumulate(starts)
 
 
-class ClassTable:
-    """The class of every width and bin."""
-
-    def __init__(self, classes: Sequence[CodeClass]) -> None:
-        self.classes = tuple(classes)
-        self.table = np.full((MAX_WIDTH + 1, BINS), _NO_CLASS, np.uint16)
-        """The class of every width and bin."""
-        for index, each in enumerate(self.classes):
-            taken = self.table[each.width, each.first_bin : each.last_bin + 1]
-            if (taken != _NO_CLASS).any():
-                raise PackedFileError(f"two models of {each.width} bits claim one bin")
-            taken[:] = index
-
-    def of(self, widths: NDArray[np.uint8], bins: NDArray[np.uint8]) -> NDArray[np.uint16]:
-        """Class of each group, shape (O, C).
-
-        Args:
-            widths: shape (O, C) or (1, 1).
-            bins: shape (O,) or (1,).
-        """
-        return self.table.reshape(-1).take(widths.astype(np.int32) * BINS + bins.reshape(-1, 1))
-
-    def sums(self, cells: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sums over the widths and bins of each class, shape (K,).
-
-        Args:
-            cells: a number for each width and bin, shape of ``table``.
-
-        Raises:
-            PackedFileError: one that is not 0 has no class.
-        """
-        present = np.nonzero(cells)
-        found = self.table[present]
-        if (found == _NO_CLASS).any():
-            raise PackedFileError("a group of weights has no model")
-        return np.bincount(found, cells[present], len(self.classes)).astype(np.int64)
+def class_table(classes: Sequence[CodeClass]) -> NDArray[np.uint16]:
+    """The class of every width and bin, shape (17, B); an error if two claim one."""
+    table = np.full((MAX_WIDTH + 1, BINS), NO_CLASS, np.uint16)
+    for index, each in enumerate(classes):
+        taken = table[each.width, each.first_bin : each.last_bin + 1]
+        if (taken != NO_CLASS).any():
+            raise PackedFileError(f"two models of {each.width} bits claim one bin")
+        taken[:] = index
+    return table

@@ -7,7 +7,7 @@ Shape legend: O rows, I columns, D weights in a block, C = ceil(I / D) blocks in
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,17 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.fileformat.dtypes import TypeNames
-from diffq_fx.export.packed.kinds.base import PackedWeight
-from diffq_fx.export.packed.kinds.decoded import DecodedPart, PartCodes
+from diffq_fx.export.packed.bitplanes import narrow
+from diffq_fx.export.packed.dtypes import TENSOR_TYPES, TypeNames
+from diffq_fx.export.packed.unpacking import DecodedPart
+from diffq_fx.export.packed.weight_kind import PackedWeight, PartCodes
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, codebook_values
-from diffq_fx.storage.packing import unpack_levels
+from diffq_fx.storage.packing import unpack_rows
 from diffq_fx.weights import WeightSpec
 
-_ENTRY_TYPES = TypeNames(
-    {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I8": torch.int8},
-)
+_ENTRY_TYPES = TypeNames({name: TENSOR_TYPES[name] for name in ("F32", "F16", "BF16", "F64", "I8")})
 _MOST_ENTRIES = 1 << 16
 _MOST_IN_BLOCK = 1 << 40
 
@@ -45,29 +44,20 @@ class PackedCodebook(PackedWeight):
     stored_type = CodebookWeight
 
     def __init__(self, spec: WeightSpec, entries: int, block_size: int, entry_dtype: torch.dtype, scale: float | None) -> None:
-        super().__init__(spec)
-        self.block_size = block_size
-        self.scale = scale
-        self.entry_dtype = entry_dtype
+        super().__init__(spec, GroupLayout.of(spec.rows, -(-spec.columns // block_size), "tensor"))
         self.entries = entries
-        self.common = (entry_dtype, (entries, block_size))
-        self._width = max(code_bits(entries), 1)
-        self._codebook: Tensor | None = None
-
-    @property
-    def layout(self) -> GroupLayout:
-        """One width for all codes."""
-        return GroupLayout.of(self.spec.rows, -(-self.spec.columns // self.block_size), "tensor")
+        self.common_type = entry_dtype, (entries, block_size)
+        self._block_size, self._entry_dtype, self._scale = block_size, entry_dtype, scale
 
     @property
     def description(self) -> str:
         """Its entries and their type."""
-        return f"codebook {self.entries}x{self.block_size} {_ENTRY_TYPES.name(self.entry_dtype)}"
+        return f"codebook {self.entries}x{self._block_size} {_ENTRY_TYPES.name(self._entry_dtype)}"
 
     def facts(self) -> dict[str, Any]:
         """The shape of the codebook, and its scale."""
-        facts = {"entries": self.entries, "block_size": self.block_size, "entry_dtype": _ENTRY_TYPES.name(self.entry_dtype)}
-        return facts | ({} if self.scale is None else {"scale": self.scale})
+        facts = {"entries": self.entries, "block_size": self._block_size, "entry_dtype": _ENTRY_TYPES.name(self._entry_dtype)}
+        return facts | ({} if self._scale is None else {"scale": self._scale})
 
     @classmethod
     def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedCodebook":
@@ -93,46 +83,23 @@ class PackedCodebook(PackedWeight):
         if highest >= len(codebook):
             raise PackedFileError(f"a code is {highest}, its codebook has {len(codebook)} entries")
         _ENTRY_TYPES.name(codebook.dtype)
-        return cls(stored.spec, len(codebook), codebook.shape[1], codebook.dtype, None if scale is None else float(scale))
-
-    def common_of(self, stored: CodebookWeight) -> Tensor:
-        """The entries."""
-        return stored.codebook
-
-    def set_common(self, tensor: Tensor) -> None:
-        """Take the entries."""
-        self._codebook = tensor
-
-    @property
-    def codebook(self) -> Tensor:
-        """The entries, shape (K, D)."""
-        if self._codebook is None:
-            raise RuntimeError(f"the codebook of '{self.spec.name}' was not read")
-        return self._codebook
+        packed = cls(stored.spec, len(codebook), codebook.shape[1], codebook.dtype, None if scale is None else float(scale))
+        packed.common = codebook
+        return packed
 
     def encode(self, stored: CodebookWeight, rows: slice) -> PartCodes:
         """The codes of some rows."""
-        columns, bits = self.layout.columns, stored.container_bits
-        per_byte = max(8 // bits, 1)
-        first, stop = rows.start * columns // per_byte * per_byte, rows.stop * columns
-        packed = stored.codes[first * bits // 8 : -(-stop * bits // 8)].cpu()
-        flat = unpack_levels(packed, bits, stop - first)[rows.start * columns - first :]
-        codes = flat.reshape(-1, columns).numpy().astype(np.uint8 if self._width <= 8 else np.uint16)
-        return PartCodes(codes, np.full((1, 1), self._width, np.uint8), np.zeros(0, np.uint16), b"")
+        width = max(code_bits(len(stored.codebook)), 1)
+        codes = unpack_rows(stored.codes, stored.container_bits, self.layout.columns, rows)
+        return PartCodes(narrow(codes.cpu().numpy(), width), np.full((1, 1), width, np.uint8))
 
-    def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-        """There are no small integers."""
-        return np.zeros(0, np.uint8)
-
-    def float_bytes(self, rows: int) -> int:
-        """There are no floats beside the entries."""
-        return 0
+    def _scale_tensor(self) -> Tensor | None:
+        return None if self._scale is None else torch.tensor(self._scale, dtype=torch.float32)
 
     def weight_rows(self, part: DecodedPart, out: NDArray[np.float32] | None = None) -> Tensor | None:
         """``codebook[codes]``."""
-        scale = None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32)
         codes, columns = part.codes, self.spec.columns
-        values = codebook_values(self.codebook, scale)[:, :columns].contiguous().numpy()  # a block may be longer than a row
+        values = codebook_values(self.common, self._scale_tensor())[:, :columns].contiguous().numpy()  # a block may be longer than a row
         if out is None or values.dtype != np.float32:
             return torch.from_numpy(values[codes].reshape(len(codes), -1)[:, :columns])
         if codes.shape[1] * values.shape[1] == columns:
@@ -141,8 +108,7 @@ class PackedCodebook(PackedWeight):
             np.copyto(out, values[codes].reshape(len(codes), -1)[:, :columns])
         return None
 
-    def restore(self, parts: Iterable[PartCodes]) -> CodebookWeight:
+    def restore(self, parts: Sequence[DecodedPart]) -> CodebookWeight:
         """The codes of all parts, and the codebook."""
         codes = torch.cat([torch.from_numpy(part.codes.astype(np.int32)) for part in parts])
-        scale = None if self.scale is None else torch.tensor(self.scale, dtype=torch.float32)
-        return CodebookWeight(self.spec, codes, self.codebook.clone(), scale)
+        return CodebookWeight(self.spec, codes, self.common.clone(), self._scale_tensor())

@@ -1,13 +1,7 @@
 """Bytes at their order-0 entropy by asymmetric numeral systems (Duda, arXiv:1311.2540), through the library constriction.
 
-The bytes of a coded sequence (little endian) are::
-
-    last         u8        highest symbol that has a frequency, at least 1
-    frequencies  u16       of the symbols 0 to last
-    words        u32       of constriction's ``AnsCoder``
-
-The symbols' model is ``Categorical(frequencies as float32, perfect=False)``. After them comes 0xD1FF, drawn from ``Uniform(65536)``:
-it tells a reader that it has read as many symbols as were written. Nothing may be left then.
+``docs/packed-format.md`` has the bytes of a coded sequence. After its symbols comes 0xD1FF, drawn from ``Uniform(65536)``: it tells a
+reader that it has read as many symbols as were written.
 """
 
 from typing import Any
@@ -23,16 +17,7 @@ _END, _ENDS = 0xD1FF, 1 << 16
 
 
 def encode(symbols: NDArray[np.uint8]) -> bytes:
-    """Code symbols at their order-0 entropy.
-
-    Args:
-        symbols: uint8, shape (n,).
-
-    Example:
-        >>> symbols = np.arange(32768, dtype=np.uint8) % 4
-        >>> len(encode(symbols)), bool((decode(memoryview(encode(symbols)), 32768) == symbols).all())
-        (8205, True)
-    """
+    """Code symbols, uint8 of shape (n,), at their order-0 entropy."""
     stream = _library()
     counts = np.bincount(symbols, minlength=2)
     frequencies = np.maximum(np.rint(counts * (_HIGHEST / counts.max())), counts > 0).astype("<u2")
@@ -43,15 +28,7 @@ def encode(symbols: NDArray[np.uint8]) -> bytes:
 
 
 def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
-    """Undo :func:`encode`.
-
-    Args:
-        data: exactly the coded sequence.
-        count: symbols in it.
-
-    Raises:
-        PackedFileError: the sequence is damaged or of another length.
-    """
+    """Undo :func:`encode`; an error if ``data`` is damaged, or not exactly ``count`` symbols."""
     words_at = 3 + 2 * data[0] if len(data) else 0
     if words_at < 5 or len(data) < words_at or (len(data) - words_at) % 4:
         raise PackedFileError(f"{len(data)} bytes do not hold the frequencies and words of a coded sequence")
@@ -69,12 +46,7 @@ def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is, whose values have these shares.
-
-    Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
-        1604.0
-    """
+    """About how long the code of ``size`` bytes is, whose values have these shares."""
     present = np.flatnonzero(shares)
     some = shares[present]
     return -size * float(some @ np.log2(some)) + 56 + 16 * (int(present[-1]) + 1)

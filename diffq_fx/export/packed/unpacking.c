@@ -5,8 +5,8 @@
 
 #include <string.h>
 
-#include "inline.h"
-#include "kernel.h"
+#include "../../kernels/inline.h"
+#include "../../kernels/kernel.h"
 
 typedef struct { // `bits` of each value; byte k holds those of the values k, k + size, k + 2 size, ..., from its low bits up
     const uint8_t *bytes;

@@ -14,52 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffq_fx.functional import QuantParams
-from diffq_fx.storage import IntegerWeight
-from diffq_fx.storage.packing import unpack_levels
 from diffq_fx.weights import WeightSpec
 
-WIDTHS = 17
-"""Widths from 0 to 16 bits."""
+WIDTHS = 17  # widths from 0 to 16 bits
 
-Floats = NDArray[Any]
-"""float32 or float64."""
+Floats = NDArray[Any]  # float32 or float64
 
 
 def scales_of(extents: Floats, widths: NDArray[np.uint8]) -> Floats:
-    """Scale of each group, as :func:`diffq_fx.functional.quant_params` computes it.
-
-    Args:
-        extents: high - low of each range, shape (1, 1) or (O, 1).
-        widths: shape (O, C).
-
-    Returns:
-        Shape (O, C), in the dtype of ``extents``.
-
-    Example:
-        >>> scales_of(np.array([[3.0]], np.float32), np.array([[1, 2]], np.uint8))
-        array([[3., 1.]], dtype=float32)
-    """
+    """Scale of each group (O, C) of ranges of such extents (E, 1), as :func:`diffq_fx.functional.quant_params` computes it."""
     levels = np.exp2(widths.astype(extents.dtype)) - 1
     scales = extents / levels
     return np.where(scales > np.finfo(scales.dtype).tiny, scales, np.ones_like(scales))
 
 
 def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
-    """The extents of ranges, one for each row, that give these scales exactly; None if there are none.
-
-    Args:
-        scales: shape (O, C).
-        widths: shape (O, C).
-
-    Returns:
-        Shape (O, 1), or None.
-
-    Example:
-        >>> find_extents(np.array([[3.0, 1.0]], np.float32), np.array([[1, 2]], np.uint8))
-        array([[3.]], dtype=float32)
-        >>> find_extents(np.array([[3.0, 2.0]], np.float32), np.array([[1, 2]], np.uint8)) is None
-        True
-    """
+    """The extents (O, 1) of ranges, one for each row, that give the scales of shape (O, C) exactly; None if there are none."""
     column = np.argmin(widths, 1)[:, None]  # the coarsest scale leaves the fewest candidates
     scale, width = np.take_along_axis(scales, column, 1), np.take_along_axis(widths, column, 1)
     found = np.full_like(scale, np.nan)
@@ -82,12 +52,7 @@ def array_of(tensor: Any) -> NDArray[Any]:
 
 
 def masks(widths: NDArray[np.uint8], kind: Any) -> NDArray[Any]:
-    """``2^b - 1`` of each group.
-
-    Example:
-        >>> masks(np.array([[1, 8, 16]], np.uint8), np.uint16)
-        array([[    1,   255, 65535]], dtype=uint16)
-    """
+    """``2^b - 1`` of each group."""
     return ((1 << widths.astype(np.int32)) - 1).astype(kind)
 
 
@@ -106,7 +71,7 @@ def _doubles(tensor: Any) -> NDArray[np.float64]:
 
 
 def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str:
-    """How to store zero points: see :class:`~diffq_fx.export.packed.kinds.integers.PackedIntegers`."""
+    """How to store zero points: see :class:`~diffq_fx.export.packed.integer_kind.PackedIntegers`."""
     if zero_point is None:
         return "none"
     values, top = array_of(zero_point), masks(widths, np.int64)
@@ -126,46 +91,10 @@ def by_range(shape: tuple[int, ...], spec: WeightSpec) -> tuple[int, int]:
     return (1, shape[0] * shape[1]) if spec.range_layout.kind == "tensor" else (shape[0], shape[1])
 
 
-def follows_from_ranges(params: QuantParams, widths: NDArray[np.uint8], spec: WeightSpec) -> bool:
-    """Whether scales are ``extent / (2^b - 1)``, offsets those of the range, and zero points those of range and width."""
-    shape = by_range(widths.shape, spec)
-    if params.offset is not None:
-        offsets = array_of(params.offset).reshape(shape)
-        if offsets.tobytes() != np.repeat(offsets[:, :1], shape[1], 1).tobytes():
-            return False
-    if params.zero_point is not None:
-        zero_points = array_of(params.zero_point).reshape(-1)
-        widths_of_cells, cell = cells(widths, spec)
-        one = np.zeros(len(widths_of_cells), zero_points.dtype)
-        one[cell] = zero_points
-        if (one[cell] != zero_points).any():
-            return False
-    return find_extents(array_of(params.scale).reshape(shape), widths.reshape(shape)) is not None
-
-
 def cells(widths: NDArray[np.uint8], spec: WeightSpec) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Ranges and widths that occur together, in rising order.
-
-    Args:
-        widths: of some rows, shape (O, C).
-        spec: says whether each row is a range.
-
-    Returns:
-        The width of each such cell, and the cell of each group, shape (O * C,).
-    """
+    """The width of each *cell*, a range and a width that occur together, in rising order; and the cell of each of the groups (O, C)."""
     of_row = np.zeros(len(widths), np.int64) if spec.range_layout.kind == "tensor" else np.arange(len(widths))
     key = (of_row[:, None] * WIDTHS + widths).reshape(-1)
     present = np.zeros(WIDTHS * (int(of_row.max(initial=0)) + 1), np.bool_)
     present[key] = True
     return (np.flatnonzero(present) % WIDTHS).astype(np.uint8), (np.cumsum(present) - 1)[key]
-
-
-def levels_of_rows(stored: IntegerWeight, rows: slice) -> NDArray[np.int32]:
-    """Levels of some rows, without unpacking the others."""
-    columns, bits = stored.spec.columns, stored.container_bits
-    per_byte = max(8 // bits, 1)
-    start = rows.start * columns // per_byte * per_byte
-    stop = rows.stop * columns
-    packed = stored.levels[start * bits // 8 : -(-stop * bits // 8)].cpu()
-    flat = unpack_levels(packed, bits, stop - start)
-    return flat[rows.start * columns - start :].reshape(-1, columns).numpy()

@@ -15,34 +15,19 @@ from diffq_fx.errors import PackedFileError
 
 _WINDOW_BITS = -15  # a raw stream, without a head and a checksum of its own
 _MOST_MEMORY = 9  # zlib's longest blocks, each with a table of its own
-_BLOCK = 1 << 15
-"""Bytes of such a block."""
-_AT_ONCE = 1 << 17
-"""Bytes that are read at once."""
+_BLOCK = 1 << 15  # bytes of such a block
+_AT_ONCE = 1 << 17  # bytes that are read at once
 _HEAD_BITS, _LENGTH_BITS = 100, 3  # about what a table takes, and the length of each code in it
 
 
 def encode(data: NDArray[np.uint8]) -> bytes:
-    """Code bytes by Huffman codes of their own.
-
-    Args:
-        data: uint8, shape (n,).
-
-    Example:
-        >>> data = np.arange(4000, dtype=np.uint8) % 4
-        >>> len(encode(data)), decode(memoryview(encode(data)), 4000).tobytes() == data.tobytes()
-        (1139, True)
-    """
+    """Code bytes, uint8 of shape (n,), by Huffman codes of their own."""
     coder = zlib.compressobj(wbits=_WINDOW_BITS, memLevel=_MOST_MEMORY, strategy=zlib.Z_HUFFMAN_ONLY)
     return coder.compress(np.ascontiguousarray(data).data) + coder.flush()
 
 
 def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
-    """Undo :func:`encode`; never makes more than ``size`` bytes.
-
-    Raises:
-        PackedFileError: the stream is damaged, or does not hold ``size`` bytes, one or more.
-    """
+    """Undo :func:`encode`; an error if ``data`` is damaged, or not exactly ``size`` bytes, more of which are never made."""
     reader, found, at = _reader(), np.empty(size, np.uint8), 0
     coder = reader.decompressobj(_WINDOW_BITS)
     try:
@@ -72,12 +57,7 @@ def _reader() -> Any:
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:
-    """About how long the code of ``size`` bytes is, whose values have these shares.
-
-    Example:
-        >>> expected_bits(np.array([0.5, 0.25, 0.25, 0.0]), 1000)
-        1609.0
-    """
+    """About how long the code of ``size`` bytes is, whose values have these shares."""
     some = shares[shares > 0]
     return size * _mean_length(some) + -(-size // _BLOCK) * (_HEAD_BITS + _LENGTH_BITS * len(some))
 

@@ -1,1 +1,0 @@
-"""How numbers become bytes: bit planes, entropy coders, streams, and which codes share a stream."""

@@ -1,1 +1,0 @@
-"""The file itself: a safetensors container with checksums, its header, written atomically."""
