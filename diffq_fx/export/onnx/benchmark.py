@@ -19,7 +19,7 @@ from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
 from diffq_fx.export.onnx.signatures import check_same_signature, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
-from diffq_fx.export.onnx.usage import external_locations
+from diffq_fx.export.onnx.usage import external_locations, find_constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def compare_latency(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     paths = (path_a, path_b)
     models = [load_graph(path) for path in paths]
-    sizes = [size_bytes(path, external_locations(model)) / MIB for path, model in zip(paths, models, strict=True)]
+    sizes = [size_bytes(path, external_locations(find_constants(model))) / MIB for path, model in zip(paths, models, strict=True)]
     entries = [session_entries(model) for model in models]
     a, b = (open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True))
     signature = signature_of(a.get_inputs())

@@ -1,6 +1,6 @@
 """Branches on a size: a trace takes one of them, at the example's size, and is wrong for the sizes that take another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def stated_limits(dynamic_shapes: Any) -> set[int | None]:
     return {limit for leaf in _compat.tree_leaves(dynamic_shapes) for limit in (getattr(leaf, "min", None), getattr(leaf, "max", None))}
 
 
-def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, int], stated: set[int | None]) -> list[dict[str, int]]:
+def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, int], stated: Set[int | None]) -> list[dict[str, int]]:
     """Sizes at which a trace may take another branch than the model, within its limits: 1, and where a condition turns.
 
     Whether the model itself has asked (``length != 7``) or torch (for a kernel), only a comparison at these sizes tells.

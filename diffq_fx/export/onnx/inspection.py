@@ -155,7 +155,7 @@ def inspect_onnx(path: str | Path) -> OnnxInspection:
     model = load_graph(path)
     metadata = metadata_of(model)
     constants = find_constants(model)
-    total = size_bytes(path, external_locations(model))
+    total = size_bytes(path, external_locations(constants))
     learned = _learned_bits(constants, metadata)
     seen: set[Region] = set()  # two tensors may share one region
     reports: list[TensorReport] = []
@@ -181,7 +181,7 @@ def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] 
     region = external_region(constant.tensor)
     return TensorReport(
         name=constant.name,
-        role=_role(constant),
+        role=constant.part or ("quantized" if constant.is_quantized else "float" if constant.is_floating else "other"),
         readers=tuple(constant.readers),
         shape=constant.shape,
         dtype=dtype_name(constant.tensor.data_type),
@@ -189,8 +189,8 @@ def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] 
         is_packed=constant.packed_bits is not None,
         values=constant.packed_values or math.prod(constant.tensor.dims),
         payload_bytes=_payload(constant),
-        scale_bytes=sum(_payload(scale) for scale in constant.scales),
-        zero_point_bytes=sum(_payload(zero_point) for zero_point in constant.zero_points),
+        scale_bytes=_payload(*constant.scales),
+        zero_point_bytes=_payload(*constant.zero_points),
         file_bytes=taken,
         file_share=taken / total,
         external=None if region is None else region.location,
@@ -198,16 +198,8 @@ def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] 
     )
 
 
-def _role(constant: Constant) -> Role:
-    if constant.part is not None:
-        return constant.part
-    if constant.is_quantized:
-        return "quantized"
-    return "float" if constant.is_floating else "other"
-
-
-def _payload(constant: Constant) -> int:
-    return sum(payload_bytes(tensor) for tensor in constant.parts)
+def _payload(*constants: Constant) -> int:
+    return sum(payload_bytes(tensor) for constant in constants for tensor in constant.parts)
 
 
 def _packed_bytes(bits: dict[int, int]) -> int:

@@ -6,7 +6,7 @@ mask and any table can take.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.signatures import TensorSignature
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto
 
 DEFAULT_BOUND = 2
 """Integers whose range the graph does not tell are drawn from 0 to this, exclusive."""
@@ -28,7 +28,6 @@ _NUMPY_TYPES = {
 }
 
 _ID_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Slice", "Expand"))
-_SAME_SHAPE = frozenset(("DequantizeLinear", "Cast", "Identity", "Sub", "Mul"))
 
 
 def make_inputs(
@@ -70,47 +69,23 @@ def _draw(entry: TensorSignature, shape: tuple[int, ...], bound: int | None, gen
 
 
 def index_bounds(models: "Iterable[ModelProto]") -> dict[str, int]:
-    """The integer inputs that select rows of a table -> the number of rows of the smallest one, over models of the same inputs."""
-    from onnx.inliner import inline_local_functions
+    """The integer inputs that select along an axis of known size -> the smallest such size, over models of the same inputs."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
     bounds: dict[str, int] = {}
-    for model in models:
-        model = inline_local_functions(model) if model.functions else model
-        inputs = {entry.name: frozenset((entry.name,)) for entry in model.graph.input}
-        _visit_graph(model.graph, inputs, {}, bounds)
+    for proto in models:
+        model = ir.from_proto(proto)
+        InlinePass()(model)
+        ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        for node in model.graph.all_nodes():
+            if node.op_type not in ("Gather", "GatherBlockQuantized") or node.inputs[0] is None:
+                continue
+            axis = node.attributes.get_int("axis" if node.op_type == "Gather" else "gather_axis", 0)
+            shape, source = node.inputs[0].shape or (), node.inputs[1]
+            size = shape[axis] if -len(shape) <= axis < len(shape) else None
+            while source is not None and (producer := source.producer()) is not None and producer.op_type in _ID_VIEWS:
+                source = producer.inputs[0]
+            if isinstance(size, int) and source is not None and source.is_graph_input():
+                bounds[str(source.name)] = min(bounds.get(str(source.name), size), size)
     return bounds
-
-
-_Sources = dict[str, frozenset[str]]  # value -> the inputs that it holds unchanged
-_Tables = dict[str, tuple[int, ...]]  # value -> shape, for those made of constants
-
-
-def _visit_graph(graph: "GraphProto", sources: _Sources, tables: _Tables, bounds: dict[str, int]) -> None:
-    tables.update({tensor.name: tuple(tensor.dims) for tensor in graph.initializer})
-    for node in graph.node:
-        attributes: dict[str, Any] = {attribute.name: attribute for attribute in node.attribute}
-        for attribute in attributes.values():
-            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                _visit_graph(inner, dict(sources), dict(tables), bounds)
-        if node.op_type == "Constant" and "value" in attributes:
-            tables[node.output[0]] = tuple(attributes["value"].t.dims)
-        elif node.op_type in ("Gather", "GatherBlockQuantized"):
-            axis = attributes["axis" if node.op_type == "Gather" else "gather_axis"].i if attributes else 0
-            shape = tables.get(node.input[0], ())
-            for name in sources.get(node.input[1], ()) if -len(shape) <= axis < len(shape) else ():
-                bounds[name] = min(bounds.get(name, shape[axis]), shape[axis])
-        if node.op_type in _ID_VIEWS and node.input[0] in sources:
-            sources[node.output[0]] = sources[node.input[0]]
-        _follow_table(node, attributes, tables)
-
-
-def _follow_table(node: "NodeProto", attributes: dict[str, Any], tables: _Tables) -> None:
-    """Note the shape of a table behind operators that keep or permute it."""
-    shapes = [tables[name] for name in node.input if name in tables]
-    if not shapes or node.input[0] not in tables:
-        return
-    if node.op_type in _SAME_SHAPE and (node.op_type not in ("Sub", "Mul") or len(shapes) == 2):
-        tables[node.output[0]] = max(shapes, key=lambda shape: (len(shape), shape))
-    elif node.op_type == "Transpose":
-        order = attributes["perm"].ints if "perm" in attributes else reversed(range(len(shapes[0])))
-        tables[node.output[0]] = tuple(shapes[0][place] for place in order)

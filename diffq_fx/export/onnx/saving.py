@@ -11,7 +11,7 @@ from diffq_fx.atomic import naming, put_in_place
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.metadata import metadata_of
-from diffq_fx.export.onnx.usage import external_locations
+from diffq_fx.export.onnx.usage import external_locations, find_constants
 
 _PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes that one protobuf file can hold, less some room for what is not a tensor."""
@@ -85,5 +85,5 @@ def _own_data_of(path: Path) -> list[Path]:
         is_ours = metadata_of(model) is not None
     except (OSError, DiffQError):  # no file, or not one of ours
         return []
-    names = external_locations(model) if is_ours else []
+    names = external_locations(find_constants(model)) if is_ours else []
     return [path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")]

@@ -6,6 +6,7 @@ operator that computes with it. The path of operators is part of the answer: it 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -116,9 +117,9 @@ def find_constants(model: "ModelProto") -> list[Constant]:
     return walk.found
 
 
-def external_locations(model: "ModelProto") -> list[str]:
-    """The other files in which the constants of a model lie, relative to its folder."""
-    regions = [external_region(tensor) for constant in find_constants(model) for tensor in constant.parts]
+def external_locations(constants: Iterable[Constant]) -> list[str]:
+    """The other files in which constants of a model lie, relative to its folder."""
+    regions = [external_region(tensor) for constant in constants for tensor in constant.parts]
     return sorted({region.location for region in regions if region is not None})
 
 
