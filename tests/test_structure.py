@@ -95,6 +95,5 @@ def test_what_users_call_is_documented(module):
 
 
 def test_no_two_files_have_one_name():
-    """A file is found by its name alone; but for those of packed files, and the bases of methods and of storage."""
-    names = Counter(path.name for path in ROOT.rglob("*.py") if "packed" not in path.parts)
-    assert {name for name, count in names.items() if count > 1} <= {"__init__.py", "base.py"}
+    names = Counter(path.name for path in ROOT.rglob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == ["__init__.py"]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import from_rows, to_rows
-from diffq_fx.storage.base import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.storage.integers import IntegerWeight
 from diffq_fx.storage.packing import container_for, pack_levels, unpack_rows
+from diffq_fx.storage.stored_weight import StoredWeight
 from diffq_fx.weights import WeightSpec
 
 

@@ -11,9 +11,9 @@ from diffq_fx import functional
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import from_rows, scale_layout_of
 from diffq_fx.kernels import memory
-from diffq_fx.storage.base import StoredWeight
 from diffq_fx.storage.footprint import Footprint, grid_footprint
 from diffq_fx.storage.packing import container_for, pack_levels, unpack_rows
+from diffq_fx.storage.stored_weight import StoredWeight
 from diffq_fx.weights import WeightSpec
 
 
