@@ -1,6 +1,5 @@
 """Rounding to a grid; in training the gradient of the weight goes straight through, that of a learned range is in closed form."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +75,7 @@ class RoundInRange:
 
         ``scale`` has the shape of ``groups``, ``span``, the length of each range, that of ``ranges``. ``logits`` get a gradient of zero.
         """
-        return _Rounded.apply(self.slope_of_clip, rounded, weight, logits, clip, rounded, scale, span)
+        return _RoundInRange.apply(self, weight, rounded, logits, clip, scale, span)
 
     def takes(self, weight: Tensor, width: Tensor) -> bool:
         """Whether one kernel can do all of it, from the kept range on, for this weight, here and now."""
@@ -88,15 +87,13 @@ class RoundInRange:
 
         ``width`` is float32, near whole numbers, one or one for each of the groups that have a width.
         """
-        factor = None if clip is None else learned_factor(clip.detach())
-        rounded = gpu.round_in_range(weight.detach(), low, high, factor, width, self.groups, self.grid)
-        return _Rounded.apply(self.slope_in_one_pass, rounded, weight, logits, clip, factor, low, high, width)
+        return _RoundInOnePass.apply(self, weight, logits, clip, low, high, width)
 
-    def slope_in_one_pass(self, grad: Tensor, weight: Tensor, clip: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
+    def slope_in_one_pass(self, grad: Tensor, weight: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
         """The gradient of ``clip``; the rounded weight is made again."""
         return gpu.slope_of_clip(grad, weight, factor, kept, self.groups, self.grid, _REACH, _CLIP_GAIN)
 
-    def slope_of_clip(self, grad: Tensor, weight: Tensor, clip: Tensor, rounded: Tensor, scale: Tensor, span: Tensor) -> Tensor:
+    def slope_of_clip(self, grad: Tensor, weight: Tensor, rounded: Tensor, clip: Tensor, scale: Tensor, span: Tensor) -> Tensor:
         """The gradient of ``clip``, without autograd."""
         rows = (to_rows(each, self.axis) for each in (grad, weight, rounded))
         slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups), scale
@@ -108,23 +105,42 @@ class RoundInRange:
         return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
 
 
-class _Rounded(torch.autograd.Function):
-    """The rounded weight; its gradient goes to the weight as it is and to ``clip`` as ``slope_of_clip`` has it."""
+class _RoundInRange(torch.autograd.Function):
+    """The rounded weight; its gradient goes to the weight as it is and to the range in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, slope_of_clip: Callable[..., Tensor], rounded: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.slope_of_clip = slope_of_clip
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, rounded: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.kernel = kernel
+        ctx.save_for_backward(weight, rounded, *others)
         return rounded.view_as(rounded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, logits, clip, *others = ctx.saved_tensors
+        weight, rounded, logits, clip, scale, span = ctx.saved_tensors
         grad_clip = None
         if clip is not None and ctx.needs_input_grad[4]:
-            grad_clip = first_alone(ctx.slope_of_clip, grad, weight, clip, *others)
+            grad_clip = first_alone(ctx.kernel.slope_of_clip, grad, weight, rounded, clip, scale, span)
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
-        return None, None, grad, torch.zeros_like(logits), grad_clip, None, None, None, None
+        return None, grad, None, torch.zeros_like(logits), grad_clip, None, None
+
+
+class _RoundInOnePass(torch.autograd.Function):
+    """The same from the kept range on, where one kernel does all of it and the backward makes the rounded weight again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, logits: Tensor, clip: Tensor | None, *kept: Tensor) -> Tensor:
+        factor, (low, high, width) = None if clip is None else learned_factor(clip), kept
+        ctx.kernel = kernel
+        ctx.save_for_backward(weight, logits, factor, low, high, width)
+        return gpu.round_in_range(weight, low, high, factor, width, kernel.groups, kernel.grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, logits, factor, *kept = ctx.saved_tensors
+        grad_clip = None
+        if factor is not None and ctx.needs_input_grad[3]:
+            grad_clip = first_alone(ctx.kernel.slope_in_one_pass, grad, weight, factor, *kept)
+        return None, grad, torch.zeros_like(logits), grad_clip, None, None, None
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:
