@@ -18,8 +18,7 @@ from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.weights import not_finite
 
-_LAYOUTS = ("onnxruntime", "qdq")
-_ACTIVATIONS = ("float", "dynamic", "int8")
+_CHOICES = {"layout": ("onnxruntime", "qdq"), "activations": ("float", "dynamic", "int8"), "target": TARGETS}
 
 
 def export_onnx(
@@ -142,12 +141,9 @@ def export_onnx(
 
 
 def _check_choices(layout: str, activations: str, target: str, calibration: Iterable[Any] | None) -> None:
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {TARGETS}, got {target!r}.")
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}.")
-    if activations not in _ACTIVATIONS:
-        raise ValueError(f"activations must be one of {_ACTIVATIONS}, got {activations!r}.")
+    for name, value in (("layout", layout), ("activations", activations), ("target", target)):
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}.")
     if layout == "qdq" and activations != "float":
         raise ValueError(f'layout "qdq" leaves activations in float, got activations={activations!r}: use layout "onnxruntime".')
     if layout == "qdq" and target != "portable":

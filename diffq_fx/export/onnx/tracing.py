@@ -1,10 +1,11 @@
 """Brings a converted model to ONNX with one placeholder node for each weight, which the layout rules then replace."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -28,6 +29,10 @@ from diffq_fx.storage import StoredWeight
 
 BASE_OPSET = 20
 """The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
+
+_FEW_VALUES = 2**18
+_TIMES_AS_MANY = 16
+"""A comparison at another size has inputs of so few values, or of so many times as the example's: no more time than that."""
 
 _TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 
@@ -221,7 +226,10 @@ def _traced(
     points = [{names[symbol]: size for symbol, size in point.items()} for point in turning_points(program, by_symbol, stated)]
     for point in points:  # a second batch that the model keeps apart follows the first
         point.update({name: point["batch"] for name in sizes if name.endswith("_0") and sizes[name] == sizes.get("batch")})
-    return TracedModel(model, sizes, _other_sizes(sizes, largest), points, remarks)
+    traced = TracedModel(model, sizes, _other_sizes(sizes, largest), [], remarks)
+    most = max(_FEW_VALUES, _TIMES_AS_MANY * sum(tensor.numel() for tensor in example.tensors))
+    points = [point for point in points if point != sizes and sum(map(math.prod, traced.shapes(point))) <= most]
+    return replace(traced, turning_points=points)
 
 
 def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:
