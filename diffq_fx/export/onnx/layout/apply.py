@@ -56,10 +56,11 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
     Raises:
         ExportError: A weight has no ONNX form.
     """
+    placed = _merge_placeholders(model, weights)
     emitter = Emitter(model.graph)
     records = []
     convolutions: set[ir.Node] = set()
-    for weight, placeholder in _merge_placeholders(model, weights):
+    for weight, placeholder in placed:
         integers = weight.as_integers() if isinstance(weight, CodebookWeight) else weight
         if isinstance(integers, IntegerWeight):
             table = read_table(integers)
