@@ -31,11 +31,7 @@ class LinearUse:
         return 0 if self.transposed else 1
 
     def num_rows(self, sizes: Mapping[str, int]) -> int:
-        """Rows of the activation at the example's size; 1 if the graph does not tell.
-
-        Args:
-            sizes: name of a symbolic size -> what it is in the example.
-        """
+        """Rows of the activation where symbolic sizes are what they are in the example; 1 if the graph does not tell."""
         shape = self.activation.shape
         known = shape.evaluate(sizes) if shape is not None else ()
         leading = [size for size in known[:-1] if isinstance(size, int)]
@@ -76,13 +72,7 @@ class Uses:
 
 
 def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
-    """Find what reads the value of a placeholder.
-
-    Args:
-        weight: the placeholder's output.
-        axis: the output channel axis of the weight.
-        graph: the main graph; what reads the weight in the body of an If or Loop is not fused.
-    """
+    """Find what reads a placeholder's output in the main graph; ``axis`` is that of the weight's output channels."""
     linear: list[LinearUse] = []
     gathers: list[ir.Node] = []
     convolutions: list[ir.Node] = []

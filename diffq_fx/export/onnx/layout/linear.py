@@ -80,7 +80,7 @@ def refusal(table: WeightTable, use: LinearUse) -> str | None:
     if str(table.spec.dtype) != "torch.float32":
         return f"the model computes in {table.spec.dtype}, onnxruntime fuses float32"
     if table.container_bits > _BYTE:
-        return f"onnxruntime fuses up to 8 bits, the widest channel has {max(table.bits)}"
+        return f"onnxruntime fuses up to 8 bits, the widest channel has {table.most_bits}"
     if not table.is_per_tensor and use.channel_axis != table.spec.axis:
         return f"scales lie along the inputs of this {use.node.op_type} (axis={table.spec.axis}), not along its outputs"
     if table.blocks > 1 and _power_of_two_in(table.block) < _MIN_BLOCK:
@@ -111,14 +111,7 @@ def _power_of_two_in(number: int) -> int:
 
 
 def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -> None:
-    """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``.
-
-    Args:
-        stored: the weight, its storage [K, N].
-        use: the product.
-        kernel: a fused one.
-        copy: how many products read this weight before this one.
-    """
+    """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``; ``copy`` products read this weight, stored [K, N], before this one."""
     length = -(-stored.table.spec.columns // kernel.block)
     scale = stored.along_inputs(stored.scale, block=kernel.block, length=length)
     if kernel.bits == _BYTE:

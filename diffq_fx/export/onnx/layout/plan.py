@@ -51,13 +51,7 @@ class WeightPlan:
 
 
 def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
-    """Choose the storage and the kernels: the smallest file among those whose predicted time is close to the best.
-
-    Args:
-        table: the weight.
-        uses: what reads it.
-        request: what the graph is laid out for.
-    """
+    """Choose the storage and the kernels: the smallest file among those whose predicted time is close to the best."""
     refused = request.refused.get(table.spec.name)
     whole = sum(use.rows is None for use in uses.linear)
     if refused is None and whole > _MAX_COPIES:
@@ -96,12 +90,7 @@ def _plain_form(table: WeightTable) -> Form:
 
 
 def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
-    """One container and one DequantizeLinear; [K, N] where a linear layer reads the weight.
-
-    Args:
-        table: the weight.
-        uses: what reads it.
-    """
+    """One container and one DequantizeLinear; [K, N] where a linear layer reads the weight."""
     turned = any(use.transposed and (table.is_per_tensor or use.channel_axis == table.spec.axis) for use in uses.linear)
     storage = one_container(table, "transposed" if turned else _plain_form(table))
     plan = WeightPlan(table, uses, storage, (Choice(FLOAT, ""),) * len(uses.linear))

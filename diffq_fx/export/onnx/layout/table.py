@@ -6,7 +6,6 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -40,8 +39,8 @@ class WeightTable:
     """int32, the shape of ``scale``; None on the symmetric grid."""
     widths: np.ndarray
     """Smallest container of each row, shape (O,)."""
-    bits: dict[int, int]
-    """Learned bits -> number of weights."""
+    most_bits: int
+    """Of the widest channel, as learned."""
 
     @property
     def signed(self) -> bool:
@@ -132,8 +131,6 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         levels = levels - spec.scale_layout.expand(stored_zero_point.cpu())
         zero_point = None
     bits = stored_bits.cpu().int()
-    widths, counts = bits.flatten(), spec.bits_layout.counts().expand_as(bits).flatten()
-    histogram = {int(b): int(counts[widths == b].sum()) for b in widths.unique()}
     row_bits = bits.amax(1).expand(spec.rows).numpy()
     return WeightTable(
         spec=spec,
@@ -141,7 +138,7 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         scale=stored_scale.detach().float().cpu().numpy(),
         zero_point=zero_point,
         widths=np.array([container_for(int(b)) for b in row_bits]),
-        bits=histogram,
+        most_bits=int(bits.max()),
     )
 
 
@@ -196,11 +193,10 @@ def split_by_width(table: WeightTable, form: Form) -> Storage:
     Returns:
         The best storage of up to four parts; that of :func:`one_container` where splitting saves nothing.
     """
-    columns = prod(table.spec.shape) // table.spec.rows
     narrower = [width for width in CONTAINER_BITS if width < table.container_bits]
     choices = []
     for count in range(len(narrower) + 1):
         for picked in combinations(narrower, count):
             offered = np.array([*picked, table.container_bits])
             choices.append(Storage(form, offered[np.searchsorted(offered, table.widths)]))
-    return min(choices, key=lambda storage: storage.file_bytes(columns))
+    return min(choices, key=lambda storage: storage.file_bytes(table.spec.columns))
