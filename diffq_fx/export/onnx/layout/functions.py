@@ -45,13 +45,13 @@ def call_functions(model: ir.Model) -> None:
     """Replace what makes each marked value by a call, but for one standard DequantizeLinear; the model is at its final opset."""
     bodies: dict[tuple[str, bytes], str] = {}
     count: Counter[str] = Counter()
-    names: set[str | None] = set()
     for value in [value for node in model.graph for value in node.outputs if _MARK in value.meta]:
         weight, function, places = value.meta[_MARK]
         given: dict[str, ir.Value] = {name: node.inputs[index] for name, (node, index) in places.items()}
         nodes = list(dict.fromkeys(_producers(value, set(given.values()))))
+        name = f"{weight}.{_LABELS[function]}"
+        count[name] += 1
         if [node.op_type for node in nodes] == ["DequantizeLinear"]:
-            names.add(nodes[0].name)
             continue
         inputs = {**given, **_initializers(nodes, set(given.values()), weight)}
         body = _body(nodes, value, inputs, function, model.opset_imports[""])
@@ -60,7 +60,7 @@ def call_functions(model: ir.Model) -> None:
             count[function] += 1
             bodies[key] = body.name = function if count[function] == 1 else f"{function}{count[function]}"
             model.functions[body.identifier()] = body
-        _call(model.graph, bodies[key], list(inputs.values()), value, _unique(f"{weight}.{_LABELS[function]}", names))
+        _call(model.graph, bodies[key], list(inputs.values()), value, name if count[name] == 1 else f"{name}_{count[name]}")
     if bodies:
         model.opset_imports[FUNCTION_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
@@ -74,13 +74,6 @@ def _producers(value: ir.Value, given: set[ir.Value]) -> Iterator[ir.Node]:
             if source is not None:
                 yield from _producers(source, given)
         yield node
-
-
-def _unique(name: str, taken: set[str | None]) -> str:
-    """``name``, or with a number behind it where a weight has several nodes."""
-    found = next(each for each in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if each not in taken)
-    taken.add(found)
-    return found
 
 
 def _is_baked(value: ir.Value) -> bool:
