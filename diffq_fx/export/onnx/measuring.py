@@ -131,7 +131,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
     else:
         emitter = Emitter(graph)
         table = _random_table(kernel, product, rng)
-        stored = StoredTable(emitter, table, one_container(table, "weight"))
+        stored = StoredTable(emitter, one_container(table, "weight"))
         use = LinearUse(graph, node, x, None, transposed=False, rows=None)
         if kernel.block:
             emit_fused(stored, use, kernel, copy=0)

@@ -65,7 +65,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             table = read_table(integers)
             uses = find_uses(placeholder, table.spec.axis, model.graph)
             plan = plan_for_qdq(table, uses) if request.layout == "qdq" else _plan(emitter, table, uses, request)
-            stored = StoredTable(emitter, plan.table, plan.storage)
+            stored = StoredTable(emitter, plan.storage)
             rules = _emit_qdq(plan, stored, placeholder) if request.layout == "qdq" else _emit(plan, stored, placeholder, request)
             records.append(record_of(plan, stored, rules, weight))
             convolutions |= set(plan.convolutions)

@@ -93,10 +93,8 @@ def emit_factor(stored: StoredTable, form: Form) -> Factor:
         return Factor(levels, _moved(stored, zero_point, form), scale)
     if form.offset == 0:
         return Factor(levels, None, scale)
-    moved = np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy())
-    return Factor(
-        levels, emit.initializer(f"{stored.name}.zero_point.moved", stored.table.stored_groups(moved, stored.storage.form)), scale
-    )
+    moved = stored.storage.groups(np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy()))
+    return Factor(levels, emit.initializer(f"{stored.name}.zero_point.moved", moved), scale)
 
 
 def _moved(stored: StoredTable, values: ir.Value, form: Form) -> ir.Value:
@@ -110,7 +108,7 @@ def _moved(stored: StoredTable, values: ir.Value, form: Form) -> ir.Value:
 def _rounded_anew(stored: StoredTable, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
     """All levels about 0, and their scales: rounded to a wider step in the rows that do not fit."""
     emit = stored.emit
-    stretch = emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
+    stretch = emit.initializer(f"{stored.name}.stretch", stored.storage.groups(stored.table.int8_stretch))
     middle = emit.cast(zero_point, ir.DataType.FLOAT)
     centred = emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle])
     rounded = emit.op("Round", [emit.op("Div", [centred, stretch])])

@@ -26,5 +26,5 @@ def emit_dequantized(stored: StoredTable) -> ir.Value:
 def _groups(stored: StoredTable, values_RC: np.ndarray) -> np.ndarray:
     """Scales or zero points in the shape that DequantizeLinear wants: scalar, one per channel, or a matrix of blocks."""
     if stored.table.blocks > 1:
-        return stored.table.stored_groups(values_RC, stored.storage.form)
+        return stored.storage.groups(values_RC)
     return values_RC.reshape(()) if stored.table.is_per_tensor else values_RC[:, 0]

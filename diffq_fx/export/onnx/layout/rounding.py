@@ -128,7 +128,6 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     Behind products whose weight stays in float: between a DequantizeLinear and a QuantizeLinear onnxruntime gives such a weight int8 levels
     of its own when it loads the file, one scale for all of it, up to 127. They saturate on x86 without VNNI, and are less exact everywhere.
     In front of products whose weight has a scale for each block: the kernel for two DequantizeLinear takes no such scales, and fails.
-
     """
     kept: list[tuple[ir.Value, ir.Node, bool]] = []
     for node in emitter.graph:
