@@ -35,6 +35,10 @@ def convolutions(names=WEIGHTS, convolve=F.conv2d, shape=(24, 16, 3, 3), **optio
     return Parallel(*(Conv(convolve, shape, name=name.replace(" ", "."), **{**WEIGHTS[name], **options}) for name in names)).eval()
 
 
+def leaves(outputs):
+    return tuple(torch.utils._pytree.tree_leaves(outputs))
+
+
 def nodes_of_weights(graph):
     """The nodes that hang on initializers alone."""
     constants = {tensor.name for tensor in graph.initializer}
@@ -136,15 +140,16 @@ TABLES = {
 
 
 class Twice(nn.Module):
-    """Two lookups in one table."""
+    """Lookups in one table."""
 
     def __init__(self, name, bits, **options):
         super().__init__()
         bits = torch.tensor([2, 4, 8])[torch.arange(2000) % 3][:, None] if bits is None else bits
         self.table = store(torch.randn(2000, 256), bits, name=name, **options)
+        self.register_buffer("places", torch.arange(3 * 400).view(400, 3))  # a table of indices that the file holds in a smaller type
 
     def forward(self, ids):
-        return F.embedding(ids, self.table()) + F.embedding(ids + 1, self.table())
+        return F.embedding(ids, self.table()) + F.embedding(ids + 1, self.table()), F.embedding(self.places, self.table())
 
 
 def test_picked_rows_are_one_node(path, tmp_path):
@@ -153,15 +158,15 @@ def test_picked_rows_are_one_node(path, tmp_path):
     result = export_onnx(model, ids, path)
     assert {record.rule for record in result.weights} == {"rows"}
     file = onnx.load(path)
-    assert {node.op_type.rstrip("0123456789") for node in file.graph.node} == {"Add", "DequantizeRows"}
+    assert {node.op_type.rstrip("0123456789") for node in file.graph.node} == {"Add", "Cast", "DequantizeRows"}
     calls = [node for node in file.graph.node if node.domain]
     assert [node.name for node in calls[:2]] == ["whole.rows", "whole.rows_2"]
     assert list(calls[0].input[1:]) == ["whole.levels", "whole.scale", "whole.zero_point"]
     kept = [tensor.data_type for tensor in optimized(path, tmp_path).initializer if list(tensor.dims) == [2000, 256]]
     assert sorted(kept) == sorted([TensorProto.UINT8] * 3 + [TensorProto.INT16])
-    assert_same(run_exact(path, ids), model(ids))
-    for found, expected in zip(ReferenceEvaluator(file).run(None, {file.graph.input[0].name: ids.numpy()}), model(ids), strict=True):
-        assert_same(torch.from_numpy(found), expected)
+    assert_same(run_exact(path, ids), leaves(model(ids)))
+    found = ReferenceEvaluator(file).run(None, {file.graph.input[0].name: ids.numpy()})
+    assert_same([torch.from_numpy(value) for value in found], leaves(model(ids)))
 
 
 def test_the_plain_layout_has_the_standard_operator_alone(path):

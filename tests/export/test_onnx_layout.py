@@ -21,10 +21,10 @@ def test_parts_joined_in_order_are_the_weight(bits, columns, grid):
     weight = torch.linspace(-1, 2, len(bits) * columns).reshape(len(bits), columns)
     table = read_table(store(weight, torch.tensor(bits)[:, None], grid=grid))
     storage = split_by_width(table, "weight")
-    joined = np.concatenate([table.stored_levels("weight", rows) for rows in storage.parts.values()])
+    joined = np.concatenate([storage.levels(rows) for rows in storage.parts.values()])
     assert np.array_equal(joined[np.argsort(np.argsort(storage.part_of_row, kind="stable"))], table.levels)
     assert all((storage.widths >= table.widths).tolist())
-    assert storage.file_bytes(columns) <= one_container(table, "weight").file_bytes(columns)
+    assert storage.file_bytes <= one_container(table, "weight").file_bytes
     if grid == "affine":
         largest = 2 ** storage.widths.astype(np.int64) - 1
         assert ((table.levels >= 0) & (table.levels <= largest[:, None])).all()
@@ -36,21 +36,22 @@ def test_parts_joined_in_order_are_the_weight(bits, columns, grid):
 def test_split_takes_the_smallest_of_all_storages():
     bits = torch.tensor([2, 4, 8, 16])[torch.randint(4, (300, 1))]
     table = read_table(store(torch.randn(300, 64), bits))
-    found = split_by_width(table, "weight").file_bytes(64)
+    found = split_by_width(table, "weight").file_bytes
     choices = []
     for narrower in product([False, True], repeat=3):
         offered = np.array([width for width, is_in in zip((2, 4, 8), narrower, strict=True) if is_in] + [16])
-        choices.append(Storage("weight", offered[np.searchsorted(offered, table.widths)]).file_bytes(64))
+        choices.append(Storage(table, "weight", offered[np.searchsorted(offered, table.widths)]).file_bytes)
     assert found == min(choices)
 
 
 @pytest.mark.parametrize(("form", "shape"), [("weight", (6, 10)), ("transposed", (10, 6)), ("rows", (6, 10))])
 def test_forms(form, shape):
     table = read_table(store(torch.randn(6, 10), 4))
-    assert table.stored_shape(form) == table.stored_levels(form).shape == shape
-    scales = table.stored_groups(table.scale, form)
+    storage = one_container(table, form)
+    assert storage.shape == storage.levels().shape == shape
+    scales = storage.groups(table.scale)
     assert scales.shape == ((1, 6) if form == "transposed" else (6, 1))
-    assert table.stored_levels(form, np.array([1, 4])).shape[table.stored_axis(form)] == 2
+    assert storage.levels(np.array([1, 4])).shape[storage.axis] == 2
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored_models import Linear, Parallel, assert_same, optimized_ops, run_exact
+from stored_models import Conv, Linear, Parallel, assert_same, optimized_ops, run_exact
 from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from diffq_fx import convert, prepare
 from diffq_fx.cli import app
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx, read_metadata
@@ -18,6 +20,7 @@ from diffq_fx.export.onnx import measuring
 from diffq_fx.export.onnx.layout import profiles
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose
 from diffq_fx.export.onnx.measuring import Stopwatch, prepare_run, product_model
+from diffq_fx.methods import LC
 
 PORTABLE = profiles.KINDS["portable"]  # as users have it: a fixture of this folder puts another one in its place
 REAL = {kind: machines for kind, machines in profiles.KINDS.items() if kind != "portable"}
@@ -274,7 +277,25 @@ def test_inspect_shows_target_and_reasons(path):
     told = " ".join(CliRunner().invoke(app, ["inspect", str(path)], env={"COLUMNS": "200"}).stdout.split())
     assert "target portable" in told
     assert "large linear fused, 4 bits: predicted" in told
-    assert "small fold 512 inputs and 16 outputs: fused" in told
+    assert "small fold float, made once when the file is loaded 512 inputs and 16 outputs: fused" in told
+
+
+def test_every_record_says_what_was_taken(path):
+    conv, x = Conv(F.conv2d, (8, 4, 3, 3), 4), torch.randn(1, 4, 8, 8)
+    taken = [
+        export_onnx(conv.eval(), x, path, **settings).weights[0]
+        for settings in ({}, {"layout": "qdq"}, {"activations": "int8", "calibration": [x]})
+    ]
+    assert [record.rule for record in taken] == ["fold", "qdq", "int8"]
+    assert [record.choice.partition(":")[0] for record in taken] == [
+        "float, made once when the file is loaded",
+        "one DequantizeLinear",
+        "integer convolution",
+    ]
+    assert "read by Conv" in taken[0].reason
+    coded = convert(prepare(nn.Linear(64, 32), torch.randn(2, 64), LC(entries=5)))
+    assert export_onnx(coded, torch.randn(2, 64), path).weights[0].choice == "float, looked up once when the file is loaded"
+    assert read_metadata(path).weights[0].choice == "float, looked up once when the file is loaded"
 
 
 def test_a_batch_that_is_fixed_is_judged_as_it_is(path, monkeypatch):

@@ -38,7 +38,7 @@ def export_onnx(
 
     Layout "onnxruntime" gives each weight the form that onnxruntime runs fastest on the machines of ``target``: linear layers become
     integer products where that beats float, everything else is folded to float when the file is loaded. The choice is made for the size
-    of the example inputs, so give them the batch and length that the file will see. A float weight is one node,
+    of the example inputs, so give them the batch and length that the file will see. A weight is one node,
     a standard DequantizeLinear or the call of a function that the file brings along. Layout "qdq" writes a standard DequantizeLinear for
     every weight, for other runtimes: some know no functions. The file is checked by onnx.checker and by an onnxruntime run against
     PyTorch on fresh random inputs; a failure leaves an old file under ``path`` as it was. The model is not changed.

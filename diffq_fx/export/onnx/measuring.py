@@ -131,7 +131,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
     else:
         emitter = Emitter(graph)
         table = _random_table(kernel, product, rng)
-        stored = StoredTable(emitter, table, one_container(table, "weight"))
+        stored = StoredTable(emitter, one_container(table, "weight"))
         use = LinearUse(graph, node, x, None, transposed=False, rows=None)
         if kernel.block:
             emit_fused(stored, use, kernel, copy=0)
@@ -157,5 +157,5 @@ def _random_table(kernel: Kernel, product: Product, rng: np.random.Generator) ->
         scale=np.full(per_channel, 1.0 / (middle * product.inputs**0.5), dtype=np.float32),
         zero_point=None if signed else np.full(per_channel, middle - 1, dtype=np.int32),
         widths=np.full(product.outputs, container_for(bits)),
-        bits={bits: levels.size},
+        most_bits=bits,
     )

@@ -58,7 +58,7 @@ class WeightRecord:
     """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (integer product), "int8" (integer convolution), "rows"
     (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
     choice: str | None = None
-    """Why its products have this form: the speed that decided, on the machines of the export's target; None where none has integers."""
+    """What each reader gets, and for products the speed that decided, on the machines of the export's target."""
     products: tuple[str, ...] = ()
     """Types that integer kernels multiply the levels in: "int8" where all lie within +-64, and "uint8" else. Both are exact on every
     processor. Empty where products stay in float, or onnxruntime packs the levels itself (MatMulNBits)."""

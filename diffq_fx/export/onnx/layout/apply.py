@@ -7,9 +7,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.layout.batch_norm import fold_batch_norm
 from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
-from diffq_fx.export.onnx.layout.convolution import choose_convolutions, emit_filters, form_of_filters
+from diffq_fx.export.onnx.layout.convolution import choose_convolutions, emit_filters, fold_batch_norm, form_of_filters
 from diffq_fx.export.onnx.layout.cost import FLOAT
 from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
@@ -66,9 +65,9 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             table = read_table(integers)
             uses = find_uses(placeholder, table.spec.axis, model.graph)
             plan = plan_for_qdq(table, uses) if request.layout == "qdq" else _plan(emitter, table, uses, request)
-            stored = StoredTable(emitter, plan.table, plan.storage)
+            stored = StoredTable(emitter, plan.storage)
             rules = _emit_qdq(plan, stored, placeholder) if request.layout == "qdq" else _emit(plan, stored, placeholder, request)
-            records.append(record_of(plan, stored, rules, weight.footprint().histogram))
+            records.append(record_of(plan, stored, rules, weight))
             convolutions |= set(plan.convolutions)
         elif isinstance(weight, CodebookWeight):
             looked_up, codes = emit_looked_up(emitter, weight)

@@ -31,11 +31,7 @@ class LinearUse:
         return 0 if self.transposed else 1
 
     def num_rows(self, sizes: Mapping[str, int]) -> int:
-        """Rows of the activation at the example's size; 1 if the graph does not tell.
-
-        Args:
-            sizes: name of a symbolic size -> what it is in the example.
-        """
+        """Rows of the activation where symbolic sizes are what they are in the example; 1 if the graph does not tell."""
         shape = self.activation.shape
         known = shape.evaluate(sizes) if shape is not None else ()
         leading = [size for size in known[:-1] if isinstance(size, int)]
@@ -76,13 +72,7 @@ class Uses:
 
 
 def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
-    """Find what reads the value of a placeholder.
-
-    Args:
-        weight: the placeholder's output.
-        axis: the output channel axis of the weight.
-        graph: the main graph; what reads the weight in the body of an If or Loop is not fused.
-    """
+    """Find what reads a placeholder's output in the main graph; ``axis`` is that of the weight's output channels."""
     linear: list[LinearUse] = []
     gathers: list[ir.Node] = []
     convolutions: list[ir.Node] = []
@@ -102,7 +92,7 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
             if use is not None:
                 linear.append(use)
                 turned.add(use.transposed)
-            elif is_whole and node.op_type == "Gather" and index == 0 and _integer(node, "axis") == axis == 0:
+            elif is_whole and node.op_type == "Gather" and index == 0 and node.attributes.get_int("axis", 0) == axis == 0:
                 gathers.append(node)
                 turned.add(False)
             elif is_whole and node.op_type == "Conv" and index == 1 and axis == 0:
@@ -120,11 +110,12 @@ def _linear_use(graph: ir.Graph, node: ir.Node, path: _Path) -> LinearUse | None
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or activation is weight:
         return None
-    if node.op_type == "MatMul":
-        return LinearUse(graph, node, activation, None, path.transposed, path.rows) if _rank(activation) >= _MATRIX else None
-    if node.op_type == "Gemm" and not _integer(node, "transA") and _scalar(node, "alpha") == 1 and _scalar(node, "beta") == 1:
+    given = node.attributes
+    if node.op_type == "MatMul" and activation.shape is not None and len(activation.shape) >= _MATRIX:
+        return LinearUse(graph, node, activation, None, path.transposed, path.rows)
+    if node.op_type == "Gemm" and not given.get_int("transA", 0) and given.get_float("alpha", 1.0) == given.get_float("beta", 1.0) == 1:
         bias = node.inputs[2] if len(node.inputs) > _MATRIX else None
-        return LinearUse(graph, node, activation, bias, path.transposed != bool(_integer(node, "transB")), path.rows)
+        return LinearUse(graph, node, activation, bias, path.transposed != bool(given.get_int("transB", 0)), path.rows)
     return None
 
 
@@ -138,9 +129,9 @@ def _steps(node: ir.Node, value: ir.Value, path: _Path, axis: int) -> dict[ir.Va
     here = 1 - axis if path.transposed else axis
     if node.op_type == "Slice":
         return _slice_steps(node, path, here, channels)
-    if node.op_type == "Split" and _integer(node, "axis") % _MATRIX == here:
+    if node.op_type == "Split" and node.attributes.get_int("axis", 0) % _MATRIX == here:
         equal = [channels // len(node.outputs)] * len(node.outputs)
-        sizes = _constant(node, 1) if len(node.inputs) > 1 else np.array(equal)
+        sizes = constant_of(node.inputs[1]) if len(node.inputs) > 1 else np.array(equal)
         if sizes is not None and int(sum(sizes)) == channels:
             stops = np.cumsum(sizes)
             ranges = (range(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True))
@@ -149,10 +140,9 @@ def _steps(node: ir.Node, value: ir.Value, path: _Path, axis: int) -> dict[ir.Va
 
 
 def _slice_steps(node: ir.Node, path: _Path, axis: int, channels: int) -> dict[ir.Value, _Path]:
-    starts, ends = _constant(node, 1), _constant(node, 2)
-    axes = _constant(node, 3) if len(node.inputs) > 3 else np.array([0])
-    steps = _constant(node, 4) if len(node.inputs) > 4 else np.array([1])
-    bounds = [int(part[0]) for part in (starts, ends, axes, steps) if part is not None and part.size == 1]
+    defaults = [None, None, np.array([0]), np.array([1])][len(node.inputs) - 1 :]
+    given = [*(constant_of(value) for value in node.inputs[1:]), *defaults]  # starts, ends, axes, steps
+    bounds = [int(part[0]) for part in given if part is not None and part.size == 1]
     if len(bounds) != 4 or bounds[2] % _MATRIX != axis or bounds[3] != 1:
         return {}
     rows = range(channels)[bounds[0] : bounds[1]]
@@ -165,19 +155,3 @@ def _final_readers(node: ir.Node) -> list[str]:
         return [node.op_type]
     behind = [reader for output in node.outputs for reader in output.consumers()]
     return [op_type for reader in behind for op_type in _final_readers(reader)] or [node.op_type]
-
-
-def _constant(node: ir.Node, index: int) -> np.ndarray | None:
-    return constant_of(node.inputs[index]) if index < len(node.inputs) else None
-
-
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 0
-
-
-def _integer(node: ir.Node, name: str) -> int:
-    return node.attributes.get_int(name, 0)
-
-
-def _scalar(node: ir.Node, name: str) -> float:
-    return node.attributes.get_float(name, 1.0)

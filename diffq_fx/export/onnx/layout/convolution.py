@@ -1,14 +1,18 @@
-"""The rule ``int8``: convolutions of weights and static uint8 activations in 8 bits (onnxruntime's QLinearConv)."""
+"""The rule ``int8``: convolutions of weights and static uint8 activations in 8 bits (onnxruntime's QLinearConv); and BatchNorms behind one.
+
+``gamma * (w x + b - mean) / sqrt(variance + epsilon) + beta``: each output channel's scale is multiplied by its factor, the integers stay
+as they are. onnxruntime does this itself for float convolutions, not for integer ones; and the file is smaller by three numbers a channel.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import Uses
-from diffq_fx.export.onnx.layout.emitter import constant_of
+from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, only_reader
 from diffq_fx.export.onnx.layout.products import Form, choose_form, emit_factor
 from diffq_fx.export.onnx.layout.request import LayoutRequest, Range
 from diffq_fx.export.onnx.layout.rounding import MOVING, grid
@@ -23,13 +27,47 @@ _MAX_BIAS_STEPS = 2.0**30
 """A bias is rounded to int32 steps of the product of both scales."""
 
 
+def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved: Set[str]) -> WeightTable:
+    """Put the BatchNormalization that alone reads a convolution, which alone reads a weight without blocks, into scales and bias.
+
+    ``halved`` initializers will be float16 in the file. Gives the weight as it was if there is no such BatchNormalization, or not in
+    float32.
+    """
+    if str(table.spec.dtype) != "torch.float32":
+        return table
+    norm = only_reader(node.outputs[0])
+    if norm is None or norm.op_type != "BatchNormalization":
+        return table
+    parameters = [_as_stored(value, halved) for value in norm.inputs[1:5]]
+    old_bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = np.zeros(table.spec.rows) if old_bias is None else _as_stored(old_bias, halved)
+    gamma, beta, mean, variance = parameters
+    if gamma is None or beta is None or mean is None or variance is None or bias is None:
+        return table
+    factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    new_bias = emitter.initializer(f"{table.spec.name}.bias", ((bias - mean) * factor + beta).astype(np.float32))
+    node.resize_inputs(3)
+    node.replace_input_with(2, new_bias)
+    old, new = norm.outputs[0], node.outputs[0]
+    norm.replace_input_with(0, None)
+    describe_like(new, old)
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.normalized", old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    emitter.graph.remove(norm, safe=True)
+    table = table.per_channel()
+    return replace(table, scale=(table.scale * factor[:, None]).astype(np.float32))
+
+
+def _as_stored(value: ir.Value | None, halved: Set[str]) -> np.ndarray | None:
+    array = constant_of(value)
+    if array is None or value is None:
+        return None
+    return (array.astype(np.float16) if value.name in halved else array).astype(np.float64)
+
+
 def choose_convolutions(table: WeightTable, uses: Uses, request: LayoutRequest) -> tuple[WeightTable, dict[ir.Node, str | None]]:
     """Choose which convolutions become integer ones.
-
-    Args:
-        table: the weight.
-        uses: what reads it.
-        request: what the graph is laid out for.
 
     Returns:
         The weight with a scale for each channel, and each Conv -> why it cannot be an integer one, None if it can. As it was, and nothing,
@@ -44,7 +82,7 @@ def choose_convolutions(table: WeightTable, uses: Uses, request: LayoutRequest) 
 
 def _refusal(table: WeightTable, node: ir.Node, ranges: Mapping[str, Range]) -> str | None:
     if table.container_bits > ir.DataType.INT8.bitwidth:
-        return f"int8 convolutions take up to 8 bits, the widest channel has {max(table.bits)}"
+        return f"int8 convolutions take up to 8 bits, the widest channel has {table.most_bits}"
     if table.blocks > 1:
         return f"blocks of {table.block} inputs: an int8 convolution has one scale per channel"
     groups = node.attributes.get_int("group", 1)
@@ -91,15 +129,11 @@ def _is_depthwise(table: WeightTable, node: ir.Node) -> bool:
 
 
 def form_of_filters(table: WeightTable, nodes: Sequence[ir.Node]) -> Form:
-    """How the filters of integer convolutions are multiplied.
+    """How the filters of some integer convolutions are multiplied.
 
     onnxruntime (1.31) has a kernel for zero points of 0; any other one sends filters to its product of matrices, which is faster for
     filters of many inputs and slower for those of few: ``benchmarks/integer_convolutions.py`` measures both, and its result is that of a
     processor with AMX. Depthwise filters need one zero point for all channels.
-
-    Args:
-        table: the weight.
-        nodes: the convolutions that read it.
     """
     if any(_is_depthwise(table, node) for node in nodes):
         return choose_form(table, "equal")
@@ -108,12 +142,7 @@ def form_of_filters(table: WeightTable, nodes: Sequence[ir.Node]) -> Form:
 
 
 def emit_filters(stored: StoredTable, form: Form) -> ir.Value:
-    """Write the weight of integer convolutions: a DequantizeLinear of int8 or uint8, which onnxruntime fuses.
-
-    Args:
-        stored: the weight, one scale per output channel.
-        form: from :func:`form_of_filters`.
-    """
+    """Write a weight with one scale per output channel: a DequantizeLinear of int8 or uint8, which onnxruntime fuses."""
     levels, zero_point, scale = emit_factor(stored, form)
     flat = [stored.emit.op("Reshape", [part, stored.emit.sizes(-1)]) for part in (scale, zero_point) if part is not None]
     return stored.emit.op("DequantizeLinear", [levels, *flat], f"{stored.name}.dequantized", dtype=ir.DataType.FLOAT, axis=0)

@@ -14,10 +14,8 @@ from typing import Literal, NamedTuple
 
 KernelName = Literal["float", "fused 2", "fused 4", "fused 8", "dynamic int8", "dynamic uint8"]
 
-_BUSY = 32
-"""So many times the example's rows must not be ..."""
-_BUSY_RATIO = 0.8
-"""... slower than this part of float's speed: an example batch of one says little about the batches to come."""
+_BUSY, _BUSY_RATIO = 32, 0.8
+"""At so many times the example's rows a form must have this part of float's speed: an example batch of one says little about others."""
 _TIE = 0.97
 """Forms within this part of the fastest one's speed are equally fast: the first of them is taken."""
 _CACHED_WEIGHTS = 400e3
@@ -28,8 +26,7 @@ class Kernel(NamedTuple):
     """What onnxruntime computes a product with."""
 
     name: KernelName
-    """"float" (MatMul), "fused" with the bits that it computes with (MatMulNBits), "dynamic" with the type of the stored levels
-    (DynamicQuantizeMatMul)."""
+    """"float" (MatMul), "fused" and its bits (MatMulNBits), "dynamic" and the type of the levels (DynamicQuantizeMatMul)."""
     block: int = 0
     """Inputs that share a scale in a fused product."""
 
@@ -40,7 +37,7 @@ class Kernel(NamedTuple):
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether it rounds activations by the graph's own operators."""
+        """Whether activations are rounded by the graph's own operators."""
         return self.name.startswith("dynamic")
 
     @property
@@ -67,22 +64,14 @@ class Product(NamedTuple):
 class Cost(NamedTuple):
     """What a kernel takes, part by part; the sum is its time."""
 
-    call: float
-    """us a call."""
-    weight: float
-    """ns a weight, whatever the number of rows."""
-    distant_weight: float
-    """ns a weight that does not fit the cache."""
-    activation: float
-    """ns an input value: quantizing it."""
-    output: float
-    """ns an output value."""
-    product: float
-    """ps a product."""
-    scale: float = 0.0
-    """ns a scale, whatever the number of rows."""
-    scaled_product: float = 0.0
-    """ps a scale and row."""
+    call: float  # us a call
+    weight: float  # ns a weight, whatever the number of rows
+    distant_weight: float  # ns a weight that does not fit the cache
+    activation: float  # ns an input value: quantizing it
+    output: float  # ns an output value
+    product: float  # ps a product
+    scale: float = 0.0  # ns a scale, whatever the number of rows
+    scaled_product: float = 0.0  # ps a scale and row
 
     def microseconds(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> float:
         """The predicted time of one run."""
@@ -94,16 +83,8 @@ def parts_of(kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[floa
     blocks = -(-inputs // kernel.block) if kernel.block else 1
     weights = (blocks * kernel.block if kernel.block else inputs) * outputs
     scales = 0 if kernel == FLOAT else blocks * outputs
-    return (
-        1.0,
-        1e-3 * weights,
-        1e-3 * max(0.0, weights - _CACHED_WEIGHTS),
-        1e-3 * rows * inputs,
-        1e-3 * rows * outputs,
-        1e-6 * rows * weights,
-        1e-3 * scales,
-        1e-6 * rows * scales,
-    )
+    per_run = (weights, max(0.0, weights - _CACHED_WEIGHTS), rows * inputs, rows * outputs)
+    return 1.0, *(1e-3 * count for count in per_run), 1e-6 * rows * weights, 1e-3 * scales, 1e-6 * rows * scales
 
 
 @dataclass(frozen=True, kw_only=True)

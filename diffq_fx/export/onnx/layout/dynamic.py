@@ -18,13 +18,9 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 
 
 def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, *, in_float: bool) -> None:
-    """Replace a product.
+    """Replace a product with a weight that is stored [K, N], one scale per output channel or one in all.
 
-    Args:
-        stored: the weight, its storage [K, N], one scale per output channel or one in all.
-        factor: what is multiplied, from :func:`emit_factor`.
-        use: the product.
-        in_float: leave the activations as they are: the same numbers otherwise, for the comparison with PyTorch.
+    ``in_float`` leaves the activations as they are: the same numbers otherwise, for the comparison with PyTorch.
     """
     levels = _some(stored.emit, factor.levels, 1, use.rows)
     scale = _per_output(stored, factor.scale, use.rows)
@@ -37,7 +33,7 @@ def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, *, in_floa
         nodes = [make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{stored.name}.product"))]
     else:
         nodes = _integer_nodes(stored, use.activation, levels, zero_point, scale)
-        mark_weight(nodes[-1].outputs[0], stored.name, "DynamicQuantizeMatMul", activation=use.activation)
+        mark_weight(nodes[-1].outputs[0], stored.name, "DynamicQuantizeMatMul", activation=(nodes[0], 0))
     replace_product(use, nodes)
 
 

@@ -18,12 +18,13 @@ from diffq_fx.export.onnx.layout.emitter import describe_like
 
 FUNCTION_DOMAIN = "diffq_fx"
 Name = Literal["DequantizeLinear", "DequantizeRows", "DynamicQuantizeMatMul"]
-_LABELS: Mapping[Name, str] = {"DequantizeLinear": "dequantized", "DequantizeRows": "rows", "DynamicQuantizeMatMul": "product"}
 _DOCUMENTATION: Mapping[Name, str] = {
     "DequantizeLinear": "The float weight of the integers that the file holds: (levels - zero_point) * scale, or a codebook's entries.",
     "DequantizeRows": "Some rows of a weight in float: (levels[indices] - zero_point) * scale.",
     "DynamicQuantizeMatMul": "activation @ ((levels - zero_point) * scale), the activation rounded to uint8 by its own range.",
 }
+_LABELS: Mapping[Name, str] = {"DequantizeLinear": "dequantized", "DequantizeRows": "rows", "DynamicQuantizeMatMul": "product"}
+"""What a node that calls a function is called, behind the name of its weight."""
 _MARK = "diffq_fx.weight"
 _ORDER = ("levels", "codes", "part", "codebook", "scale", "zero_point")
 """Inputs of a function by their first words, behind those that are computed; others come last."""
@@ -32,44 +33,34 @@ _ORDER = ("levels", "codes", "part", "codebook", "scale", "zero_point")
 class _Marked(NamedTuple):
     weight: str
     function: Name
-    given: Mapping[str, ir.Value]
+    given: Mapping[str, tuple[ir.Node, int]]
 
 
-def mark_weight(value: ir.Value, weight: str, function: Name = "DequantizeLinear", **given: ir.Value) -> None:
-    """Note that a value shall be given out by one node.
-
-    Args:
-        value: hangs on initializers, and on what is ``given``.
-        weight: name of the weight.
-        function: what makes the value.
-        given: what the graph computes for it: name inside of the function -> value.
-    """
+def mark_weight(value: ir.Value, weight: str, function: Name = "DequantizeLinear", **given: tuple[ir.Node, int]) -> None:
+    """Note that one node shall give out a value; ``given`` is what the graph computes for it: its name -> a node and which input of it."""
     value.meta[_MARK] = _Marked(weight, function, given)
 
 
 def call_functions(model: ir.Model) -> None:
-    """Replace the nodes that make each marked value by the call of a function; one standard DequantizeLinear stays as it is.
-
-    Args:
-        model: at its final opset; changed in place.
-    """
+    """Replace what makes each marked value by a call, but for one standard DequantizeLinear; the model is at its final opset."""
     bodies: dict[tuple[str, bytes], str] = {}
     count: Counter[str] = Counter()
-    names: set[str | None] = set()
     for value in [value for node in model.graph for value in node.outputs if _MARK in value.meta]:
-        weight, function, given = value.meta[_MARK]
+        weight, function, places = value.meta[_MARK]
+        given: dict[str, ir.Value] = {name: node.inputs[index] for name, (node, index) in places.items()}
         nodes = list(dict.fromkeys(_producers(value, set(given.values()))))
+        name = f"{weight}.{_LABELS[function]}"
+        count[name] += 1
         if [node.op_type for node in nodes] == ["DequantizeLinear"]:
-            names.add(nodes[0].name)
             continue
-        inputs = {**given, **_initializers(nodes, weight)}
+        inputs = {**given, **_initializers(nodes, set(given.values()), weight)}
         body = _body(nodes, value, inputs, function, model.opset_imports[""])
         key = function, ir.serde.serialize_function(body).SerializeToString(deterministic=True)
         if key not in bodies:
             count[function] += 1
             bodies[key] = body.name = function if count[function] == 1 else f"{function}{count[function]}"
             model.functions[body.identifier()] = body
-        _call(model.graph, bodies[key], list(inputs.values()), value, _unique(f"{weight}.{_LABELS[function]}", names))
+        _call(model.graph, bodies[key], list(inputs.values()), value, name if count[name] == 1 else f"{name}_{count[name]}")
     if bodies:
         model.opset_imports[FUNCTION_DOMAIN] = 1
         RemoveUnusedNodesPass()(model)
@@ -85,23 +76,17 @@ def _producers(value: ir.Value, given: set[ir.Value]) -> Iterator[ir.Node]:
         yield node
 
 
-def _unique(name: str, taken: set[str | None]) -> str:
-    """``name``, or with a number behind it where a weight has several nodes."""
-    found = next(each for each in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if each not in taken)
-    taken.add(found)
-    return found
-
-
 def _is_baked(value: ir.Value) -> bool:
     """Whether an initializer belongs into the function: shapes, bounds and offsets, not the numbers of a weight."""
     tensor = value.const_value
     return tensor is not None and (tensor.dtype == ir.DataType.INT64 or (tensor.dtype == ir.DataType.INT16 and tensor.size == 1))
 
 
-def _initializers(nodes: list[ir.Node], weight: str) -> dict[str, ir.Value]:
+def _initializers(nodes: list[ir.Node], given: set[ir.Value], weight: str) -> dict[str, ir.Value]:
     """Name inside of the function -> initializer."""
     used = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None and value.const_value is not None)
-    named = {str(value.name).removeprefix(f"{weight}.").replace(".", "_"): value for value in used if not _is_baked(value)}
+    own = [value for value in used if value not in given and not _is_baked(value)]
+    named = {str(value.name).removeprefix(f"{weight}.").replace(".", "_"): value for value in own}
     places = {name: next((i for i, word in enumerate(_ORDER) if name.startswith(word)), len(_ORDER)) for name in named}
     return {name: named[name] for name in sorted(named, key=lambda name: places[name])}
 

@@ -35,12 +35,11 @@ _BYTE = 8
 _MAX_PADDING = 0.125
 
 
-def choose_kernel(table: WeightTable, storage: Storage, use: LinearUse, request: LayoutRequest, *, shared: bool) -> Choice:
+def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, shared: bool) -> Choice:
     """Choose the fastest way to run a product from a given storage.
 
     Args:
-        table: the weight.
-        storage: how the file would hold it.
+        storage: how the file would hold the weight.
         use: the product.
         request: what the graph is laid out for.
         shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
@@ -48,7 +47,10 @@ def choose_kernel(table: WeightTable, storage: Storage, use: LinearUse, request:
     Returns:
         The kernel; float with the reason where no other one is faster.
     """
-    reason = refusal(table, use) or _wrong_form(table, storage, use)
+    table = storage.table
+    reason = refusal(table, use)
+    if reason is None and (len(storage.shape) != 2 or (storage.form == "transposed") != use.transposed):
+        reason = "another reader has the weight stored the other way round"
     if reason is not None:
         return Choice(FLOAT, reason)
     outputs = table.spec.rows if use.rows is None else len(use.rows)
@@ -80,25 +82,19 @@ def refusal(table: WeightTable, use: LinearUse) -> str | None:
     if str(table.spec.dtype) != "torch.float32":
         return f"the model computes in {table.spec.dtype}, onnxruntime fuses float32"
     if table.container_bits > _BYTE:
-        return f"onnxruntime fuses up to 8 bits, the widest channel has {max(table.bits)}"
+        return f"onnxruntime fuses up to 8 bits, the widest channel has {table.most_bits}"
     if not table.is_per_tensor and use.channel_axis != table.spec.axis:
         return f"scales lie along the inputs of this {use.node.op_type} (axis={table.spec.axis}), not along its outputs"
-    if table.blocks > 1 and _power_of_two_in(table.block) < _MIN_BLOCK:
+    if table.blocks > 1 and table.block & -table.block < _MIN_BLOCK:  # the largest power of two in it
         return f"blocks of {table.block} inputs: onnxruntime fuses multiples of {_MIN_BLOCK}"
     return None
-
-
-def _wrong_form(table: WeightTable, storage: Storage, use: LinearUse) -> str | None:
-    shape = table.stored_shape(storage.form)
-    stored_as_kn = len(shape) == 2 and (storage.form == "transposed") == use.transposed
-    return None if stored_as_kn else "another reader has the weight stored the other way round"
 
 
 def _kernel_block(table: WeightTable, bits: int) -> int:
     """The longest block that the kernel takes, the scales allow, and that fills up the inputs by no more than an eighth."""
     longest = _MAX_BLOCK[bits]
     if table.blocks > 1:
-        return min(longest, _power_of_two_in(table.block))
+        return min(longest, table.block & -table.block)
     inputs = table.spec.columns
     choices = [block for block in (256, 128, 64, 32, 16) if block <= longest]
     padding = {block: -(-inputs // block) * block - inputs for block in choices}
@@ -106,19 +102,8 @@ def _kernel_block(table: WeightTable, bits: int) -> int:
     return fitting[0] if fitting else min(choices, key=lambda block: padding[block])
 
 
-def _power_of_two_in(number: int) -> int:
-    return number & -number
-
-
 def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -> None:
-    """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``.
-
-    Args:
-        stored: the weight, its storage [K, N].
-        use: the product.
-        kernel: a fused one.
-        copy: how many products read this weight before this one.
-    """
+    """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``; ``copy`` products read this weight, stored [K, N], before this one."""
     length = -(-stored.table.spec.columns // kernel.block)
     scale = stored.along_inputs(stored.scale, block=kernel.block, length=length)
     if kernel.bits == _BYTE:

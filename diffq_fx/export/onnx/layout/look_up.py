@@ -12,15 +12,7 @@ from diffq_fx.storage.codebook import CodebookWeight
 
 
 def emit_looked_up(emit: Emitter, weight: CodebookWeight) -> tuple[ir.Value, ir.Value]:
-    """Write the codes, the codebook and the nodes that make the float weight.
-
-    Args:
-        emit: where to.
-        weight: any codebook.
-
-    Returns:
-        The weight in PyTorch's shape and type, and the codes.
-    """
+    """Write the codes, the codebook and what makes the float weight of them; gives that, as PyTorch has it, and the codes."""
     spec, codes_OC = weight.spec, weight.codes_OC().cpu().numpy()
     codes = emit.initializer(f"{spec.name}.codes", integer_tensor(codes_OC, weight.container_bits, signed=False))
     index = emit.cast(codes, ir.DataType.INT32)

@@ -22,7 +22,6 @@ _TWO_BITS = 2
 class WeightPlan:
     """What happens to one weight."""
 
-    table: WeightTable
     uses: Uses
     storage: Storage
     products: tuple[Choice, ...]
@@ -31,6 +30,11 @@ class WeightPlan:
     """The convolutions that become integer ones."""
     reasons: tuple[str, ...] = ()
     """Why other convolutions stay float ones."""
+
+    @property
+    def table(self) -> WeightTable:
+        """The weight."""
+        return self.storage.table
 
     @property
     def picks_rows(self) -> bool:
@@ -44,20 +48,9 @@ class WeightPlan:
         in_float = sum(choice.float_time for choice in self.products)
         return sum(choice.slowness * choice.float_time for choice in self.products) / in_float if in_float else 1.0
 
-    @property
-    def file_bytes(self) -> int:
-        """What the levels take in the file."""
-        return self.storage.file_bytes(self.table.spec.columns)
-
 
 def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
-    """Choose the storage and the kernels: the smallest file among those whose predicted time is close to the best.
-
-    Args:
-        table: the weight.
-        uses: what reads it.
-        request: what the graph is laid out for.
-    """
+    """Choose the storage and the kernels: the smallest file among those whose predicted time is close to the best."""
     refused = request.refused.get(table.spec.name)
     whole = sum(use.rows is None for use in uses.linear)
     if refused is None and whole > _MAX_COPIES:
@@ -70,17 +63,17 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest)
         chosen: list[Choice] = []
         for use in uses.linear:
             shared = any(choice.kernel.block for choice in chosen)
-            chosen.append(choose_kernel(table, storage, use, request, shared=shared))
-        plans.append(WeightPlan(table, uses, storage, tuple(chosen)))
+            chosen.append(choose_kernel(storage, use, request, shared=shared))
+        plans.append(WeightPlan(uses, storage, tuple(chosen)))
     fastest = min(plan.slowness for plan in plans)
-    best = min((p for p in plans if p.slowness <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.file_bytes)
+    best = min((p for p in plans if p.slowness <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.storage.file_bytes)
     if all(choice.kernel == FLOAT for choice in best.products):
         return _all_in_float(table, uses, best.products)
     return best
 
 
 def _all_in_float(table: WeightTable, uses: Uses, products: tuple[Choice, ...]) -> WeightPlan:
-    return WeightPlan(table, uses, split_by_width(table, _plain_form(table)), products)
+    return WeightPlan(uses, split_by_width(table, _plain_form(table)), products)
 
 
 def _form(table: WeightTable, uses: Uses) -> Form:
@@ -96,21 +89,16 @@ def _plain_form(table: WeightTable) -> Form:
 
 
 def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
-    """One container and one DequantizeLinear; [K, N] where a linear layer reads the weight.
-
-    Args:
-        table: the weight.
-        uses: what reads it.
-    """
+    """One container and one DequantizeLinear; [K, N] where a linear layer reads the weight."""
     turned = any(use.transposed and (table.is_per_tensor or use.channel_axis == table.spec.axis) for use in uses.linear)
     storage = one_container(table, "transposed" if turned else _plain_form(table))
-    plan = WeightPlan(table, uses, storage, (Choice(FLOAT, ""),) * len(uses.linear))
-    misread = table.stored_shape(storage.form)[1] % TWO_BIT_ALIGNMENT and any(takes_stored(storage, use) for use in uses.linear)
+    plan = WeightPlan(uses, storage, (Choice(FLOAT, ""),) * len(uses.linear))
+    misread = storage.shape[1] % TWO_BIT_ALIGNMENT and any(takes_stored(storage, use) for use in uses.linear)
     transposed = table.blocks == 1 and uses.turned != {storage.form == "transposed"}
     if storage.width == _TWO_BITS and (misread or transposed):
         # onnxruntime would fuse this one too and compute a wrong product, for it reads packed rows as if each began at a byte; or it would
         # move a Transpose in front of the DequantizeLinear, and then cannot load the file.
-        return WeightPlan(table, uses, Storage(storage.form, storage.widths * 2), plan.products)
+        return WeightPlan(uses, Storage(table, storage.form, storage.widths * 2), plan.products)
     return plan
 
 

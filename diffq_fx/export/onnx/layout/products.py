@@ -59,21 +59,11 @@ def _fit(levels: np.ndarray) -> bool:
     return bool(levels.size == 0 or (levels.min() >= -EXACT_LEVEL and levels.max() <= EXACT_LEVEL))
 
 
-def has_exact_centre(table: WeightTable) -> bool:
-    """Whether the levels less their zero points, which are one per row, are exact in int8."""
-    return _fit(table.levels if table.zero_point is None else table.levels - table.zero_point)
-
-
 def choose_form(table: WeightTable, zero_points: ZeroPoints = "any") -> Form:
-    """Choose the fastest form that is exact.
-
-    Args:
-        table: a weight of up to 8 bits, one zero point per row or one in all.
-        zero_points: what the kernel is fast for.
-    """
-    if zero_points != "moved" and has_exact_centre(table):
-        return Form(ir.DataType.INT8, centred=True, offset=0)
+    """Choose the fastest exact form of a weight of up to 8 bits that has one zero point per row or one in all."""
     learned = np.zeros(1, np.int32) if table.zero_point is None else table.zero_point
+    if zero_points != "moved" and _fit(table.levels - learned):
+        return Form(ir.DataType.INT8, centred=True, offset=0)
     if zero_points == "equal" and (learned != learned.flat[0]).any():
         return Form(ir.DataType.UINT8, centred=True, offset=-_MIDDLE_OF_UINT8)
     middle = 0 if table.signed else EXACT_LEVEL
@@ -89,12 +79,7 @@ def is_rounded_anew(table: WeightTable, form: Form) -> bool:
 
 
 def emit_factor(stored: StoredTable, form: Form) -> Factor:
-    """Write the nodes that make the levels of an integer product; onnxruntime computes them when it loads the file.
-
-    Args:
-        stored: the weight.
-        form: from :func:`choose_form` for its table.
-    """
+    """Write the nodes that make the levels of an integer product; onnxruntime computes them when it loads the file."""
     emit, scale, zero_point = stored.emit, stored.scale, stored.zero_point
     if zero_point is None or not form.centred:
         levels = stored.levels_as(ir.DataType.INT16 if form.offset else form.dtype)
@@ -108,10 +93,8 @@ def emit_factor(stored: StoredTable, form: Form) -> Factor:
         return Factor(levels, _moved(stored, zero_point, form), scale)
     if form.offset == 0:
         return Factor(levels, None, scale)
-    moved = np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy())
-    return Factor(
-        levels, emit.initializer(f"{stored.name}.zero_point.moved", stored.table.stored_groups(moved, stored.storage.form)), scale
-    )
+    moved = stored.storage.groups(np.full(stored.table.scale.shape, -form.offset, form.dtype.numpy()))
+    return Factor(levels, emit.initializer(f"{stored.name}.zero_point.moved", moved), scale)
 
 
 def _moved(stored: StoredTable, values: ir.Value, form: Form) -> ir.Value:
@@ -125,7 +108,7 @@ def _moved(stored: StoredTable, values: ir.Value, form: Form) -> ir.Value:
 def _rounded_anew(stored: StoredTable, zero_point: ir.Value) -> tuple[ir.Value, ir.Value]:
     """All levels about 0, and their scales: rounded to a wider step in the rows that do not fit."""
     emit = stored.emit
-    stretch = emit.initializer(f"{stored.name}.stretch", stored.table.stored_groups(stored.table.int8_stretch, stored.storage.form))
+    stretch = emit.initializer(f"{stored.name}.stretch", stored.storage.groups(stored.table.int8_stretch))
     middle = emit.cast(zero_point, ir.DataType.FLOAT)
     centred = emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle])
     rounded = emit.op("Round", [emit.op("Div", [centred, stretch])])

@@ -8,14 +8,7 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 
 
 def emit_dequantized(stored: StoredTable) -> ir.Value:
-    """Write one DequantizeLinear: axis and per-channel scale, a scalar scale, or blocks along the inputs.
-
-    Args:
-        stored: the weight in one container; a matrix if it has blocks.
-
-    Returns:
-        The float weight in the form of the storage.
-    """
+    """Write one DequantizeLinear of a weight in one container (a matrix if it has blocks); gives the float weight in the storage's form."""
     table, axis = stored.table, stored.axis
     attributes: dict[str, int] = {}
     if table.blocks > 1:
@@ -33,5 +26,5 @@ def emit_dequantized(stored: StoredTable) -> ir.Value:
 def _groups(stored: StoredTable, values_RC: np.ndarray) -> np.ndarray:
     """Scales or zero points in the shape that DequantizeLinear wants: scalar, one per channel, or a matrix of blocks."""
     if stored.table.blocks > 1:
-        return stored.table.stored_groups(values_RC, stored.storage.form)
+        return stored.storage.groups(values_RC)
     return values_RC.reshape(()) if stored.table.is_per_tensor else values_RC[:, 0]

@@ -1,6 +1,7 @@
 """What a file says about each of its weights: the form that was taken, and why."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -10,6 +11,7 @@ from diffq_fx.export.onnx.layout.plan import WeightPlan
 from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, Form, choose_form, is_rounded_anew
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.metadata import WeightRecord
+from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 
 _TAKEN = {
@@ -22,16 +24,8 @@ _TAKEN = {
 """Rule -> what it does; the rules of products say which kernel they are for."""
 
 
-def record_of(plan: WeightPlan, stored: StoredTable, rules: Sequence[str], bits: dict[int, int]) -> WeightRecord:
-    """The record of a weight of integers.
-
-    Args:
-        plan: what was decided.
-        stored: what was written.
-        rules: those that have written it.
-        bits: learned bits -> number of weights.
-    """
-    spec = plan.table.spec
+def record_of(plan: WeightPlan, stored: StoredTable, rules: Sequence[str], weight: StoredWeight) -> WeightRecord:
+    """The record of a weight of integers, or of a codebook that is a grid: what was decided and written for it, and by which rules."""
     reasons = [*(choice.reason for choice in plan.products if choice.kernel == FLOAT), *plan.reasons]
     in_float = _float_readers(plan) if "qdq" not in rules else []
     if in_float:
@@ -39,14 +33,10 @@ def record_of(plan: WeightPlan, stored: StoredTable, rules: Sequence[str], bits:
     if "ConvTranspose" in in_float:
         reasons.append("onnxruntime has no integer kernel for ConvTranspose")
     kernels = [choice.reason for choice in plan.products if choice.kernel != FLOAT]
-    return WeightRecord(
-        name=spec.name,
-        aliases=spec.aliases,
-        shape=spec.shape,
-        axis=spec.axis,
-        grid=spec.grid,
-        bits=bits,
-        containers={width: len(rows) * spec.columns for width, rows in stored.storage.parts.items()},
+    return _record(
+        weight,
+        grid=plan.table.spec.grid,
+        containers={width: len(rows) * plan.table.spec.columns for width, rows in stored.storage.parts.items()},
         rule="+".join(rules),
         choice=_joined([*kernels, *(_TAKEN[rule] for rule in rules if rule in _TAKEN)]),
         reason=_joined(reasons),
@@ -58,19 +48,20 @@ def record_of(plan: WeightPlan, stored: StoredTable, rules: Sequence[str], bits:
 
 def record_of_codebook(weight: CodebookWeight, codes: ir.Value) -> WeightRecord:
     """The record of a weight whose ``codes`` are looked up."""
-    return WeightRecord(
-        name=weight.spec.name,
-        aliases=weight.spec.aliases,
-        shape=weight.spec.shape,
-        axis=weight.spec.axis,
+    return _record(
+        weight,
         grid="codebook",
-        bits=weight.footprint().histogram,
         containers={weight.container_bits: weight.num_codes},
         rule="codebook",
         choice=_TAKEN["codebook"],
         reason="a codebook: onnxruntime has no kernel for its entries",
         initializers=(str(codes.name),),
     )
+
+
+def _record(weight: StoredWeight, **fields: Any) -> WeightRecord:
+    spec, bits = weight.spec, weight.footprint().histogram
+    return WeightRecord(name=spec.name, aliases=spec.aliases, shape=spec.shape, axis=spec.axis, bits=bits, **fields)
 
 
 def _joined(texts: Sequence[str]) -> str | None:

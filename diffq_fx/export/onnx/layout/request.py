@@ -6,8 +6,6 @@ from typing import Literal
 
 from diffq_fx.export.onnx.layout.cost import Machines
 
-Layout = Literal["onnxruntime", "qdq"]
-Activations = Literal["float", "dynamic", "int8"]
 Range = tuple[float, float]
 
 BLOCKED_OPSET = 21
@@ -20,8 +18,8 @@ class LayoutRequest:
 
     machines: Machines
     """What tells the times of a product's forms; not asked in layout "qdq"."""
-    layout: Layout = "onnxruntime"
-    activations: Activations = "float"
+    layout: Literal["onnxruntime", "qdq"] = "onnxruntime"
+    activations: Literal["float", "dynamic", "int8"] = "float"
     target: str = "portable"
     """What ``machines`` is made of, as the user calls it."""
     opset: int | None = None

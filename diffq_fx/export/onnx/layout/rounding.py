@@ -37,15 +37,7 @@ class RoundedValue:
 
 
 def find_rounded(graph: ir.Graph, convolutions: Set[ir.Node]) -> list[RoundedValue]:
-    """Find the values to round.
-
-    Args:
-        graph: the main graph.
-        convolutions: the Conv nodes that shall be integer ones.
-
-    Returns:
-        The values in the order of the graph.
-    """
+    """Find the values to round around the ``convolutions`` that shall be integer ones, in the order of the graph."""
     found: dict[ir.Value, RoundedValue] = {}
     integer_nodes: set[ir.Node | None] = set(convolutions)
     for node in graph:
@@ -93,15 +85,7 @@ def _limits(node: ir.Node) -> ir.Node | None:
 
 
 def watch(model: ir.Model, rounded: Sequence[RoundedValue]) -> dict[str, tuple[str, str]]:
-    """Let a graph give out the range of each value that has one of its own.
-
-    Args:
-        model: changed in place.
-        rounded: from :func:`find_rounded`.
-
-    Returns:
-        Name of the value -> names of the outputs with its least and its largest number.
-    """
+    """Let a graph give out the range of each value with one of its own: name of the value -> names of the outputs (least, largest)."""
     names: dict[str, tuple[str, str]] = {}
     for place, entry in enumerate(rounded):
         if entry.source is not entry.value:
@@ -129,20 +113,13 @@ def grid(value_range: Range) -> tuple[np.float32, np.uint8]:
 
 
 def round_values(emitter: Emitter, rounded: Sequence[RoundedValue], ranges: Mapping[str, Range]) -> None:
-    """Put QuantizeLinear and DequantizeLinear behind each value.
-
-    Args:
-        emitter: of the graph, which is changed.
-        rounded: from :func:`find_rounded`.
-        ranges: name of each value that has a range of its own -> the range.
-    """
-    grids = {entry.source: grid(ranges[str(entry.source.name)]) for entry in rounded}
-    constants = {
-        source: [emitter.initializer(f"{source.name}.{label}", number) for label, number in zip(("scale", "zero_point"), pair, strict=True)]
-        for source, pair in grids.items()
-    }
+    """Put QuantizeLinear and DequantizeLinear behind each value; ``ranges`` has those of the values with one of their own."""
+    grids: dict[ir.Value, list[ir.Value]] = {}
+    for source in dict.fromkeys(entry.source for entry in rounded):
+        scale, zero_point = grid(ranges[str(source.name)])
+        grids[source] = [emitter.initializer(f"{source.name}.scale", scale), emitter.initializer(f"{source.name}.zero_point", zero_point)]
     for entry in rounded:
-        _round(emitter, entry, constants[entry.source])
+        _round(emitter, entry, grids[entry.source])
 
 
 def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
@@ -151,10 +128,6 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     Behind products whose weight stays in float: between a DequantizeLinear and a QuantizeLinear onnxruntime gives such a weight int8 levels
     of its own when it loads the file, one scale for all of it, up to 127. They saturate on x86 without VNNI, and are less exact everywhere.
     In front of products whose weight has a scale for each block: the kernel for two DequantizeLinear takes no such scales, and fails.
-
-    Args:
-        emitter: of the graph, which is changed.
-        convolutions: the Conv nodes that are integer ones.
     """
     kept: list[tuple[ir.Value, ir.Node, bool]] = []
     for node in emitter.graph:

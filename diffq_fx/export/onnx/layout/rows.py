@@ -23,12 +23,7 @@ def picks_rows(table: WeightTable) -> bool:
 
 
 def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
-    """Replace a Gather of a float table.
-
-    Args:
-        stored: the table, a matrix in any form.
-        gather: along axis 0.
-    """
+    """Replace a Gather, along axis 0, of a float table, which is a matrix in any form."""
     indices, graph, table = gather.inputs[1], gather.graph, stored.table
     if indices is None or graph is None:
         return
@@ -58,7 +53,7 @@ def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
     dtype = from_torch_dtype(table.spec.dtype)
     if dtype != ir.DataType.FLOAT:
         value = add("Cast", value, to=int(dtype))
-    mark_weight(value, stored.name, "DequantizeRows", indices=indices)
+    mark_weight(value, stored.name, "DequantizeRows", indices=(nodes[0], 1))
     old = gather.outputs[0]
     describe_like(value, old)
     ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, [old], [value])

@@ -12,19 +12,19 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
 from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor
-from diffq_fx.export.onnx.layout.table import Storage, WeightTable
+from diffq_fx.export.onnx.layout.table import Storage
 from diffq_fx.weights import WeightSpec
 
 
 class StoredTable:
     """One weight in a graph. Every initializer and derived value is made when it is first asked for, and then shared."""
 
-    def __init__(self, emitter: Emitter, table: WeightTable, storage: Storage) -> None:
+    def __init__(self, emitter: Emitter, storage: Storage) -> None:
         self.emit = emitter
-        self.table = table
+        self.table = storage.table
         self.storage = storage
-        self.name = table.spec.name
-        self.axis = table.stored_axis(storage.form)
+        self.name = storage.table.spec.name
+        self.axis = storage.axis
         self._casts: dict[ir.DataType, ir.Value] = {}
 
     @cached_property
@@ -32,7 +32,7 @@ class StoredTable:
         """Container -> the initializer of its levels."""
         parts = {}
         for width, rows in self.storage.parts.items():
-            levels = self.table.stored_levels(self.storage.form, None if self.storage.width else rows)
+            levels = self.storage.levels(None if self.storage.width else rows)
             suffix = "levels" if self.storage.width else f"levels.{width}bit"
             parts[width] = self.emit.initializer(f"{self.name}.{suffix}", integer_tensor(levels, width, signed=self.table.signed))
         return parts
@@ -40,14 +40,14 @@ class StoredTable:
     @cached_property
     def scale(self) -> ir.Value:
         """The scales: broadcastable to the levels where there is one per row, else a matrix with C in place of the inputs."""
-        return self.emit.initializer(f"{self.name}.scale", self.table.stored_groups(self.table.scale, self.storage.form))
+        return self.emit.initializer(f"{self.name}.scale", self.storage.groups(self.table.scale))
 
     @cached_property
     def zero_point(self) -> ir.Value | None:
         """The zero points, of the scales' shape, in the widest container of the weight; None on the symmetric grid."""
         if self.table.zero_point is None:
             return None
-        values = self.table.stored_groups(self.table.zero_point, self.storage.form)
+        values = self.storage.groups(self.table.zero_point)
         return self.emit.initializer(f"{self.name}.zero_point", integer_tensor(values, self.storage.widest, signed=False))
 
     def levels_as(self, dtype: ir.DataType) -> ir.Value:

@@ -6,7 +6,6 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -40,8 +39,8 @@ class WeightTable:
     """int32, the shape of ``scale``; None on the symmetric grid."""
     widths: np.ndarray
     """Smallest container of each row, shape (O,)."""
-    bits: dict[int, int]
-    """Learned bits -> number of weights."""
+    most_bits: int
+    """Of the widest channel, as learned."""
 
     @property
     def signed(self) -> bool:
@@ -82,36 +81,6 @@ class WeightTable:
         """Columns that share a scale."""
         return self.spec.scale_layout.block
 
-    def stored_shape(self, form: Form) -> tuple[int, ...]:
-        """Shape of the levels in the file."""
-        if form == "weight":
-            return self.spec.shape
-        return self.spec.shape[::-1] if form == "transposed" else self.levels.shape
-
-    def stored_axis(self, form: Form) -> int:
-        """Axis of the output channels in the file."""
-        if form == "weight":
-            return self.spec.axis
-        return 1 - self.spec.axis if form == "transposed" else 0
-
-    def stored_levels(self, form: Form, rows: np.ndarray | None = None) -> np.ndarray:
-        """The levels as they lie in the file, of all rows or of some."""
-        picked = self.levels if rows is None else self.levels[rows]
-        if form == "rows":
-            return picked
-        moved = [n for i, n in enumerate(self.spec.shape) if i != self.spec.axis]
-        weight = np.moveaxis(picked.reshape(-1, *moved), 0, self.spec.axis)
-        return weight.T if form == "transposed" else weight
-
-    def stored_groups(self, values_RC: np.ndarray, form: Form) -> np.ndarray:
-        """Scales or zero points as they lie in the file: broadcastable to the levels if there is one per row, else 2D."""
-        axis = self.stored_axis(form)
-        if self.blocks > 1:
-            return values_RC if axis == 0 else values_RC.T
-        shape = [1] * len(self.stored_shape(form))
-        shape[axis] = values_RC.shape[0]
-        return values_RC.reshape(shape)
-
 
 def read_table(weight: IntegerWeight) -> WeightTable:
     """Read an integer weight.
@@ -132,8 +101,6 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         levels = levels - spec.scale_layout.expand(stored_zero_point.cpu())
         zero_point = None
     bits = stored_bits.cpu().int()
-    widths, counts = bits.flatten(), spec.bits_layout.counts().expand_as(bits).flatten()
-    histogram = {int(b): int(counts[widths == b].sum()) for b in widths.unique()}
     row_bits = bits.amax(1).expand(spec.rows).numpy()
     return WeightTable(
         spec=spec,
@@ -141,7 +108,7 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         scale=stored_scale.detach().float().cpu().numpy(),
         zero_point=zero_point,
         widths=np.array([container_for(int(b)) for b in row_bits]),
-        bits=histogram,
+        most_bits=int(bits.max()),
     )
 
 
@@ -149,9 +116,39 @@ def read_table(weight: IntegerWeight) -> WeightTable:
 class Storage:
     """How the file holds a weight: its form, and the container of each row."""
 
+    table: WeightTable
     form: Form
     widths: np.ndarray
     """Container of each row, shape (O,)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the levels in the file."""
+        if self.form == "rows":
+            return self.table.levels.shape
+        return self.table.spec.shape[::-1] if self.form == "transposed" else self.table.spec.shape
+
+    @property
+    def axis(self) -> int:
+        """Of the output channels in the file."""
+        axis = self.table.spec.axis
+        return {"weight": axis, "transposed": 1 - axis, "rows": 0}[self.form]
+
+    def levels(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """The levels as they lie in the file, of all rows or of some."""
+        spec, picked = self.table.spec, self.table.levels if rows is None else self.table.levels[rows]
+        if self.form == "rows":
+            return picked
+        weight = np.moveaxis(picked.reshape(-1, *spec.shape[: spec.axis], *spec.shape[spec.axis + 1 :]), 0, spec.axis)
+        return weight.T if self.form == "transposed" else weight
+
+    def groups(self, values_RC: np.ndarray) -> np.ndarray:
+        """Scales or zero points as they lie in the file: broadcastable to the levels if there is one per row, else 2D."""
+        if self.table.blocks > 1:
+            return values_RC if self.axis == 0 else values_RC.T
+        shape = [1] * len(self.shape)
+        shape[self.axis] = values_RC.shape[0]
+        return values_RC.reshape(shape)
 
     @cached_property
     def parts(self) -> dict[int, np.ndarray]:
@@ -178,29 +175,25 @@ class Storage:
         """Container of :attr:`part_of_row`: the narrowest part's, so that it asks for no higher opset than the levels do."""
         return min(*self.parts, _BYTE)
 
-    def file_bytes(self, columns: int) -> int:
+    @property
+    def file_bytes(self) -> int:
         """What the levels take in the file, with what it takes to join the parts; scales are the same in every storage."""
-        levels = sum(-(-len(rows) * columns * width // 8) for width, rows in self.parts.items())
+        levels = sum(-(-len(rows) * self.table.spec.columns * width // 8) for width, rows in self.parts.items())
         joins = 0 if self.width else _JOIN_BYTES + self.widths.size * self.part_bits // _BYTE
         return levels + joins + _PART_BYTES * (len(self.parts) - 1)
 
 
 def one_container(table: WeightTable, form: Form) -> Storage:
     """Hold every row in the container of the widest."""
-    return Storage(form, np.full_like(table.widths, table.container_bits))
+    return Storage(table, form, np.full_like(table.widths, table.container_bits))
 
 
 def split_by_width(table: WeightTable, form: Form) -> Storage:
-    """Hold the rows in the containers that make the file smallest; onnxruntime joins them when it loads the file.
-
-    Returns:
-        The best storage of up to four parts; that of :func:`one_container` where splitting saves nothing.
-    """
-    columns = prod(table.spec.shape) // table.spec.rows
+    """Hold the rows in the up to four containers that make the file smallest; onnxruntime joins them when it loads the file."""
     narrower = [width for width in CONTAINER_BITS if width < table.container_bits]
     choices = []
     for count in range(len(narrower) + 1):
         for picked in combinations(narrower, count):
             offered = np.array([*picked, table.container_bits])
-            choices.append(Storage(form, offered[np.searchsorted(offered, table.widths)]))
-    return min(choices, key=lambda storage: storage.file_bytes(columns))
+            choices.append(Storage(table, form, offered[np.searchsorted(offered, table.widths)]))
+    return min(choices, key=lambda storage: storage.file_bytes)
