@@ -20,7 +20,7 @@ def part_size(quick: bool) -> str:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(_SIDE, _SIDE) for _ in range(_WEIGHTS)))
     theirs = diffq.DiffQuantizer(copy.deepcopy(model), group_size=8, min_size=0)
-    prepared = prepare_diffq(model, torch.zeros(1, _SIDE), DiffQConfig(target_bits=4, noise_steps=1000))
+    prepared = prepare_diffq(model, torch.zeros(1, _SIDE), DiffQConfig(target_bits=4, training_steps=10000))
     trained = list(prepared.parameters())
     alike = [nn.Parameter(parameter.detach().clone()) for parameter in trained]
     for parameter in (*trained, *alike):

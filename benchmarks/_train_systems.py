@@ -10,6 +10,7 @@ from _models import ResNet18, language_model, minilm_size
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, prepare_diffq, recompute_weights
+from diffq_fx.methods import diffq_settings
 
 Step = Callable[[], None]
 Loss = Callable[[Tensor], Tensor]
@@ -121,14 +122,14 @@ def recomputing(make: Callable[[nn.Module, Tensor, Loss], Step]) -> Callable[[nn
     return made
 
 
-NOISE = {"sensitivity_steps": 1}  # the look at the gradients of the first steps is over after the warm-up
+diffq_settings.SENSITIVITY_STEPS = 1  # the look at the gradients of the first steps is over after the warm-up
 SYSTEMS: dict[str, Callable[[nn.Module, Tensor, Loss], Step]] = {
-    "ours, per channel (default), noise": ours(**NOISE),
-    "ours, per channel (default), rounding": ours(noise_steps=1, **NOISE),  # the noise is over after the warm-up
-    "ours, per channel, noise, recompute_weights()": recomputing(ours(**NOISE)),
-    "ours, per channel, rounding, recompute_weights()": recomputing(ours(noise_steps=1, **NOISE)),
-    "ours, g=8, noise": ours(group_size=8, target_bits=5, **NOISE),
-    "ours, g=1, noise": ours(group_size=1, target_bits=6, **NOISE),
+    "ours, per channel (default), noise": ours(),
+    "ours, per channel (default), rounding": ours(training_steps=10),  # the noise is over after the warm-up
+    "ours, per channel, noise, recompute_weights()": recomputing(ours()),
+    "ours, per channel, rounding, recompute_weights()": recomputing(ours(training_steps=10)),
+    "ours, g=8, noise": ours(group_size=8, target_bits=5),
+    "ours, g=1, noise": ours(group_size=1, target_bits=6),
     "diffq 0.2.4, g=8": lambda model, inputs, loss_of: diffq_step(model, inputs, loss_of, 8),
     "diffq 0.2.4, g=1": lambda model, inputs, loss_of: diffq_step(model, inputs, loss_of, 1),
     "torchao QAT int4 (Linear alone)": lambda model, inputs, loss_of: training_step(torchao_qat(model), inputs, loss_of),

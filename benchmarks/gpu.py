@@ -86,7 +86,7 @@ def steps_table(device: torch.device, quick: bool, rounds: int) -> str:
             for body, devices in BODIES.items() if config is not None else (("", ()),):
                 model = copy.deepcopy(plain)
                 if config is not None:
-                    settings = DiffQConfig(target_bits=4, sensitivity_steps=0, **config)
+                    settings = DiffQConfig(target_bits=4, **config)
                     model = prepare_diffq(model, torch.zeros(1, tokens, width), settings)
                     if phase == "rounding":
                         freeze_bits(model)

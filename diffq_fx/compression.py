@@ -14,7 +14,7 @@ from diffq_fx.budget.allocation import allocate_coded_widths, allocate_widths, n
 from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import RoundedWeight, bits_saved, rest_in_file
-from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
+from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.pressure import worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
@@ -22,13 +22,14 @@ from diffq_fx.functional.groups import to_rows
 from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
 from diffq_fx.methods.base import Place, WeightQuantizer
-from diffq_fx.methods.diffq import DiffQConfig
-from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.methods.diffq import DiffQWeight
+from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.parts import CHILD
-from diffq_fx.sharded import gathered, whole, wholes
-from diffq_fx.weights import SkippedWeight, not_finite
+from diffq_fx.sharded import gathered, refuse_flat, whole, wholes
+from diffq_fx.storage.packing import in_smallest_type, tables_once
+from diffq_fx.weights import SkippedWeight, first_not_finite
 
 live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 """The compressions of all models in this process: optimizers know none of them."""
@@ -69,7 +70,6 @@ class Compression(TrainingState):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.penalized = False  # whether model_size was ever part of a loss
-        self.trained_since = False  # whether a weight was read in training since an optimizer's latest step, of whatever it holds
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
         self._groups: FlatGroups | None = None
         self._allocated: int | None = None
@@ -102,7 +102,7 @@ class Compression(TrainingState):
         self.allocate()
 
     @property
-    def config(self) -> DiffQConfig:
+    def config(self) -> DiffQSettings:
         """The settings of the trainable bits that the whole model shares; those of one weight are in its quantizer's config."""
         if not self.learned:
             raise PreparationError(f"no weight of this model has trainable bits: it was prepared with {self.method.name}.")
@@ -111,31 +111,32 @@ class Compression(TrainingState):
     @property
     def is_coded(self) -> bool:
         """Whether the size is that of an entropy-coded file."""
-        return bool(self.learned) and self.config.size == "entropy"
+        return bool(self.learned) and self.config.size_of == "packed_file"
 
     @property
     def logits(self) -> list[Tensor]:
         """The trainable logits of all weights."""
-        return cast("list[Tensor]", [quantizer._parameters["logits"] for quantizer in self.learned])  # an attribute takes ten times as long
+        return cast(
+            "list[Tensor]", [quantizer._parameters.get("logits") for quantizer in self.learned]
+        )  # an attribute takes ten times as long
 
     def groups(self) -> FlatGroups:
         """The groups of all learned weights in one row, made once per device."""
         device = self.learned[0].logits.device
         if self._groups is None or self._groups.device != device:
-            specs, configs = zip(*((quantizer.spec, quantizer.config) for quantizer in self.learned), strict=True)
-            limits = [WidthLimits(config.min_bits, config.max_bits, config.allowed_widths) for config in configs]
-            self._groups = FlatGroups(specs, device, limits=limits, in_containers=self.config.size == "container")
+            specs, limits = zip(*((quantizer.spec, quantizer.config.limits) for quantizer in self.learned), strict=True)
+            self._groups = FlatGroups(specs, device, limits=limits, in_containers=self.config.size_of == "onnx_file")
         return self._groups
 
     def bit_state(self) -> BitState:
         """The bits of this moment; to change them see :meth:`changing_bits`."""
-        return BitState(self.groups(), wholes(self.logits), self.config.bits_gain)
+        return BitState(self.groups(), wholes(self.logits))
 
     @contextmanager
     def changing_bits(self) -> Iterator[BitState]:
         """The bits of this moment, to be changed."""
         with gathered(self.logits) as logits:
-            yield BitState(self.groups(), logits, self.config.bits_gain)
+            yield BitState(self.groups(), logits)
 
     def width_T(self) -> Tensor:
         """The whole widths of every group as last worked out, float32, shape (T,)."""
@@ -151,10 +152,6 @@ class Compression(TrainingState):
     def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
         """Expected bits of the code of some of the weights, 0-d, differentiable in them."""
         return expected_code_length((quantizer.spec, whole(quantizer.weight), quantizer.step_in_training()) for quantizer in among)
-
-    def note_training(self) -> None:
-        """Note that a weight is read for a step of training: some optimizer should hold it."""
-        self.trained_since = True
 
     def has_one_of(self, ids: set[int]) -> bool:
         """Whether one of these tensors, by id, is a parameter of the model: bits, weights, what is not quantized, or ranges."""
@@ -191,7 +188,7 @@ class Compression(TrainingState):
         kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
         if _is_one_of_several():
             return rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
-        return rest_in_file([*kept, *buffers])
+        return rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])])
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""
@@ -202,6 +199,7 @@ class Compression(TrainingState):
         other = self.fixed_bits() + self.rest_bits
         if not self.learned:
             return torch.tensor(float(other), dtype=torch.float32)
+        self._refuse_flat()
         state = self.bit_state()
         size = (expected_bits(state) if torch.is_grad_enabled() else size_and_growth(state)[0].float()) + (other - self.known.bits_saved)
         if self.is_coded and torch.is_grad_enabled():  # what is saved is measured; how it grows with the weights is not
@@ -215,8 +213,7 @@ class Compression(TrainingState):
         if not self.learned:
             return other
         for quantizer in self.learned if self.is_coded else ():
-            if where := not_finite(quantizer.weight):
-                raise DivergenceError(f"weight {quantizer.spec.name!r} {where}: it has no entropy-coded size. Load an earlier state.")
+            quantizer.refuse_not_finite(quantizer.weight)
         self.allocate()
         width_T = self.width_T()
         return exact_bits(self.groups(), width_T) - self.saved_at(width_T) + other
@@ -248,12 +245,18 @@ class Compression(TrainingState):
     @torch.no_grad()
     def allocate(self) -> None:
         """Round the bits of all weights, within the target where there is one; does nothing if no value has changed."""
-        if not self.learned or self.learned[0].logits.device.type == "meta":
+        if not self.learned or self.learned[0].width.device.type == "meta":
             return
         with _allocating:
+            self._refuse_flat()
             if self._allocated is None or self._allocated != self._checksum():
                 self._set_widths(self._rounded_bits())
                 self._allocated = self._checksum()
+
+    def _refuse_flat(self) -> None:
+        for quantizer in self.learned:
+            if (logits := quantizer._parameters.get("logits")) is None or logits.shape != quantizer.width.shape:
+                refuse_flat(quantizer.spec.name)
 
     def _checksum(self) -> int:
         weights = [quantizer.weight for quantizer in self.learned] if self.is_coded else []
@@ -267,9 +270,8 @@ class Compression(TrainingState):
             with self.changing_bits() as state:
                 state.set_bits(width_T)
             return width_T
-        for quantizer in self.learned:
-            if where := not_finite(whole(quantizer.logits)):
-                raise DivergenceError(f"the bits of weight {quantizer.spec.name!r}: a logit {where}. Load an earlier state.")
+        if found := first_not_finite((f"logits of weight {q.spec.name!r}", whole(q.logits)) for q in self.learned):
+            raise DivergenceError(f"{found}: its training diverged. Load an earlier state.")
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)

@@ -1,7 +1,7 @@
 """convert: a prepared model in, the same model with integer weights and real rounding out."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,15 +12,17 @@ from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
-from diffq_fx.errors import ConversionError, DiffQWarning, DivergenceError
+from diffq_fx.errors import ConversionError, DiffQWarning
+from diffq_fx.functional import QuantParams
 from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD, parts_of, unwrapped
 from diffq_fx.passes.quantizer_nodes import replace_quantizers, verify_converted
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.sharded import is_sharded
-from diffq_fx.storage import StoredWeight
-from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, not_finite, owner_of
+from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, owner_of
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,17 @@ class CompressionRecord:
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:
-    """Round every weight of a prepared model for good and keep the integers: ``w = (q - zero_point) * scale``.
-
-    The result computes exactly what the prepared model computes in eval(). It holds no float copy of a quantized weight, and shares nothing
-    with the prepared model, which stays usable.
+    """Round every weight of a prepared model for good and keep the integers: ``w = (q - zero_point) * scale``. The same as :func:`convert`.
 
     Args:
-        model: from :func:`prepare_diffq`, trained; or a module that holds prepared ones, such as a DistributedDataParallel
-            (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
+        model: from :func:`prepare_diffq`, trained; or what :func:`convert` takes beside.
 
     Returns:
         The converted model in eval mode, of the class of the prepared one.
 
     Raises:
-        ConversionError: the model was never prepared, or is converted already.
-        DivergenceError: what a weight is rounded with is not finite.
-
-    Warns:
-        DiffQWarning: the bits were never trained, or no pressure on the size ever reached them.
+        ConversionError: as for :func:`convert`.
+        DivergenceError: as for :func:`convert`.
 
     Example:
         >>> import warnings
@@ -82,22 +77,28 @@ def convert_diffq(model: nn.Module) -> nn.Module:
         >>> sorted(name for name, _ in converted.named_parameters())
         ['bias']
     """
-    return _convert(model, "convert_diffq")
+    return _convert(model)
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Round every weight of a prepared model for good, each as its method stores it; the general :func:`convert_diffq`.
+    """Round every weight of a prepared model for good, each as its method stores it.
+
+    The result computes exactly what the prepared model computes in eval(). It holds no float copy of a quantized weight, and shares nothing
+    with the prepared model, which stays usable.
 
     Args:
         model: from :func:`~diffq_fx.prepare`, trained; or a module that holds prepared ones, such as a DistributedDataParallel
             (which is taken off) or a LightningModule (which is copied, with its prepared parts converted).
 
     Returns:
-        The converted model in eval mode; it computes exactly what the prepared model computes in eval().
+        The converted model in eval mode, of the class of the prepared one.
 
     Raises:
-        ConversionError: the model was never prepared, or is converted already.
-        DivergenceError: what a weight is rounded with is not finite.
+        ConversionError: the model was never prepared, is converted already, or is not the one that was prepared any more.
+        DivergenceError: a weight, or a parameter of its quantizer, is not finite.
+
+    Warns:
+        DiffQWarning: the bits were never trained, or no pressure on the size ever reached them.
 
     Example:
         >>> from diffq_fx import prepare
@@ -106,43 +107,47 @@ def convert(model: nn.Module) -> nn.Module:
         >>> convert(prepared).weight_quantized
         IntegerWeight('weight', shape=(32, 32), container_bits=4)
     """
-    return _convert(model, "convert")
+    return _convert(model)
 
 
-def _convert(model: nn.Module, caller: str) -> nn.Module:
+def _convert(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
-    parts = _prepared_parts(model, caller)
-    names = {path: _names_now(part, vars(part)[CHILD], caller) for path, part in parts.items()}  # of all, before the first is converted
+    parts = _prepared_parts(model)
+    for part in parts.values():  # all, before the first is converted
+        _refuse_wrapped_layers(part)
+    names = {path: _names_now(part, vars(part)[CHILD]) for path, part in parts.items()}
     converted: dict[int, nn.Module] = {}
     for path, part in parts.items():
-        converted[id(part)] = _convert_part(part, vars(part)[CHILD], names[path], caller)
+        converted[id(part)] = _convert_part(part, vars(part)[CHILD], names[path])
     if id(model) in converted:
         return converted[id(model)]
     try:
         return copy_replacing(model, converted).eval()
     except Exception as error:  # any object that the model holds may refuse to be copied
         raise ConversionError(
-            f"{caller}: the {type(model).__name__} cannot be copied: {type(error).__name__}: {error}\n"
+            f"convert: the {type(model).__name__} cannot be copied: {type(error).__name__}: {error}\n"
             f"  Convert its prepared parts by themselves: {', '.join(parts)}."
         ) from error
 
 
-def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tuple[str, ...]], caller: str) -> nn.Module:
+def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tuple[str, ...]]) -> nn.Module:
     if sharded := [quantizer.spec.name for quantizer in compression.quantizers if is_sharded(quantizer.weight)]:
         raise ConversionError(
-            f"{caller}: weight {sharded[0]!r} is sharded over ranks.\n"
+            f"convert: weight {sharded[0]!r} is sharded over ranks.\n"
             "  Gather the state (get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into "
             "a prepared model that is not sharded, and convert that."
         )
     if compression.learned:
-        _warn_untrained(compression, caller)
+        _warn_untrained(compression)
     with torch.no_grad():
-        compression.allocate()
         weights = {id(q): root.get_parameter(names[id(q)][0]) for q in compression.quantizers}
-        stored = [_stored(q, weights[id(q)], names[id(q)], caller) for q in compression.quantizers]
+        for quantizer in compression.quantizers:
+            quantizer.refuse_not_finite(weights[id(quantizer)])
+        compression.allocate()
+        stored = [_stored(q, weights[id(q)], names[id(q)]) for q in compression.quantizers]
         kernels.release()
     converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
-    _take_off_wrapper(root, converted, caller)
+    _take_off_wrapper(root, converted)
     _put_in_stored(converted, stored)
     object.__setattr__(converted, CHILD, CompressionRecord.of(compression))
     if compression.method.rest_dtype == "float16":
@@ -150,32 +155,33 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
     return converted.eval()
 
 
-def _prepared_parts(model: nn.Module, caller: str) -> dict[str, nn.Module]:
+def _prepared_parts(model: nn.Module) -> Mapping[str, nn.Module]:
     """The modules that were prepared: the model itself, or those that it holds."""
     if parts := parts_of(model, Compression):
         return parts
     if any(isinstance(module, WeightQuantizer) for module in model.modules()):
         raise ConversionError(
-            f"{caller}: the {type(model).__name__} is a part of a prepared model. Give the whole, as prepare returned it; "
+            f"convert: the {type(model).__name__} is a part of a prepared model. Give the whole, as prepare returned it; "
             "what was merged or wrapped inside it is converted with it."
         )
     if any(isinstance(module, StoredWeight) for module in model.modules()):
-        raise ConversionError(f"{caller}: the {type(model).__name__} is converted already.")
+        raise ConversionError(f"convert: the {type(model).__name__} is converted already.")
     raise ConversionError(
-        f"{caller}: the {type(model).__name__} was never prepared. "
-        f"Call {caller.replace('convert', 'prepare')}(model, example_inputs) and train the result first."
+        f"convert: the {type(model).__name__} was never prepared. Call prepare_diffq(model, example_inputs), or prepare with another "
+        "method, and train the result first."
     )
 
 
-def _names_now(root: nn.Module, compression: Compression, caller: str) -> dict[int, tuple[str, ...]]:
+def _names_now(root: nn.Module, compression: Compression) -> dict[int, tuple[str, ...]]:
     """Where the weight of each quantizer is now, by the quantizer's identity: layers may have been moved since the model was prepared."""
     names: dict[int, tuple[str, ...]] = {}
     for path, module in root.named_modules(remove_duplicate=False):
-        if isinstance(module, WeightQuantizer) and path.endswith(QUANTIZER_SUFFIX):
-            names[id(module)] = (*names.get(id(module), ()), path.removesuffix(QUANTIZER_SUFFIX))
-    _refuse_wrapped_layers(root, caller)
+        for attribute, held in (*module._modules.items(), *vars(module).items()):
+            if isinstance(held, WeightQuantizer) and attribute.endswith(QUANTIZER_SUFFIX):
+                name = f"{path}.{attribute}".removeprefix(".").removesuffix(QUANTIZER_SUFFIX)
+                names[id(held)] = (*names.get(id(held), ()), name)
     if tied := tied_since(root):
-        raise ConversionError(f"{caller}: {tied}.\n  Tie the weights of the float model, and prepare and train it then.")
+        raise ConversionError(f"convert: {tied}.\n  Tie the weights of the float model, and prepare and train it then.")
     lost = []
     for quantizer in compression.quantizers:
         spec, found = quantizer.spec, [_parameter_at(root, name) for name in names.get(id(quantizer), ())]
@@ -187,7 +193,7 @@ def _names_now(root: nn.Module, compression: Compression, caller: str) -> dict[i
             lost.append(f"{spec.name!r} had shape {spec.shape} and has {tuple(found[0].shape) if found[0] is not None else ''} now")
     if lost:
         raise ConversionError(
-            f"{caller}: the {type(root).__name__} is not the model that was prepared any more: weight {'; weight '.join(lost)}.\n"
+            f"convert: the {type(root).__name__} is not the model that was prepared any more: weight {'; weight '.join(lost)}.\n"
             "  Put the layer back that was prepared, or change the float model first, and prepare and train it then."
         )
     return names
@@ -198,46 +204,35 @@ def _parameter_at(root: nn.Module, name: str) -> nn.Parameter | None:
     return owner._parameters.get(attribute)
 
 
-def _warn_untrained(compression: Compression, caller: str) -> None:
-    config = compression.config
-    aimless = config.target_bits is None and config.target_mib is None and config.penalty is None
+def _warn_untrained(compression: Compression) -> None:
     if not int(compression.steps):
-        warnings.warn(
-            f"{caller}: the bits never moved: no optimizer that holds them has made a step. "
-            "Build the optimizer from the prepared model's "
-            "parameters(), or add the bits to yours with setup_optimizer(optimizer, model).",
-            DiffQWarning,
-            stacklevel=5,
+        _warn(
+            "the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
+            "parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
         )
-    elif aimless and not compression.penalized:
-        warnings.warn(
-            f"{caller}: no pressure on the size ever reached this model: "
-            "the config has no target and no penalty, and model_size(model) was "
-            "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss.",
-            DiffQWarning,
-            stacklevel=5,
+    elif not compression.config.has_target and compression.config.penalty is None and not compression.penalized:
+        _warn(
+            "no pressure on the size ever reached this model: the config has no target and no penalty, and model_size(model) was "
+            "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss."
         )
 
 
-def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, ...], caller: str) -> StoredWeight:
+def _warn(message: str) -> None:
+    warnings.warn(f"convert: {message}", DiffQWarning, stacklevel=6)  # the line that calls convert
+
+
+def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, ...]) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
-    if where := not_finite(weight):
-        raise ConversionError(f"{caller}: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
-    _refuse_state_that_is_not_finite(quantizer, caller)
     stored = quantizer.store(weight.detach())
     name, *aliases = names
     stored.spec = replace(stored.spec, dtype=weight.dtype, name=name, aliases=tuple(aliases))  # as the model is now
-    if not torch.equal(stored(), quantizer.rounded_weight(weight.detach())):
-        raise ConversionError(f"{caller}: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
+    if isinstance(quantizer, GridQuantizer) and isinstance(stored, IntegerWeight):  # on the same grid: the search for it is not made twice
+        rounded = quantizer.round_to(weight.detach(), QuantParams(stored.scale, stored.zero_point, stored.offset))
+    else:
+        rounded = quantizer.rounded_weight(weight.detach())
+    if not torch.equal(stored(), rounded):
+        raise ConversionError(f"convert: stored weight {quantizer.spec.name!r} differs from the rounded one of eval().")
     return stored
-
-
-def _refuse_state_that_is_not_finite(quantizer: WeightQuantizer, caller: str) -> None:
-    needed = {id(tensor) for tensor in quantizer.state_tensors()}
-    for name, tensor in (*quantizer.named_parameters(), *quantizer.named_buffers()):
-        if id(tensor) in needed and (where := not_finite(tensor)):
-            message = f"weight {quantizer.spec.name!r}: its {name} {where}: its training diverged. Load an earlier state."
-            raise DivergenceError(f"{caller}: {message}")
 
 
 def _put_in_stored(converted: nn.Module, stored: Iterable[StoredWeight]) -> None:
@@ -249,30 +244,29 @@ def _put_in_stored(converted: nn.Module, stored: Iterable[StoredWeight]) -> None
         run_passes(converted, [replace_quantizers, verify_converted])
     for owner, attribute, _ in places:
         owner._parameters.pop(attribute, None)
-        owner._modules.pop(attribute + QUANTIZER_SUFFIX, None)
+        for registry in (owner._modules, vars(owner)):
+            registry.pop(attribute + QUANTIZER_SUFFIX, None)
         if isinstance(owner, nn.RNNBase):
             owner._flat_weight_refs = [None] * len(owner._flat_weights_names)
 
 
-def _take_off_wrapper(root: nn.Module, converted: nn.Module, caller: str) -> None:
+def _take_off_wrapper(root: nn.Module, converted: nn.Module) -> None:
     """Leave out a forward that was set on the prepared model's instance: it calls the prepared model, and not the converted one."""
     if "forward" not in vars(root):
         return
     for name in ("forward", "_original_forward"):  # accelerate keeps the second
         vars(converted).pop(name, None)
-    warnings.warn(
-        f"{caller}: the forward that was set on the {type(root).__name__} itself, as accelerate and transformers' Trainer do for mixed "
-        "precision, is not part of the converted model, which computes in the type of its weights.",
-        DiffQWarning,
-        stacklevel=5,
+    _warn(
+        f"the forward that was set on the {type(root).__name__} itself, as accelerate and transformers' Trainer do for mixed "
+        "precision, is not part of the converted model, which computes in the type of its weights."
     )
 
 
-def _refuse_wrapped_layers(root: nn.Module, caller: str) -> None:
+def _refuse_wrapped_layers(root: nn.Module) -> None:
     for path, module in root.named_modules():
         if module is not root and isinstance(module, ScopedModule) and "forward" in vars(module):
             raise ConversionError(
-                f"{caller}: the forward of layer {path!r} was set after prepare, and a converted layer would call the prepared one by it.\n"
+                f"convert: the forward of layer {path!r} was set after prepare, and a converted layer would call the prepared one by it.\n"
                 f"  Take it off (del model.{path}.forward), or set it on the float model before prepare."
             )
 

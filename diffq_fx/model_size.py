@@ -24,7 +24,7 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
     """Size of a prepared model in MiB: ``M(b) = sum_s n_s b_s`` over groups s, DiffQ (arXiv:2104.09987), and all that is stored beside.
 
     Differs from the paper: MiB are said to be MiB, and ranges and the coding of the widths are part of the differentiable size too. With
-    ``size="entropy"`` it is about what the packed file takes: levels, scales and what is not quantized at their entropy, buffers too.
+    ``size_of="packed_file"`` levels, scales and what is not quantized count at their entropy, buffers too.
 
     Args:
         model: prepared, or a module that holds prepared ones: the sum of all, and of its own parameters as float32.

@@ -188,7 +188,10 @@ _WAYS = {"model": _prepare_model_scope, "module": _prepare_module_scope}
 
 
 def _add_quantizers(model: nn.Module, selection: Selection, choice: MethodChoice) -> Compression:
-    """Register one quantizer per weight beside it, under each of its names; make the handle and let the model show it.
+    """Register one quantizer per weight beside it; make the handle and let the model show it.
+
+    The quantizer of a tied weight is a child of the first module that holds the weight, and an attribute of the others: as a child of all
+    it would have several names in a state_dict, where torch.distributed.checkpoint knows one.
 
     The first quantizer has it as a child, not the model: a model that runs all its children, as nn.Sequential does, must not meet one more.
     """
@@ -196,8 +199,11 @@ def _add_quantizers(model: nn.Module, selection: Selection, choice: MethodChoice
     for key, spec in selection.specs.items():
         quantizer = selection.methods[key].make_quantizer(spec, selection.parameters[key])
         quantizer.place = _place_of(model, spec.name)
-        for owner, attribute in (owner_of(model, name) for name in spec.names):
-            owner.add_module(attribute + QUANTIZER_SUFFIX, quantizer)
+        for name in spec.names:
+            owner, attribute = owner_of(model, name)
+            kept = owner._modules if name == spec.name else vars(owner)
+            if attribute + QUANTIZER_SUFFIX not in owner._modules:
+                kept[attribute + QUANTIZER_SUFFIX] = quantizer
         quantizers.append(quantizer)
     compression = Compression(choice, quantizers, selection.skipped, _rest_of(model, selection, quantizers))
     phases.start(compression)

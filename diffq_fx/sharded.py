@@ -6,10 +6,12 @@ collective operation: all ranks must do it, in the same order.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.nn import Parameter
+
+from diffq_fx.errors import DiffQError
 
 _PLAIN = {Tensor, Parameter}
 
@@ -40,6 +42,14 @@ def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
         [tensor([1., 1.])]
     """
     return list(tensors) if _PLAIN.issuperset(map(type, tensors)) else [whole(tensor) for tensor in tensors]
+
+
+def refuse_flat(name: str) -> NoReturn:
+    """Say that FSDP1 has put a weight or its bits into a flat parameter, of which single values have no place of their own."""
+    raise DiffQError(
+        f"weight {name!r} is a part of a flat parameter of FullyShardedDataParallel, which keeps no bits of single weights: "
+        "use fully_shard (FSDP2), on prepared layers or on the whole prepared model."
+    )
 
 
 def own_part(tensor: Any) -> Tensor:

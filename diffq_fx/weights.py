@@ -1,5 +1,6 @@
 """What the library knows about one weight: the frozen facts that every pass, method and exporter agrees on."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -86,6 +87,11 @@ class SkippedWeight:
     name: str
     shape: tuple[int, ...]
     reason: str
+
+
+def first_not_finite(values: Iterable[tuple[str, Tensor]]) -> str:
+    """What of these is not finite, by its name, and where; empty if all are finite everywhere."""
+    return next((f"{name} {where}" for name, tensor in values if (where := not_finite(tensor))), "")
 
 
 def not_finite(tensor: Tensor) -> str:

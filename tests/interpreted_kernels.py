@@ -18,7 +18,7 @@ SETTINGS = {
     "affine": {},
     "symmetric": {"grid": "symmetric", "noise": "gaussian"},
     "own ranges": {"grid": "float", "range_per": "group"},
-    "unclipped": {"clipping": "none", "max_bits": 9},
+    "unclipped": {"clip_ranges": False, "max_bits": 9},
 }
 
 

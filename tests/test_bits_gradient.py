@@ -16,7 +16,7 @@ LAYOUTS = {
     "tensor": {"group_size": "tensor", "range_per": "tensor"},
     "tensor over channels": {"group_size": "tensor"},
     "channel in tensor": {"range_per": "tensor"},
-    "unclipped": {"clipping": "none"},
+    "unclipped": {"clip_ranges": False},
     "ragged": {"group_size": 20},
 }
 

@@ -12,7 +12,7 @@ from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import add_noise, draws, gpu, noise
 
 GPUS = [name for name in ("cuda", "mps") if getattr(torch, name, None) is not None and getattr(torch, name).is_available()]
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")]
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:convert. the bits never moved")]
 NVIDIA = pytest.mark.skipif("cuda" not in GPUS, reason="no GPU of torch's device cuda")
 
 
@@ -79,7 +79,7 @@ def step_of(model, optimizer, x):
 @NVIDIA
 @pytest.mark.parametrize("final", [False, True])
 def test_a_step_waits_for_nothing(final, body):
-    model = prepare_diffq(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), torch.zeros(1, 64), DiffQConfig(sensitivity_steps=0)).train()
+    model = prepare_diffq(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)), torch.zeros(1, 64), DiffQConfig()).train()
     if final:
         freeze_bits(model)
     model, x = model.to("cuda"), torch.randn(16, 64, device="cuda")

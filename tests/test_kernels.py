@@ -124,7 +124,7 @@ def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, g
 @pytest.mark.parametrize("group_size", ["channel", 1, 3, 4, 8, 16, 64, 700, 3000])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"grid": "symmetric", "noise": "gaussian"}, {"grid": "float", "range_per": "group"}, {"clipping": "none", "max_bits": 9}],
+    [{}, {"grid": "symmetric", "noise": "gaussian"}, {"grid": "float", "range_per": "group"}, {"clip_ranges": False, "max_bits": 9}],
 )
 @pytest.mark.parametrize("columns", [5000, 4090, 12])
 def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypatch):

@@ -1,6 +1,7 @@
 """Ranges that suit the rounding error, and learned ones."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import RoundInRange, extension, learned_factor, least_error_range, native, normal_range
 from diffq_fx.kernels.draws import SPAN_OF_NORMAL
 
-pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved")
 GRIDS = ["affine", "symmetric", "float"]
 
 
@@ -121,10 +122,10 @@ def test_a_learned_range_wanders_to_less_error():
     torch.testing.assert_close(converted(eye), model.eval()(eye), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("clipping", ["learned", "fitted", "none"])
-def test_the_range_is_kept_once_the_bits_are_final(clipping):
+@pytest.mark.parametrize("clips", [True, False])
+def test_the_range_is_kept_once_the_bits_are_final(clips):
     torch.manual_seed(0)
-    model = prepare_diffq(nn.Linear(64, 8), torch.zeros(1, 64), DiffQConfig(clipping=clipping))
+    model = prepare_diffq(nn.Linear(64, 8), torch.zeros(1, 64), DiffQConfig(clip_ranges=clips))
     freeze_bits(model)
     x = torch.randn(4, 64)
     before = model(x)
@@ -133,9 +134,21 @@ def test_the_range_is_kept_once_the_bits_are_final(clipping):
     moved = model(x)
     (quantizer,) = model.compression.learned
     largest = float(quantizer.rounded_weight(model.weight.detach()).max())
-    assert (largest > 4) == (clipping == "none")
+    assert (largest > 4) == (not clips)
     assert not torch.equal(before, moved)
-    again = prepare_diffq(nn.Linear(64, 8), torch.zeros(1, 64), DiffQConfig(clipping=clipping))
+    again = prepare_diffq(nn.Linear(64, 8), torch.zeros(1, 64), DiffQConfig(clip_ranges=clips))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), moved)
     assert torch.equal(convert_diffq(again)(x), moved)
+
+
+@pytest.mark.parametrize("settings", [{}, {"grid": "symmetric"}, {"group_size": 8, "target_bits": 6}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_convert_searches_the_range_of_each_weight_once(settings):
+    net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    model = prepare_diffq(net, torch.zeros(1, 64), DiffQConfig(**settings))
+    with mock.patch("diffq_fx.methods.diffq.least_error_range", wraps=least_error_range) as search:
+        converted = convert_diffq(model)
+    assert search.call_count == 2
+    x = torch.randn(3, 64)
+    assert torch.equal(converted(x), model.eval()(x))

@@ -17,6 +17,8 @@ from benchmarks.frontier.tasks import TASKS, Task
 from diffq_fx import DiffQConfig, model_size, prepare
 
 BITS = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+_SIZE_OF = {"bits": "widths", "entropy": "packed_file"}
+"""By the names that stand in the results."""
 SETTINGS = (("bits", 10, 1.0), ("bits", 40, 1.0), ("bits", 10, 1e-4), ("bits", 10, 1e4), ("entropy", 10, 1.0), ("entropy", 40, 1.0))
 """What the target holds, steps of the whole training, and what the loss is multiplied with."""
 _WIDEST_CODED = 10
@@ -47,7 +49,7 @@ def _measure(task: Task, size: str, steps: int, scale: float, bits: float) -> Po
     target = budget_mib(task, bits)
     torch.manual_seed(0)
     most = _WIDEST_CODED if size == "entropy" else 8
-    config = DiffQConfig(target_mib=target, training_steps=steps, size=size, max_bits=most)  # pyright: ignore[reportArgumentType]
+    config = DiffQConfig(target_mib=target, training_steps=steps, size_of=_SIZE_OF[size], max_bits=most)  # pyright: ignore[reportArgumentType]
     model = prepare(copy.deepcopy(task.float_model), task.example, config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
     batches, sizes = task.batches(0), []

@@ -77,7 +77,8 @@ def _paper(job: Job) -> Point:
     """The paper preset, its bits at a rate of their own as there; weights are left in float from the size on that diffq is told, too."""
     method = replace(DiffQConfig.paper(penalty=job.chosen_penalty), min_size=262)
     model = prepare(job.copy_of_float(), job.task.example, method)
-    job.training(model, set_up=lambda optimizer: setup_optimizer(optimizer, model, bits_lr=job.bits_rate)).advance(job.steps)
+    rate = job.bits_rate / 10  # bits move ten times as fast as the paper's
+    job.training(model, set_up=lambda optimizer: setup_optimizer(optimizer, model, bits_lr=rate)).advance(job.steps)
     return _finish(job, model, f"DiffQConfig.paper(penalty={job.chosen_penalty:g}), bits_lr={job.bits_rate:g}")
 
 
@@ -128,29 +129,19 @@ OURS: dict[str, System] = {
     "lsq": System(run=_trained(lambda job: LSQ(bits=job.whole_bits)), summary="learned step size"),
     "quant-noise": System(run=_trained(lambda job: QuantNoise(bits=job.whole_bits, rate=0.5)), summary="Quant-Noise, half of the weights"),
     "lc": System(run=_lc, summary="learning-compression, adaptive codebook"),
-    "ours-noise": System(run=_trained(lambda job: _aimed(job, noise_steps=None)), summary="ours, noise to the end", is_default=False),
+    "ours-noise": System(run=_trained(lambda job: _aimed(job, training_steps=10**6)), summary="ours, noise to the end", is_default=False),
     "ours-noise-bn": System(
-        run=_trained(lambda job: _aimed(job, noise_steps=None), batch_norm=True),
+        run=_trained(lambda job: _aimed(job, training_steps=10**6), batch_norm=True),
         summary="ours, noise to the end, batch norm estimated again",
         is_default=False,
     ),
     "ours-minmax": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="none")),
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clip_ranges=False)),
         summary="ours, ranges that span all weights",
         is_default=False,
     ),
-    "ours-fitted": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, clipping="fitted")),
-        summary="ours, ranges with the least error that do not learn",
-        is_default=False,
-    ),
-    "ours-slow-bits": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, sensitivity_steps=0)),
-        summary="ours, bits moved by their own gradient alone",
-        is_default=False,
-    ),
     "ours-noise-fifth": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, rounding_share=0.8)),
+        run=_trained(lambda job: _aimed(job, training_steps=2 * job.steps)),
         summary="ours, noise in a fifth of the steps",
         is_default=False,
     ),
@@ -165,7 +156,7 @@ OURS: dict[str, System] = {
         is_default=False,
     ),
     "ours-entropy": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps, size="entropy")),
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, size_of="packed_file")),
         summary="ours, the budget held by the entropy-coded size",
         is_default=False,
     ),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.budget.allocation import Part, common_shift
-from diffq_fx.budget.bit_state import BitState
+from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
 from diffq_fx.budget.size import size_and_growth, slope
 from diffq_fx.kernels import moments
@@ -115,8 +115,8 @@ def shift_to(state: BitState, budget: int) -> None:
     segments = state.groups.segments()
     rows = [segment.open(state.logits) for segment in segments]
     size, growth = size_and_growth(state, rows)
-    shift = ((budget - size) / growth.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / state.gain, _LARGEST_SHIFT / state.gain)
+    shift = ((budget - size) / growth.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / GAIN, _LARGEST_SHIFT / GAIN)
     for segment, row in zip(segments, rows, strict=True):
         for tile in segment.tiles():
-            row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / state.gain, _LOGIT_LIMIT / state.gain)
+            row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / GAIN, _LOGIT_LIMIT / GAIN)
         segment.close(row, state.logits)

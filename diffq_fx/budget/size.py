@@ -83,7 +83,7 @@ class _ExpectedBits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, state: BitState, *logits: Tensor) -> Tensor:
-        ctx.state = BitState(state.groups, (), state.gain)
+        ctx.state = BitState(state.groups, ())
         ctx.save_for_backward(*logits)
         return size_and_growth(state)[0].float()
 

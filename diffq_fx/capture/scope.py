@@ -142,7 +142,7 @@ def _made_weights(module: Any) -> dict[tuple[int, str], Tensor]:
             continue
         if (stored := owner._modules.get(attribute + STORED_SUFFIX)) is not None:
             made[place] = stored()
-        elif (quantizer := owner._modules.get(attribute + QUANTIZER_SUFFIX)) is not None:
+        elif (quantizer := getattr(owner, attribute + QUANTIZER_SUFFIX, None)) is not None:
             made[place] = quantizer(getattr(owner, attribute))
     return made
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.errors import DiffQError, PreparationError
+from diffq_fx.errors import DiffQError, DivergenceError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
-from diffq_fx.sharded import is_sharded
+from diffq_fx.sharded import is_sharded, refuse_flat
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import WeightSpec
+from diffq_fx.weights import WeightSpec, first_not_finite
 
 Place = tuple[dict[str, Any], str]
 """Where a module keeps a parameter or a buffer, and its name there. Not the tensor: moving a model makes new buffers, and
@@ -177,6 +177,23 @@ class WeightQuantizer(nn.Module, ABC):
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes once it is rounded; the same as that of what :meth:`store` gives."""
 
+    def trained_values(self) -> list[tuple[str, Tensor]]:
+        """What training moves, each with the words for it in a message: the weight, and the quantizer's own parameters."""
+        name = f"weight {self.spec.name!r}"
+        return [(name, self.weight), *((f"{own} of {name}", each) for own, each in self.named_parameters(recurse=False))]
+
+    def refuse_not_finite(self, weight: Tensor) -> None:
+        """Refuse to round a weight where it, a parameter or what its rounding is made of, such as a range, is not finite.
+
+        Raises:
+            DivergenceError: names the weight, the tensor and the first such place.
+        """
+        name, needed = f"weight {self.spec.name!r}", {id(tensor) for tensor in (*self.parameters(), *self.state_tensors())}
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        values = [(name, weight), *((f"{what} of {name}", tensor) for what, tensor in own if id(tensor) in needed)]
+        if found := first_not_finite(values):
+            raise DivergenceError(f"{found}: its training diverged. Load an earlier state.")
+
     def follow(self) -> None:
         """Bring what the rounding is made of up to date with the values that it follows from, before a forward in eval()."""
 
@@ -198,6 +215,8 @@ class WeightQuantizer(nn.Module, ABC):
                 f"weight {self.spec.name!r} is a DTensor where its quantizer reads it, of which this rank holds a part alone.\n"
                 "  Tensor parallelism is not supported; fully_shard (FSDP2) is, on prepared layers or on the whole prepared model."
             )
+        if getattr(self, "_is_fsdp_managed_module", False) and not isinstance(weight, nn.Parameter):
+            refuse_flat(self.spec.name)
         if weight.shape != self.spec.shape:
             raise PreparationError(
                 f"weight {self.spec.name!r} was prepared with shape {tuple(self.spec.shape)} and has {tuple(weight.shape)} now.\n"
@@ -216,6 +235,8 @@ class WeightQuantizer(nn.Module, ABC):
         state = checksum((weight, *self.state_tensors()))
         key, kept = (state, weight.shape, weight.dtype), self._kept
         if state is None or kept is None or kept[0] != key or (kept[1].is_inference() and torch.is_grad_enabled()):
+            if weight.device.type == "cpu":  # elsewhere the look would make every forward wait
+                self.refuse_not_finite(weight)
             with torch.no_grad():
                 kept = key, self.rounded_weight(weight.detach())
             self._kept = None if state is None else kept

@@ -4,40 +4,32 @@ In training a weight is ``w + step(b) * n`` with independent noise n, so that th
 of each group: ``b = b_min + sigmoid(l) (b_max - b_min)``, l trainable. In eval() and after conversion the weight is truly rounded.
 """
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from diffq_fx.functional import Grid
-from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, check_group
-from diffq_fx.methods.diffq_weight import DiffQWeight
-from diffq_fx.storage.packing import CONTAINER_BITS
+from diffq_fx import functional
+from diffq_fx.budget.bit_state import GAIN
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_span, step_of_logits
+from diffq_fx.methods.diffq_settings import DiffQSettings
+from diffq_fx.methods.grid import GridQuantizer
+from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
-
-_DEFAULT_TARGET_BITS = 4.0
-_USUAL_START = 6.0
-_GRIDS = ("affine", "symmetric", "float")
-_NOISES = ("uniform", "gaussian")
-_CLIPPINGS = ("learned", "fitted", "none")
-_SIZES = ("bits", "container", "entropy")
-
-
-class _NotGiven(float):
-    """Four bits where there is no other aim; a 4 that the user wrote does not yield to another."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffQConfig(Method):
+class DiffQConfig(DiffQSettings):
     """Settings of DiffQ. The defaults compress to 4 bits a weight, scales and everything else about the weights included.
 
     Give at most one of ``target_bits``, ``target_mib`` and ``penalty``; with ``target_bits=None`` and no other there is no
     pressure on the size but what you add to the loss yourself (``penalty * model_size(model)``).
 
     Several configs in one mapping of names to methods share one size. They may differ in what concerns a weight alone (groups, ranges,
-    grid, noise, limits of the widths, clipping), not in the settings of ``whole_model``.
+    grid, noise, limits of the widths), not in the settings of ``whole_model``.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.
@@ -52,53 +44,12 @@ class DiffQConfig(Method):
         ValueError: DiffQConfig: min_bits must be from 1 to 16, got 0.
     """
 
-    target_bits: float | None = _NotGiven(_DEFAULT_TARGET_BITS)
-    """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths. By default 4."""
-    target_mib: float | None = None
-    """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
-    penalty: float | None = None
-    """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
-    size: Literal["bits", "container", "entropy"] = "bits"
-    """The size that the target holds: "bits" has every level at its width (the paper), "container" is what ONNX stores, "entropy" what an
-    entropy-coded packed file takes (no range is clipped then: rare levels cost next to nothing)."""
-    group_size: GroupSize = "channel"
-    """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
-    range_per: Literal["tensor", "channel", "group"] = "channel"
-    """Weights that share a range; "group" is the group that shares a number of bits."""
-    grid: Grid = "affine"
-    """"affine" (integer zero_point), "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold)."""
-    noise: Literal["uniform", "gaussian"] = "uniform"
-    """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
-    min_bits: float = 1
-    """Smallest width, 1 to 16; that of ``widths`` or of ONNX containers where these are asked for."""
-    max_bits: float = 8
-    """Largest width, 1 to 16."""
-    widths: tuple[int, ...] | None = None
-    """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
-    container is wasted."""
-    init_bits: float | None = None
-    """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``; None for 6 or the nearest between them."""
-    bits_gain: float = 10
-    """How much faster the bits move than a weight under the same optimizer; the paper has 1 and an optimizer of their own."""
-    sensitivity_steps: int = 20
-    """Optimizer steps after which the bits move, all at once, to where the gradients of the weights so far want them (with a target)."""
-    clipping: Literal["learned", "fitted", "none"] = "learned"
-    """Range of the grid: "none" spans all weights, "fitted" has the least squared error, "learned" starts there and is trained."""
-    noise_steps: int | None = 200
-    """Optimizer steps with noise; then the bits are final and training rounds truly. None: noise to the end. Without a target None."""
-    training_steps: int | None = None
-    """Optimizer steps that the whole training will make; if given, noise takes what ``rounding_share`` leaves, not ``noise_steps``."""
-    rounding_share: float = 0.9
-    """The part of ``training_steps`` with final bits and true rounding, 0 to 1; the first step always has noise."""
-
-    whole_model: ClassVar[tuple[str, ...]] = (
-        *("target_bits", "target_mib", "penalty", "size", "bits_gain"),
-        *("sensitivity_steps", "noise_steps", "training_steps", "rounding_share"),
-    )
-
     @staticmethod
     def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":
         """The paper's settings: lambda, groups of 8, Gaussian noise, per-tensor float ranges, 2 to 15 bits from 8.
+
+        Differs from the paper: bits move ten times as fast at the same rate. Give them a tenth of the paper's rate with
+        :func:`~diffq_fx.setup_optimizer`.
 
         Args:
             penalty: lambda, in loss per MiB; None to add it to the loss yourself.
@@ -121,128 +72,170 @@ class DiffQConfig(Method):
             min_bits=2,
             max_bits=15,
             init_bits=8,
-            bits_gain=1,
-            clipping="none",
-            noise_steps=None,
+            clip_ranges=False,
             min_size=2622,  # 0.01 MiB of float32
         )
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work, naming the setting and the value."""
-        if isinstance(self.target_bits, _NotGiven):
-            aimless = self.target_mib is None and self.penalty is None
-            object.__setattr__(self, "target_bits", _DEFAULT_TARGET_BITS if aimless else None)
-        aims = {k: v for k in ("target_bits", "target_mib", "penalty") if (v := getattr(self, k)) is not None}
-        if len(aims) > 1:
-            raise ValueError(f"DiffQConfig: give one of target_bits, target_mib and penalty, got {aims}.")
-        for name, value in aims.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"DiffQConfig: {name} must be a number, got {value!r}.")
-            if not 0 < value < math.inf:
-                raise ValueError(f"DiffQConfig: {name} must be positive and finite, got {value}.")
-        if self.widths is not None and not (isinstance(self.widths, list | tuple) and all(type(width) is int for width in self.widths)):
-            raise TypeError(f"DiffQConfig: widths must be a tuple of whole numbers like (2, 4, 8), got {self.widths!r}.")
-        self._check_limits()
-        self._check_groups()
-        self._check_widths()
-        self._check_phases()
-        for name, allowed in (("grid", _GRIDS), ("noise", _NOISES), ("clipping", _CLIPPINGS), ("size", _SIZES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if not self.bits_gain > 0:
-            raise ValueError(f"DiffQConfig: bits_gain must be positive, got {self.bits_gain}.")
-        self.check_common()
-        if self.widths is not None or self.size == "container":  # no noise of widths that rounding cannot choose
-            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.allowed_widths[0], self.start_bits - 1)))
-
-    def _check_limits(self) -> None:
-        limits = {name: bits for name in ("min_bits", "init_bits", "max_bits") if (bits := getattr(self, name)) is not None}
-        for name, bits in limits.items():
-            if not 1 <= bits <= 16:
-                raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {bits}.")
-        if self.min_bits >= min(self.init_bits or 16, self.max_bits) or (self.init_bits or 1) > self.max_bits:
-            order = " < ".join(limits).replace("init_bits <", "init_bits <=")
-            raise ValueError(f"DiffQConfig: expected {order}, got {', '.join(str(bits) for bits in limits.values())}.")
-
-    @property
-    def start_bits(self) -> float:
-        """Width at the start where no target says it."""
-        if self.init_bits is not None:
-            return float(self.init_bits)
-        usual = min(_USUAL_START, float(self.max_bits))
-        return usual if usual > self.min_bits else (self.min_bits + self.max_bits) / 2
-
-    def _check_groups(self) -> None:
-        check_group("DiffQConfig", "group_size", self.group_size)
-        if self.range_per not in ("tensor", "channel", "group"):
-            raise ValueError(f'DiffQConfig: range_per must be "tensor", "channel" or "group", got {self.range_per!r}.')
-        if self.range_per == "group" and self.group_size == 1:
-            raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
-        if self.size == "container" and not isinstance(self.group_size, str):
-            raise ValueError(
-                f'DiffQConfig: size="container" needs group_size="channel" or "tensor", got {self.group_size}: '
-                "ONNX holds all blocks of a channel in one container."
-            )
-
-    def _check_phases(self) -> None:
-        for name, least, none_too in (("training_steps", 1, True), ("noise_steps", 1, True), ("sensitivity_steps", 0, False)):
-            steps = getattr(self, name)
-            if steps is None and none_too:
-                continue
-            if isinstance(steps, bool) or not isinstance(steps, int) or steps < least:
-                also = ", or None" if none_too else ""
-                raise ValueError(f"DiffQConfig: {name} must be a whole number of at least {least}{also}, got {steps!r}.")
-        if not 0 <= self.rounding_share <= 1:
-            raise ValueError(f"DiffQConfig: rounding_share must be from 0 to 1, got {self.rounding_share!r}.")
-
-    @property
-    def has_target(self) -> bool:
-        """Whether there is a size to meet."""
-        return self.target_bits is not None or self.target_mib is not None
-
-    @property
-    def freeze_step(self) -> int | None:
-        """The optimizer step after which the bits are final; None where nothing says when."""
-        if self.training_steps is not None:
-            return max(round(self.training_steps * (1 - self.rounding_share)), 1)  # the bits move before they are final
-        return self.noise_steps if self.has_target else None
-
-    @property
-    def sensitivity_step(self) -> int | None:
-        """The optimizer step after which the bits move to where the gradients want them; None for never."""
-        if not self.has_target or not self.sensitivity_steps:
-            return None
-        return self.sensitivity_steps if self.freeze_step is None else min(self.sensitivity_steps, self.freeze_step)
-
-    def _check_widths(self) -> None:
-        allowed = self.allowed_widths
-        if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):
-            raise ValueError(f"DiffQConfig: widths must be two or more, rising, got {allowed}.")
-        if self.size == "container" and not set(allowed) <= set(CONTAINER_BITS):
-            raise ValueError(f'DiffQConfig: size="container" has widths of {CONTAINER_BITS} alone, got {allowed}.')
-        if allowed[0] < self.min_bits or allowed[-1] > self.max_bits:
-            raise ValueError(
-                f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}."
-            )
-
-    @property
-    def allowed_widths(self) -> tuple[int, ...]:
-        """The widths that rounding may choose, rising."""
-        if self.widths is not None:
-            return tuple(self.widths)
-        every = range(math.ceil(self.min_bits), math.floor(self.max_bits) + 1)
-        return tuple(width for width in every if self.size != "container" or width in CONTAINER_BITS)
-
-    @property
-    def clips(self) -> bool:
-        """Whether ranges may leave weights outside."""
-        return self.clipping != "none" and self.size != "entropy"
-
-    @property
-    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
-        """``(group_size, range_size, grid)``."""
-        return self.group_size, self.group_size if self.range_per == "group" else self.range_per, self.grid
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
         """Make the noise node of one weight."""
         return DiffQWeight(spec, self, weight)
+
+
+class DiffQWeight(GridQuantizer):
+    """Noise on one weight while its bits are sought, true rounding in a learned range once they are final.
+
+    Parameters:
+        logits: float32, shape of the spec's ``bits_layout``; see :func:`diffq_fx.functional.bits_from_logits`.
+        clip: float32, shape of the spec's ``range_layout``: how far the range has moved since the bits became final; see
+            :func:`diffq_fx.kernels.RoundInRange`. None without clipping.
+
+    Buffers:
+        width: float32, whose average does no harm, the shape of ``logits``: the rounded bits, set for the whole model at once so that the
+            size meets its target.
+        range_low, range_high: float32, the shape of ``clip``: the range when the bits became final. None without clipping.
+        gradient_sums: float32, (2, *shape of ``logits``): what :func:`diffq_fx.budget.sensitivity.observe` has gathered. None without use.
+    """
+
+    logits: nn.Parameter
+    clip: nn.Parameter | None
+    width: Tensor
+    range_low: Tensor | None
+    range_high: Tensor | None
+    gradient_sums: Tensor | None
+    shared: TrainingState | None
+    """What the model's weights have in common; a child of the model and not of each weight."""
+
+    def __init__(self, spec: WeightSpec, config: DiffQSettings, weight: Tensor) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.shared = None
+        self.widths_seen = 0  # the pass over the model in which it last asked whether the widths are those of the logits
+        self._limits = {"min_bits": config.min_bits, "max_bits": config.max_bits, "gain": GAIN}
+        self.one_pass = OnePass(
+            axis=spec.axis,
+            groups=spec.bits_layout,
+            ranges=spec.range_layout,
+            grid=spec.grid,
+            clips=config.clips,
+            gaussian=config.noise == "gaussian",
+            **self._limits,
+        )
+        like = {"dtype": torch.float32, "device": weight.device}
+        bits = torch.full(spec.bits_layout.shape, config.start_bits, **like)
+        self.logits = nn.Parameter(functional.logits_from_bits(bits, **self._limits))
+        self.register_buffer("width", bits.round())
+        unmoved = torch.zeros(spec.range_layout.shape, **like)
+        self.clip = nn.Parameter(unmoved) if config.clips else None
+        for end in ("range_low", "range_high"):
+            self.register_buffer(end, unmoved.clone() if config.clips else None)
+        observes = config.sensitivity_step is not None
+        self.register_buffer("gradient_sums", torch.zeros(2, *spec.bits_layout.shape, **like) if observes else None)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the bits are final."""
+        return self.shared is not None and self.shared.frozen
+
+    @property
+    def range_scale(self) -> Tensor | None:
+        """What all ranges of the model are multiplied with; None where the size to hold is not that of a packed file."""
+        return self.shared.range_scale if self.shared is not None and self.config.size_of == "packed_file" else None
+
+    def bits(self) -> Tensor:
+        """Bits of each group as trained, not rounded; differentiable, shape of the spec's ``bits_layout``."""
+        return functional.bits_from_logits(whole(self.logits), **self._limits)
+
+    def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Range that the grid covers: kept since the bits became final; before, the one with the least error at this width."""
+        if self.clip is None:
+            low, high = super().range_of(rows_OI, bits)
+            return (low, high) if self.range_scale is None else (low * self.range_scale, high * self.range_scale)
+        if self.frozen:
+            moved = learned_factor(whole(self.clip.detach()))
+            return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
+        return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.spec.grid)
+
+    @torch.no_grad()
+    def keep_range(self) -> None:
+        """Fix the range from which clipping is learned; for when the bits become final."""
+        if self.clip is not None:
+            low, high = self.range_of(to_rows(whole(self.weight), self.spec.axis), self.rounded_bits())
+            self.get_buffer("range_low").copy_(low)
+            self.get_buffer("range_high").copy_(high)
+
+    @property
+    def can_make_again(self) -> bool:
+        """What it is made of is the weight, the method's parameters and the random state alone."""
+        return True
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
+        if self.shared is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.shared.trained_since = True
+        return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
+
+    def _noisy(self, weight: Tensor) -> Tensor:
+        if self.one_pass.takes(weight, self.logits):
+            return self.one_pass(weight, self.logits, self.clip)
+        span, growth = self._span_and_growth(weight)
+        step = step_of_logits(self.logits, span, growth=growth, unmoved=self.clip, **self._limits)
+        return add_noise(weight, step, axis=self.spec.axis, block=self.spec.scale_layout.block, gaussian=self.config.noise == "gaussian")
+
+    def span_in_training(self, weight: Tensor) -> Tensor:
+        """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
+        return self._span_and_growth(weight)[0]
+
+    def _span_and_growth(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
+        if self.clip is not None:
+            return normal_span(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
+        low, high = super().range_of(rows_OI, self.width)
+        return high - low, None
+
+    @torch.no_grad()
+    def _widest_bits(self) -> Tensor:
+        """The most bits among the groups of each range."""
+        widest = whole(self.logits)
+        for axis, size in enumerate(self.spec.range_layout.shape):
+            if size == 1 < widest.shape[axis]:
+                widest = widest.amax(axis, keepdim=True)
+        return functional.bits_from_logits(widest, **self._limits)
+
+    @torch.no_grad()
+    def step_in_training(self) -> Tensor:
+        """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
+        return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
+
+    def _rounded_for_training(self, weight: Tensor) -> Tensor:
+        spec = self.spec
+        round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout, grid=spec.grid)
+        if self.clip is not None and round_in_range.takes(weight, self.width):
+            kept = self.get_buffer("range_low"), self.get_buffer("range_high"), self.width
+            return round_in_range.in_one_pass(weight, self.logits, self.clip, *kept)
+        bits = self.rounded_bits()
+        low, high = self.range_of(to_rows(weight, spec.axis), bits)
+        params = functional.quant_params(low, high, bits, spec.grid)
+        rounded = self.round_to(weight.detach(), params)
+        return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low)
+
+    def rounded_bits(self) -> Tensor:
+        """Bits of each group as the converted model has them."""
+        return self.width.round().to(torch.int32)
+
+    def follow(self) -> None:
+        """Have the widths of the logits: those of all weights, since the size is one."""
+        if self.shared is not None:
+            self.shared.follow(self)
+
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """The rounded bits and the range."""
+        shared = () if self.shared is None else (self.shared.bits_frozen,)
+        kept = (self.width, self.clip, self.range_low, self.range_high, self.range_scale, *shared)
+        return tuple(each for each in kept if each is not None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep what is shared as a plain attribute."""
+        if name == "shared":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)

@@ -43,10 +43,7 @@ class TrainingState(nn.Module):
         for name, value in (("steps", 0.0), ("bits_frozen", 0.0), ("frozen_at", 0.0), ("range_scale", 1.0), ("coding", (0.0, 0.0))):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
         self._known, self._known_from = Known(), self._versions()
-
-    @abstractmethod
-    def note_training(self) -> None:
-        """Note that a weight is read for a step of training."""
+        self.trained_since = False  # whether a weight was read in training since an optimizer's latest step, of whatever it holds
 
     @abstractmethod
     def follow(self, reader: nn.Module) -> None:

@@ -29,7 +29,7 @@ def insert_quantizers(gm: fx.GraphModule) -> PassResult:
         if META_KEY not in node.meta or any(isinstance(module_of(gm, reader), WeightQuantizer) for reader in readers):
             continue
         with gm.graph.inserting_after(node):
-            quantized = gm.graph.call_module(f"{node.target}{QUANTIZER_SUFFIX}", (node,))
+            quantized = gm.graph.call_module(f"{node.meta[META_KEY].name}{QUANTIZER_SUFFIX}", (node,))  # of a tied weight, too
         for reader in readers:
             reader.replace_input_with(node, quantized)
         modified = True

@@ -16,7 +16,7 @@ from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.parts import CHILD, parameters_outside, parts_of, unwrapped
 from diffq_fx.report.numbers import BitsReport, WeightBits
 from diffq_fx.storage import StoredWeight
-from diffq_fx.storage.packing import narrowed
+from diffq_fx.storage.packing import narrowed, tables_once
 from diffq_fx.weights import SkippedWeight
 
 _FLOAT_BITS = 32
@@ -139,10 +139,5 @@ def _buffer_bits(root: nn.Module) -> int:
     """What the buffers of the state take that are not ours, equal tables once."""
     ours = {id(b) for module in root.modules() if isinstance(module, StoredWeight | WeightQuantizer) for b in module.buffers()}
     kept = root.state_dict(keep_vars=True)
-    tables = {name: narrowed(buffer) for name, buffer in root.named_buffers() if name in kept and id(buffer) not in ours}
-    found: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
-    for table in tables.values():
-        alike = found.setdefault((table.dtype, table.shape), [])
-        if table.is_floating_point() or not any(torch.equal(table, earlier) for earlier in alike):
-            alike.append(table)
-    return sum(8 * table.nbytes for alike in found.values() for table in alike)
+    buffers = tables_once(buffer for name, buffer in root.named_buffers() if name in kept and id(buffer) not in ours)
+    return sum(8 * narrowed(buffer).nbytes for buffer in buffers)

@@ -1,5 +1,7 @@
 """Levels and codes in the fewest bytes of a container width, least significant bits first, as ONNX packs them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,34 @@ def narrowed(table: Tensor) -> Tensor:
     low, high = (int(end) for end in torch.aminmax(table))
     fitting = (dtype for dtype in _NARROW_TYPES if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max)
     return table.to(next(fitting, table.dtype))
+
+
+def in_smallest_type(tensor: Tensor) -> Tensor:
+    """A tensor as a packed file holds it: :func:`narrowed`, and float32 as float16 where that has every value.
+
+    Example:
+        >>> in_smallest_type(torch.ones(2)).dtype, in_smallest_type(torch.full((2,), 0.1)).dtype
+        (torch.float16, torch.float32)
+    """
+    if tensor.dtype != torch.float32:
+        return narrowed(tensor)
+    half = tensor.half()
+    return half if torch.equal(half.float().view(torch.int32), tensor.view(torch.int32)) else tensor
+
+
+def tables_once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors without the large integer tables that are equal to an earlier one, such as relative positions in every layer.
+
+    Example:
+        >>> len(tables_once([torch.arange(300), torch.arange(300), torch.ones(300), torch.ones(300)]))
+        3
+    """
+    kept: list[Tensor] = []
+    for tensor in tensors:
+        is_table = not tensor.is_floating_point() and not tensor.is_complex() and tensor.nbytes >= SMALL_TABLE_BYTES
+        if not is_table or not any(each.dtype == tensor.dtype and torch.equal(each, tensor) for each in kept):
+            kept.append(tensor)
+    return kept
 
 
 def container_for(bits: int) -> int:

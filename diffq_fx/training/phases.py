@@ -1,6 +1,6 @@
 """The phases of a training: the bits are sought while the size is held; then they are final and the weights train on, rounded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from diffq_fx.budget import pressure, sensitivity
 from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
-from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.sharded import gathered, is_sharded, own_part, whole, wholes
-from diffq_fx.weights import not_finite
+from diffq_fx.weights import first_not_finite
 
 _CODING_ROUNDS = 3
 _CODING_EVERY = 50
@@ -228,25 +228,10 @@ def _refuse_what_is_not_finite(held: Held) -> None:
         sums += [weight.detach().sum(dtype=torch.float32) for q in learned if not is_sharded(weight := q.weight)]
     if not sums or bool(torch.isfinite(torch.stack(sums).sum())):
         return
-    step = compression.known.steps + 1
-    for what, name, tensor in _suspects(compression):
-        if where := not_finite(whole(tensor)):
-            raise DivergenceError(
-                f"optimizer step {step}: {what}{name!r} {where}. The step was not made.\n"
-                "  Lower the learning rate, clip the gradients, or load an earlier state; with float16 use torch.amp.GradScaler."
-            )
-
-
-def _suspects(compression: Compression) -> Iterator[tuple[str, str, Tensor]]:
-    """What may not be finite, the cause before its effects."""
-    for quantizer in compression.learned:
-        yield "the weight ", quantizer.spec.name, quantizer.weight.detach()
-    for quantizer in compression.learned:
-        for what, tensor in (("the bits of ", quantizer.logits), ("the range of ", quantizer.clip)):
-            if tensor is not None:
-                yield what, quantizer.spec.name, tensor
-    for quantizer in compression.learned:
-        own = {"": quantizer.weight, "the bits of ": quantizer.logits, "the range of ": quantizer.clip}
-        for what, tensor in own.items():
-            if tensor is not None and tensor.grad is not None:
-                yield f"the gradient of {what}", quantizer.spec.name, tensor.grad
+    values = [each for quantizer in compression.learned for each in quantizer.trained_values()]
+    gradients = [(f"the gradient of {name}", tensor.grad) for name, tensor in values if tensor.grad is not None]
+    if found := first_not_finite((name, whole(tensor)) for name, tensor in (*values, *gradients)):  # the cause before its effects
+        raise DivergenceError(
+            f"optimizer step {compression.known.steps + 1}: {found}. The step was not made.\n"
+            "  Lower the learning rate, clip the gradients, or load an earlier state; with float16 use torch.amp.GradScaler."
+        )

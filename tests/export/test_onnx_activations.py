@@ -17,7 +17,7 @@ from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx, read_metadata, session_options
 
-pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved", "ignore:export_onnx. rounding activations changes")
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved", "ignore:export_onnx. rounding activations changes")
 
 ROWS = torch.randn(32, 384)
 IMAGE = torch.randn(2, 16, 14, 14)

@@ -454,7 +454,7 @@ def test_weights_of_equal_levels_and_other_scales(tmp_path):
     x = torch.randn(2, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        converted = convert_diffq(prepare_diffq(net, x, DiffQConfig(clipping="none")))
+        converted = convert_diffq(prepare_diffq(net, x, DiffQConfig(clip_ranges=False)))
     first, second = (converted.get_submodule(f"{i}.weight_quantized") for i in (0, 2))
     assert torch.equal(first.levels_OI(), second.levels_OI())
     export_onnx(converted, x, tmp_path / "model.onnx")  # compares with PyTorch

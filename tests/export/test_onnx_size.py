@@ -13,7 +13,7 @@ from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.inspection import inspect_onnx
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
 
-pytestmark = pytest.mark.filterwarnings("ignore:convert_diffq. the bits never moved")
+pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved")
 
 
 class Transformer(nn.Module):
@@ -46,7 +46,7 @@ MODELS = {
 def test_a_trained_file_is_within_3_percent_of_its_payload(name, path):
     """With widths that ONNX has, no bit of a container is lost, and all that is not levels and scales is small."""
     make, draw, classes = MODELS[name]
-    model = prepare_diffq(make(), draw(), DiffQConfig(target_bits=4, size="container", sensitivity_steps=3))
+    model = prepare_diffq(make(), draw(), DiffQConfig(target_bits=4, size_of="onnx_file"))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(6):
         x = draw()

@@ -102,7 +102,9 @@ def test_half_precision_keeps_the_bits_in_float32():
 
 
 def test_noise_has_the_step_of_the_bits():
-    model = prepare_diffq(nn.Linear(1000, 4, bias=False), torch.zeros(1, 1000), DiffQConfig(target_bits=None, min_bits=2, clipping="none"))
+    model = prepare_diffq(
+        nn.Linear(1000, 4, bias=False), torch.zeros(1, 1000), DiffQConfig(target_bits=None, min_bits=2, clip_ranges=False)
+    )
     (quantizer,) = model.compression.quantizers
     weight = model.weight.detach()
     with torch.no_grad():

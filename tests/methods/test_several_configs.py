@@ -34,9 +34,9 @@ MAPPINGS = {
     "ranges and grid": embedding_apart(dict(group_size="tensor", grid="symmetric"), dict(range_per="group")),
     "limits": embedding_apart(dict(min_bits=1, max_bits=3, init_bits=2), dict(min_bits=2.5, max_bits=12)),
     "widths": embedding_apart(dict(widths=(2, 4, 8)), dict(widths=(3, 5, 6, 7))),
-    "noise and clipping": embedding_apart(dict(noise="gaussian", clipping="none"), dict(clipping="fitted")),
-    "entropy": embedding_apart(dict(group_size=64, max_bits=4, init_bits=3), size="entropy"),
-    "container": embedding_apart(dict(widths=(2, 4)), dict(group_size="channel"), size="container"),
+    "noise and clipping": embedding_apart(dict(noise="gaussian", clip_ranges=False), dict(clip_ranges=True)),
+    "entropy": embedding_apart(dict(group_size=64, max_bits=4, init_bits=3), size_of="packed_file"),
+    "container": embedding_apart(dict(widths=(2, 4)), dict(group_size="channel"), size_of="onnx_file"),
 }
 
 
@@ -55,7 +55,7 @@ def trained(mapping, steps=30, seed=0):
 @pytest.mark.parametrize("frozen", [False, True], ids=["under noise", "final bits"])
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_the_one_target_is_met_and_every_weight_keeps_to_its_own_settings(name, frozen, tmp_path):
-    mapping = {pattern: dataclasses.replace(each, noise_steps=20 if frozen else None) for pattern, each in MAPPINGS[name].items()}
+    mapping = {pattern: dataclasses.replace(each, training_steps=200 if frozen else None) for pattern, each in MAPPINGS[name].items()}
     model = trained(mapping)
     compression = model.compression
     assert compression.frozen == frozen
@@ -65,13 +65,13 @@ def test_the_one_target_is_met_and_every_weight_keeps_to_its_own_settings(name, 
         assert (quantizer.spec.group_size, quantizer.spec.range_size, quantizer.spec.grid) == own.layout
     target = 4 * compression.groups().num_weights + compression.rest_bits
     exact = model_size(model, exact=True) * 2**23
-    coded = mapping["*"].size == "entropy"
+    coded = mapping["*"].size_of == "packed_file"
     assert exact == pytest.approx(target, rel=0.02 if coded else 0.01)
     converted = convert(model)
     assert torch.equal(converted(IDS), model.eval()(IDS))
     for weight in bits_report(converted).weights:
         own = mapping["embedding" if weight.name.startswith("embedding") else "*"]
-        assert set(weight.histogram) <= set(own.allowed_widths)
+        assert set(weight.histogram) <= set(own.limits.widths)
     save_packed(converted, tmp_path / "m.dfq")
     assert torch.equal(load_packed(Words().eval(), tmp_path / "m.dfq")(IDS), converted(IDS))
 

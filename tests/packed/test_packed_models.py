@@ -168,7 +168,7 @@ def test_wrong_arguments(tmp_path):
 def test_the_file_of_a_small_model_is_as_large_as_training_predicts(tmp_path):
     """A quarter of a million weights: names, tables and checksums take no more than floats gain by being coded."""
     torch.manual_seed(0)
-    model = prepare_diffq(ResNet20(), torch.randn(2, 3, 32, 32), DiffQConfig(target_mib=0.0722, size="entropy", training_steps=4))
+    model = prepare_diffq(ResNet20(), torch.randn(2, 3, 32, 32), DiffQConfig(target_mib=0.0722, size_of="packed_file", training_steps=4))
     optimizer = setup_optimizer(torch.optim.Adam(model.parameters(), lr=1e-4), model)
     for _ in range(5):
         model(torch.randn(8, 3, 32, 32)).logsumexp(1).mean().backward()

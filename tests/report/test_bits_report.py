@@ -10,6 +10,7 @@ from torch import nn
 
 import diffq_fx
 from diffq_fx import DiffQConfig, DiffQWarning, PreparationError, bits_report, convert_diffq, model_size, prepare_diffq
+from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.functional import logits_from_bits
 from diffq_fx.storage import StoredWeight
 
@@ -22,7 +23,7 @@ def set_bits(prepared, *per_weight):
         config = quantizer.config
         wanted = torch.tensor(bits, dtype=torch.float32).reshape(quantizer.logits.shape)
         with torch.no_grad():
-            quantizer.logits.copy_(logits_from_bits(wanted, config.min_bits, config.max_bits, config.bits_gain))
+            quantizer.logits.copy_(logits_from_bits(wanted, config.min_bits, config.max_bits, GAIN))
     return prepared
 
 

@@ -27,7 +27,7 @@ def laplace_weights(**settings):
     with torch.no_grad():
         for layer in net[::2]:
             layer.weight.copy_(torch.distributions.Laplace(0.0, 0.05).sample(layer.weight.shape))
-    return prepare_diffq(net, torch.zeros(2, 256), DiffQConfig(size="entropy", **settings))
+    return prepare_diffq(net, torch.zeros(2, 256), DiffQConfig(size_of="packed_file", **settings))
 
 
 def of(learned):
@@ -167,13 +167,13 @@ def test_a_target_out_of_reach_is_refused_with_what_coded_levels_take():
     with torch.no_grad():
         model.weight.copy_(torch.distributions.Laplace(0.0, 1.0).sample((256, 256)))
     most = {}
-    for size in ("bits", "entropy"):
+    for size_of in ("widths", "packed_file"):
         with pytest.raises(ValueError, match="target_bits=9 cannot be reached") as caught:
-            prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=9, size=size))
-        most[size] = float(re.search(r"to ([0-9.]+) bits a weight", str(caught.value))[1])
-    assert most["entropy"] < most["bits"] - 0.5
+            prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=9, size_of=size_of))
+        most[size_of] = float(re.search(r"to ([0-9.]+) bits a weight", str(caught.value))[1])
+    assert most["packed_file"] < most["widths"] - 0.5
     with pytest.raises(ValueError, match="cannot be reached"):  # within reach before coding, not after it
-        prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["entropy"] + 0.1, size="entropy"))
-    held = prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["entropy"] - 0.1, size="entropy")).eval()
+        prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["packed_file"] + 0.1, size_of="packed_file"))
+    held = prepare_diffq(model, torch.zeros(1, 256), DiffQConfig(target_bits=most["packed_file"] - 0.1, size_of="packed_file")).eval()
     found = model_size(held, exact=True) * 2**23 - held.compression.rest_bits
-    assert found / 256**2 == pytest.approx(most["entropy"] - 0.1, rel=0.01)
+    assert found / 256**2 == pytest.approx(most["packed_file"] - 0.1, rel=0.01)

@@ -15,9 +15,9 @@ from diffq_fx.methods import LSQ
 
 SIZES = {
     "bits": {},
-    "entropy": {"size": "entropy"},
-    "entropy, MiB": {"size": "entropy", "target_mib": 0.015},
-    "entropy, penalty": {"size": "entropy", "penalty": 1.0},
+    "entropy": {"size_of": "packed_file"},
+    "entropy, MiB": {"size_of": "packed_file", "target_mib": 0.015},
+    "entropy, penalty": {"size_of": "packed_file", "penalty": 1.0},
 }
 every_size = pytest.mark.parametrize("settings", SIZES.values(), ids=SIZES)
 
@@ -145,7 +145,7 @@ def test_a_copy_trains_as_the_model_and_counts_what_is_its_own(settings, way):
     assert all(id(registry[name]) in own for registry, name in (*twin.compression.rest, *(q.place for q in twin.compression.quantizers)))
     before = model_size(twin, exact=True)
     twin.get_buffer("inner.offset").normal_()
-    assert (model_size(twin, exact=True) > before) == (settings.get("size") == "entropy")
+    assert (model_size(twin, exact=True) > before) == (settings.get("size_of") == "packed_file")
 
 
 @every_size
@@ -164,9 +164,9 @@ def test_a_moving_average_has_the_final_bits_and_ranges(settings, way):
             assert torch.equal(own.range_low, of_model.range_low)
 
 
-@pytest.mark.parametrize("size", ["bits", "entropy"])
-def test_a_fused_step_that_a_scaler_has_skipped_says_nothing(size):
-    model, scaler = make(size=size), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+@pytest.mark.parametrize("size_of", ["widths", "packed_file"])
+def test_a_fused_step_that_a_scaler_has_skipped_says_nothing(size_of):
+    model, scaler = make(size_of=size_of), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizers = [torch.optim.Adam(module.parameters(), lr=1e-3, fused=True) for module in (model.first, model.last)]
 
     def step(times):

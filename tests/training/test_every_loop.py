@@ -9,21 +9,27 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 from torch.nn.functional import cross_entropy
 
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
+from diffq_fx.methods import diffq_settings
 
 AIMS = {
     "target": {},
     "penalty": {"penalty": 50.0},
-    "entropy": {"size": "entropy"},
-    "entropy, penalty": {"size": "entropy", "penalty": 50.0},
-    "container, final bits": {"size": "container", "noise_steps": 12},
-    "moved at once": {"sensitivity_steps": 1},
+    "entropy": {"size_of": "packed_file"},
+    "entropy, penalty": {"size_of": "packed_file", "penalty": 50.0},
+    "container, final bits": {"size_of": "onnx_file", "training_steps": 120},
+    "moved at once": {"training_steps": 10},
 }
+
+
+@pytest.fixture(autouse=True)
+def _the_bits_move_after_the_fifth_step(monkeypatch):
+    monkeypatch.setattr(diffq_settings, "SENSITIVITY_STEPS", 5)
 
 
 def make(**settings):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-    return prepare_diffq(net, torch.randn(2, 16), DiffQConfig(**{"sensitivity_steps": 5, "noise_steps": 30, **settings}))
+    return prepare_diffq(net, torch.randn(2, 16), DiffQConfig(**{"training_steps": 300, **settings}))
 
 
 def adam(model):
@@ -79,7 +85,7 @@ def test_a_closure_trains_as_the_plain_loop_bit_by_bit(aim, step):
 
 
 def test_a_closure_that_is_called_often_counts_as_one_step():
-    model = make(sensitivity_steps=3)
+    model = make()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, tolerance_grad=0, tolerance_change=0)
     train(model, optimizer, by_position, steps=2)
     assert int(model.compression.steps) == 2
@@ -188,7 +194,7 @@ def test_a_first_step_of_a_warm_up_counts():
 def test_checkpoints_of_torch_distributed_resume_bit_by_bit(steps, order):
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    settings = {"noise_steps": 12}
+    settings = {"training_steps": 120}
     model = make(**settings)
     optimizer = adam(model)
     train(model, optimizer, plain, steps)
@@ -206,7 +212,7 @@ def test_checkpoints_of_torch_distributed_resume_bit_by_bit(steps, order):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_skipped_step_leaves_all_as_it_was(frozen):
-    model = make(noise_steps=2 if frozen else 30)
+    model = make(training_steps=20 if frozen else 30)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
     train(model, optimizer, plain, 4)
     before = copy.deepcopy(model.state_dict())
@@ -219,7 +225,7 @@ def test_a_skipped_step_leaves_all_as_it_was(frozen):
 
 
 def test_final_bits_stay_under_momentum_and_decay():
-    model = make(noise_steps=5)
+    model = make(training_steps=50)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1.0)
     train(model, optimizer, plain, 5)
     before = [logits.detach().clone() for logits in model.compression.logits]

@@ -43,7 +43,7 @@ def same(a, b):
 
 
 def test_the_bits_freeze_after_the_noise_and_the_weights_train_on():
-    model = make(training_steps=30, rounding_share=1 / 3)
+    model = make(training_steps=200)
     optimizer = train(model, 19)
     assert not model.compression.frozen
     assert not torch.equal(model.train()(X), model(X))  # noise
@@ -109,7 +109,7 @@ def test_compiles_with_frozen_bits():
     compiled(X).sum().backward()
 
 
-@pytest.mark.parametrize("settings", [{"training_steps": 0}, {"training_steps": 2.5}, {"rounding_share": 1.5}, {"rounding_share": -0.1}])
+@pytest.mark.parametrize("settings", [{"training_steps": 0}, {"training_steps": 2.5}, {"training_steps": True}])
 def test_impossible_phases_are_refused(settings):
     with pytest.raises(ValueError, match=rf"DiffQConfig: {next(iter(settings))} must be .*, got {next(iter(settings.values()))}"):
         DiffQConfig(**settings)
@@ -167,7 +167,7 @@ def test_batch_norm_gathers_the_statistics_of_the_rounded_weights():
 
 
 def test_a_short_training_has_the_targets_size_before_the_bits_freeze():
-    model = make(training_steps=30, rounding_share=1 / 3)
+    model = make(training_steps=200)
     train(model, 1)
     assert not model.compression.frozen
     budget = model.compression.budget_bits() + model.compression.rest_bits

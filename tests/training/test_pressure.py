@@ -30,7 +30,7 @@ def task():
 
 
 def prepared(**settings):
-    settings = {"noise_steps": None, **settings}
+    settings = {"training_steps": 10**6, **settings}
     return prepare_diffq(TwoBranches(), torch.zeros(2, 48), DiffQConfig(**settings))
 
 
@@ -304,7 +304,7 @@ def test_size_and_report_need_a_prepared_model():
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
 def test_one_width_for_the_whole_model_stays_where_the_target_has_it(optimizer):
     torch.manual_seed(0)
-    model = prepare_diffq(nn.Linear(32, 16), torch.zeros(1, 32), DiffQConfig(group_size="tensor", target_bits=6, noise_steps=None))
+    model = prepare_diffq(nn.Linear(32, 16), torch.zeros(1, 32), DiffQConfig(group_size="tensor", target_bits=6, training_steps=10**6))
     (quantizer,), optimizer = model.compression.learned, optimizer(model.parameters(), lr=1e-2)
     before = quantizer.bits().item()
     for _ in range(40):

@@ -35,7 +35,7 @@ DIFFQ = {"target_bits": 3}
 METHODS = {
     "noise": DiffQConfig(**DIFFQ),
     "noise of groups": DiffQConfig(group_size=8, **DIFFQ),
-    "Gaussian noise, whole ranges": DiffQConfig(noise="gaussian", range_per="tensor", clipping="none", **DIFFQ),
+    "Gaussian noise, whole ranges": DiffQConfig(noise="gaussian", range_per="tensor", clip_ranges=False, **DIFFQ),
     "LSQ": LSQ(bits=3),
     "STE": STE(bits=3),
     "Quant-Noise": QuantNoise(bits=3, rate=0.5),

@@ -1,5 +1,6 @@
 """FSDP2 (``fully_shard``): two ranks train as one process does, hold the size, agree on the bits, and save for any number of ranks."""
 
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from diffq_fx import ConversionError, DiffQConfig, DiffQError, convert_diffq, model_size, prepare_diffq
@@ -19,9 +20,9 @@ from diffq_fx.kernels import draws
 
 BATCH, STEPS, HALF = 16, 14, 7
 SETTINGS = {
-    "channels": {"target_bits": 4.0, "training_steps": 40, "sensitivity_steps": 3, "noise_steps": 8},
-    "blocks": {"target_bits": 4.0, "training_steps": 40, "sensitivity_steps": 3, "noise_steps": 8, "group_size": 8},
-    "penalty": {"target_bits": None, "penalty": 50.0, "training_steps": 40, "noise_steps": 8},
+    "channels": {"target_bits": 4.0, "training_steps": 40},
+    "blocks": {"target_bits": 4.0, "training_steps": 40, "group_size": 8},
+    "penalty": {"target_bits": None, "penalty": 50.0, "training_steps": 40},
 }
 CASES = {
     "whole model": ("channels", "model", False),
@@ -142,6 +143,25 @@ def test_two_ranks_train_as_one_process(trained, name):
         limit = SETTINGS[settings]["target_bits"] * sum(layer.weight.numel() for layer in layers) / 8 / 2**20
         rest = sum(layer.bias.numel() for layer in layers) * 4 / 2**20
         assert 0.98 * limit < first["size"] - rest <= limit
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("whole", [False, True], ids=["its parts", "whole model"])
+@pytest.mark.parametrize("keeps_names", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_flat_parameters_of_fsdp1_are_refused_before_a_step(keeps_names, whole, mode, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = make("channels", "module")
+        wrap = partial(FullyShardedDataParallel, use_orig_params=keeps_names, device_id=torch.device("cpu"))
+        if whole:
+            model = wrap(model)
+        else:
+            model.second = wrap(model.second)
+        with pytest.raises(DiffQError, match=r"weight '\w+\.weight' is a part of a flat parameter .* use fully_shard \(FSDP2\)"):
+            model.train(mode == "train")(batch(0, 0, 1)).sum().backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def _save(path, model, optimizer):

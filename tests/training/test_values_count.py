@@ -9,17 +9,22 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffq_fx import DiffQConfig, DiffQError, DivergenceError, convert, freeze_bits, model_size, prepare, prepare_diffq
-from diffq_fx.errors import ConversionError, PreparationError
-from diffq_fx.methods import LSQ, STE, QuantNoise
+from diffq_fx.errors import PreparationError
+from diffq_fx.methods import LSQ, STE, ProductQuantization, QuantNoise, diffq_settings
 
 X = torch.linspace(-1, 1, 16 * 32).view(16, 32).sin()
 METHODS = {
-    "bits": DiffQConfig(sensitivity_steps=5, noise_steps=12),
-    "entropy": DiffQConfig(sensitivity_steps=5, noise_steps=12, size="entropy"),
+    "bits": DiffQConfig(training_steps=120),
+    "entropy": DiffQConfig(training_steps=120, size_of="packed_file"),
     "STE": STE(bits=3),
     "LSQ": LSQ(bits=3),
     "noise": QuantNoise(bits=3),
 }
+
+
+@pytest.fixture(autouse=True)
+def _the_bits_move_after_the_fifth_step(monkeypatch):
+    monkeypatch.setattr(diffq_settings, "SENSITIVITY_STEPS", 5)
 
 
 def make(method=METHODS["bits"]):
@@ -130,12 +135,14 @@ def test_an_average_with_buffers_holds_its_size_and_its_widths(method, decay):
 
 
 KILLED = [({}, at) for at in (1, 4, 5, 6, 11, 12, 13, 30)]
-KILLED += [(each, at) for each in ({"size": "container"}, {"size": "entropy"}, {"penalty": 5.0}, {"group_size": 8}) for at in (3, 12)]
+KILLED += [
+    (each, at) for each in ({"size_of": "onnx_file"}, {"size_of": "packed_file"}, {"penalty": 5.0}, {"group_size": 8}) for at in (3, 12)
+]
 
 
 @pytest.mark.parametrize(("settings", "at"), KILLED, ids=str)
 def test_a_training_that_is_killed_at_any_step_ends_bitwise_the_same(at, settings):
-    method = DiffQConfig(**{"sensitivity_steps": 5, "noise_steps": 12, **settings})
+    method = DiffQConfig(**{"training_steps": 120, **settings})
     model, again = make(method), make(method)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     train(model, at, optimizer)
@@ -176,7 +183,7 @@ def test_two_optimizers_that_hold_bits_resume_bitwise_the_same():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("settings", [{}, {"penalty": 5.0}, {"target_bits": None}], ids=str)
 def test_a_loss_that_is_not_finite_is_an_error_before_the_step(settings, value, phase):
-    model = make(DiffQConfig(**{"sensitivity_steps": 5, "noise_steps": 12, **settings}))
+    model = make(DiffQConfig(**{"training_steps": 120, **settings}))
     if phase == 14 and settings:
         freeze_bits(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -185,7 +192,7 @@ def test_a_loss_that_is_not_finite_is_an_error_before_the_step(settings, value, 
     optimizer.zero_grad()
     (model(X).square().mean() * value).backward()
     with pytest.raises(
-        DivergenceError, match=rf"step {phase + 1}: the gradient of '0.weight' is not finite in \d+ of 1536 places, first at"
+        DivergenceError, match=rf"step {phase + 1}: the gradient of weight '0.weight' is not finite in \d+ of 1536 places, first at"
     ):
         optimizer.step()
     for (name, found), each in zip(model.state_dict().items(), before.values(), strict=True):
@@ -200,16 +207,33 @@ def test_convert_names_a_weight_that_is_not_finite(method):
     model = make(METHODS[method])
     model.get_parameter("2.weight").data[1, 2] = float("inf")
     with pytest.raises(
-        ConversionError, match=r"weight '2.weight' is not finite in 1 of 384 places, first at \(1, 2\): its training diverged"
+        DivergenceError, match=r"weight '2.weight' is not finite in 1 of 384 places, first at \(1, 2\): its training diverged"
     ):
         convert(model)
+
+
+@pytest.mark.parametrize("where", ["eval", "convert"])
+@pytest.mark.parametrize(("method", "parameter"), [("bits", "clip"), ("symmetric", "clip"), ("LSQ", "moved"), ("codebook", "centroids")])
+@pytest.mark.filterwarnings("ignore")
+def test_a_range_that_is_not_finite_is_named(method, parameter, where):
+    others = {"symmetric": DiffQConfig(grid="symmetric", target_bits=5), "codebook": ProductQuantization(entries=8)}
+    model = make({**METHODS, **others}[method])
+    if method in ("bits", "symmetric"):
+        freeze_bits(model)
+    if where == "eval":
+        model.eval()(X)
+    found = dict(model.compression.quantizers[1].named_parameters(recurse=False))[parameter]
+    with torch.no_grad():
+        found.view(-1)[0] = float("nan")
+    with pytest.raises(DivergenceError, match=rf"{parameter} of weight '2.weight' is not finite in 1 of {found.numel()} places, first at"):
+        convert(model) if where == "convert" else model(X)
 
 
 def test_logits_that_are_not_finite_are_named():
     model = make()
     model.compression.logits[1].data[3] = float("nan")
     model(X)  # no undefined behaviour on the way
-    with pytest.raises(DivergenceError, match=r"the bits of weight '2.weight': a logit is not finite in 1 of 8 places, first at \(3, 0\)"):
+    with pytest.raises(DivergenceError, match=r"logits of weight '2.weight' is not finite in 1 of 8 places, first at \(3, 0\)"):
         model.eval()
 
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from diffq_fx import DiffQConfig, DiffQError, convert_diffq, model_size, prepare_diffq
+from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.kernels import extension
 
 
@@ -97,7 +98,7 @@ def test_a_seed_repeats_a_training_bit_by_bit(group_size):
 
 
 def test_a_moving_average_converts_at_its_own_bits():
-    model = make(target_bits=4, penalty=None, noise_steps=None)
+    model = make(target_bits=4, penalty=None, training_steps=10**6)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     train(model, steps=150, ema=ema)
     averaged = ema.module
@@ -117,13 +118,13 @@ class FormulasWrittenOut(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in model if isinstance(layer, nn.Linear))
         share = (config.init_bits - config.min_bits) / (config.max_bits - config.min_bits)
-        start = torch.logit(torch.tensor(share)) / config.bits_gain
+        start = torch.logit(torch.tensor(share)) / GAIN
         self.logits = nn.ParameterList(torch.full((layer.out_features, 1), start.item()) for layer in self.layers)
         self.config = config
 
     def forward(self, x):
         for i, (layer, logits) in enumerate(zip(self.layers, self.logits, strict=True)):
-            bits = self.config.min_bits + torch.sigmoid(self.config.bits_gain * logits) * (self.config.max_bits - self.config.min_bits)
+            bits = self.config.min_bits + torch.sigmoid(self.GAIN * logits) * (self.config.max_bits - self.config.min_bits)
             low, high = layer.weight.detach().amin(1, True).clamp(max=0), layer.weight.detach().amax(1, True).clamp(min=0)
             noisy = layer.weight + (high - low) / (2**bits - 1) * (torch.rand_like(layer.weight) - 0.5)
             x = F.linear(x, noisy, layer.bias)
@@ -134,7 +135,7 @@ class FormulasWrittenOut(nn.Module):
 @pytest.mark.slow
 def test_the_loss_falls_as_with_the_formulas_written_out():
     """Few bits, so that the noise matters: the curves of several seeds agree, and without noise they would not."""
-    config = DiffQConfig(target_bits=None, min_bits=1, init_bits=1.4, max_bits=3, clipping="none")
+    config = DiffQConfig(target_bits=None, min_bits=1, init_bits=1.4, max_bits=3, clip_ranges=False)
     torch.manual_seed(0)
     float_model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
 

@@ -15,7 +15,7 @@ from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PassError, prepare
 from diffq_fx.capture import gate, readers, trace, whole_graph
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.example import Example
-from diffq_fx.methods.diffq_weight import DiffQWeight
+from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.passes.quantizer_nodes import insert_quantizers
 from zoo.checks import noise_off, prepared, run, tensors_in
 from zoo.control_flow import Point, Result, Two

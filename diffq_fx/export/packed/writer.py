@@ -20,7 +20,7 @@ from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.export.packed.weight_kind import PackedWeight
 from diffq_fx.parts import parts_of, stored_weights, unwrapped
 from diffq_fx.storage import StoredWeight
-from diffq_fx.storage.packing import SMALL_TABLE_BYTES, narrowed
+from diffq_fx.storage.packing import SMALL_TABLE_BYTES, in_smallest_type
 
 PackedCompression = Literal["entropy", "bits"]
 NamedTensors = Sequence[tuple[tuple[str, ...], Tensor]]  # tensors, each once with all its names
@@ -190,9 +190,7 @@ class _Plain(NamedTuple):
 
 
 def _plain(names: tuple[str, ...], tensor: Tensor) -> _Plain:
-    stored = narrowed(tensor)
-    if tensor.dtype == torch.float32 and bytes_of(tensor.half().float()) == bytes_of(tensor):
-        stored = tensor.half()
+    stored = in_smallest_type(tensor)
     try:
         TENSOR_TYPES.name(tensor.dtype)
     except PackedFileError as error:

@@ -1,0 +1,170 @@
+"""The settings of DiffQ, what they are checked for, and what follows from them."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from diffq_fx.budget.flat_groups import WidthLimits
+from diffq_fx.functional import Grid
+from diffq_fx.functional.groups import GroupSize
+from diffq_fx.methods.base import Method, check_group, check_whole
+from diffq_fx.storage.packing import CONTAINER_BITS
+
+_DEFAULT_TARGET_BITS = 4.0
+_USUAL_START = 6.0
+_ROUNDING_SHARE = 0.9
+"""The part of a training with final bits and true rounding; the first step always has noise."""
+_NOISE_STEPS = 200
+"""Where nothing says how long the training is."""
+SENSITIVITY_STEPS = 20
+"""After which the bits move, all at once, to where the gradients so far want them: more say nothing new (docs/accuracy.md)."""
+_ALLOWED = {
+    "grid": ("affine", "symmetric", "float"),
+    "noise": ("uniform", "gaussian"),
+    "range_per": ("tensor", "channel", "group"),
+    "size_of": ("widths", "onnx_file", "packed_file"),
+}
+
+
+class _NotGiven(float):
+    """Four bits where there is no other aim; a 4 that the user wrote does not yield to another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffQSettings(Method):
+    """What :class:`~diffq_fx.DiffQConfig` is made of."""
+
+    target_bits: float | None = _NotGiven(_DEFAULT_TARGET_BITS)
+    """Exact size of the quantized weights in bits per weight: levels, scales, zero points and the coding of the widths. By default 4."""
+    target_mib: float | None = None
+    """Exact size of the whole model in MiB, what is not quantized included. Takes the place of ``target_bits``."""
+    penalty: float | None = None
+    """The paper's lambda: loss per MiB of model size. Takes the place of ``target_bits``."""
+    size_of: Literal["widths", "onnx_file", "packed_file"] = "widths"
+    """What the size counts: "widths" has every level at its width (the paper), "onnx_file" has the containers that ONNX stores levels in,
+    "packed_file" the entropy-coded file of ``save_packed`` (no range is clipped then: rare levels cost next to nothing)."""
+    group_size: GroupSize = "channel"
+    """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
+    range_per: Literal["tensor", "channel", "group"] = "channel"
+    """Weights that share a range; "group" is the group that shares a number of bits."""
+    clip_ranges: bool = True
+    """Whether ranges may leave weights outside: they start with the least squared error and are trained. Else they span all weights."""
+    grid: Grid = "affine"
+    """"affine" (integer zero_point), "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold)."""
+    noise: Literal["uniform", "gaussian"] = "uniform"
+    """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
+    min_bits: float = 1
+    """Smallest width, 1 to 16; that of ``widths`` or of ONNX containers where these are asked for."""
+    max_bits: float = 8
+    """Largest width, 1 to 16."""
+    widths: tuple[int, ...] | None = None
+    """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
+    container is wasted."""
+    init_bits: float | None = None
+    """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``; None for 6 or the nearest between them."""
+    training_steps: int | None = None
+    """Optimizer steps that the whole training will make: the first tenth has noise, then the bits are final and training rounds truly.
+    None: 200 steps of noise with a target, noise to the end (or to :func:`~diffq_fx.freeze_bits`) without one."""
+
+    whole_model: ClassVar[tuple[str, ...]] = ("target_bits", "target_mib", "penalty", "size_of", "training_steps")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, naming the setting and the value."""
+        self._check_aims()
+        if self.widths is not None and not (isinstance(self.widths, list | tuple) and all(type(width) is int for width in self.widths)):
+            raise TypeError(f"DiffQConfig: widths must be a tuple of whole numbers like (2, 4, 8), got {self.widths!r}.")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        self._check_limits()
+        self._check_groups()
+        if not isinstance(self.clip_ranges, bool):
+            raise TypeError(f"DiffQConfig: clip_ranges must be True or False, got {self.clip_ranges!r}.")
+        if self.training_steps is not None:
+            check_whole("DiffQConfig", "training_steps", self.training_steps, 1)
+        self.check_common()
+        if self.widths is not None or self.size_of == "onnx_file":  # no noise of widths that rounding cannot choose
+            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.limits.widths[0], self.start_bits - 1)))
+
+    def _check_aims(self) -> None:
+        if isinstance(self.target_bits, _NotGiven):
+            aimless = self.target_mib is None and self.penalty is None
+            object.__setattr__(self, "target_bits", _DEFAULT_TARGET_BITS if aimless else None)
+        aims = {k: v for k in ("target_bits", "target_mib", "penalty") if (v := getattr(self, k)) is not None}
+        if len(aims) > 1:
+            raise ValueError(f"DiffQConfig: give one of target_bits, target_mib and penalty, got {aims}.")
+        for name, value in aims.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"DiffQConfig: {name} must be a number, got {value!r}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"DiffQConfig: {name} must be positive and finite, got {value}.")
+
+    def _check_limits(self) -> None:
+        limits = {name: bits for name in ("min_bits", "init_bits", "max_bits") if (bits := getattr(self, name)) is not None}
+        for name, bits in limits.items():
+            if not 1 <= bits <= 16:
+                raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {bits}.")
+        if self.min_bits >= min(self.init_bits or 16, self.max_bits) or (self.init_bits or 1) > self.max_bits:
+            order = " < ".join(limits).replace("init_bits <", "init_bits <=")
+            raise ValueError(f"DiffQConfig: expected {order}, got {', '.join(str(bits) for bits in limits.values())}.")
+        allowed = self.limits.widths
+        if len(allowed) < 2 or list(allowed) != sorted(set(allowed)):
+            raise ValueError(f"DiffQConfig: widths must be two or more, rising, got {allowed}.")
+        if self.size_of == "onnx_file" and not set(allowed) <= set(CONTAINER_BITS):
+            raise ValueError(f'DiffQConfig: size_of="onnx_file" has widths of {CONTAINER_BITS} alone, got {allowed}.')
+        if allowed[0] < self.min_bits or allowed[-1] > self.max_bits:
+            raise ValueError(
+                f"DiffQConfig: widths must lie within min_bits={self.min_bits:g} and max_bits={self.max_bits:g}, got {allowed}."
+            )
+
+    def _check_groups(self) -> None:
+        check_group("DiffQConfig", "group_size", self.group_size)
+        if self.range_per == "group" and self.group_size == 1:
+            raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
+        if self.size_of == "onnx_file" and not isinstance(self.group_size, str):
+            raise ValueError(
+                f'DiffQConfig: size_of="onnx_file" needs group_size="channel" or "tensor", got {self.group_size}: '
+                "ONNX holds all blocks of a channel in one container."
+            )
+
+    @property
+    def start_bits(self) -> float:
+        """Width at the start where no target says it."""
+        if self.init_bits is not None:
+            return float(self.init_bits)
+        usual = min(_USUAL_START, float(self.max_bits))
+        return usual if usual > self.min_bits else (self.min_bits + self.max_bits) / 2
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a size to meet."""
+        return self.target_bits is not None or self.target_mib is not None
+
+    @property
+    def freeze_step(self) -> int | None:
+        """The optimizer step after which the bits are final; None where nothing says when."""
+        if self.training_steps is not None:
+            return max(round(self.training_steps * (1 - _ROUNDING_SHARE)), 1)  # the bits move before they are final
+        return _NOISE_STEPS if self.has_target else None
+
+    @property
+    def sensitivity_step(self) -> int | None:
+        """The optimizer step after which the bits move, at once, to where the gradients so far want them; None for never."""
+        return min(SENSITIVITY_STEPS, self.freeze_step or SENSITIVITY_STEPS) if self.has_target else None
+
+    @property
+    def limits(self) -> WidthLimits:
+        """Between which widths the bits move, and which ones rounding may choose."""
+        every = range(math.ceil(self.min_bits), math.floor(self.max_bits) + 1)
+        possible = tuple(width for width in every if self.size_of != "onnx_file" or width in CONTAINER_BITS)
+        return WidthLimits(self.min_bits, self.max_bits, possible if self.widths is None else tuple(self.widths))
+
+    @property
+    def clips(self) -> bool:
+        """Whether ranges may leave weights outside."""
+        return self.clip_ranges and self.size_of != "packed_file"
+
+    @property
+    def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
+        """``(group_size, range_size, grid)``."""
+        return self.group_size, self.group_size if self.range_per == "group" else self.range_per, self.grid
