@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffq_fx import kernels
 from diffq_fx.budget.allocation import allocate_coded_widths, allocate_widths, nearest_widths
 from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
-from diffq_fx.budget.entropy import RoundedWeight, bits_saved, rest_in_file
+from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.pressure import worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
-from diffq_fx.functional.groups import to_rows
 from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
 from diffq_fx.methods.base import Place, WeightQuantizer
@@ -26,7 +26,7 @@ from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import TrainingState
-from diffq_fx.parts import CHILD
+from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.sharded import gathered, refuse_flat, whole, wholes
 from diffq_fx.storage.packing import in_smallest_type, tables_once
 from diffq_fx.weights import SkippedWeight, first_not_finite
@@ -147,7 +147,7 @@ class Compression(TrainingState):
         if not self.is_coded:
             return 0
         pairs = zip(self.learned, self.groups().split(width_T.to(torch.int32)), strict=True)
-        return bits_saved(_rounded_at(quantizer, width) for quantizer, width in pairs)
+        return bits_saved(quantizer.rounded_at(width) for quantizer, width in pairs)
 
     def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
         """Expected bits of the code of some of the weights, 0-d, differentiable in them."""
@@ -186,7 +186,7 @@ class Compression(TrainingState):
         parameters, buffers = ([each for each in tensors if isinstance(each, nn.Parameter) == kind] for kind in (True, False))
         halves = self.method.rest_dtype == "float16"
         kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
-        if _is_one_of_several():
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
         return rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])])
 
@@ -316,19 +316,9 @@ class Compression(TrainingState):
         return f"{len(self.quantizers)} weights, {self.scope} scope"
 
 
-def _rounded_at(quantizer: DiffQWeight, width: Tensor) -> RoundedWeight:
-    rows_OI, width = to_rows(whole(quantizer.weight.detach()), quantizer.spec.axis), width.view(quantizer.width.shape)
-    return RoundedWeight(quantizer.spec, rows_OI, width, quantizer.params(rows_OI, width))
-
-
-def _is_one_of_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
 def find_compressions(model: nn.Module) -> list[Compression]:
     """The compression of each prepared part of a model: one for a prepared model, wrapped (DDP, EMA) or not."""
-    own = vars(model).get(CHILD)
-    return [own] if isinstance(own, Compression) else [module for module in model.modules() if isinstance(module, Compression)]
+    return [vars(part)[CHILD] for part in parts_of(model, Compression).values()]
 
 
 def require_compressions(model: nn.Module, caller: str) -> list[Compression]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -38,20 +38,6 @@ class CompressionRecord:
     """Optimizer steps that the bits have made."""
     lambda_per_bit: float | None
     """Loss that the last bit of size was worth at the end of training; None without a target."""
-
-    @staticmethod
-    def of(compression: Compression) -> "CompressionRecord":
-        """What is left of a prepared model's compression."""
-        worth = compression.lambda_per_bit
-        return CompressionRecord(
-            method=compression.method,
-            skipped=compression.skipped,
-            scope=compression.scope,
-            scope_reason=compression.scope_reason,
-            rest_numel=compression.rest_numel,
-            steps=int(compression.steps),
-            lambda_per_bit=None if worth is None else float(worth),
-        )
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:
@@ -149,7 +135,9 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
     converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
     _take_off_wrapper(root, converted)
     _put_in_stored(converted, stored)
-    object.__setattr__(converted, CHILD, CompressionRecord.of(compression))
+    kept = {each.name: getattr(compression, each.name) for each in fields(CompressionRecord)}
+    worth = None if compression.lambda_per_bit is None else float(compression.lambda_per_bit)
+    object.__setattr__(converted, CHILD, CompressionRecord(**{**kept, "steps": int(compression.steps), "lambda_per_bit": worth}))
     if compression.method.rest_dtype == "float16":
         _round_rest_to_half(converted)
     return converted.eval()

@@ -1,7 +1,6 @@
 """Tensors that FSDP2 (``fully_shard``) divides between ranks, as the whole that bits and ranges are worked out from.
 
-What is worked out is the same on every rank, from the same gathered values, so each rank keeps its own part of the result. To gather is a
-collective operation: all ranks must do it, in the same order.
+The result is the same on every rank, which keeps its own part. To gather is a collective operation: all ranks must do it, in one order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,25 +21,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Any) -> Tensor:
-    """All values of a tensor, gathered from all ranks if it is sharded; differentiable.
-
-    Example:
-        >>> import torch
-        >>> tensor = torch.ones(2)
-        >>> whole(tensor) is tensor
-        True
-    """
+    """All values of a tensor, gathered from all ranks if it is sharded; differentiable."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def wholes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """:func:`whole` of each; of hundreds of plain tensors without a call for each.
-
-    Example:
-        >>> import torch
-        >>> wholes([torch.ones(2)])
-        [tensor([1., 1.])]
-    """
+    """:func:`whole` of each; of hundreds of plain tensors without a call for each."""
     return list(tensors) if _PLAIN.issuperset(map(type, tensors)) else [whole(tensor) for tensor in tensors]
 
 
@@ -53,28 +39,13 @@ def refuse_flat(name: str) -> NoReturn:
 
 
 def own_part(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor, in its own memory.
-
-    Example:
-        >>> import torch
-        >>> own_part(torch.ones(2))
-        tensor([1., 1.])
-    """
+    """What this rank holds of a tensor, in its own memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @contextmanager
 def gathered(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Give the whole of each tensor, to be changed in place: in the end each rank keeps its part. Others are given as they are.
-
-    Example:
-        >>> import torch
-        >>> tensor = torch.ones(2)
-        >>> with gathered([tensor]) as (values,):
-        ...     _ = values.mul_(3)
-        >>> tensor
-        tensor([3., 3.])
-    """
+    """Give the whole of each tensor, to be changed in place: in the end each rank keeps its part. Others are given as they are."""
     if _PLAIN.issuperset(map(type, tensors)):
         yield list(tensors)
         return

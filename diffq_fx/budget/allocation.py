@@ -20,18 +20,10 @@ _BINS = 1 << 14
 
 
 def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Tensor:
-    """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it.
+    """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it; int32, shape (T,).
 
     Every group gets the allowed width below its bits; the budget's remainder goes, one allowed width up each, to the groups that are
     furthest on the way there. Where the trained bits are off the budget they are first shifted together until they meet it.
-
-    Args:
-        groups: the model's groups, and the widths that they may have.
-        bits_T: trained bits, fractional.
-        budget_bits: size that must not be exceeded, where the widths allow.
-
-    Returns:
-        int32, shape (T,).
     """
     bits = bits_T.cpu().double()
     values = groups.values_T.cpu().double()
@@ -56,17 +48,9 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Ten
 
 
 def allocate_coded_widths(groups: FlatGroups, bits_T: Tensor, target_bits: int, saved: int, saved_at: Callable[[Tensor], int]) -> Tensor:
-    """Widths whose entropy-coded size is within a target: what coding saves depends on them, and the other way round.
+    """Widths whose entropy-coded size is within a target: what coding saves depends on them, and the other way round; int32, shape (T,).
 
-    Args:
-        groups: the model's groups, and the widths that they may have.
-        bits_T: trained bits, fractional.
-        target_bits: size that must not be exceeded after coding.
-        saved: bits that coding takes off, about.
-        saved_at: the bits that coding takes off given widths, int32, shape (T,).
-
-    Returns:
-        int32, shape (T,).
+    ``saved`` is what coding takes off, about; ``saved_at`` what it takes off these widths.
     """
     width_T = allocate_widths(groups, bits_T, target_bits + saved)
     for _ in range(_CODING_ROUNDS):
@@ -78,12 +62,7 @@ def allocate_coded_widths(groups: FlatGroups, bits_T: Tensor, target_bits: int, 
 
 
 def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:
-    """Round each group's bits to the nearest width allowed, int32.
-
-    Example:
-        >>> nearest_widths(torch.tensor([2.4, 5.0, 7.0]), (2, 4, 8))
-        tensor([2, 4, 8], dtype=torch.int32)
-    """
+    """Round each group's bits to the nearest width allowed, int32."""
     ladder = torch.tensor(widths, dtype=bits_T.dtype, device=bits_T.device)
     return ladder[(bits_T.unsqueeze(1) - ladder).abs().argmin(1)].to(torch.int32)
 

@@ -28,12 +28,6 @@ def coded_bits(tensors: Sequence[Tensor]) -> int:
 
     The code needs a table of the u different bytes, of t = 4 bits each.
 
-    Args:
-        tensors: of any types and shapes; their bytes are taken one after the other.
-
-    Returns:
-        Bits.
-
     Example:
         >>> coded_bits([torch.linspace(1, 2, 1000)]), coded_bits([torch.ones(1000)])
         (23538, 16)
@@ -47,14 +41,7 @@ def coded_bits(tensors: Sequence[Tensor]) -> int:
 
 @torch.no_grad()
 def rest_in_file(tensors: Sequence[Tensor]) -> int:
-    """Bits of what is not quantized in a packed file: small tensors coded, large ones as they are, and the file's header.
-
-    Args:
-        tensors: parameters and buffers.
-
-    Returns:
-        Bits.
-    """
+    """Bits of what is not quantized in a packed file: small tensors coded, large ones as they are, and the file's header."""
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     small = [tensor for tensor, size in zip(tensors, sizes, strict=True) if size < SMALL_BYTES]
     return coded_bits(small) + 8 * sum(size for size in sizes if size >= SMALL_BYTES) + _HEADER_BITS + _ENTRY_BITS * len(sizes)
@@ -76,13 +63,7 @@ def bits_saved(weights: Iterable[RoundedWeight]) -> int:
     """Bits that order-0 entropy coding takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
 
     Each weight has one model for each width b, of levels relative to their zero point; all scales have one for each byte, and all widths
-    have one, about as :func:`~diffq_fx.export.packed.save_packed` codes them.
-
-    Args:
-        weights: all of the model.
-
-    Returns:
-        Bits; below 0 where the code of the widths takes more than it saves elsewhere.
+    have one, about as :func:`~diffq_fx.export.packed.save_packed` codes them. Below 0 where the widths take more than is saved elsewhere.
     """
     saved, scales, widths = 0.0, [], []
     for each in weights:
@@ -94,7 +75,7 @@ def bits_saved(weights: Iterable[RoundedWeight]) -> int:
 
 
 def _widths_saved(widths: Sequence[Tensor]) -> float:
-    """Bits that coding takes off the widths, of which bit packing has as many for each as tell those of its weight apart."""
+    """Of the widths, of which bit packing has as many bits for each as tell those of its weight apart."""
     packed = sum(width.numel() * int(width.max() - width.min()).bit_length() for width in widths)
     return packed - float(_code_length(widened(torch.bincount(torch.cat(list(widths)).long()))))
 
@@ -122,7 +103,6 @@ def _code_length(counts: Tensor) -> Tensor:
 
 
 def _levels_saved(weight: RoundedWeight) -> float:
-    """Bits that coding takes off the levels of one weight."""
     _, rows_OI, width, params = weight
     layout, largest = weight.spec.scale_layout, int(width.max())
     counts = torch.zeros((largest + 1) << largest, dtype=widest_float(rows_OI.device), device=rows_OI.device)

@@ -26,12 +26,6 @@ def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width. Where a
     range holds groups of several widths, or has a float offset, both of its ends are stored.
 
-    Args:
-        spec: the weight.
-
-    Returns:
-        Values per group, int64, shape of the spec's ``bits_layout``; and the fixed number of bits.
-
     Example:
         >>> values, fixed = bit_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
         >>> values.tolist(), fixed
@@ -159,7 +153,9 @@ class FlatGroups:
         costs = [(container_costs if in_containers else bit_costs)(spec) for spec in specs]
         self.counts = [values.numel() for values, _ in costs]
         self._columns = [spec.bits_layout.shape[1] for spec in specs]
-        self._values = [_one_number_if_equal(values.reshape(-1).float()).to(device) for values, _ in costs]
+        values_W = [values.reshape(-1).float() for values, _ in costs]
+        one_if_equal = (own[:1].expand(len(own)) if bool((own == own[0]).all()) else own for own in values_W)
+        self._values = [own.to(device) for own in one_if_equal]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
         self.device = device
         self.num_groups = sum(self.counts)
@@ -249,7 +245,3 @@ class FlatGroups:
     def split(self, flat_T: Tensor) -> list[Tensor]:
         """One flat tensor per weight."""
         return list(flat_T.split(self.counts))
-
-
-def _one_number_if_equal(values_N: Tensor) -> Tensor:
-    return values_N[:1].expand(len(values_N)) if bool((values_N == values_N[0]).all()) else values_N

@@ -64,15 +64,9 @@ def add_penalty(state: BitState, rows: OpenRows, worth: Tensor | float) -> None:
 
 
 def gradient_sums(state: BitState, rows: OpenRows, scale: Tensor | float) -> Tensor:
-    """What the multiplier and the scale of these gradients are made of: the sums of g, n = dM/dl, g^2, g n, n^2 and 1.
+    """What the multiplier and the scale of these gradients are made of: the sums of g, n = dM/dl, g^2, g n, n^2 and 1, shape (6,).
 
-    Args:
-        state: the bits.
-        rows: the gradients.
-        scale: what the gradients are still multiplied with (a fused optimizer divides by GradScaler's scale itself).
-
-    Returns:
-        Shape (6,), float64 where the device has it.
+    ``scale`` is what the gradients are still multiplied with: a fused optimizer divides by GradScaler's scale itself.
     """
     g, n, gg, gn, nn = torch.stack([moments(grad, growth) for grad, growth in _tiles(state, rows)]).sum(0).unbind()
     count = torch.full_like(g, sum(grad.numel() for _, _, grad in rows))
@@ -85,13 +79,9 @@ def worth_of_a_bit(sums: Tensor) -> Tensor:
 
 
 def project(state: BitState, rows: OpenRows, sums: Tensor, scale: Tensor | float) -> None:
-    """Take the part that only changes the size out of the gradients, and bring the rest to its size.
+    """Take the part that only changes the size out of the gradients, and bring the rest to its size, in place.
 
-    Args:
-        state: the bits.
-        rows: the gradients; changed in place.
-        sums: from :func:`gradient_sums`, those of all optimizers that hold bits of the model added up.
-        scale: as for :func:`gradient_sums`.
+    ``sums`` are those of :func:`gradient_sums`, of all optimizers that hold bits of the model added up.
     """
     g, n, gg, gn, nn, count = sums.unbind()
     multiplier = g / n.clamp(min=1e-30)

@@ -23,13 +23,7 @@ _INSIDE = 0.05
 
 
 def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
-    """Add the mean square of each group's gradient to ``sums[0]``, and one to ``sums[1]`` where it is not zero.
-
-    Args:
-        spec: the weight.
-        grad: of the weight, as the optimizer is about to use it; a sparse one and None say nothing.
-        sums: float32, shape (2, R, C) of the spec's ``bits_layout``.
-    """
+    """Add the mean square of each group's gradient to ``sums[0]``, shape (R, C), and one to ``sums[1]`` where it is not zero."""
     if grad is None or grad.is_sparse:
         return
     layout = spec.bits_layout
@@ -40,15 +34,9 @@ def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
 
 
 def asked_bits(spec: WeightSpec, sums: Tensor, span: Tensor) -> Tensor:
-    """The bits that the groups of a weight ask for, but for a constant: ``log2(R sqrt(F)) / 2``.
+    """The bits that the groups of a weight ask for, but for a constant: ``log2(R sqrt(F)) / 2``; -inf where nothing depends on a group.
 
-    Args:
-        spec: the weight.
-        sums: from :func:`observe`.
-        span: length of the range of each group, shape of the spec's ``range_layout``.
-
-    Returns:
-        Shape of the spec's ``bits_layout``; minus infinity where nothing depends on a group.
+    ``sums`` is from :func:`observe`, ``span`` the length of the range of each group.
     """
     square, seen = sums.unbind()
     counts = spec.bits_layout.counts(square.device)

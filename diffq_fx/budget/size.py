@@ -32,16 +32,10 @@ def expected_bits(state: BitState) -> Tensor:
 
 
 def size_and_growth(state: BitState, rows: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Size in bits, and how fast it grows when all logits grow together, both 0-d; without autograd.
+    """Size in bits, and how fast it grows when all logits grow together, both 0-d, float64 where the device has it; without autograd.
 
-    Everything is worked out tile by tile and nothing is kept: at one width per weight each pass over memory shows.
-
-    Args:
-        state: the bits.
-        rows: the logits of each segment, if they are at hand.
-
-    Returns:
-        Two tensors, float64 where the device has it.
+    Everything is worked out tile by tile and nothing is kept: at one width per weight each pass over memory shows. ``rows`` are the logits
+    of each segment, if they are at hand.
     """
     groups = state.groups
     size = torch.zeros((), dtype=widest_float(groups.device), device=groups.device)
@@ -99,10 +93,5 @@ class _ExpectedBits(torch.autograd.Function):
 
 
 def mib(bits: float) -> float:
-    """Bits to MiB.
-
-    Example:
-        >>> mib(8 * 2**20)
-        1.0
-    """
+    """Bits to MiB."""
     return bits / MIB_BITS

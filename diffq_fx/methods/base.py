@@ -7,6 +7,7 @@ to a weight in training, how it is rounded, how it is stored). No pass, capture 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,8 +99,6 @@ def check_group(method: str, setting: str, size: Any) -> None:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Value of the rounded weight, gradient of the weight: the straight-through estimator."""
-
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
         return rounded.view_as(rounded)
@@ -224,7 +223,11 @@ class WeightQuantizer(nn.Module, ABC):
             )
         if self.training:
             recompute = None if torch.compiler.is_compiling() else active()
-            return self.training_weight(weight) if recompute is None else recompute.make(self, weight)
+            if recompute is None or not self.can_make_again:
+                return self.training_weight(weight)
+            return recompute.keep_recipe(
+                self.spec.name, partial(self.training_weight, weight), (weight, *self.parameters(), *self.buffers())
+            )
         rounded = self._rounded_weight(weight)
         return straight_through(weight, rounded) if torch.is_grad_enabled() and weight.requires_grad else rounded
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffq_fx import functional
 from diffq_fx.budget.bit_state import GAIN
+from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_span, step_of_logits
 from diffq_fx.methods.diffq_settings import DiffQSettings
@@ -205,6 +206,11 @@ class DiffQWeight(GridQuantizer):
     def step_in_training(self) -> Tensor:
         """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
         return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
+
+    def rounded_at(self, width: Tensor) -> RoundedWeight:
+        """The weight and the grid that it would be rounded on with these whole widths."""
+        rows_OI, width = to_rows(whole(self.weight.detach()), self.spec.axis), width.view(self.width.shape)
+        return RoundedWeight(self.spec, rows_OI, width, self.params(rows_OI, width))
 
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
         spec = self.spec

@@ -21,12 +21,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def unique(configs: Iterable[_Config]) -> list[_Config]:
-    """Equal configs once, in order; a config that holds a list cannot be hashed.
-
-    Example:
-        >>> unique([[1], [2], [1]])
-        [[1], [2]]
-    """
+    """Equal configs once, in order; a config that holds a list cannot be hashed."""
     found: list[_Config] = []
     for config in configs:
         if config not in found:

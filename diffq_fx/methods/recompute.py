@@ -2,17 +2,15 @@
 
 import threading
 import weakref
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.kernels.native import is_plain
-
-if TYPE_CHECKING:
-    from diffq_fx.methods.base import WeightQuantizer
 
 _WORTH_MAKING = 1 << 14
 """Weights below which a tensor is kept: the state of the random generator takes 5 kB."""
@@ -24,16 +22,16 @@ _entered = threading.local()  # hooks on saved tensors belong to a thread, too
 class _Made:
     """How one weight was made in this forward."""
 
-    quantizer: "WeightQuantizer"
-    weight: Tensor
+    name: str
+    make: Callable[[], Tensor]
+    sources: Sequence[Tensor]
     random_state: list[Tensor]
     versions: tuple[int, ...]
-    result: weakref.ref[Tensor] = field(repr=False)
+    result: weakref.ref[Tensor]
     result_version: int
-    users: int = 0
-    """How many saved tensors lie in the result."""
+    users: int = 0  # how many saved tensors lie in the result
     asked: int = 0
-    _kept: Tensor | None = field(default=None, repr=False)
+    kept: Tensor | None = None
 
     def is_stored_in(self, tensor: Tensor) -> bool:
         result = self.result()
@@ -42,32 +40,33 @@ class _Made:
         return _address(result) == _address(tensor) and result._version == self.result_version
 
     def again(self) -> Tensor:
-        if _versions(self.quantizer, self.weight) != self.versions:
+        if _versions(self.sources) != self.versions:
             raise DiffQError(
-                f"recompute_weights: weight {self.quantizer.spec.name!r} or its bits were changed between forward and backward, so what "
+                f"recompute_weights: weight {self.name!r} or its bits were changed between forward and backward, so what "
                 "the forward computed with cannot be made again. Call backward() before optimizer.step() and before weights are loaded, "
                 "or train without recompute_weights()."
             )
-        result = self._make() if self._kept is None else self._kept
+        result = self._make_again() if self.kept is None else self.kept
         self.asked += 1
-        self._kept = result if self.asked % self.users else None  # the next one who needs it follows soon: a layer, then its quantizer
+        self.kept = result if self.asked % self.users else None  # the next one who needs it follows soon: a layer, then its quantizer
         return result
 
-    def _make(self) -> Tensor:
-        now = _random_state(self.weight.device)
-        _set_random_state(self.weight.device, self.random_state)
+    def _make_again(self) -> Tensor:
+        device = self.sources[0].device
+        now = _random_state(device)
+        _set_random_state(device, self.random_state)
         try:
-            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                return self.quantizer.training_weight(self.weight)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                return self.make()
         finally:
-            _set_random_state(self.weight.device, now)
+            _set_random_state(device, now)
 
 
 @dataclass(eq=False)
 class _Saved:
     """What autograd keeps in place of a tensor: the tensor itself, or how the weight that it lay in was made."""
 
-    source: "Tensor | _Made"
+    source: Tensor | _Made
     version: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -115,18 +114,17 @@ class recompute_weights(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
         self._live.clear()
         super().__exit__(*exception)
 
-    def make(self, quantizer: "WeightQuantizer", weight: Tensor) -> Tensor:
-        """The weight to train with, which autograd will not keep."""
-        worth = weight.numel() >= _WORTH_MAKING and quantizer.can_make_again and is_plain(weight)
-        if not worth or not torch.is_grad_enabled():
-            return quantizer.training_weight(weight)
+    def keep_recipe(self, name: str, make: Callable[[], Tensor], sources: Sequence[Tensor]) -> Tensor:
+        """What ``make`` makes of tensors, the weight of that name first; autograd will not keep it."""
+        weight = sources[0]
+        if weight.numel() < _WORTH_MAKING or not is_plain(weight) or not torch.is_grad_enabled():
+            return make()
         state, self._making = _random_state(weight.device), []
         try:
-            result = quantizer.training_weight(weight)
+            result = make()
         finally:
             inside, self._making = self._making, None
-        versions = _versions(quantizer, weight)
-        made = _Made(quantizer, weight, state, versions, weakref.ref(result), result._version)
+        made = _Made(name, make, sources, state, _versions(sources), weakref.ref(result), result._version)
         self._live = [each for each in self._live if each.result() is not None]
         self._live.append(made)
         for saved in inside:  # what the quantizer itself keeps of its result
@@ -170,8 +168,8 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _versions(quantizer: "WeightQuantizer", weight: Tensor) -> tuple[int, ...]:
-    return tuple(each._version for each in (weight, *quantizer.parameters(), *quantizer.buffers()))
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

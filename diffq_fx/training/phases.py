@@ -163,12 +163,7 @@ def _hold_coded_size(compression: Compression) -> None:
 
 
 def _in_runs(rising: Sequence[int]) -> list[slice]:
-    """Rising numbers as slices.
-
-    Example:
-        >>> _in_runs([0, 1, 2, 5])
-        [slice(0, 3, None), slice(5, 6, None)]
-    """
+    """Rising numbers as slices."""
     starts = [i for i, number in enumerate(rising) if i == 0 or rising[i - 1] != number - 1]
     return [slice(rising[first], rising[after - 1] + 1) for first, after in zip(starts, [*starts[1:], len(rising)], strict=True)]
 
