@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,11 @@ class Method(ABC):
         """
 
     def check_common(self) -> None:
-        """Refuse what no method can work with, naming the setting and the value; for ``__post_init__``."""
+        """Refuse what no method can work with, and what is none of the choices of a Literal, by name and value; for ``__post_init__``."""
         name = type(self).__name__
-        if self.rest_dtype not in ("float32", "float16"):
-            raise ValueError(f"{name}: rest_dtype must be one of ('float32', 'float16'), got {self.rest_dtype!r}.")
+        for setting, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and (value := getattr(self, setting)) not in get_args(hint):
+                raise ValueError(f"{name}: {setting} must be one of {get_args(hint)}, got {value!r}.")
         if self.min_size < 0:
             raise ValueError(f"{name}: min_size must not be negative, got {self.min_size}.")
         if isinstance(self.exclude, str):

@@ -18,12 +18,6 @@ _NOISE_STEPS = 200
 """Where nothing says how long the training is."""
 SENSITIVITY_STEPS = 20
 """After which the bits move, all at once, to where the gradients so far want them: more say nothing new (docs/accuracy.md)."""
-_ALLOWED = {
-    "grid": ("affine", "symmetric", "float"),
-    "noise": ("uniform", "gaussian"),
-    "range_per": ("tensor", "channel", "group"),
-    "size_of": ("widths", "onnx_file", "packed_file"),
-}
 
 
 class _NotGiven(float):
@@ -73,16 +67,13 @@ class DiffQSettings(Method):
         self._check_aims()
         if self.widths is not None and not (isinstance(self.widths, list | tuple) and all(type(width) is int for width in self.widths)):
             raise TypeError(f"DiffQConfig: widths must be a tuple of whole numbers like (2, 4, 8), got {self.widths!r}.")
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"DiffQConfig: {name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        self.check_common()
         self._check_limits()
         self._check_groups()
         if not isinstance(self.clip_ranges, bool):
             raise TypeError(f"DiffQConfig: clip_ranges must be True or False, got {self.clip_ranges!r}.")
         if self.training_steps is not None:
             check_whole("DiffQConfig", "training_steps", self.training_steps, 1)
-        self.check_common()
         if self.widths is not None or self.size_of == "onnx_file":  # no noise of widths that rounding cannot choose
             object.__setattr__(self, "min_bits", max(self.min_bits, min(self.limits.widths[0], self.start_bits - 1)))
 

@@ -1,7 +1,7 @@
 """What the integer methods with a fixed number of bits share: their settings and the grid they round on."""
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,17 +31,7 @@ class FixedBits(Method):
         check_group(name, "group_size", self.group_size)
         if self.group_size == 1:
             raise ValueError(f"{name}: group_size=1 would store a scale for every weight; use a larger block.")
-        check_choices(self)
         self.check_common()
-
-
-def check_choices(method: Method) -> None:
-    """Refuse a setting that is none of those that its annotation, a Literal, allows."""
-    hints = get_type_hints(type(method))
-    for field in fields(method):
-        hint, value = hints[field.name], getattr(method, field.name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{type(method).__name__}: {field.name} must be one of {get_args(hint)}, got {value!r}.")
 
 
 def check_rate(method: str, rate: Any) -> None:

@@ -19,7 +19,7 @@ from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import Method, WeightQuantizer, check_whole, straight_through
-from diffq_fx.methods.fixed import check_choices, check_rate
+from diffq_fx.methods.fixed import check_rate
 from diffq_fx.methods.quant_noise import noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.storage.footprint import Footprint
@@ -78,7 +78,6 @@ class ProductQuantization(Method):
         check_whole(name, "entries", self.entries, 1, _MOST_ENTRIES)
         if self.block_size != "auto":
             check_whole(name, 'block_size (or "auto")', self.block_size, 1)
-        check_choices(self)
         for setting in ("update_every", "iterations"):
             check_whole(name, setting, getattr(self, setting), 1)
         self.check_common()
