@@ -16,7 +16,7 @@ from diffq_fx.export import export_onnx, read_metadata
 from diffq_fx.export.onnx.inspection import inspect_onnx
 from diffq_fx.export.onnx.integer_products import check_products, find_products
 from diffq_fx.export.onnx.layout import products
-from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, choose_form, is_exact
+from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, MAX_INPUTS, choose_form, is_exact
 from diffq_fx.export.onnx.layout.table import read_table
 
 pytestmark = pytest.mark.filterwarnings("ignore:export_onnx. rounding activations changes")
@@ -135,6 +135,63 @@ def test_forms_fit_their_types_and_are_what_the_kernel_wants(grid, zero_points):
             assert zero_points != "equal" or (moved == moved[0]).all()
             assert zero_points != "moved" or moved.any()
             assert bits == 8 or zero_points == "equal" or form.dtype.name == "INT8"
+
+
+class Products(nn.Module):
+    """Products of two activations between integer convolutions: the scores of attention, the gate of a network that makes a weight."""
+
+    def __init__(self, bits):
+        super().__init__()
+        self.convolutions = nn.ModuleList(Conv(F.conv2d, (32, 32, 1, 1), bits, name=f"w{place}") for place in range(4))
+
+    def forward(self, x):
+        query, key, value = (convolve(x) for convolve in self.convolutions[:3])
+        scores = query.flatten(2).transpose(1, 2) @ key.flatten(2)
+        mixed = (value.flatten(2) @ scores).reshape(x.shape)
+        return self.convolutions[3](mixed), F.conv2d(value, key[:1].reshape(64, 32, 1, 1))
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_products_of_two_activations_stay_in_float(bits, path):
+    x = torch.randn(2, 32, 8, 8)
+    result = export_onnx(Products(bits).eval(), x, path, activations="int8", calibration=[x])
+    assert {record.rule for record in result.weights} == {"int8"}
+    assert {product.operator for product in find_products(path)} == {"Conv"}
+    assert len(find_products(path)) == 4
+    assert result.fast_relative_error < 0.1
+
+
+def full_of(convolve, shape):
+    """Weights whose levels are all far above their zero points: the largest sums that there are."""
+    layer = Conv(convolve, shape, 8)
+    layer.weight = store(0.98 + 0.02 * torch.rand(shape), 8)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("inputs", [MAX_INPUTS, 40_000])
+def test_sums_of_dynamic_products_fit_int32(inputs, path):
+    model, x = full_of(F.linear, (48, inputs)), torch.ones(4, inputs)
+    rule = export_onnx(model, x, path, activations="dynamic").weights[0].rule
+    assert ("dynamic" in rule) == (inputs <= MAX_INPUTS)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert np.abs(found / model(x).detach().numpy() - 1).max() < 0.02
+
+
+def test_sums_of_convolutions_fit_int32(path):
+    model, x = full_of(F.conv2d, (8, 4500, 3, 3)), torch.ones(1, 4500, 3, 3)
+    (record,) = export_onnx(model, x, path, activations="int8", calibration=[x]).weights
+    assert record.rule == "fold"
+    assert "40500 inputs of a filter: int32 holds the sum of 33025" in record.reason
+
+
+@pytest.mark.parametrize("kind", ["MatMulInteger", "Gemm, reshaped", "MatMul"])
+def test_sums_that_could_overflow_are_found(kind, path, monkeypatch):
+    monkeypatch.setattr(f"{check_products.__module__}.MAX_INPUTS", 3)
+    x = helper.make_tensor_value_info("xq", TensorProto.UINT8, [4, 4])
+    onnx.save(helper.make_model(graph_of(NODES[kind], [x]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    with pytest.raises(ExportError, match="adds up 4 inputs: int32 holds the sum of 3"):
+        check_products(path)
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -332,6 +332,12 @@ def test_an_opset_without_blocks_leaves_products_in_float_and_says_so(path):
     assert whole.weights[0].rule == "dynamic"
 
 
+@pytest.mark.parametrize("opset", ["21", 21.0, (21,)])
+def test_an_opset_that_is_no_number_is_refused(opset, old_file):
+    with pytest.raises(TypeError, match="opset must be a whole number or None, got"):
+        export_onnx(Linear(16, 8, 4).eval(), torch.randn(2, 16), old_file, opset=opset)
+
+
 def test_an_opset_without_the_container_is_an_error(old_file):
     for target in ("portable", "this-machine"):
         with pytest.raises(ExportError, match="opset 20 is too low: UINT4 of 'weight.levels' needs 21"):

@@ -90,7 +90,7 @@ def export_onnx(
         ExportError: torch is older than 2.9; the model is not converted, has a parameter that is not finite, holds a weight without ONNX
             form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
             fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
-        TypeError: ``example_inputs`` is none of the above, or ``calibration`` no iterable.
+        TypeError: ``example_inputs`` is none of the above, ``calibration`` no iterable, or ``opset`` no whole number.
         ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
             use.
 
@@ -117,6 +117,8 @@ def export_onnx(
     """
     _compat.check_torch_translates_operators()
     _check_choices(layout, activations, target, calibration)
+    if opset is not None and not isinstance(opset, int):
+        raise TypeError(f"opset must be a whole number or None, got {opset!r}.")
     converted = unwrapped(converted)
     _check_converted(converted)
     _check_finite(converted)

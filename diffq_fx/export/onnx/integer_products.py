@@ -5,6 +5,7 @@ by onnx's reference evaluator, and the levels that result go to the one rule, :f
 the export has made them.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import InlinePass
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, is_exact
+from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, MAX_INPUTS, is_exact
 
 _INTEGER_PRODUCTS = {"MatMulInteger": 1, "ConvInteger": 1, "QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3}
 """Operator -> position of the weight."""
@@ -35,6 +36,8 @@ class IntegerProduct:
     operator: str
     levels: np.ndarray | None
     """The weight as the kernel reads it; None if the graph computes it from its inputs, or onnxruntime when it loads the file."""
+    inputs: int = 0
+    """How many products are added up for one output."""
 
 
 def find_products(path: Path) -> list[IntegerProduct]:
@@ -47,7 +50,8 @@ def find_products(path: Path) -> list[IntegerProduct]:
         if _gets_levels_at_load(node):
             found.append(IntegerProduct(name, node.op_type, None))
         if (weight := _integer_weight(node)) is not None:
-            found.append(IntegerProduct(name, node.op_type, _constant(weight, model)))
+            levels = _constant(weight, model)
+            found.append(IntegerProduct(name, node.op_type, levels, 0 if levels is None else _count_inputs(node, levels, model)))
     return found
 
 
@@ -62,6 +66,11 @@ def check_products(path: Path) -> None:
             raise ExportError(
                 f"the integer product {product.name!r} ({product.operator}) has no constant levels in the file: it may saturate. "
                 "The file was not written; please report this model."
+            )
+        if product.inputs > MAX_INPUTS:
+            raise ExportError(
+                f"the integer product {product.name!r} ({product.operator}) adds up {product.inputs} inputs: int32 holds the sum of "
+                f'{MAX_INPUTS}. The file was not written; please report this model. activations="float" does without such products.'
             )
         if not is_exact(product.levels):
             low, high = product.levels.min(), product.levels.max()
@@ -78,6 +87,14 @@ def _integer_weight(node: ir.Node) -> ir.Value | None:
     if node.op_type not in _FUSED_PRODUCTS or node.domain or _dequantized(node.inputs[0]) is None:
         return None
     return _dequantized(node.inputs[1])
+
+
+def _count_inputs(node: ir.Node, levels: np.ndarray, model: ir.Model) -> int:
+    if "Conv" in node.op_type:
+        return math.prod(levels.shape[1:])
+    moved = _constant(node.inputs[1], model) if node.op_type in _FUSED_PRODUCTS and node.inputs[1] is not None else levels
+    shape = levels.shape if moved is None else moved.shape
+    return shape[-1] if len(shape) == 1 or node.attributes.get_int("transB", 0) else shape[-2]
 
 
 def _gets_levels_at_load(node: ir.Node) -> bool:

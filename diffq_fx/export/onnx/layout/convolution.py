@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import Uses
 from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, only_reader
-from diffq_fx.export.onnx.layout.products import Form, choose_form, emit_factor
+from diffq_fx.export.onnx.layout.products import MAX_INPUTS, Form, choose_form, emit_factor
 from diffq_fx.export.onnx.layout.request import LayoutRequest, Range
 from diffq_fx.export.onnx.layout.rounding import MOVING, grid
 from diffq_fx.export.onnx.layout.stored import StoredTable
@@ -85,6 +85,8 @@ def _refusal(table: WeightTable, node: ir.Node, ranges: Mapping[str, Range]) -> 
         return f"int8 convolutions take up to 8 bits, the widest channel has {table.most_bits}"
     if table.blocks > 1:
         return f"blocks of {table.block} inputs: an int8 convolution has one scale per channel"
+    if (inputs := math.prod(table.spec.shape[1:])) > MAX_INPUTS:
+        return f"{inputs} inputs of a filter: int32 holds the sum of {MAX_INPUTS} products of 8 bits"
     groups = node.attributes.get_int("group", 1)
     narrow = min(table.spec.shape[0] // groups, table.spec.shape[1])
     if groups > 1 and narrow < _MIN_GROUP and not _is_depthwise(table, node):

@@ -15,7 +15,7 @@ from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Product, choose
 from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor, integer_type, make_node, only_reader
 from diffq_fx.export.onnx.layout.functions import mark_weight
-from diffq_fx.export.onnx.layout.products import choose_form
+from diffq_fx.export.onnx.layout.products import MAX_INPUTS, choose_form
 from diffq_fx.export.onnx.layout.request import BLOCKED_OPSET, LayoutRequest
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import Storage, WeightTable
@@ -72,7 +72,7 @@ def _kernels(table: WeightTable, use: LinearUse, outputs: int, request: LayoutRe
         if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
             kernels.append(Kernel(_NATIVE[bits], _kernel_block(table, bits)))
         kernels.append(Kernel("fused 8", _kernel_block(table, _BYTE)))
-    if request.rounds and table.blocks == 1:
+    if request.rounds and table.blocks == 1 and table.spec.columns <= MAX_INPUTS:
         kernels.append(Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8"))
     return tuple(kernel for kernel in kernels if kernel != _SLOW)
 

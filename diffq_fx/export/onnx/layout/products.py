@@ -18,6 +18,8 @@ from diffq_fx.export.onnx.layout.table import WeightTable
 
 EXACT_LEVEL = 64
 """int8 levels up to this size are multiplied without loss everywhere."""
+MAX_INPUTS = (2**31 - 1) // 255**2
+"""Inputs of one output up to which its int32 sum holds the products of any levels and activations of 8 bits."""
 _MIDDLE_OF_UINT8 = 128
 
 ZeroPoints = Literal["any", "equal", "moved"]
@@ -43,7 +45,9 @@ class Form(NamedTuple):
 
 
 def is_exact(levels: np.ndarray) -> bool:
-    """Whether products of these levels with any activations of 8 bits neither saturate nor overflow, whatever the processor.
+    """Whether products of these levels with any activations of 8 bits do not saturate, whatever the processor.
+
+    Their sums fit int32 up to ``MAX_INPUTS`` inputs.
 
     Args:
         levels: as the kernel reads them, int8 or uint8.

@@ -16,6 +16,8 @@ from diffq_fx.export.onnx.layout.request import Range
 
 MOVING = frozenset(("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"))
 """What gives out numbers that it has read: the same scale before and behind."""
+_PASSING = MOVING | {"Identity", "Slice"}
+"""What onnxruntime may move a DequantizeLinear behind."""
 _COMPUTING = ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _REDUCTIONS = (("ReduceMin", "min"), ("ReduceMax", "max"))
@@ -128,13 +130,14 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     Behind products whose weight stays in float: between a DequantizeLinear and a QuantizeLinear onnxruntime gives such a weight int8 levels
     of its own when it loads the file, one scale for all of it, up to 127. They saturate on x86 without VNNI, and are less exact everywhere.
     In front of products whose weight has a scale for each block: the kernel for two DequantizeLinear takes no such scales, and fails.
+    In front of products of two activations: no levels in the file prove that they are exact.
     """
     kept: list[tuple[ir.Value, ir.Node, bool]] = []
     for node in emitter.graph:
-        if node.op_type not in _PRODUCTS or node.domain or node in convolutions or not _hangs_on_integers(node.inputs[0]):
+        if node.op_type not in _PRODUCTS or node.domain or node in convolutions or _dequantize_of(node.inputs[0]) is None:
             continue
-        weight = None if node.inputs[1] is None else node.inputs[1].producer()
-        if node.inputs[0] is not None and weight is not None and weight.attributes.get_int("block_size", 0):
+        weight = _dequantize_of(node.inputs[1])
+        if node.inputs[0] is not None and weight is not None and (weight.attributes.get_int("block_size", 0) or _is_activation(weight)):
             kept.append((node.inputs[0], node, True))
             continue
         reader = only_reader(node.outputs[0])
@@ -150,11 +153,18 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     emitter.flush()
 
 
-def _hangs_on_integers(value: ir.Value | None) -> bool:
+def _dequantize_of(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value is made by, or was moved from."""
     node = None if value is None else value.producer()
-    while node is not None and node.op_type in MOVING and node.inputs[0] is not None:
+    while node is not None and node.op_type in _PASSING and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node is not None and node.op_type == "DequantizeLinear"
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _is_activation(dequantize: ir.Node) -> bool:
+    levels = dequantize.inputs[0]
+    producer = None if levels is None else levels.producer()
+    return producer is not None and producer.op_type == "QuantizeLinear"
 
 
 def _leads_to_integers(value: ir.Value) -> bool:
