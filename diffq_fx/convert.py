@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
@@ -123,6 +124,7 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
             "  Gather the state (get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into "
             "a prepared model that is not sharded, and convert that."
         )
+    _refuse_new_classes(root, caller)
     if compression.learned:
         _warn_untrained(compression)
     with torch.no_grad():
@@ -256,6 +258,21 @@ def _refuse_wrapped_layers(root: nn.Module) -> None:
             raise ConversionError(
                 f"convert: the forward of layer {path!r} was set after prepare, and a converted layer would call the prepared one by it.\n"
                 f"  Take it off (del model.{path}.forward), or set it on the float model before prepare."
+            )
+
+
+def _refuse_new_classes(root: nn.Module, caller: str) -> None:
+    """A copy is made of the class that prepare gave, and of torch's own parametrization of it."""
+    for path, module in root.named_modules():
+        kind = type(module)
+        if not isinstance(module, CapturedModel | ScopedModule) or is_parametrized(module):
+            continue
+        made = kind.__base__ if isinstance(module, CapturedModel) else kind  # fx makes a class for each GraphModule
+        if "original_class" not in vars(made):
+            where = repr(path) if path else "the model"
+            raise ConversionError(
+                f"{caller}: the class of {where} was set after prepare, and a converted copy would not have it.\n"
+                "  Set it on the float model before prepare, or on the converted model."
             )
 
 

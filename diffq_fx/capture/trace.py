@@ -1,8 +1,9 @@
 """Trace a model into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful."""
 
+import itertools
 import keyword
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -149,7 +150,7 @@ class CodeTracer(fx.Tracer):
 
 
 def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, _WeightTracer]:
-    """Trace a model in train and in eval mode and return the graph if it is one and the same.
+    """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same.
 
     Tracing runs on copies that share the parameters.
 
@@ -165,23 +166,45 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
         CaptureError: says why a graph would not be faithful.
     """
     graphs, tracers = [], []
-    for training in (True, False):
+    for state, training in itertools.product((nullcontext, _other_state), (True, False)):
         tracers.append(_WeightTracer(selection, reads))
-        graphs.append(_traced(reads.watch(copy_sharing_parameters(model).train(training)), tracers[-1]))
-    train_code, eval_code = (graph.python_code("self").src for graph in graphs)
+        graphs.append(_traced(reads.watch(copy_sharing_parameters(model).train(training)), tracers[-1], state))
+    train_code, eval_code, *other_codes = (graph.python_code("self").src for graph in graphs)
     if train_code != eval_code:
         raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
+    if any(code != eval_code for code in other_codes):
+        raise CaptureError("the forward does something else under torch.autocast or torch.no_grad, which one graph cannot")
     return graphs[1], tracers[1]
 
 
-def _traced(module: nn.Module, tracer: _WeightTracer) -> fx.Graph:
+@contextmanager
+def _other_state() -> Iterator[None]:
+    """Autocast to float16 and no gradients: what a forward may ask torch about, and a graph would freeze the answer to.
+
+    It is set without torch.autocast, which warns of a device that is not here and which a forward may not enter.
+    """
+    before = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")}
+    try:
+        for device in before:
+            torch.set_autocast_enabled(device, True)
+            torch.set_autocast_dtype(device, torch.float16)
+        with torch.no_grad():
+            yield
+    finally:
+        for device, (enabled, dtype) in before.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+def _traced(module: nn.Module, tracer: _WeightTracer, state: Callable[[], AbstractContextManager[None]]) -> fx.Graph:
     """One trace, and the proof that the forward did nothing beside what the graph holds."""
     with restored_random_state(), _refused_while_tracing(tracer):
         before, random_before = _state_of(module), random_fingerprint()
         try:
             if "forward" in vars(module):
                 raise tracer.refusal("a forward of its own is set on the instance, which a graph would lose")
-            graph = tracer.trace(module)
+            with state():
+                graph = tracer.trace(module)
         except Exception as err:  # a traced forward is the user's code and may raise anything
             raise tracer.refused or CaptureError(_first_line(err)) from err
         if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):

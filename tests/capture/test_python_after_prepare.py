@@ -342,6 +342,20 @@ def test_a_forward_that_is_set_on_a_layer_after_prepare(scope):
         assert torch.equal(converted(model)(X), model(X))
 
 
+@pytest.mark.parametrize(("scope", "path"), [("auto", ""), ("module", ""), ("module", "body")])
+def test_a_class_that_is_set_after_prepare(scope, path):
+    """A copy is of the class that prepare gave."""
+    model = prepared(scope).eval()
+    layer = model.get_submodule(path)
+    kind = type(layer)
+    layer.__class__ = type("Other", (kind,), {"forward": lambda self, *args: kind.forward(self, *args)})
+    with pytest.raises(ConversionError, match=f"the class of {repr(path) if path else 'the model'} was set after prepare"):
+        converted(model)
+    layer.__class__ = kind
+    with torch.no_grad():
+        assert torch.equal(converted(model)(X)[0], model(X)[0])
+
+
 @pytest.mark.parametrize("path", ["", "body", "block"])
 def test_a_forward_that_was_set_before_prepare(path):
     original = Net()

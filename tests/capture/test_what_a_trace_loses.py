@@ -179,6 +179,30 @@ def test_a_size_on_which_python_decides(name):
     assert not torch.equal(original(X[:7]), original(X[:8])[:7])
 
 
+STATES = {
+    "autocast": lambda self, x: x * 2 if torch.is_autocast_enabled("cpu") else x,
+    "autocast on a GPU": lambda self, x: x * 2 if torch.is_autocast_enabled("cuda") else x,
+    "its dtype": lambda self, x: x.to(torch.get_autocast_dtype("cpu")).float(),
+    "either": lambda self, x: x * 2 if torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled() else x,
+    "gradients in train": lambda self, x: x * 2 if self.training and not torch.is_grad_enabled() else x,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_torch_that_python_asks_for(name):
+    original = type("Asks", (Net,), {"between": STATES[name]})()
+    autocast_before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    model = prepare_diffq(original, X, CONFIG)
+    assert (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")) == autocast_before
+    assert model.compression.scope == "module"
+    for quantizer in model.compression.quantizers:
+        weight = original.get_parameter(quantizer.spec.name)
+        quantizer.pass_through(lambda weight=weight: weight)
+    for state in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.float16), torch.no_grad()):
+        with state:
+            assert torch.equal(model(X), original(X))
+
+
 def test_a_size_in_the_message_of_an_assertion_stays_in_the_graph():
     class Checks(Net):
         def between(self, x):

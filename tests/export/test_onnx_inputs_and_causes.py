@@ -207,6 +207,20 @@ class WithCache(nn.Module):
         return self.layer(x), DynamicCache()
 
 
+class Keyword(nn.Module):
+    """A Sequential whose first layer is called by a keyword of Python."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, Linear(8, 8, 4))
+        self.layer = Linear(8, 8, 4)
+
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x
+
+
 class Holder(nn.Module):
     def __init__(self, inner):
         super().__init__()
@@ -222,6 +236,8 @@ class Holder(nn.Module):
         (Holder(Three()), (2, 9, 32), r"scaled_dot_product_attention\.default in 'inner' \(Three\): AssertionError: only 4D query"),
         (Holder(Untranslated()), (2, 8, 8), r"_linalg_svd\.default in 'inner' \(Untranslated\) has no translation to ONNX"),
         (WithCache(), (2, 8), r"cannot trace the WithCache: it returns a cache of keys and values\. Add use_cache=False"),
+        (Keyword("class"), (2, 8), r"the name 'class\.[\w.]+' holds a keyword of Python, which torch\.onnx cannot write\. Rename"),
+        (Holder(Keyword("None")), (2, 8), r"the name 'inner\.None\.[\w.]+' holds a keyword of Python"),
     ],
 )
 def test_the_cause_is_named(model, shape, says, path):
@@ -238,6 +254,36 @@ class Then(nn.Module):
 
     def forward(self, x):
         return self.function(self.layer(x))
+
+
+class Cache:
+    """What a forward adds to."""
+
+    def __init__(self):
+        self.seen = 0
+
+
+class WithCacheGiven(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Linear(8, 8, 4)
+
+    def forward(self, x, cache):
+        cache.seen += 1
+        return self.layer(x) * cache.seen
+
+
+class Counts(WithCacheGiven):
+    def forward(self, x):
+        self.seen = getattr(self, "seen", 0) + 1
+        return self.layer(x) * self.seen
+
+
+def test_a_forward_that_keeps_something_draws_no_random_numbers(path):
+    with pytest.raises(ExportError, match="a cache of keys and values is no tensor. Export a wrapper"):
+        export_onnx(WithCacheGiven().eval(), (torch.randn(2, 8), Cache()), path)
+    with pytest.raises(ExportError, match="its forward keeps something that the next one reads"):
+        export_onnx(Counts().eval(), torch.randn(2, 8), path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Why a model cannot be exported, in the words of whatever failed first: torch.onnx wraps it in several layers of its own."""
 
+import keyword
 import re
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from diffq_fx.errors import DiffQError
+from diffq_fx.example import restored_random_state
 from diffq_fx.export.onnx.examples import ExportExample
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -28,6 +30,8 @@ _CACHES = (
 
 def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -> str:
     """Why an export fails where the model itself (in eval mode) is the reason; else what the error that stopped it says."""
+    if any(advice in str(error) for _, advice in _CACHES):
+        return str(error)
     name = type(model).__name__
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()})
     try:
@@ -39,11 +43,26 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
         if isinstance(value, int | float | complex | str | bytes):
             return f"output {number} of the {name} is {value!r}, no tensor. Export a wrapper whose forward returns tensors alone."
     pairs = [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
-    if any(one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
-        return f"two runs of the {name} on the same inputs differ: its forward draws random numbers. Give them as an input."
+    if _differ(pairs):
+        keeps = _differ(_from_one_seed(model, example))
+        why = "keeps something that the next one reads. Give it" if keeps else "draws random numbers. Give them"
+        return f"two runs of the {name} on the same inputs differ: its forward {why} as an input."
     if "NOT_IMPLEMENTED" in str(error) and "torch.bfloat16" in dtypes:
         return f"the {name} is in bfloat16, for which onnxruntime has no kernels here. Call .float() on it, and on the example inputs."
     return str(error)
+
+
+def _from_one_seed(model: nn.Module, example: ExportExample) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    devices = sorted({tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    with restored_random_state(devices):
+        first = example.map(torch.clone).run(model)
+    with restored_random_state(devices):
+        second = example.map(torch.clone).run(model)
+    return [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
+
+
+def _differ(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    return any(one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
 
 
 def tracing_cause(error: Exception) -> str:
@@ -54,6 +73,8 @@ def tracing_cause(error: Exception) -> str:
 def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:
     """Why torch.onnx fails: the operator, the module that calls it, and the innermost reason."""
     errors = list(_chain(error))
+    if isinstance(errors[-1], SyntaxError) and (name := _keyword_in_a_name(program)):
+        return f"the name {name!r} holds a keyword of Python, which torch.onnx cannot write. Rename that part of the float model."
     found = next((match for each in errors if (match := _NODE.search(_COLOURS.sub("", str(each))))), None)
     if found is None:
         return _shown(errors[-1])
@@ -62,6 +83,10 @@ def translation_cause(error: Exception, program: torch.export.ExportedProgram) -
     if any(_MISSING in str(each) for each in errors):
         return f"{operator}{where} has no translation to ONNX. Write it with other operators."
     return f"{operator}{where}: {_shown(errors[-1])}"
+
+
+def _keyword_in_a_name(program: torch.export.ExportedProgram) -> str | None:
+    return next((name for name in (*program.state_dict, *program.constants) if any(map(keyword.iskeyword, name.split(".")))), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
