@@ -124,7 +124,7 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
             "  Gather the state (get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into "
             "a prepared model that is not sharded, and convert that."
         )
-    _refuse_new_classes(root, caller)
+    _refuse_new_classes(root)
     if compression.learned:
         _warn_untrained(compression)
     with torch.no_grad():
@@ -261,7 +261,7 @@ def _refuse_wrapped_layers(root: nn.Module) -> None:
             )
 
 
-def _refuse_new_classes(root: nn.Module, caller: str) -> None:
+def _refuse_new_classes(root: nn.Module) -> None:
     """A copy is made of the class that prepare gave, and of torch's own parametrization of it."""
     for path, module in root.named_modules():
         kind = type(module)
@@ -271,7 +271,7 @@ def _refuse_new_classes(root: nn.Module, caller: str) -> None:
         if "original_class" not in vars(made):
             where = repr(path) if path else "the model"
             raise ConversionError(
-                f"{caller}: the class of {where} was set after prepare, and a converted copy would not have it.\n"
+                f"convert: the class of {where} was set after prepare, and a converted copy would not have it.\n"
                 "  Set it on the float model before prepare, or on the converted model."
             )
 
