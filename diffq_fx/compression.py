@@ -116,9 +116,11 @@ class Compression(TrainingState):
     @property
     def logits(self) -> list[Tensor]:
         """The trainable logits of all weights."""
-        return cast(
-            "list[Tensor]", [quantizer._parameters.get("logits") for quantizer in self.learned]
-        )  # an attribute takes ten times as long
+        try:  # an attribute takes ten times as long
+            return cast("list[Tensor]", [quantizer._parameters["logits"] for quantizer in self.learned])
+        except KeyError:
+            self._refuse_flat()
+            raise
 
     def groups(self) -> FlatGroups:
         """The groups of all learned weights in one row, made once per device."""

@@ -18,7 +18,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that compute nothing of their own: those of torch for several processes, averages and compilation."""
     while True:
-        inner = model._modules.get("module" if isinstance(model, _WRAPPERS) else "_orig_mod")
+        inner = dict(model.named_children()).get("module" if isinstance(model, _WRAPPERS) else "_orig_mod")
         if inner is None:
             return model
         model = inner

@@ -18,7 +18,7 @@ from diffq_fx.capture.readers import reading_modules
 from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_ties, take_over, takeovers
 from diffq_fx.capture.trace import CodeTracer, trace_in_both_modes
 from diffq_fx.capture.watch import HOOKS, GraphUse, Reads
-from diffq_fx.errors import CaptureError
+from diffq_fx.errors import CaptureError, PreparationError
 from diffq_fx.example import Example
 from diffq_fx.selection import Selection
 
@@ -45,7 +45,16 @@ class CapturedModel(fx.GraphModule):
         @functools.wraps(of_the_graph)
         def forward(self: "CapturedModel", *args: Any, **kwargs: Any) -> Any:
             refuse_ties(self)
-            return (of_the_graph if self.uses_graph and not _compat.has_global_hooks() else of_python)(self, *args, **kwargs)
+            if self.uses_graph and not _compat.has_global_hooks():
+                return of_the_graph(self, *args, **kwargs)
+            if self.graph_use.weights_within:
+                change = self.graph_use.ended_by or "a hook was registered for all modules"
+                raise PreparationError(
+                    f"{change}, which the graph of the model cannot follow, and its own forward reads weights from "
+                    f"{self.graph_use.weights_within}, where quantized ones cannot be put.\n"
+                    "  Undo the change, make it before prepare, or let the forward read the weights from the modules that own them."
+                )
+            return of_python(self, *args, **kwargs)
 
         cls.forward = forward
         return code

@@ -13,6 +13,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, convert, prepare_diffq
 from diffq_fx.capture import contents, watch
+from diffq_fx.errors import PreparationError
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -295,10 +296,39 @@ def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
 
 def test_a_model_without_changeable_attributes_compares_settings_and_a_few_names_of_classes(monkeypatch):
     model = prepared(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
-    assert model.graph_use.changeable == []
+    assert [fact for fact in model.graph_use.facts if fact.contents is not None] == []
     assert model.graph_use.on_classes.keys() == {(nn.Linear, "forward"), (nn.Sequential, "forward")}
     checks, stands = [], watch.GraphUse.stands
     monkeypatch.setattr(watch.GraphUse, "stands", lambda use: checks.append(use) or stands(use))
     monkeypatch.setattr(watch, "is_unchanged", lambda *_: pytest.fail("nothing is walked through"))
     model(X)
     assert len(checks) == 1
+
+
+class WeightsInAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.factor = nn.Linear(16, 16), nn.Linear(16, 16), 1.0
+        self.weights = [self.first.weight, self.second.weight]
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = nn.functional.linear(x, weight)
+        return x * self.factor
+
+
+@pytest.mark.filterwarnings("ignore:.*bits never moved")
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_weights_in_a_list_are_read_by_the_graph_alone(is_converted):
+    """The original forward would find float weights in the list, and those of a converted model are gone."""
+    x = torch.randn(2, 16)
+    model = prepare_diffq(WeightsInAList(), x, DiffQConfig(penalty=1.0), scope="model").eval()
+    model = convert(model) if is_converted else model
+    before = model(x)
+    model.weights = list(model.weights)  # another list of the same
+    assert torch.equal(model(x), before)
+    model.factor = 2.0
+    with pytest.raises(
+        PreparationError, match="factor was set, which the graph of the model cannot follow, and its own forward reads weights"
+    ):
+        model(x)

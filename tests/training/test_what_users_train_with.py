@@ -124,7 +124,7 @@ class FormulasWrittenOut(nn.Module):
 
     def forward(self, x):
         for i, (layer, logits) in enumerate(zip(self.layers, self.logits, strict=True)):
-            bits = self.config.min_bits + torch.sigmoid(self.GAIN * logits) * (self.config.max_bits - self.config.min_bits)
+            bits = self.config.min_bits + torch.sigmoid(GAIN * logits) * (self.config.max_bits - self.config.min_bits)
             low, high = layer.weight.detach().amin(1, True).clamp(max=0), layer.weight.detach().amax(1, True).clamp(min=0)
             noisy = layer.weight + (high - low) / (2**bits - 1) * (torch.rand_like(layer.weight) - 0.5)
             x = F.linear(x, noisy, layer.bias)

@@ -125,7 +125,7 @@ def test_generate_of_hugging_face_models_survives(name: str):
     entry = BY_NAME[name]
     model, result = trained(entry)
     model.eval()
-    assert type(result) is type(entry.make())
+    assert isinstance(result, type(entry.make()))
     assert result.config.to_dict() == model.config.to_dict() == entry.make().config.to_dict()
     inputs = {key: value for key, value in entry.inputs(0).items() if key != "decoder_input_ids"}
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
