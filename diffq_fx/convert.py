@@ -265,7 +265,7 @@ def _refuse_new_classes(root: nn.Module) -> None:
     """A copy is made of the class that prepare gave, and of torch's own parametrization of it."""
     for path, module in root.named_modules():
         kind = type(module)
-        if not isinstance(module, CapturedModel | ScopedModule) or is_parametrized(module):
+        if is_parametrized(module) or not isinstance(module, CapturedModel | ScopedModule):
             continue
         made = kind.__base__ if isinstance(module, CapturedModel) else kind  # fx makes a class for each GraphModule
         if "original_class" not in vars(made):
