@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_mode_that_is_baked_in(name: str, monkeypatch: pytest.MonkeyPatch):
 
 def _trace_eval_only(model: nn.Module, selection: Any, reads: Any) -> tuple[fx.Graph, fx.Tracer]:
     tracer = trace._WeightTracer(selection, reads)
-    return trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer), tracer
+    return trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer, nullcontext), tracer
 
 
 def test_a_state_that_is_baked_in(monkeypatch: pytest.MonkeyPatch):
