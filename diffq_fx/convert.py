@@ -6,14 +6,13 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
-from diffq_fx.errors import ConversionError, DiffQWarning
+from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.functional import QuantParams
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.grid import GridQuantizer
@@ -124,7 +123,6 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
             "  Gather the state (get_model_state_dict of torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into "
             "a prepared model that is not sharded, and convert that."
         )
-    _refuse_new_classes(root)
     if compression.learned:
         _warn_untrained(compression)
     with torch.no_grad():
@@ -134,7 +132,11 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
         compression.allocate()
         stored = [_stored(q, weights[id(q)], names[id(q)]) for q in compression.quantizers]
         kernels.release()
-    converted = copy_replacing(root, {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()})
+    empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()}
+    try:
+        converted = copy_replacing(root, empty)
+    except PreparationError as error:
+        raise ConversionError(f"convert: {error}") from error
     _take_off_wrapper(root, converted)
     _put_in_stored(converted, stored)
     kept = {each.name: getattr(compression, each.name) for each in fields(CompressionRecord)}
@@ -258,21 +260,6 @@ def _refuse_wrapped_layers(root: nn.Module) -> None:
             raise ConversionError(
                 f"convert: the forward of layer {path!r} was set after prepare, and a converted layer would call the prepared one by it.\n"
                 f"  Take it off (del model.{path}.forward), or set it on the float model before prepare."
-            )
-
-
-def _refuse_new_classes(root: nn.Module) -> None:
-    """A copy is made of the class that prepare gave, and of torch's own parametrization of it."""
-    for path, module in root.named_modules():
-        kind = type(module)
-        if is_parametrized(module) or not isinstance(module, CapturedModel | ScopedModule):
-            continue
-        made = kind.__base__ if isinstance(module, CapturedModel) else kind  # fx makes a class for each GraphModule
-        if "original_class" not in vars(made):
-            where = repr(path) if path else "the model"
-            raise ConversionError(
-                f"convert: the class of {where} was set after prepare, and a converted copy would not have it.\n"
-                "  Set it on the float model before prepare, or on the converted model."
             )
 
 

@@ -55,8 +55,22 @@ class ScopedModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the original class and the plain state; Python 3.10 has no ``object.__getstate__``."""
+        refuse_new_class(type(self), type(self))
         state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
         return _bare, (self.original_class, self.taken_over), state
+
+
+def refuse_new_class(found: type, made: type) -> None:
+    """Refuse to copy a module whose class was set since prepare made its own: the copy would be of the one that prepare made.
+
+    Raises:
+        PreparationError: ``made`` is not a class that prepare makes.
+    """
+    if "original_class" not in vars(made):
+        raise PreparationError(
+            f"the class {found.__name__} was set after prepare, and a copy would not have it.\n"
+            "  Set it on the float model before prepare, or on the converted model."
+        )
 
 
 def _bare(original: type[nn.Module], taken_over: TakenOver) -> nn.Module:

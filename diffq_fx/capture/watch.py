@@ -33,7 +33,7 @@ class _Fact(NamedTuple):
     is_child: bool
     name: str
     value: Any
-    contents: tuple[Any, ...] | None = None
+    contents: tuple[Any, ...] = ()
     """What the value held, if it can change in place."""
 
 
@@ -48,12 +48,15 @@ class GraphUse:
     ended_by: str = ""
     """What was changed; empty while the graph is used."""
     facts: list[_Fact] = field(default_factory=list)
+    """Compared by identity."""
+    changeable: list[_Fact] = field(default_factory=list)
+    """Compared by what they hold, since they can change in place."""
     containers: list[tuple[str, nn.Module, dict[str, nn.Module | None]]] = field(default_factory=list)
     """Modules whose children the forward asked for, whatever they are: path, module, children."""
     run_through: list[tuple[str, nn.Module]] = field(default_factory=list)
     """Modules that the graph does not call: no hook on them would fire."""
     weights_within: str = ""
-    """What was read and holds Parameters, such as a list: the original forward would find the float weights in it."""
+    """What was read and holds weights to quantize, such as a list: the original forward would find the float ones in it."""
     on_classes: dict[tuple[type, str], tuple[Any, ...]] = field(default_factory=dict)
     """What was read and belongs to a class, methods included; an object that can change in place by what it held."""
     _flat: tuple[list[Any], ...] = ()
@@ -72,16 +75,15 @@ class GraphUse:
             self.containers.append((where, module, _children(module)))
         for name in sorted(names - {"_modules"}):
             is_child = name in module._modules
-            what, contents = f"{path}.{name}".removeprefix("."), None
             if name not in own and hasattr(type(module), name):
                 self._note_class(type(module), name)
-            elif can_change_in_place(own.get(name)):
-                contents = contents_of(own[name], what)
-                if any(isinstance(each, nn.Parameter) for each in contents):
-                    self.weights_within = what
-            if path or name != "forward":  # wrappers of a whole model set its forward, and call the one that it had
-                value = (module._modules if is_child else own).get(name, _Absent)
-                self.facts.append(_Fact(where, module, is_child, name, value, contents))
+            if not path and name == "forward":  # wrappers of a whole model set its forward, and call the one that it had
+                continue
+            fact = _Fact(where, module, is_child, name, (module._modules if is_child else own).get(name, _Absent))
+            if can_change_in_place(own.get(name)):
+                self.changeable.append(fact._replace(contents=contents_of(fact.value, f"{path}.{name}".removeprefix("."))))
+            else:
+                self.facts.append(fact)
 
     def _note_class(self, cls: type, name: str) -> None:
         value = _on_class(cls, name)
@@ -96,18 +98,17 @@ class GraphUse:
 
     def _changes(self) -> Iterator[str]:
         if not self._flat:
-            facts = [each for each in self.facts if each.contents is None]
-            dicts = [vars(each.module)["_modules"] if each.is_child else vars(each.module) for each in facts]
+            dicts = [vars(each.module)["_modules"] if each.is_child else vars(each.module) for each in self.facts]
             hooks = [(vars(module), kind) for _, module in self.run_through for kind in HOOKS]
             self._flat = (
                 dicts,
-                [each.name for each in facts],
-                [each.value for each in facts],
+                [each.name for each in self.facts],
+                [each.value for each in self.facts],
                 *map(list, zip(*hooks, strict=True)),
             )
         dicts, names, values, *hooks = self._flat
         if not all(map(operator.is_, map(dict.get, dicts, names, itertools.repeat(_Absent)), values)):
-            for fact, place in zip((each for each in self.facts if each.contents is None), dicts, strict=True):
+            for fact, place in zip(self.facts, dicts, strict=True):
                 if not same(place.get(fact.name, _Absent), fact.value):
                     yield f"{fact.path}: {fact.name} was set"
         if hooks and any(map(dict.get, *hooks)):
@@ -115,8 +116,8 @@ class GraphUse:
         for path, module, children in self.containers:
             if _children(module) != children:
                 yield f"{path}: its children were changed"
-        for path, module, _, name, value, contents in self.facts:  # another list of the same is no change: tracers put one there
-            if contents is not None and not is_unchanged(now := vars(module).get(name, _Absent), contents):
+        for path, module, _, name, value, contents in self.changeable:  # another list of the same is no change: tracers put one there
+            if not is_unchanged(now := vars(module).get(name, _Absent), contents):
                 yield f"{path}: {name} was {'changed in place' if now is value else 'set'}"
         for (cls, name), (first, *more) in self.on_classes.items():
             value = _on_class(cls, name)

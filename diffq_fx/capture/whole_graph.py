@@ -15,7 +15,7 @@ from torch.fx.graph_module import reduce_graph_module
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.capture.readers import reading_modules
-from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_ties, take_over, takeovers
+from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_new_class, refuse_ties, take_over, takeovers
 from diffq_fx.capture.trace import CodeTracer, trace_in_both_modes
 from diffq_fx.capture.watch import HOOKS, GraphUse, Reads
 from diffq_fx.errors import CaptureError, PreparationError
@@ -61,6 +61,7 @@ class CapturedModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CapturedModel":
         """Copy the graph and everything that the module holds."""
+        refuse_new_class(type(self), type(self).__mro__[1])  # fx makes a class for each GraphModule
         copied = memo[id(self)] = _empty(self.original_class, self.taken_over)
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
         copied.graph = copy.deepcopy(self.graph)
@@ -68,6 +69,7 @@ class CapturedModel(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         """Pickle as fx does; the body is a state, since the compression in it may refer to the model."""
+        refuse_new_class(type(self), type(self).__mro__[1])
         _, (body, imports) = super().__reduce__()
         return _empty, (self.original_class, self.taken_over), (body, imports, _calls(self.graph))
 
@@ -148,6 +150,8 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
             use.note(path, module, names, is_run_through=is_run_through)
         if path in found and path:
             take_over(module, found[path])
+    within = (each.name for each in use.changeable if any(id(part) in selection.specs for part in each.contents))
+    use.weights_within = next(within, "")
     return _become(private, graph, found.get("", TakenOver()), use)
 
 

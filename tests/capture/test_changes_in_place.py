@@ -296,7 +296,7 @@ def test_a_layer_in_module_scope_follows_what_it_reads(monkeypatch, change):
 
 def test_a_model_without_changeable_attributes_compares_settings_and_a_few_names_of_classes(monkeypatch):
     model = prepared(nn.Sequential(*(nn.Linear(16, 16) for _ in range(8))))
-    assert [fact for fact in model.graph_use.facts if fact.contents is not None] == []
+    assert model.graph_use.changeable == []
     assert model.graph_use.on_classes.keys() == {(nn.Linear, "forward"), (nn.Sequential, "forward")}
     checks, stands = [], watch.GraphUse.stands
     monkeypatch.setattr(watch.GraphUse, "stands", lambda use: checks.append(use) or stands(use))
@@ -332,3 +332,20 @@ def test_weights_in_a_list_are_read_by_the_graph_alone(is_converted):
         PreparationError, match="factor was set, which the graph of the model cannot follow, and its own forward reads weights"
     ):
         model(x)
+
+
+class CountsItsBiases(WeightsInAList):
+    def __init__(self):
+        super().__init__()
+        self.weights = [self.first.bias, self.second.bias]
+
+    def forward(self, x):
+        return self.second(self.first(x)) * self.factor * len(self.weights)
+
+
+def test_what_is_not_quantized_may_stand_in_a_list():
+    x = torch.randn(2, 16)
+    model = prepare_diffq(CountsItsBiases(), x, DiffQConfig(penalty=1.0), scope="model").eval()
+    first = model(x)
+    model.factor = 2.0
+    torch.testing.assert_close(model(x), 2 * first)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffq_fx import ConversionError, DiffQConfig, convert, prepare_diffq
+from diffq_fx import ConversionError, DiffQConfig, PreparationError, convert, prepare_diffq
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -349,8 +349,11 @@ def test_a_class_that_is_set_after_prepare(scope, path):
     layer = model.get_submodule(path)
     kind = type(layer)
     layer.__class__ = type("Other", (kind,), {"forward": lambda self, *args: kind.forward(self, *args)})
-    with pytest.raises(ConversionError, match=f"the class of {repr(path) if path else 'the model'} was set after prepare"):
+    with pytest.raises(ConversionError, match="convert: the class Other was set after prepare"):
         converted(model)
+    for make_copy in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(PreparationError, match="the class Other was set after prepare"):
+            make_copy(model)
     layer.__class__ = kind
     with torch.no_grad():
         assert torch.equal(converted(model)(X)[0], model(X)[0])
