@@ -1,4 +1,4 @@
-"""The ``diffq-fx`` command line: look into files, pack and unpack state dicts, race two ONNX files, see the demo.
+"""The ``diffq-fx`` command line: look into files, report on them, pack and unpack state dicts, race two ONNX files, see the demo.
 
 Commands import onnx and onnxruntime when they run, so that ``diffq-fx --help`` answers at once.
 """
@@ -12,6 +12,7 @@ from diffq_fx.cli.bench import bench
 from diffq_fx.cli.inspect import inspect
 from diffq_fx.cli.output import errors_as_messages
 from diffq_fx.cli.packed import pack, unpack
+from diffq_fx.cli.report import report
 
 __all__ = ["app", "main"]
 
@@ -27,6 +28,7 @@ app.command()(inspect)
 app.command()(pack)
 app.command()(unpack)
 app.command()(bench)
+app.command()(report)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """bits_report: read the bits of a prepared or a converted model."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from diffq_fx.budget.size import mib
 from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
-from diffq_fx.methods.base import WeightQuantizer
+from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.parts import CHILD, parameters_outside, parts_of, unwrapped
 from diffq_fx.report.numbers import BitsReport, WeightBits
@@ -93,8 +93,15 @@ def _of_part(root: nn.Module) -> BitsReport:
         target_mib=learned.target_mib if learned else None,
         penalty=penalty,
         lambda_per_bit=None if worth is None else float(worth),
+        settings=tuple(_settings(*entry) for entry in record.method.entries),
         notes=notes,
     )
+
+
+def _settings(pattern: str, method: Method) -> str:
+    """A method as one would write it, without what is the default."""
+    changed = [f"{f.name}={value!r}" for f in fields(method) if (value := getattr(method, f.name)) != f.default]
+    return f"{pattern}: " * (pattern != "*") + f"{type(method).__name__}({', '.join(changed)})"
 
 
 def _row(weight: WeightQuantizer | StoredWeight) -> WeightBits:
@@ -128,6 +135,7 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
         rest_bits=sum(report.rest_bits for report in reports.values()) + sum(_FLOAT_BITS * each.numel() for each in outside.values()),
         rest_float_bits=sum(report.rest_float_bits for report in reports.values()) + sum(8 * each.nbytes for each in outside.values()),
         buffer_bits=_buffer_bits(model),
+        settings=tuple(f"{path}: {line}" for path, report in reports.items() for line in report.settings),
         notes=(
             *(f"target of {path}: {target}" for path, target in targets.items()),
             *(f"{path}: {note}" for path, report in reports.items() for note in report.notes),

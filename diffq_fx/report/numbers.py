@@ -121,7 +121,8 @@ class SizeParts:
 class BitsReport:
     """The bits of a prepared or converted model; :func:`diffq_fx.bits_report` makes it.
 
-    ``print(report)`` gives plain text, ``rich.print(report)`` tables, :meth:`as_dict` plain data, :meth:`save_picture` a picture.
+    ``print(report)`` gives plain text, ``rich.print(report)`` tables, :meth:`as_dict` plain data, :meth:`save_picture` a picture,
+    :meth:`save_page` a page for a browser.
     """
 
     model: str
@@ -151,6 +152,8 @@ class BitsReport:
     """The paper's lambda that was asked for, loss per MiB."""
     lambda_per_bit: float | None = None
     """What a bit costs now, in loss per bit of size: the Lagrange multiplier of the target, or the penalty. None if not known."""
+    settings: tuple[str, ...] = ()
+    """The settings of the methods that are not the defaults, a line for each pattern of names."""
     notes: tuple[str, ...] = ()
     """What else one should know."""
 
@@ -226,6 +229,7 @@ class BitsReport:
                 "float": self.float_size.as_dict(),
             },
             "weights": [weight.as_dict() for weight in self.weights],
+            "settings": list(self.settings),
             "skipped": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in self.skipped],
             "notes": list(self.notes),
         }
@@ -268,3 +272,19 @@ class BitsReport:
         with replaced_atomically(path, DiffQError) as file:
             file.write(drawn.getvalue())
         return path
+
+    def save_page(self, path: str | Path) -> Path:
+        """Save the report as one HTML page that needs no other file and no network: sizes, the bits of every weight, what stays in float.
+
+        Args:
+            path: the file to write; an older one survives until the new one is complete.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            DiffQError: the path cannot be written.
+        """
+        from diffq_fx.report.page import page_of
+
+        return page_of(self).save(path)

@@ -59,7 +59,7 @@ def report_tables(report: "BitsReport", options: ConsoleOptions) -> Iterator[Ren
     yield from _titled("sizes of the parameters in MiB (overhead: scales, zero points and coded widths)", _size_columns(report), in_ascii)
     if report.skipped:
         yield from _titled("not quantized", _skipped_columns(report), in_ascii)
-    yield from map(Text, _summary_lines(report))
+    yield from map(Text, summary_lines(report))
 
 
 def _titled(title: str, columns: Sequence[_Column], in_ascii: bool) -> Iterator[RenderableType]:
@@ -144,24 +144,31 @@ def named_sizes(report: "BitsReport") -> "dict[str, SizeParts]":
     return {"bit-packed (exact)": report.packed_size, "ONNX (estimate)": report.container_size, "float": report.float_size}
 
 
-def _skipped_columns(report: "BitsReport") -> list[_Column]:
-    """The parameters that stay in float, by reason."""
+def skipped_by_reason(report: "BitsReport") -> dict[str, list[str]]:
+    """Why parameters stay in float -> their names and shapes."""
     by_reason: dict[str, list[str]] = {}
     for each in report.skipped:
         shape = "x".join(map(str, each.shape)) or "scalar"
         by_reason.setdefault(each.reason, []).append(f"{each.name} ({shape})")
-    shown = [
-        ", ".join(names[:_NAMES_SHOWN]) + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-        for names in by_reason.values()
-    ]
+    return by_reason
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Names in a row, the first few of many."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def _skipped_columns(report: "BitsReport") -> list[_Column]:
+    """The parameters that stay in float, by reason."""
+    by_reason = skipped_by_reason(report)
     return [
         _Column("stays in float because", list(by_reason), left=True),
         _Column("parameters", [str(len(names)) for names in by_reason.values()]),
-        _Column("names", shown, left=True),
+        _Column("names", [first_names(names) for names in by_reason.values()], left=True),
     ]
 
 
-def _summary_lines(report: "BitsReport") -> Iterator[str]:
+def summary_lines(report: "BitsReport") -> Iterator[str]:
     """What holds for the whole model, a line each."""
     yield (
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "

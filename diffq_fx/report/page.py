@@ -1,0 +1,129 @@
+"""The report as one HTML page: nothing is loaded from elsewhere, it follows light and dark mode and fits a phone."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from diffq_fx.atomic import replaced_atomically
+from diffq_fx.budget.size import mib
+from diffq_fx.errors import DiffQError
+from diffq_fx.report.tables import first_names, named_sizes, skipped_by_reason, summary_lines
+
+if TYPE_CHECKING:
+    from diffq_fx.report.numbers import BitsReport
+
+_VERSIONS = ("diffq-fx", "torch", "onnxruntime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSize:
+    """One of the sizes that a page compares, in its parts."""
+
+    name: str
+    parts: Mapping[str, float]
+    """What it is made of -> MiB."""
+
+    @property
+    def total(self) -> float:
+        """MiB of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageWeight:
+    """One quantized weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    histogram: Mapping[int, int]
+    """Bits -> number of weights that have them; empty where the file does not say."""
+    numel: int
+    mib: float
+    """Its levels and scales, as the model or file keeps them."""
+    read_by: str
+    why: str = ""
+    """What decided the form that it has in a file."""
+
+    @property
+    def average(self) -> float | None:
+        """Mean number of bits."""
+        return sum(bits * count for bits, count in self.histogram.items()) / self.numel if self.histogram else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page shows."""
+
+    title: str
+    facts: Sequence[str]
+    sizes: Sequence[PageSize]
+    weights: Sequence[PageWeight]
+    skipped: Sequence[tuple[str, str]] = ()
+    """Why parameters stay in float, and which."""
+    settings: Sequence[str] = ()
+
+    @property
+    def histogram(self) -> dict[int, int]:
+        """Bits -> number of weights of the whole model."""
+        widths = sorted({bits for weight in self.weights for bits in weight.histogram})
+        return {bits: sum(weight.histogram.get(bits, 0) for weight in self.weights) for bits in widths}
+
+    def html(self) -> str:
+        """The page as text, complete in itself."""
+        source = resources.files("diffq_fx.report").joinpath("page.html").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+        return environment.from_string(source).render(page=self, made=_made())
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page; an older file survives until the new one is complete."""
+        path = Path(path)
+        with replaced_atomically(path, DiffQError) as file:
+            file.write(self.html().encode())
+        return path
+
+
+def page_of(report: "BitsReport") -> Page:
+    """The page of a prepared or converted model."""
+    sizes = [
+        PageSize(
+            name=name,
+            parts={"levels": mib(size.levels_bits), "scales, widths": mib(size.overhead_bits), "not quantized": mib(size.rest_bits)},
+        )
+        for name, size in named_sizes(report).items()
+    ]
+    weights = [
+        PageWeight(
+            name=" = ".join((weight.name, *weight.aliases)),
+            shape=weight.shape,
+            histogram=weight.histogram,
+            numel=weight.numel,
+            mib=mib(weight.packed_bits),
+            read_by=weight.consumer,
+        )
+        for weight in report.weights
+    ]
+    return Page(
+        title=f"{report.model}, {report.stage}",
+        facts=list(summary_lines(report)),
+        sizes=sizes,
+        weights=weights,
+        skipped=[(f"{reason} ({len(names)})", first_names(names)) for reason, names in skipped_by_reason(report).items()],
+        settings=report.settings,
+    )
+
+
+def _made() -> str:
+    """With what, and when."""
+    versions = []
+    for name in _VERSIONS:
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return f"{', '.join(versions)}; Python {platform.python_version()}; {date.today().isoformat()}"
