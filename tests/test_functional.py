@@ -11,7 +11,7 @@ from diffq_fx.functional.groups import GroupLayout, combine, from_rows, to_rows
 EPS = torch.finfo(torch.float32).eps
 
 group_sizes = st.one_of(st.sampled_from(["tensor", "channel"]), st.integers(1, 20))
-grids = st.sampled_from(["affine", "symmetric", "float"])
+grids = st.sampled_from(["affine", "half", "symmetric", "float"])
 
 
 @st.composite
@@ -89,6 +89,26 @@ def test_group_reductions_against_loops(rows_OI, group_size):
             assert high[r, c] == part.max()
             assert counts[r, c] == part.numel()
             torch.testing.assert_close(total[r, c], part.double().sum())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8, 16])
+def test_a_half_integer_zero_point_centres_the_levels_and_doubles_to_integers(bits):
+    low, width, layout = torch.tensor([[-1.0], [-1.0], [0.0]]), torch.full((3, 1), bits), GroupLayout.of(3, 7, "channel")
+    params = functional.quant_params(low, torch.tensor([[1.0], [0.3], [2.0]]), width, "half")
+    assert params.zero_point.dtype == torch.float32
+    top = 2**bits - 1
+    assert float(params.zero_point[0]) % 1 == (0.5 if bits <= functional.WIDEST_HALF else 0)
+    assert float(params.zero_point[2]) == 0
+    rows = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    levels = functional.quantize(rows, params, width, layout)
+    weights = functional.dequantize(levels, params, layout)
+    every = functional.dequantize(torch.arange(top + 1).expand(3, -1), params, layout)
+    nearest = (every.unsqueeze(1) - rows.unsqueeze(2)).abs().amin(2)
+    torch.testing.assert_close((weights - rows).abs(), nearest, rtol=1e-5, atol=1e-6)
+    doubled = functional.QuantParams(params.scale / 2, (2 * params.zero_point).int(), None)
+    assert torch.equal(functional.dequantize(2 * levels, doubled, layout), weights)
+    if bits == 1:
+        assert every[0].tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 8, 15, 16])

@@ -25,8 +25,8 @@ KERNELS = {
     "noise of logits": ("add_noise", LOGITS),
     "noise of logits, Gaussian": ("add_noise", {**LOGITS, "GAUSSIAN": True}),
     "reduction": ("reduce_noise", {"LOGITS": True, "GAUSSIAN": False}),
-    "rounding": ("round_in_range", {"SYMMETRIC": False, "LEARNED": True}),
-    "slope of the range": ("slope_of_clip", {"SYMMETRIC": False}),
+    "rounding": ("round_in_range", {"GRID": "half", "LEARNED": True}),
+    "slope of the range": ("slope_of_clip", {"GRID": "half"}),
 }
 WHOLE_NUMBERS = {"seed": "*i64"}
 NUMBERS = ("min_bits", "bits_range", "gain", "reach", "clip_gain")

@@ -90,11 +90,12 @@ def _of_ranges(weight: RoundedWeight) -> list[Tensor]:
 def _ends_saved(spec: WeightSpec, width: Tensor) -> int:
     """Bits of the second ends of ranges with several widths: in a file such a range has a zero point for each width that occurs in it."""
     ranges = spec.range_layout.num_groups
-    if spec.grid != "affine" or spec.bits_layout.num_groups <= ranges:
+    if spec.grid not in functional.AROUND_ZERO or spec.bits_layout.num_groups <= ranges:
         return 0
     width_RG = width.reshape(ranges, -1).long()
     occurs = torch.zeros(ranges, int(width_RG.max()) + 1, dtype=torch.int64, device=width.device).scatter_(1, width_RG, 1)
-    return 32 * ranges - int((occurs * torch.arange(occurs.shape[1], device=width.device)).sum())
+    zero_point_bits = torch.arange(occurs.shape[1], device=width.device) + int(spec.grid == "half")
+    return 32 * ranges - int((occurs * zero_point_bits).sum())
 
 
 def _code_length(counts: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def _levels_saved(weight: RoundedWeight) -> float:
         levels_PI = functional.quantize(rows_OI[part].to(params.scale.dtype), of_rows, own_width, own)
         width_PI = own.expand(own_width.expand(of_rows.scale.shape)).expand(levels_PI.shape)
         if of_rows.zero_point is not None:
-            levels_PI = (levels_PI - own.expand(of_rows.zero_point)) & ((1 << width_PI) - 1)
+            levels_PI = (levels_PI - own.expand(of_rows.zero_point.int())) & ((1 << width_PI) - 1)
         index = ((width_PI << largest) + levels_PI).reshape(-1)
         counts += torch.bincount(index, minlength=len(counts))
     counts = counts.view(largest + 1, -1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx import _compat
+from diffq_fx.functional import AROUND_ZERO
 from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
 
@@ -23,8 +24,8 @@ _LARGE = 1 << 14
 def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """What one weight stores: values per group that take the group's width, and bits that no width changes.
 
-    A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width. Where a
-    range holds groups of several widths, or has a float offset, both of its ends are stored.
+    A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width, to which the "half"
+    grid adds a bit. Where a range holds groups of several widths, or has a float offset, both of its ends are stored.
 
     Example:
         >>> values, fixed = bit_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
@@ -37,7 +38,8 @@ def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     several_widths_in_a_range = spec.bits_layout.num_groups > ranges.num_groups
     if spec.grid == "float" or several_widths_in_a_range:
         return values, 64 * ranges.num_groups + _WIDTH_HEADER_BITS
-    return values + ranges.num_groups // spec.bits_layout.num_groups, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+    each = 33 if spec.grid == "half" else 32
+    return values + ranges.num_groups // spec.bits_layout.num_groups, each * ranges.num_groups + _WIDTH_HEADER_BITS
 
 
 def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
@@ -49,7 +51,7 @@ def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
         ([[9], [9]], 64)
     """
     values, scales = spec.bits_layout.counts(), spec.scale_layout.num_groups
-    zero_points = scales // spec.bits_layout.num_groups if spec.grid == "affine" else 0
+    zero_points = scales // spec.bits_layout.num_groups if spec.grid in AROUND_ZERO else 0
     return values + zero_points, 32 * scales
 
 

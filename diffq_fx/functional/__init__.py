@@ -1,6 +1,8 @@
 """The maths of quantization, and nothing else: grids, groups, ranges, codebooks. No modules, no graphs, no state."""
 
 from diffq_fx.functional.quantization import (
+    AROUND_ZERO,
+    WIDEST_HALF,
     Grid,
     QuantParams,
     bits_from_logits,
@@ -14,6 +16,8 @@ from diffq_fx.functional.quantization import (
 )
 
 __all__ = [
+    "AROUND_ZERO",
+    "WIDEST_HALF",
     "Grid",
     "QuantParams",
     "bits_from_logits",

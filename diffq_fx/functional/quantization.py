@@ -12,12 +12,20 @@ from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout
 
-Grid = Literal["affine", "symmetric", "float"]
-"""affine: integer zero_point; symmetric: zero_point in the middle; float: the paper's float offset (no ONNX form)."""
+Grid = Literal["affine", "half", "symmetric", "float"]
+"""affine: integer zero_point; half: one that may lie half-way between two levels, up to :data:`WIDEST_HALF` bits; symmetric: zero_point in
+the middle; float: the paper's float offset (no ONNX form)."""
+AROUND_ZERO = ("affine", "half")
+"""Grids whose zero point is chosen by the weights, and whose range has to hold zero."""
+WIDEST_HALF = 4
+"""Bits up to which a zero point of the "half" grid may be a half-integer: for more it takes nothing off the squared error."""
 
 
 class QuantParams(NamedTuple):
-    """Scale and zero point per group; on the paper's float grid ``offset`` is used and ``zero_point`` is empty."""
+    """Scale and zero point per group; on the paper's float grid ``offset`` is used and ``zero_point`` is empty.
+
+    A zero point is int32, on the "half" grid float32.
+    """
 
     scale: Tensor
     zero_point: Tensor | None
@@ -32,8 +40,8 @@ class QuantParams(NamedTuple):
         zero_point, offset = self.zero_point, self.offset
         return QuantParams(part(self.scale), None if zero_point is None else part(zero_point), None if offset is None else part(offset))
 
-    def integer_zero_point(self) -> Tensor:
-        """The zero point of an integer grid."""
+    def known_zero_point(self) -> Tensor:
+        """The zero point, which the float grid has not."""
         if self.zero_point is None:
             raise ValueError("a float grid has an offset and no zero_point.")
         return self.zero_point
@@ -65,7 +73,7 @@ def logits_from_bits(bits: Tensor, min_bits: float, max_bits: float, gain: float
 def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
     """Range ``(low, high)`` of each group that the grid has to cover, in float32 or better.
 
-    The integer grids hold zero exactly, so the affine range is widened to include it; the symmetric one mirrors max|w|.
+    Zero is within the range of every grid but the float one, so an affine range is widened to include it; the symmetric one mirrors max|w|.
 
     Example:
         >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
@@ -83,7 +91,7 @@ def grid_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     if low.dtype in (torch.float16, torch.bfloat16):
         low, high = low.float(), high.float()
-    if grid == "affine":
+    if grid in AROUND_ZERO:
         return low.clamp(max=0), high.clamp(min=0)
     if grid == "symmetric":
         largest = torch.maximum(low.abs(), high.abs())
@@ -107,8 +115,9 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
     """Scale and zero point of a grid of ``2^b`` levels over ``[low, high]``.
 
     ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``, which keeps every weight of the range
-    within ``scale / 2`` of a level. A range of length zero gets scale 1: its one value is a level. ``bits`` are whole numbers from 1 to 16.
-    The scale is float32 or better, the zero_point int32 in ``[0, 2^b - 1]``; the "float" grid has a float offset.
+    within ``scale / 2`` of a level; on the "half" grid up to :data:`WIDEST_HALF` bits it is the nearest multiple of 1/2. A range of length
+    zero gets scale 1: its one value is a level. ``bits`` are whole numbers from 1 to 16. The scale is float32 or better, the zero_point
+    int32 ("half": float32) in ``[0, 2^b - 1]``; the "float" grid has a float offset.
 
     Example:
         >>> params = quant_params(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[2]]), "affine")
@@ -119,16 +128,22 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
     scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
     if grid == "float":
         return QuantParams(scale, None, low.expand_as(scale).contiguous())
+    bits = bits.to(torch.int32)
     if grid == "symmetric":
-        zero_point = (2 ** (bits.to(torch.int32) - 1)).expand_as(scale)
-    else:
-        top = 2 ** bits.to(torch.int32) - 1
-        zero_point = torch.minimum(torch.round(-low / scale).clamp(min=0).to(torch.int32), top)
-    return QuantParams(scale, zero_point.to(torch.int32).contiguous(), None)
+        return QuantParams(scale, (2 ** (bits - 1)).expand_as(scale).contiguous(), None)
+    exact = -low / scale
+    zero_point = torch.round(exact)
+    if grid == "half":
+        zero_point = torch.where(bits <= WIDEST_HALF, torch.round(2 * exact) / 2, zero_point)
+    dtype = torch.float32 if grid == "half" else torch.int32
+    zero_point = torch.minimum(zero_point.clamp(min=0).to(dtype), 2**bits - 1)
+    return QuantParams(scale, zero_point.contiguous(), None)
 
 
 def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLayout) -> Tensor:
     """Nearest level of each weight, int32: ``q = clamp(round(w / scale) + zero_point, 0, 2^b - 1)``; ``layout`` is that of the scale.
+
+    Where the zero point is a half-integer z, ``round(w / scale + 1/2) + z - 1/2``.
 
     Example:
         >>> layout = GroupLayout.of(1, 3, "channel")
@@ -140,7 +155,9 @@ def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
     if params.offset is not None:
         levels = torch.round((rows_OI - layout.expand(params.offset)) / scale)
     else:
-        levels = torch.round(rows_OI / scale) + layout.expand(params.integer_zero_point())
+        zero_point = params.known_zero_point()
+        half = zero_point - zero_point.floor()
+        levels = torch.round(rows_OI / scale + layout.expand(half)) + layout.expand(zero_point - half)
     top = layout.expand((2 ** bits.to(torch.int32) - 1).expand_as(params.scale))
     return torch.minimum(levels.clamp_(min=0), top).to(torch.int32)
 
@@ -158,4 +175,4 @@ def dequantize(levels_OI: Tensor, params: QuantParams, layout: GroupLayout) -> T
     scale = layout.expand(params.scale)
     if params.offset is not None:
         return levels_OI * scale + layout.expand(params.offset)
-    return (levels_OI - layout.expand(params.integer_zero_point())).to(scale.dtype) * scale
+    return (levels_OI - layout.expand(params.known_zero_point())).to(scale.dtype) * scale

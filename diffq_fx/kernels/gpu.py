@@ -83,7 +83,7 @@ def round_in_range(
 ) -> Tensor:
     """The nearest weight on the grid of its range, kept ends times ``factor``; see :class:`~diffq_fx.kernels.RoundInRange`."""
     out, layout = torch.empty_like(weight), _by_range(groups, low.shape[1] == 1)
-    how = {"SYMMETRIC": grid == "symmetric", "LEARNED": factor is not None}
+    how = {"GRID": grid, "LEARNED": factor is not None}
     learned = low if factor is None else factor
     launch("round_in_range", layout, weight, low, high, learned, width, out, *_shape(layout), *_strides(width, layout), **how)
     return out
@@ -96,7 +96,7 @@ def slope_of_clip(
     low, high, width = kept
     slope, layout = torch.empty_like(factor), _by_range(groups, factor.shape[1] == 1)
     tensors, places = (grad.contiguous(), weight, low, high, factor, width, slope), (*_shape(layout), *_strides(width, layout))
-    launch("slope_of_clip", layout, *tensors, *places, reach, gain, SYMMETRIC=grid == "symmetric")
+    launch("slope_of_clip", layout, *tensors, *places, reach, gain, GRID=grid)
     return slope
 
 

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from diffq_fx import _compat
 from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.quantization import AROUND_ZERO
 from diffq_fx.kernels import extension, memory
 from diffq_fx.kernels.draws import NoiseSettings, gaussian_table, span_table
 from diffq_fx.kernels.memory import recorded
@@ -70,7 +71,7 @@ def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: NoiseSettings)
     out = memory.empty(weight.shape, weight.dtype, weight.device)
     span = memory.empty((2, *ranges.shape), torch.float32, weight.device)
     spans = span_table(weight.device).data_ptr() if settings.clips else None
-    how = ranges.kind == "block", grid == "affine", grid == "symmetric", *settings.bits
+    how = ranges.kind == "block", grid in AROUND_ZERO, grid == "symmetric", *settings.bits
     draw = _draw(seed, settings.gaussian, weight.numel())
     extension.loaded().noisy(*_at(weight, logits), spans, *_at(out, span), *_sizes(settings.groups), *how, *draw)
     return out, span

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupKind, GroupLayout
-from diffq_fx.functional.quantization import Grid, QuantParams, dequantize, grid_range, quant_params, quantize
+from diffq_fx.functional.quantization import AROUND_ZERO, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
 
@@ -80,9 +80,10 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     span = torch.lerp(table[index], table[index + 1], (bits - 1 - below).clamp(0, 1).to(low.dtype))
     half_std = variance.clamp(min=0).sqrt() / 2
     inner_low, inner_high = mean - half_std * span, mean + half_std * span
-    moving = (inner_low > low) & ((inner_low < 0) | (grid != "affine")), (inner_high < high) & ((inner_high > 0) | (grid != "affine"))
+    free = grid not in AROUND_ZERO
+    moving = (inner_low > low) & ((inner_low < 0) | free), (inner_high < high) & ((inner_high > 0) | free)
     low, high = torch.maximum(low, inner_low), torch.minimum(high, inner_high)
-    low, high = (low.clamp(max=0), high.clamp(min=0)) if grid == "affine" else (low, high)
+    low, high = (low, high) if free else (low.clamp(max=0), high.clamp(min=0))
     ends = (moving[0].to(low.dtype) + moving[1].to(low.dtype)) * ((bits >= 1) & (bits <= 16))
     growth = ends * half_std * (table[index + 1] - table[index]) / math.log(2)
     return low, high, torch.where(high > low, growth / (high - low), 0)

@@ -8,7 +8,10 @@ which is hashed once for them, and are read at once.
 import triton
 import triton.language as tl
 
+from diffq_fx.functional.quantization import WIDEST_HALF
+
 _LN_2 = tl.constexpr(0.69314718)
+_WIDEST_HALF = tl.constexpr(WIDEST_HALF)
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def _span(
     if GRID == "symmetric":
         high = tl.maximum(-low, high)
         low = -high
-    if GRID == "affine":
+    if GRID == "affine" or GRID == "half":
         low, high = tl.minimum(low, 0), tl.maximum(high, 0)
     growth = 0.0
     if CLIPS:
@@ -81,7 +84,7 @@ def _span(
         reach = half_std * (below + part * (above - below))
         low_moves, high_moves = mean - reach > low, mean + reach < high
         low, high = tl.maximum(low, mean - reach), tl.minimum(high, mean + reach)
-        if GRID == "affine":
+        if GRID == "affine" or GRID == "half":
             low_moves, high_moves = low_moves & (low < 0), high_moves & (high > 0)
             low, high = tl.minimum(low, 0), tl.maximum(high, 0)
         ends = low_moves.to(tl.float32) + high_moves.to(tl.float32)
@@ -172,28 +175,33 @@ def _nearest(x):
 
 
 @triton.jit
-def _grid_of(low, high, width, SYMMETRIC: tl.constexpr):
+def _grid_of(low, high, width, GRID: tl.constexpr):
     """Scale, zero point and top level: the operations of ``functional.quant_params``, each rounded as IEEE says, so the same bits."""
     top = ((1 << width) - 1).to(tl.float32)
     scale = tl.div_rn(high - low, top)
     scale = tl.where(scale > 1.1754943508222875e-38, scale, 1.0)
-    if SYMMETRIC:
+    if GRID == "symmetric":
         zero_point = (1 << (width - 1)).to(tl.float32)
     else:
-        zero_point = tl.minimum(tl.maximum(_nearest(tl.div_rn(0 - low, scale)), 0), top)
+        exact = tl.div_rn(0 - low, scale)
+        zero_point = _nearest(exact)
+        if GRID == "half":
+            zero_point = tl.where(width <= _WIDEST_HALF, _nearest(2 * exact) / 2, zero_point)
+        zero_point = tl.minimum(tl.maximum(zero_point, 0), top)
     return scale, zero_point, top
 
 
 @triton.jit
 def _rounded(value, scale, zero_point, top):
-    level = _nearest(tl.div_rn(value, scale)) + zero_point
+    half = zero_point - tl.floor(zero_point)
+    level = _nearest(tl.div_rn(value, scale) + half) + (zero_point - half)
     return (tl.minimum(tl.maximum(level, 0), top) - zero_point) * scale
 
 
 @triton.jit
 def round_in_range(
     weight, low, high, factor, width, out, count, block, width_row, width_group,
-    SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+    GRID: tl.constexpr, LEARNED: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """The nearest weights on the grid of each row's range, times ``factor`` where it is LEARNED, with the width of each group."""
     row = tl.program_id(0).to(tl.int64)
@@ -203,7 +211,7 @@ def round_in_range(
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
         bits = _nearest(tl.load(width + row * width_row + group * width_group, mask=group < count, other=1)).to(tl.int32)
-        scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
+        scale, zero_point, top = _grid_of(least, most, bits, GRID)
         for first_slot in range(0, block, SLOTS):
             place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)
             value = tl.load(weight + (place + inner), mask=there, other=0).to(tl.float32)
@@ -214,7 +222,7 @@ def round_in_range(
 @triton.jit
 def slope_of_clip(
     grad, weight, low, high, factor, width, slope, count, block, width_row, width_group, reach, clip_gain,
-    SYMMETRIC: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
+    GRID: tl.constexpr, GROUPS: tl.constexpr, SLOTS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of ``clip``, of which ``factor`` is made: see ``RoundInRange``."""
     row = tl.program_id(0).to(tl.int64)
@@ -225,7 +233,7 @@ def slope_of_clip(
     for first_group in range(0, count, GROUPS):
         group = first_group + tl.arange(0, GROUPS)[:, None, None]
         bits = _nearest(tl.load(width + row * width_row + group * width_group, mask=group < count, other=16)).to(tl.int32)
-        scale, zero_point, top = _grid_of(least, most, bits, SYMMETRIC)
+        scale, zero_point, top = _grid_of(least, most, bits, GRID)
         largest = tl.maximum(largest, tl.where(group < count, scale, 0))
         for first_slot in range(0, block, SLOTS):
             place, there = _places(row, group, first_slot, count, block, SLOTS, EACH)

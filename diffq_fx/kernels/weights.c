@@ -8,19 +8,19 @@
 #include "inline.h"
 #include "kernel.h"
 
-// The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, the same operations as torch's, so the same
-// bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
+// The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, where zero_point is a half-integer
+// clamp(round(w / scale + 1/2) + zero_point - 1/2, 0, top): the same operations as torch's, so the same bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
 static void round_to_grid(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
                     int64_t columns, int64_t block, int64_t row_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t left = 0, b = row * row_stride; left < columns; left += block, b++) {
             int64_t end = left + block < columns ? left + block : columns;
-            float s = scale[b], z = zero_point[b], t = top[b];
+            float s = scale[b], z = zero_point[b], t = top[b], half = z - __builtin_floorf(z), base = z - half;
             const float *restrict w = weight + row * columns;
             float *restrict o = out + row * columns;
             for (int64_t i = left; i < end; i++) {
-                float q = __builtin_rintf(w[i] / s) + z;
+                float q = __builtin_rintf(w[i] / s + half) + base;
                 q = q < 0 ? 0 : q > t ? t : q;
                 o[i] = (q - z) * s;
             }
@@ -39,22 +39,22 @@ static void statistics(const float *weight, float *results, int64_t rows, int64_
         }
 }
 
-// Of a weight on a grid whose levels, counted from the zero point, go from `low` to `high`.
-ALWAYS_INLINE float squared_error(float weight, float inverse, float scale, float low, float high) {
-    float level = __builtin_rintf(weight * inverse);
+// Of a weight on a grid whose levels, counted from the zero point, go from `low` to `high`; `half` is 1/2 where they lie between whole numbers.
+ALWAYS_INLINE float squared_error(float weight, float inverse, float scale, float half, float low, float high) {
+    float level = __builtin_rintf(weight * inverse + half) - half;
     level = level < low ? low : level > high ? high : level;
     float off = level * scale - weight;
     return off * off;
 }
 
 ALWAYS_INLINE float error_in(int lanes, const float *restrict w, int64_t count, float scale, float zero_point, float top) {
-    float sums[16] = {0}, inverse = 1 / scale, low = -zero_point, high = top - zero_point;
+    float sums[16] = {0}, inverse = 1 / scale, half = zero_point - __builtin_floorf(zero_point), low = -zero_point, high = top - zero_point;
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes)
 #pragma omp simd
-        for (int lane = 0; lane < lanes; lane++) sums[lane] += squared_error(w[i + lane], inverse, scale, low, high);
+        for (int lane = 0; lane < lanes; lane++) sums[lane] += squared_error(w[i + lane], inverse, scale, half, low, high);
     float error = sum_of_lanes(sums, lanes);
-    for (; i < count; i++) error += squared_error(w[i], inverse, scale, low, high);
+    for (; i < count; i++) error += squared_error(w[i], inverse, scale, half, low, high);
     return error;
 }
 

@@ -67,7 +67,7 @@ def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
     coding = width.numel() * math.ceil(math.log2(1 + max(histogram) - min(histogram)))
     container = container_for(max(histogram))
     # What DequantizeLinear stores beside a scale: a zero point as wide as the levels, or the float grid's offset.
-    second = {"symmetric": 0, "affine": container, "float": _SCALE_BITS}[spec.grid]
+    second = {"symmetric": 0, "affine": container, "half": container, "float": _SCALE_BITS}[spec.grid]
     return Footprint(
         histogram=histogram,
         scale_bits=exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
