@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
-.PHONY: demo test check processors matrix format clean
+.PHONY: demo test check docs processors matrix format clean
 
 demo: .venv/ready
 	$(BIN)/diffq-fx demo
@@ -20,6 +20,16 @@ check: $(KERNELS)
 	$(BIN)/pyright
 	$(PYTEST)
 	$(BIN)/pytest -q --doctest-modules diffq_fx
+
+# The documentation as a site in .site/html; a link that leads nowhere is an error.
+docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	rm -rf .site && mkdir -p .site/source/benchmarks/results
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs .site/source
+	cp benchmarks/README.md .site/source/benchmarks && cp benchmarks/results/*.md benchmarks/results/*.png .site/source/benchmarks/results
+	mkdir .site/package && cp -r diffq_fx .site/package/diffq_fx # mkdocstrings knows a section of examples by another name
+	find .site/package -name '*.py' -exec sed -i 's/^\( *\)Example:$$/\1Examples:/' {} +
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Exported files on an x86 of 2013 and on Arm, by qemu-user (apt-get install qemu-user); the first of the two is part of `make test`.
 processors: $(KERNELS) .arm/proc/cpuinfo
@@ -46,4 +56,4 @@ $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .arm build *.egg-info $(KERNELS)
+	rm -rf .venv .arm .site build *.egg-info $(KERNELS)

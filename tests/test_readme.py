@@ -20,17 +20,30 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert "0.weight" in capsys.readouterr().out
 
 
-def test_the_examples_of_the_methods_run(tmp_path, monkeypatch, capsys):
+DOCS = sorted(path for path in (README.parent / "docs").rglob("*.md") if "```python" in path.read_text())
+PRINTED = {"methods.md": "('0.weight', '2.weight') {}", "tutorial.md": "3 bits: 0.9", "tracing.md": "module - ", "size.md": "2.", "method.md": "_quantizer"}
+"""A part of what some of them print."""
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_the_examples_of_the_documentation_run(path, tmp_path, monkeypatch, capsys):
     pytest.importorskip("torchao")
+    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    run_examples(README.parent / "docs" / "methods.md")
-    assert "('0.weight', '2.weight') {}" in capsys.readouterr().out
+    run_examples(path)
+    assert PRINTED.get(path.name, "") in capsys.readouterr().out
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    pages = {str(path.relative_to(README.parent)) for path in (README.parent / "docs").rglob("*.md")}
+    navigation = (README.parent / "mkdocs.yml").read_text()
+    assert not {page for page in pages if page not in navigation}
 
 
 def test_the_paths_that_texts_name_exist():
     root = README.parent
     texts = "".join(
-        path.read_text() for path in (root / "CONTRIBUTING.md", root / "benchmarks" / "README.md", *(root / "docs").glob("*.md"))
+        path.read_text() for path in (root / "CONTRIBUTING.md", root / "benchmarks" / "README.md", *(root / "docs").rglob("*.md"))
     )
     named = set(re.findall(r"`([\w/]+(?:/|\.py|\.c))`", texts))
     assert len(named) > 40
