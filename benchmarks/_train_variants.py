@@ -42,7 +42,7 @@ def _calls(layout: GroupLayout) -> dict[str, Step]:
         "Gaussian noise": lambda: native.add(weight, scale, seed, layout, True),
         "rounding": lambda: native.round_to_grid(weight, scale, zero_point, top, layout),
         "statistics": lambda: native.statistics(weight, layout),
-        "errors on 3 grids": lambda: native.rounding_errors(weight, *grids, layout),
+        "errors on 3 grids": lambda: native.rounding_errors(weight, None, *grids, layout),
         "slope of ranges": lambda: native.range_slope(grad, weight, weight, scale, layout, 0.5),
         "size of the bits": lambda: native.size(values, logits, *bits),
         "slope of the size": lambda: native.slope_of_size(values, logits, 1.0, *bits),

@@ -16,6 +16,7 @@ from diffq_fx.weights import WeightSpec
 ROWS = 3
 SETTINGS = {
     "affine": {},
+    "half": {"grid": "half"},
     "symmetric": {"grid": "symmetric", "noise": "gaussian"},
     "own ranges": {"grid": "float", "range_per": "group"},
     "unclipped": {"clip_ranges": False, "max_bits": 9},
@@ -98,7 +99,7 @@ def main():
     }
     grids = [(48, "channel"), (48, 8), (48, 12), (27, 3), (2100, "channel"), (2100, 4)]
     logits = {f"{c} by {g}, {name}": from_logits(c, g, s) for c, g in grids for name, s in SETTINGS.items() if c < 100 or name == "affine"}
-    ranges = ({}, {"grid": "symmetric"}, {"range_per": "group"})
+    ranges = ({}, {"grid": "half"}, {"grid": "symmetric"}, {"range_per": "group"})
     rounded = {f"{c} by {g}, {s}": rounding(c, g, s) for c, g in grids for s in ranges if c < 100 or not s}
     print(json.dumps({"noise": noise, "logits": logits, "rounded": rounded}))  # noqa: T201
 

@@ -43,7 +43,7 @@ def error(quantizer, logits):
 
 
 @pytest.mark.parametrize("body", ["C", "torch"])
-@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+@pytest.mark.parametrize("grid", ["affine", "half", "symmetric"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_the_difference_quotient_of_the_error(layout, grid, body, monkeypatch):
     if body == "torch":

@@ -86,7 +86,9 @@ def per_weight_and_once(counted, frozen=False, **settings):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"group_size": 8}, {"noise": "gaussian"}, {"grid": "symmetric"}, {"penalty": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"group_size": 8}, {"noise": "gaussian"}, {"grid": "half"}, {"grid": "symmetric"}, {"penalty": 1.0}]
+)
 def test_six_operations_a_weight_and_no_copy_to_or_from_the_device(settings, frozen, counted, with_triton):
     each, once = per_weight_and_once(counted, frozen, **settings)
     assert each <= 6
@@ -101,13 +103,13 @@ def test_without_triton_nothing_is_copied_either(frozen, counted):
     assert counted.crossings == []
 
 
-@pytest.mark.parametrize("grid", ["affine", "float"])
+@pytest.mark.parametrize("grid", ["affine", "half", "float"])
 def test_the_search_for_a_range_takes_as_many_operations_for_a_weight_of_any_size(grid, counted):
     bits, found = torch.empty(1, 1, dtype=torch.int32, device="meta"), []
     for rows in (64, 4096):
         counted.forget()
         with counted:
-            ranges._least_error_range_op._init_fn(torch.empty(rows, 4096, device="meta"), bits, *("channel", 4096) * 2, grid)
+            ranges._least_error_range_op._init_fn(torch.empty(rows, 4096, device="meta"), bits, None, *("channel", 4096) * 2, grid)
         found.append(sum(counted.work.values()))
     assert found[0] == found[1] < 1200
     assert counted.crossings == []

@@ -95,6 +95,8 @@ def test_what_files_hold_is_bit_by_bit_the_same_on_every_processor(name, group_s
     weight, layout = torch.randn(rows, columns), GroupLayout.of(rows, columns, group_size)
     scale = torch.rand(3, *layout.shape) / 4 + 1e-3
     zero_point, top = torch.full_like(scale, 7.0), torch.full(layout.shape, 15.0)
+    zero_point[:, ::2] = 7.5
+    importance = torch.rand(columns)
     by_row = GroupLayout.of(rows, columns, "channel") if group_size == "tensor" else layout
     found = []
     for kernels in (VARIANTS[name], VARIANTS["baseline"]):
@@ -102,14 +104,15 @@ def test_what_files_hold_is_bit_by_bit_the_same_on_every_processor(name, group_s
         found.append(
             (
                 native.statistics(weight, by_row),
-                native.rounding_errors(weight, scale, zero_point, top, layout),
+                native.rounding_errors(weight, None, scale, zero_point, top, layout),
+                native.rounding_errors(weight, importance, scale, zero_point, top, layout),
                 native.round_to_grid(weight, scale[0], zero_point[0], top, layout),
             )
         )
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-    steps = layout.expand(scale[0])
-    by_torch = ((torch.round(weight / steps) + 7).clamp(0, 15) - 7) * steps
-    torch.testing.assert_close(found[0][2], by_torch, rtol=0, atol=0)
+    steps, middle = layout.expand(scale[0]), layout.expand(zero_point[0])
+    by_torch = ((torch.round(weight / steps + middle % 1) + middle.floor()).clamp(0, 15) - middle) * steps
+    torch.testing.assert_close(found[0][3], by_torch, rtol=0, atol=0)
 
 
 def run(*command, **environment):

@@ -59,7 +59,7 @@ def test_a_weight_that_is_nan_makes_the_range_of_its_group_nan(backend, place, g
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
+@pytest.mark.parametrize("grid", ["affine", "half", "symmetric", "float"])
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 64])
 @pytest.mark.parametrize("mean", [0.0, 0.5, -3.0])
 def test_normal_range_against_float64(backend, grid, group_size, mean):
@@ -124,7 +124,13 @@ def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, g
 @pytest.mark.parametrize("group_size", ["channel", 1, 3, 4, 8, 16, 64, 700, 3000])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"grid": "symmetric", "noise": "gaussian"}, {"grid": "float", "range_per": "group"}, {"clip_ranges": False, "max_bits": 9}],
+    [
+        {},
+        {"grid": "half"},
+        {"grid": "symmetric", "noise": "gaussian"},
+        {"grid": "float", "range_per": "group"},
+        {"clip_ranges": False, "max_bits": 9},
+    ],
 )
 @pytest.mark.parametrize("columns", [5000, 4090, 12])
 def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypatch):

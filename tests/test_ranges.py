@@ -13,7 +13,7 @@ from diffq_fx.kernels import RoundInRange, extension, learned_factor, least_erro
 from diffq_fx.kernels.draws import SPAN_OF_NORMAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved")
-GRIDS = ["affine", "symmetric", "float"]
+GRIDS = ["affine", "half", "symmetric", "float"]
 
 
 def squared_error(rows, low, high, bits, layout, grid):
@@ -37,19 +37,90 @@ def test_the_span_for_normal_weights_has_the_least_error(bits):
     assert best < error(SPAN_OF_NORMAL[bits - 1] * 0.96)
 
 
+@pytest.mark.parametrize("important", [False, True])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("range_size", "group_size"), [("channel", "channel"), ("tensor", "channel"), ("channel", 8), (30, 30)])
-def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_size, monkeypatch):
+def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_size, important, monkeypatch):
     rows = torch.randn(240, 100, generator=torch.Generator().manual_seed(0)).square()
     layout, groups = GroupLayout.of(240, 100, range_size), GroupLayout.of(240, 100, group_size)
     bits = torch.randint(1, 6, groups.shape, generator=torch.Generator().manual_seed(0))
-    found = least_error_range(rows, layout, bits, groups, grid)
+    importance = torch.rand(100, generator=torch.Generator().manual_seed(1)).square() if important else None
+    found = least_error_range(rows, layout, bits, groups, grid, importance)
     usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2]
     monkeypatch.setattr(native, "takes_rows", lambda *_: False)
-    torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid))
+    torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid, importance))
     torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2])
     widest = functional.weight_range(rows, layout, grid)
-    assert float(squared_error(rows, *found, bits, groups, grid).sum()) < float(squared_error(rows, *widest, bits, groups, grid).sum())
+    weighted = [squared_error(rows, *each, bits, groups, grid) * (1 if importance is None else importance) for each in (found, widest)]
+    assert float(weighted[0].sum()) < float(weighted[1].sum())
+
+
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_an_important_column_is_not_clipped(grid, by, monkeypatch):
+    if by == "torch":
+        monkeypatch.setattr(native, "takes_rows", lambda *_: False)
+    rows = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
+    rows[:, 7] = 9
+    layout, bits, importance = GroupLayout.of(200, 100, "channel"), torch.tensor([[2]]), torch.ones(100)
+    plain = least_error_range(rows, layout, bits, layout, grid, None)
+    assert bool((plain[1] < 7).any())
+    for unknown in (torch.zeros(100), importance, 1e-30 * importance, torch.full((100,), float("nan"))):
+        torch.testing.assert_close(least_error_range(rows, layout, bits, layout, grid, unknown), plain)
+    importance[7] = 1e4
+    low, high = least_error_range(rows, layout, bits, layout, grid, importance)
+    assert float(squared_error(rows, low, high, bits, layout, grid)[:, 7].amax()) <= (0.1 if grid in ("half", "float") else 9.001)
+    assert float(squared_error(rows, *plain, bits, layout, grid)[:, 7].amax()) > 15
+    unimportant = importance.clone()
+    unimportant[7] = 0
+    assert bool((least_error_range(rows, layout, bits, layout, grid, unimportant)[1] < 4).all())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("density", ["normal", "laplace"])
+def test_half_integer_zero_points_take_off_what_they_should(bits, density):
+    """Of the squared error over the variance, against whole zero points: the least possible for normal weights is 0.363, 0.119, 0.037."""
+    torch.manual_seed(0)
+    rows = torch.randn(64, 512) if density == "normal" else torch.distributions.Laplace(0.0, 1.0).sample((64, 512))
+    layout, width = GroupLayout.of(64, 512, "channel"), torch.tensor([[bits]])
+
+    def error(grid):
+        return float(squared_error(rows, *least_error_range(rows, layout, width, layout, grid), width, layout, grid).mean() / rows.var())
+
+    whole, half = error("affine"), error("half")
+    at_most = {"normal": (0.37, 0.121, 0.0375), "laplace": (0.52, 0.195, 0.068)}[density][bits - 1]
+    assert half < min(whole, at_most)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.9, 1.0, 1.7])
+@pytest.mark.parametrize("bits", [1, 2, 3, 5])
+def test_a_range_that_is_kept_holds_its_zero_point_whatever_it_is_multiplied_with(bits, factor):
+    rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)) + 0.3
+    layout, width = GroupLayout.of(300, 64, "channel"), torch.tensor([[bits]])
+    low, high = least_error_range(rows, layout, width, layout, "half")
+    first, moved = (functional.quant_params(low * e, high * e, width, "half") for e in (1.0, factor))
+    assert torch.equal(first.zero_point, moved.zero_point)
+    exact = -low / first.scale
+    torch.testing.assert_close(exact, first.zero_point, rtol=1e-5, atol=1e-5)
+    halves = int((first.zero_point % 1 == 0.5).sum())
+    assert halves > 100 if bits <= functional.WIDEST_HALF else halves == 0
+
+
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+def test_weights_of_one_bit_are_two_levels_about_zero(by, monkeypatch):
+    if by == "torch":
+        monkeypatch.setattr(extension, "kernels", lambda: None)
+    torch.manual_seed(0)
+    net = nn.Linear(400, 50, bias=False)
+    nn.init.normal_(net.weight)
+    model = prepare_diffq(net, torch.zeros(1, 400), DiffQConfig(target_bits=None, init_bits=2, grid="half"))
+    (quantizer,) = model.compression.learned
+    quantizer.logits.data.fill_(-100)
+    freeze_bits(model)
+    assert bool((quantizer.width == 1).all())
+    rounded = quantizer(model.weight)
+    assert all(low == -high < 0 for low, high in (row.unique().tolist() for row in rounded))
+    torch.testing.assert_close(rounded.abs().mean(1), net.weight.abs().mean(1), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -60,8 +131,9 @@ def test_other_types(dtype):
     assert bool((low <= 0).all() and (high >= 0).all() and (low < high).all())
 
 
+@pytest.mark.parametrize("grid", ["affine", "half"])
 @pytest.mark.parametrize("by", ["kernel", "torch"])
-def test_the_gradient_of_a_learned_range(by, monkeypatch):
+def test_the_gradient_of_a_learned_range(by, grid, monkeypatch):
     """Against the derivative of the rounded weights with the levels inside held, which is what LSQ's estimator says."""
     if by == "torch":
         monkeypatch.setattr(native, "takes_rows", lambda *_: False)
@@ -71,13 +143,13 @@ def test_the_gradient_of_a_learned_range(by, monkeypatch):
     assert native.takes_rows(weight, grad) == (by == "kernel" and extension.kernels() is not None)
     layout, clip, bits = GroupLayout.of(6, columns, "channel"), torch.zeros(6, 1, requires_grad=True), torch.full((6, 1), 2)
     low, high = torch.full((6, 1), -1.2), torch.full((6, 1), 1.0)
-    params = functional.quant_params(low, high, bits, "affine")
+    params = functional.quant_params(low, high, bits, grid)
     rounded = functional.dequantize(functional.quantize(weight.detach(), params, bits, layout), params, layout)
     out = RoundInRange(axis=0, groups=layout, ranges=layout)(weight, rounded, torch.zeros(6, 1), clip, params.scale, high - low)
     out.backward(grad)
     assert torch.equal(weight.grad, grad)
     scale, zero = params.scale, params.zero_point
-    inside = ((weight / scale).round() + zero >= 0) & ((weight / scale).round() + zero <= 3)
+    inside = ((weight / scale + zero).round() >= 0) & ((weight / scale + zero).round() <= 3)
     # rounded = (round(w/s)) s inside: d/ds = round(w/s) - w/s by the straight-through estimator; the end level beyond.
     slope_of_step = torch.where(inside, rounded / scale - weight / scale, rounded / scale)
     by_hand = (grad * slope_of_step).sum(1, keepdim=True) / math.sqrt(columns * 3) / scale / 10
@@ -142,7 +214,9 @@ def test_the_range_is_kept_once_the_bits_are_final(clips):
     assert torch.equal(convert_diffq(again)(x), moved)
 
 
-@pytest.mark.parametrize("settings", [{}, {"grid": "symmetric"}, {"group_size": 8, "target_bits": 6}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"grid": "symmetric"}, {"grid": "half", "target_bits": 2}, {"group_size": 8, "target_bits": 6}], ids=str
+)
 @pytest.mark.filterwarnings("ignore")
 def test_convert_searches_the_range_of_each_weight_once(settings):
     net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))

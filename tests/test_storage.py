@@ -37,7 +37,7 @@ def make(shape, axis, bits, group_size, grid, dtype=torch.float32):
     return weight, IntegerWeight(spec, levels, params, width), params
 
 
-@pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
+@pytest.mark.parametrize("grid", ["affine", "half", "symmetric", "float"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8, 12, 16])
 @pytest.mark.parametrize(
     ("shape", "axis", "group_size"), [((6, 10), 0, "channel"), ((4, 6, 3, 3), 1, "tensor"), ((5, 11), 0, 4), ((3, 7), 1, 1)]

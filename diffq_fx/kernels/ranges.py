@@ -5,18 +5,22 @@ Shape legend: O rows, I columns, R x C grid of groups that share a range, K cand
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupKind, GroupLayout
-from diffq_fx.functional.quantization import AROUND_ZERO, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
+from diffq_fx.functional.quantization import AROUND_ZERO, WIDEST_HALF, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
 
 _SHARES = tuple(1 - 0.04 * i for i in range(22))
 """Ends of the range to try, as parts of the extreme weight."""
+_HALF_MOVES, _LENGTHS = (-0.5, 0.5), (0.94, 1.06)
+"""Of the zero point and of the range, at the end of the search on the "half" grid."""
+_LEAST_SHARE = 1e-6
+"""Of the mean importance, for every column."""
 
 
 def statistics(rows_OI: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -95,11 +99,17 @@ def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) 
     return high - low, growth
 
 
-def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
+def least_error_range(
+    rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid, importance_I: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The range whose grid has the smallest squared rounding error; weights beyond it are clipped to its ends.
 
     Both ends are first shrunk together, then each alone. ``bits`` are whole numbers, one or one for each of the ``groups``, those with a
-    scale of their own; these may be smaller than the groups of ``layout``, which share a range.
+    scale of their own; these may be smaller than the groups of ``layout``, which share a range. On the "half" grid the zero point moves
+    with the ends, by half a level at a time, and the ends of a range of one width are levels.
+
+    ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None, or
+    zeros where it is not known: all alike.
 
     Example:
         >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier
@@ -107,57 +117,99 @@ def least_error_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups
         >>> low, high = least_error_range(rows, layout, torch.tensor([[3]]), layout, "affine")
         >>> bool(high < 6)
         True
+        >>> importance = torch.tensor([1.0] * 999 + [1000.0])
+        >>> low, high = least_error_range(rows, layout, torch.tensor([[3]]), layout, "affine", importance)
+        >>> bool(high < 6)
+        False
     """
-    return _least_error_range_op(rows_OI.detach(), bits, layout.kind, layout.block, groups.kind, groups.block, grid)
+    return _least_error_range_op(rows_OI.detach(), bits, importance_I, layout.kind, layout.block, groups.kind, groups.block, grid)
 
 
 @torch.library.custom_op("diffq_fx::least_error_range", mutates_args=())
 def _least_error_range_op(  # opaque to compilers: its many candidates would each become code
-    rows_OI: Tensor, bits: Tensor, range_kind: str, range_block: int, group_kind: str, group_block: int, grid: str
+    rows_OI: Tensor,
+    bits: Tensor,
+    importance_I: Tensor | None,
+    range_kind: str,
+    range_block: int,
+    group_kind: str,
+    group_block: int,
+    grid: str,
 ) -> tuple[Tensor, Tensor]:
     rows, columns = rows_OI.shape
     layout = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
     groups = GroupLayout(rows, columns, cast("GroupKind", group_kind), group_block)
     grid = cast("Grid", grid)
     low, high = grid_range(*extremes(rows_OI, layout), grid)
-    rows_OI = rows_OI.to(low.dtype)
-    best = _best([(low * share, high * share) for share in _SHARES], rows_OI, bits, groups, grid)
+    search = _Search(rows_OI.to(low.dtype), bits, groups, grid, None if importance_I is None else _shares(importance_I))
+    best = search.best([(low * share, high * share) for share in _SHARES])
     if grid != "symmetric":
-        best = _best([best, *((low * share, best[1]) for share in _SHARES)], rows_OI, bits, groups, grid)
-        best = _best([best, *((best[0], high * share) for share in _SHARES)], rows_OI, bits, groups, grid)
+        best = search.best([best, *((low * share, best[1]) for share in _SHARES)])
+        best = search.best([best, *((best[0], high * share) for share in _SHARES)])
+    if grid == "half" and (on_levels := _on_levels(*best, bits)):
+        return search.best(on_levels)
     return best
 
 
 @_least_error_range_op.register_fake
-def _(rows_OI, bits, range_kind, range_block, group_kind, group_block, grid):  # noqa: ANN001, ANN202
+def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_block, grid):  # noqa: ANN001, ANN202
     rows, columns = rows_OI.shape
     shape = GroupLayout(rows, columns, range_kind, range_block).shape
     dtype = torch.float64 if rows_OI.dtype == torch.float64 else torch.float32
     return rows_OI.new_empty(shape, dtype=dtype), rows_OI.new_empty(shape, dtype=dtype)
 
 
-def _best(ranges: Sequence[tuple[Tensor, Tensor]], rows_OI: Tensor, bits: Tensor, groups: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
-    """For each group the range with the smallest error; of equals the first."""
-    lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
-    errors_KRC = torch.zeros_like(lows_KRC)
-    for part in groups.row_slices(rows_OI.device):
-        part_bits = bits if bits.shape[0] == 1 else bits[part]
-        rows = slice(None) if lows_KRC.shape[1] == 1 else part
-        params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], part_bits, grid)
-        errors = _rounding_errors(rows_OI[part], params, part_bits, groups.of_rows(part))
-        errors_KRC[:, rows] += errors.sum_to_size(errors_KRC[:, rows].shape)
-    chosen_1RC = errors_KRC.argmin(0, keepdim=True)
-    return lows_KRC.gather(0, chosen_1RC)[0], highs_KRC.gather(0, chosen_1RC)[0]
+def _shares(importance_I: Tensor) -> Tensor:
+    """Importance over its mean, 1 where that says nothing; columns that no input reaches count a little, for ranges of them alone."""
+    shares_I = importance_I / importance_I.mean()
+    return torch.where(shares_I.isfinite(), shares_I, 1).clamp(min=_LEAST_SHARE)
 
 
-def _rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout) -> Tensor:
-    """Squared rounding error of each group on each of K grids, shape (K, R, C)."""
-    if params_K.zero_point is not None and native.takes_rows(rows_OI):
-        top = 2 ** bits.to(torch.int32) - 1
-        return native.rounding_errors(rows_OI, params_K.scale, params_K.zero_point, top, groups)
-    errors = []
-    for k, scale in enumerate(params_K.scale):
-        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
-        rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
-        errors.append(groups.sum((rounded_OI - rows_OI).square()))
-    return torch.stack(errors)
+def _on_levels(low: Tensor, high: Tensor, bits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The range with ends that are levels, those half a level lower and higher, each a little shorter and longer; none for mixed widths.
+
+    So ``-low / scale`` is the zero point itself, whatever the ends are multiplied with.
+    """
+    params, top = quant_params(low, high, bits, "half"), 2 ** bits.to(torch.int32) - 1
+    if params.scale.shape != low.shape:
+        return []
+    scale, zero_point = torch.where(low < high, params.scale, 0), params.known_zero_point()
+    moved = [torch.minimum((zero_point + move).clamp(min=0), top) for move in (0, *_HALF_MOVES)]
+    moved = [torch.where(bits <= WIDEST_HALF, each, each.round()) for each in moved]
+    return [(-each * scale * share, (top - each) * scale * share) for each in moved for share in (1, *_LENGTHS)]
+
+
+class _Search(NamedTuple):
+    """What candidates for the ranges of a weight are compared by."""
+
+    rows: Tensor
+    bits: Tensor
+    groups: GroupLayout
+    grid: Grid
+    importance: Tensor | None
+
+    def best(self, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """For each group the range with the smallest error; of equals the first."""
+        lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        errors_KRC = torch.zeros_like(lows_KRC)
+        for part in self.groups.row_slices(self.rows.device):
+            bits = self.bits if self.bits.shape[0] == 1 else self.bits[part]
+            rows = slice(None) if lows_KRC.shape[1] == 1 else part
+            params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], bits, self.grid)
+            errors = self.errors(self.rows[part], params, bits, self.groups.of_rows(part))
+            errors_KRC[:, rows] += errors.sum_to_size(errors_KRC[:, rows].shape)
+        chosen_1RC = errors_KRC.argmin(0, keepdim=True)
+        return lows_KRC.gather(0, chosen_1RC)[0], highs_KRC.gather(0, chosen_1RC)[0]
+
+    def errors(self, rows_PI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout) -> Tensor:
+        """Squared rounding error of each group of some rows on each of K grids, shape (K, R, C)."""
+        if params_K.zero_point is not None and native.takes_rows(rows_PI):
+            top = 2 ** bits.to(torch.int32) - 1
+            return native.rounding_errors(rows_PI, self.importance, params_K.scale, params_K.zero_point, top, groups)
+        errors = []
+        for k, scale in enumerate(params_K.scale):
+            params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
+            rounded_PI = dequantize(quantize(rows_PI, params, bits, groups), params, groups)
+            squares_PI = (rounded_PI - rows_PI).square()
+            errors.append(groups.sum(squares_PI if self.importance is None else squares_PI * self.importance))
+        return torch.stack(errors)

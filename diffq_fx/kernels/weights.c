@@ -9,7 +9,8 @@
 #include "kernel.h"
 
 // The nearest value of a grid: (clamp(round(w / scale) + zero_point, 0, top) - zero_point) * scale, where zero_point is a half-integer
-// clamp(round(w / scale + 1/2) + zero_point - 1/2, 0, top): the same operations as torch's, so the same bits. scale, zero_point and top have one value for each `block` columns of a row; strides of zero share a value.
+// clamp(round(w / scale + 1/2) + zero_point - 1/2, 0, top): the same operations as torch's, so the same bits. scale, zero_point and top have one
+// value for each `block` columns of a row; strides of zero share a value.
 static void round_to_grid(const float *weight, const float *scale, const float *zero_point, const float *top, float *out, int64_t rows,
                     int64_t columns, int64_t block, int64_t row_stride, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -39,7 +40,7 @@ static void statistics(const float *weight, float *results, int64_t rows, int64_
         }
 }
 
-// Of a weight on a grid whose levels, counted from the zero point, go from `low` to `high`; `half` is 1/2 where they lie between whole numbers.
+// Of a weight on a grid whose levels, counted from the zero point, go from `low` to `high`; `half` is 1/2 where they are half-integers.
 ALWAYS_INLINE float squared_error(float weight, float inverse, float scale, float half, float low, float high) {
     float level = __builtin_rintf(weight * inverse + half) - half;
     level = level < low ? low : level > high ? high : level;
@@ -47,32 +48,36 @@ ALWAYS_INLINE float squared_error(float weight, float inverse, float scale, floa
     return off * off;
 }
 
-ALWAYS_INLINE float error_in(int lanes, const float *restrict w, int64_t count, float scale, float zero_point, float top) {
+// Each weight's error counts `of[i]` times, or once where there is no `of`.
+ALWAYS_INLINE float error_in(int lanes, const float *restrict w, const float *restrict of, int64_t count, float scale, float zero_point,
+                             float top) {
     float sums[16] = {0}, inverse = 1 / scale, half = zero_point - __builtin_floorf(zero_point), low = -zero_point, high = top - zero_point;
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes)
 #pragma omp simd
-        for (int lane = 0; lane < lanes; lane++) sums[lane] += squared_error(w[i + lane], inverse, scale, half, low, high);
+        for (int lane = 0; lane < lanes; lane++)
+            sums[lane] += squared_error(w[i + lane], inverse, scale, half, low, high) * (of ? of[i + lane] : 1);
     float error = sum_of_lanes(sums, lanes);
-    for (; i < count; i++) error += squared_error(w[i], inverse, scale, half, low, high);
+    for (; i < count; i++) error += squared_error(w[i], inverse, scale, half, low, high) * (of ? of[i] : 1);
     return error;
 }
 
 // Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
-// (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks.
-static void rounding_errors(const float *weight, const float *scale, const float *zero_point, const float *top, float *errors,
-                              int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride, int64_t row_stride,
-                              int threads) {
+// (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks. `importance`, where it is not NULL, says
+// for each column how much its squared errors count.
+static void rounding_errors(const float *weight, const float *importance, const float *scale, const float *zero_point, const float *top,
+                            float *errors, int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride,
+                            int64_t row_stride, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t b = 0; b < blocks; b++) {
             int64_t count = columns - b * block < block ? columns - b * block : block;
-            const float *restrict w = weight + row * columns + b * block;
+            const float *restrict w = weight + row * columns + b * block, *of = importance ? importance + b * block : 0;
             int64_t at = row * row_stride + b;
             for (int64_t g = 0; g < grids; g++) {
                 float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], *error = errors + (g * rows + row) * blocks + b;
-#define ERROR(LANES) *error = error_in(LANES, w, count, s, z, top[at])
+#define ERROR(LANES) *error = of ? error_in(LANES, w, of, count, s, z, top[at]) : error_in(LANES, w, 0, count, s, z, top[at])
                 IN_LANES(count, ERROR);
             }
         }
@@ -111,13 +116,13 @@ static void range_slope(const float *grad, const float *weight, const float *rou
 
 CALL(round_to_grid, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9))
 CALL(statistics, P(0), P(1), N(2), N(3), N(4), N(5))
-CALL(rounding_errors, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9), N(10), N(11))
+CALL(rounding_errors, P(0), P(1), P(2), P(3), P(4), P(5), N(6), N(7), N(8), N(9), N(10), N(11), N(12))
 CALL(range_slope, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), R(9), N(10))
 
 TABLE(weights) = {
     {"round", "iiiiiiiiii", call_round_to_grid},
     {"statistics", "iiiiii", call_statistics},
-    {"rounding_errors", "iiiiiiiiiiii", call_rounding_errors},
+    {"rounding_errors", "iiiiiiiiiiiii", call_rounding_errors},
     {"range_slope", "iiiiiiiiifi", call_range_slope},
     {0},
 };

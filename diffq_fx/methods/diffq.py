@@ -94,6 +94,8 @@ class DiffQWeight(GridQuantizer):
         width: float32, whose average does no harm, the shape of ``logits``: the rounded bits, set for the whole model at once so that the
             size meets its target.
         range_low, range_high: float32, the shape of ``clip``: the range when the bits became final. None without clipping.
+        importance: float32, shape (I,), the columns of the weight's rows: how much their squared errors count where the range is sought,
+            zeros while that is not known. None without clipping.
         gradient_sums: float32, (2, *shape of ``logits``): what :func:`diffq_fx.budget.sensitivity.observe` has gathered. None without use.
     """
 
@@ -102,6 +104,7 @@ class DiffQWeight(GridQuantizer):
     width: Tensor
     range_low: Tensor | None
     range_high: Tensor | None
+    importance: Tensor | None
     gradient_sums: Tensor | None
     shared: TrainingState | None
     """What the model's weights have in common; a child of the model and not of each weight."""
@@ -129,6 +132,7 @@ class DiffQWeight(GridQuantizer):
         self.clip = nn.Parameter(unmoved) if config.clips else None
         for end in ("range_low", "range_high"):
             self.register_buffer(end, unmoved.clone() if config.clips else None)
+        self.register_buffer("importance", torch.zeros(spec.columns, **like) if config.clips else None)
         observes = config.sensitivity_step is not None
         self.register_buffer("gradient_sums", torch.zeros(2, *spec.bits_layout.shape, **like) if observes else None)
 
@@ -154,7 +158,8 @@ class DiffQWeight(GridQuantizer):
         if self.frozen:
             moved = learned_factor(whole(self.clip.detach()))
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
-        return least_error_range(rows_OI, self.spec.range_layout, bits, self.spec.scale_layout, self.spec.grid)
+        spec = self.spec
+        return least_error_range(rows_OI, spec.range_layout, bits, spec.scale_layout, spec.grid, self.importance)
 
     @torch.no_grad()
     def keep_range(self) -> None:
@@ -234,9 +239,9 @@ class DiffQWeight(GridQuantizer):
             self.shared.follow(self)
 
     def state_tensors(self) -> tuple[Tensor, ...]:
-        """The rounded bits and the range."""
+        """The rounded bits, the range and what it is sought with."""
         shared = () if self.shared is None else (self.shared.bits_frozen,)
-        kept = (self.width, self.clip, self.range_low, self.range_high, self.range_scale, *shared)
+        kept = (self.width, self.clip, self.range_low, self.range_high, self.importance, self.range_scale, *shared)
         return tuple(each for each in kept if each is not None)
 
     def __setattr__(self, name: str, value: Any) -> None:

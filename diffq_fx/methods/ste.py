@@ -28,7 +28,7 @@ class STE(FixedBits):
     """
 
     grid: Grid = "affine"
-    """"affine" (integer zero_point), "symmetric", or "float" (float minimum, which ONNX cannot hold)."""
+    """"affine" (integer zero_point), "half" (half-integer ones, too), "symmetric", or "float" (float minimum, which ONNX cannot hold)."""
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:

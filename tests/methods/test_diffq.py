@@ -47,7 +47,7 @@ def train_a_little(model, *inputs, steps=3):
 
 @pytest.mark.parametrize("scope", ["model", "module"])
 @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
-@pytest.mark.parametrize("grid", ["affine", "symmetric", "float"])
+@pytest.mark.parametrize("grid", ["affine", "half", "symmetric", "float"])
 @pytest.mark.parametrize(
     ("group_size", "range_per"),
     [

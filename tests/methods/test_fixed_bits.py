@@ -28,6 +28,7 @@ METHODS = {
     "STE symmetric blocks": STE(bits=4, grid="symmetric", group_size=4),
     "STE tensor": STE(bits=2, group_size="tensor"),
     "STE 1 bit": STE(bits=1),
+    "STE half": STE(bits=2, grid="half"),
     "STE float grid": STE(bits=5, grid="float"),
     "LSQ": LSQ(bits=2),
     "LSQ tensor": LSQ(bits=3, group_size="tensor"),

@@ -122,7 +122,7 @@ def test_freezing_needs_trainable_bits():
         freeze_bits(prepare(nn.Linear(24, 4), X[:2], STE(bits=4)))
 
 
-@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+@pytest.mark.parametrize("grid", ["affine", "half", "symmetric"])
 @pytest.mark.parametrize(
     ("group_size", "range_per"), [("tensor", "tensor"), ("channel", "channel"), (8, "group"), (7, "channel"), (1, "tensor")]
 )

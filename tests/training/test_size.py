@@ -37,6 +37,8 @@ def spec(shape=(4, 10), **kw):
         (dict(group_size=8), [[8, 2]] * 4, 4 * 64 + 8),
         (dict(group_size=8, range_size=8), [[9, 3]] * 4, 8 * 32 + 8),
         (dict(grid="symmetric"), [[10]] * 4, 4 * 32 + 8),
+        (dict(grid="half"), [[11]] * 4, 4 * 33 + 8),  # a bit more says whether the zero point is a half-integer
+        (dict(grid="half", group_size=8), [[8, 2]] * 4, 4 * 64 + 8),
         (dict(grid="float", range_size="tensor", group_size=1), [[1] * 10] * 4, 64 + 8),
     ],
 )
