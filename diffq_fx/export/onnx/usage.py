@@ -218,12 +218,13 @@ def _carry(trace: _Trace, node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -
     carried = trace.through(node.op_type)
     if node.op_type == "Gather" and not (len(inputs) > 1 and inputs[1]):
         return replace(carried, is_selected=True)
-    return replace(carried, is_dequantized=True) if node.op_type in ("DequantizeLinear", "Mul") else carried
+    dequantizes = node.op_type in ("DequantizeLinear", "Mul") and not _multiplies_integers(node, inputs)
+    return replace(carried, is_dequantized=True) if dequantizes else carried
 
 
 def _carried_positions(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> set[int]:
     """Inputs whose constants go on to the output; the others end at this node."""
-    if node.op_type in _VIEWS or node.op_type == "DequantizeLinear":
+    if node.op_type in _VIEWS or node.op_type == "DequantizeLinear" or _multiplies_integers(node, inputs):
         return {0}
     if node.op_type == "Concat" and all(inputs):
         return set(range(len(inputs)))
@@ -241,6 +242,8 @@ def _pair_with_scales(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> No
         _claim(owners, "zero_point", _constants(inputs, zero_point))
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             _note_packing(owners, node)
+    if _multiplies_integers(node, inputs):
+        _claim(_constants(inputs, 0), "scale", _constants(inputs, 1))
     if (pair := _eager_dequantization(node, inputs)) is not None:
         part: Part = "zero_point" if node.op_type == "Sub" else "scale"
         _claim(_constants(inputs, pair[0]), part, _constants(inputs, pair[1]))
@@ -255,6 +258,13 @@ def _eager_dequantization(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -
         if are_levels and (node.op_type == "Sub" or all(t.constant.is_floating for t in inputs[other])):
             return levels, other
     return None
+
+
+def _multiplies_integers(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> bool:
+    """Whether levels are multiplied by whole numbers and stay levels: those of half-integer zero points are doubled."""
+    if node.op_type != "Mul" or len(inputs) != 2 or not all(inputs):
+        return False
+    return all(t.constant.holds_levels for t in inputs[0]) and not any(t.constant.is_floating for t in inputs[1])
 
 
 def _constants(inputs: list[tuple[_Trace, ...]], position: int | None) -> list[Constant]:

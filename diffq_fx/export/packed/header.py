@@ -28,7 +28,7 @@ SMALL_NAME = f"{RESERVED}small"
 """Name of the small tensors in the container."""
 
 _GROUP_KINDS = ("tensor", "channel")
-_GRIDS = ("affine", "symmetric", "float")
+_GRIDS = ("affine", "half", "symmetric", "float")
 _MOST_CODES = 1 << 40
 ITS_OWN = ("name", "aliases", "kind", "shape", "common_crc32")  # what no weight leaves to the defaults of its kind
 

@@ -1,7 +1,7 @@
-"""The kind "integer": levels on an affine, symmetric or float grid, with their scales and zero points.
+"""The kind "integer": levels on a grid, with their scales and zero points.
 
 A code is the residue ``(level - centre) mod 2^b``, taken as a number of ``[-2^(b-1), 2^(b-1))`` and folded to 0, -1, 1, -2, 2, ... in
-this order, where the centre is the zero point, or on the float grid the level nearest to zero. The residue knows no zero point, so rows
+this order, where the centre is the zero point, rounded up, or on the float grid the level nearest to zero. The residue knows no zero point, so rows
 of all zero points share one model; it takes no more values than the level itself; and its low bits, the sign first, tell hardly anything.
 """
 
@@ -29,6 +29,7 @@ from diffq_fx.weights import WeightSpec
 
 _SCALES = ("groups", "extents")
 _ZERO_POINTS = ("none", "middle", "coded", "plain")
+_HALF_ZERO_POINTS = ("centre", "halves")
 
 
 class PackedIntegers(PackedWeight):
@@ -37,7 +38,8 @@ class PackedIntegers(PackedWeight):
     Facts:
         scale_dtype: type of scales and offsets.
         scale: "groups", one for each group; or "extents", ``extent / (2^b - 1)`` of each range.
-        zero_point: "none", on the float grid; "middle", ``2^(b - 1)``; "coded", small integers of b bits; "plain", int32 among the floats.
+        zero_point: "none", on the float grid; "middle", ``2^(b - 1)``; "coded", small integers of b bits; "plain", int32 (on the grid
+            "half" float32) among the floats. On the grid "half" also "centre", ``(2^b - 1) / 2``, and "halves", doubled, of b + 1 bits.
             Where scales are "extents", there is one zero point for each range and width in it.
     """
 
@@ -63,7 +65,7 @@ class PackedIntegers(PackedWeight):
     def of_facts(cls, spec: WeightSpec, facts: Mapping[str, Any]) -> "PackedIntegers":
         """Check the facts against each other and the spec."""
         scale, zero_point = facts.get("scale"), facts.get("zero_point")
-        if scale not in _SCALES or zero_point not in _ZERO_POINTS:
+        if scale not in _SCALES or zero_point not in _ZERO_POINTS + _HALF_ZERO_POINTS * (spec.grid == "half"):
             raise PackedFileError(f"scale {scale!r} and zero_point {zero_point!r} are not known")
         dtype = FLOAT_TYPES.parse(facts.get("scale_dtype"))
         if scale == "extents" and (zero_point == "plain" or not grids.may_have_extents(spec, dtype)):
@@ -78,6 +80,9 @@ class PackedIntegers(PackedWeight):
             found = tuple(getattr(stored, name).shape)
             if found != layout.shape:
                 raise PackedFileError(f"{name} has the shape {found}, the spec says {layout.shape}")
+        expected = torch.float32 if spec.grid == "half" else torch.int32
+        if params.zero_point is not None and params.zero_point.dtype != expected:
+            raise PackedFileError(f"zero_point is {params.zero_point.dtype}, the grid {spec.grid!r} has {expected}")
         widths = grids.array_of(stored.bits)
         if not ((widths >= 1) & (widths <= 16)).all():
             raise PackedFileError(f"widths must be from 1 to 16 bits, got {int(widths.min())} to {int(widths.max())}")
@@ -115,9 +120,9 @@ class PackedIntegers(PackedWeight):
 
     def _integers(self, params: QuantParams, widths: NDArray[np.uint8]) -> Values:
         """The zero points that are stored as small integers."""
-        if self.zero_point != "coded":
+        if not self._times:
             return np.zeros(0, np.uint16)
-        zero_points = grids.array_of(params.zero_point).astype(np.uint16).reshape(-1)
+        zero_points = (self._times * grids.array_of(params.zero_point)).astype(np.uint16).reshape(-1)
         if not self._has_extents:
             return zero_points
         cells, cell_of_group = grids.cells(widths, self.spec)
@@ -143,13 +148,23 @@ class PackedIntegers(PackedWeight):
         """Scales that are stored for so many rows."""
         return (self.spec.range_layout if self._has_extents else self.spec.scale_layout).of_rows(slice(0, rows)).num_groups
 
+    @property
+    def _times(self) -> int:
+        """What makes zero points small integers; 0 where none are stored so."""
+        return {"coded": 1, "halves": 2}.get(self.zero_point, 0)
+
+    @property
+    def _zero_point_dtype(self) -> torch.dtype:
+        return torch.float32 if self.spec.grid == "half" else torch.int32
+
     def integer_widths(self, widths: NDArray[np.uint8], rows: int) -> NDArray[np.uint8]:
-        """The width of its group for each zero point."""
-        if self.zero_point != "coded":
+        """The width of its group for each zero point, a bit more where they are doubled."""
+        if not self._times:
             return np.zeros(0, np.uint8)
-        if self._has_extents:
-            return grids.cells(widths, self.spec)[0]
-        return np.broadcast_to(widths, self._scale_shape(rows)).reshape(-1)
+        if self.zero_point == "halves" and (widths > grids.WIDEST_HALVES).any():
+            raise PackedFileError(f"half-integer zero points of more than {grids.WIDEST_HALVES} bits")
+        each = grids.cells(widths, self.spec)[0] if self._has_extents else np.broadcast_to(widths, self._scale_shape(rows)).reshape(-1)
+        return each + np.uint8(self._times - 1)
 
     def float_bytes(self, rows: int) -> int:
         """Scales, offsets and plain zero points."""
@@ -162,7 +177,8 @@ class PackedIntegers(PackedWeight):
         one_grid_for_a_group = scales.shape[1] == 1 or scales.block == self.layout.block
         in_place = out is None or out.flags.c_contiguous
         with np.errstate(all="ignore"):  # infinite scales are the file's to have
-            if self.scale_dtype != torch.float32 or not (in_place and one_grid_for_a_group) or extension.kernels() is None:
+            is_fast = self.scale_dtype == torch.float32 and self.zero_point != "plain"
+            if not (is_fast and in_place and one_grid_for_a_group) or extension.kernels() is None:
                 params = self._params_of(part)
                 levels = torch.from_numpy(self._levels(part, params).astype(np.int32))
                 return functional.dequantize(levels, params, scales.of_rows(slice(0, part.rows)))
@@ -177,7 +193,8 @@ class PackedIntegers(PackedWeight):
         each = widths if by_width else np.broadcast_to(widths, self._scale_shape(part.rows))
         params = self._params(part.integers, part.floats, part.rows, each)
         scale, zero_point, offset = (None if value is None else grids.array_of(value) for value in params)
-        grid = scale, grids.centres(params, each).astype(np.int32), zero_point, offset
+        middle = None if zero_point is None else zero_point.astype(np.float32)
+        grid = scale, grids.centres(params, each).astype(np.int32), middle, offset
         return Grid(*((None if value is None else _by_width(part.present, value)) if by_width else value for value in grid))  # type: ignore[arg-type]
 
     def _params_of(self, part: DecodedPart) -> QuantParams:
@@ -194,12 +211,15 @@ class PackedIntegers(PackedWeight):
         if self.zero_point == "none":
             offset = tensor_of(floats[size : 2 * size], self.scale_dtype, stored_shape).expand(shape)
         elif self.zero_point == "plain":
-            zero_point = tensor_of(floats[size:], torch.int32, shape)
+            zero_point = tensor_of(floats[size:], self._zero_point_dtype, shape)
         elif self.zero_point == "middle":
-            zero_point = torch.from_numpy(1 << (widths.astype(np.int32) - 1))
+            zero_point = torch.from_numpy(1 << (widths.astype(np.int32) - 1)).to(self._zero_point_dtype)
+        elif self.zero_point == "centre":
+            zero_point = torch.from_numpy(grids.masks(widths, np.float32) / 2)
         else:
             cell = grids.cells(widths, self.spec)[1] if self._has_extents else slice(None)
-            zero_point = torch.from_numpy(integers[cell].astype(np.int32).reshape(shape))
+            values = torch.from_numpy(integers[cell].astype(np.int32).reshape(shape))
+            zero_point = values / 2 if self._times == 2 else values.to(self._zero_point_dtype)
         if self._has_extents:
             scale = torch.from_numpy(grids.scales_of(scale.numpy(), widths))
         return QuantParams(scale, zero_point, offset)

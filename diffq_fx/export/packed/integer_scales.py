@@ -17,6 +17,7 @@ from diffq_fx.functional import QuantParams
 from diffq_fx.weights import WeightSpec
 
 WIDTHS = 17  # widths from 0 to 16 bits
+WIDEST_HALVES = 15  # bits of a level whose zero point, doubled, is a small integer
 
 Floats = NDArray[Any]  # float32 or float64
 
@@ -60,7 +61,7 @@ def centres(params: QuantParams, widths: NDArray[np.uint8]) -> NDArray[np.int64]
     """The level of each group that stands for zero or is next to it: residues are counted from there."""
     top = masks(widths, np.int64)
     if params.zero_point is not None:
-        return np.clip(array_of(params.zero_point), 0, top)
+        return np.clip(np.ceil(array_of(params.zero_point)), 0, top).astype(np.int64)
     with np.errstate(all="ignore"):
         nearest = np.rint(-_doubles(params.offset) / _doubles(params.scale))
     return np.fmin(np.fmax(nearest, 0), top).astype(np.int64)  # not a number is 0
@@ -74,10 +75,16 @@ def zero_point_form(zero_point: Tensor | None, widths: NDArray[np.uint8]) -> str
     """How to store zero points: see :class:`~diffq_fx.export.packed.integer_kind.PackedIntegers`."""
     if zero_point is None:
         return "none"
-    values, top = array_of(zero_point), masks(widths, np.int64)
-    if (2 * values == top + 1).all():
+    doubled, top = 2 * array_of(zero_point).astype(np.float64), masks(widths, np.int64)
+    if (doubled == top + 1).all():
         return "middle"
-    return "coded" if ((values >= 0) & (values <= top)).all() else "plain"
+    if (doubled == top).all():
+        return "centre"
+    if not ((doubled >= 0) & (doubled <= 2 * top) & (doubled == np.rint(doubled))).all():
+        return "plain"
+    if (doubled % 2 == 0).all():
+        return "coded"
+    return "halves" if (widths <= WIDEST_HALVES).all() else "plain"
 
 
 def may_have_extents(spec: WeightSpec, scale_dtype: torch.dtype) -> bool:

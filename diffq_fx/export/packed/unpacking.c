@@ -27,8 +27,8 @@ typedef struct {
     int64_t bin_row;
     const uint16_t *classes; // by width and bin
     int64_t bin_number, rows, columns, block;
-    const float *scale, *offset; // of each group or, with by_width (and weights), each width; offset may be NULL
-    const int32_t *centre, *zero_point;
+    const float *scale, *zero_point, *offset; // of each group or, with by_width (and weights), each width; the last two may be NULL
+    const int32_t *centre;
     int64_t row, group, by_width;
     float *weights; // one of these three is not NULL
     uint8_t *codes8;
@@ -80,20 +80,21 @@ typedef float Weights __attribute__((vector_size(32)));
 #define LEVEL(code) ((centre + (((code) >> 1) ^ -((code) & 1))) & top)
 
 ALWAYS_INLINE void dequantize(const Part *p, const uint16_t *restrict codes, float *restrict out, int64_t count, int64_t at, int width) {
-    int32_t top = (1 << width) - 1, centre = p->centre[at], zero_point = p->offset ? 0 : p->zero_point[at];
-    float scale = p->scale[at], offset = p->offset ? p->offset[at] : 0;
+    int32_t top = (1 << width) - 1, centre = p->centre[at];
+    float scale = p->scale[at], zero_point = p->offset ? 0 : p->zero_point[at], offset = p->offset ? p->offset[at] : 0;
     int64_t i = 0;
     for (; i + WIDE <= count; i += WIDE) {
         Codes narrow;
         memcpy(&narrow, codes + i, sizeof narrow);
-        Levels code = __builtin_convertvector(narrow, Levels), level = LEVEL(code) - zero_point;
-        Weights weight = __builtin_convertvector(level, Weights) * scale;
+        Levels code = __builtin_convertvector(narrow, Levels);
+        Weights weight = (__builtin_convertvector(LEVEL(code), Weights) - zero_point) * scale;
         if (p->offset) weight += offset;
         memcpy(out + i, &weight, sizeof weight);
     }
     for (; i < count; i++) {
-        int32_t code = codes[i], level = LEVEL(code) - zero_point;
-        out[i] = p->offset ? (float)level * scale + offset : (float)level * scale;
+        int32_t code = codes[i];
+        float weight = ((float)LEVEL(code) - zero_point) * scale;
+        out[i] = p->offset ? weight + offset : weight;
     }
 }
 

@@ -18,7 +18,7 @@ from diffq_fx.kernels import extension
 _PLANE = np.dtype([("bytes", np.int64), ("size", np.int64), ("bits", np.int32), ("shift", np.int32)])
 _PART_FIELDS = """
     planes first_plane counts next ahead used filled widths width_row width_group bins bin_row classes bin_number rows columns block
-    scale offset centre zero_point row group by_width weights codes8 codes16
+    scale zero_point offset centre row group by_width weights codes8 codes16
 """.split()
 _PART = np.dtype([(name, np.int64) for name in _PART_FIELDS])
 
@@ -81,7 +81,7 @@ class Grid(NamedTuple):
 
     scale: NDArray[np.float32]
     centre: NDArray[np.int32]  # the level from which codes count
-    zero_point: NDArray[np.int32] | None
+    zero_point: NDArray[np.float32] | None
     offset: NDArray[np.float32] | None
 
 

@@ -81,8 +81,8 @@ def choose_convolutions(table: WeightTable, uses: Uses, request: LayoutRequest) 
 
 
 def _refusal(table: WeightTable, node: ir.Node, ranges: Mapping[str, Range]) -> str | None:
-    if table.container_bits > ir.DataType.INT8.bitwidth:
-        return f"int8 convolutions take up to 8 bits, the widest channel has {table.most_bits}"
+    if table.kernel_bits > ir.DataType.INT8.bitwidth:
+        return f"int8 convolutions take up to 8 bits, {table.widest}"
     if table.blocks > 1:
         return f"blocks of {table.block} inputs: an int8 convolution has one scale per channel"
     if (inputs := math.prod(table.spec.shape[1:])) > MAX_INPUTS:
@@ -118,8 +118,12 @@ def _without_empty_scales(table: WeightTable) -> WeightTable:
     """A table whose channels of scale 0, as a BatchNorm with gamma 0 leaves them, have the largest scale and zeros."""
     empty = table.scale == 0
     largest = float(np.abs(table.scale).max()) or 1.0
-    zeros = 0 if table.zero_point is None else table.zero_point
-    return replace(table, levels=np.where(empty, zeros, table.levels), scale=np.where(empty, np.float32(largest), table.scale))
+    scale = np.where(empty, np.float32(largest), table.scale)
+    if table.zero_point is None:
+        return replace(table, levels=np.where(empty, 0, table.levels), scale=scale)
+    factor = 1 if table.factor is None else table.factor
+    zeros = np.where(empty, table.zero_point // factor * factor, table.zero_point)  # no level lies at a half-integer
+    return replace(table, levels=np.where(empty, zeros, table.levels), scale=scale, zero_point=zeros)
 
 
 def _is_depthwise(table: WeightTable, node: ir.Node) -> bool:

@@ -11,11 +11,7 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 
 def emit_folded(stored: StoredTable) -> ir.Value:
     """Write the nodes that make the float weight of one in any form and any number of containers; gives PyTorch's shape and type."""
-
-    def spread(values: ir.Value) -> ir.Value:
-        return values if stored.table.blocks == 1 else stored.along_inputs(values, block=1, length=stored.table.spec.columns)
-
     weight = stored.levels_as(ir.DataType.FLOAT)
     if stored.zero_point is not None:
-        weight = stored.emit.op("Sub", [weight, spread(stored.emit.cast(stored.zero_point, ir.DataType.FLOAT))])
-    return stored.restore(stored.emit.op("Mul", [weight, spread(stored.scale)]))
+        weight = stored.emit.op("Sub", [weight, stored.per_input(stored.emit.cast(stored.zero_point, ir.DataType.FLOAT))])
+    return stored.restore(stored.emit.op("Mul", [weight, stored.per_input(stored.scale)]))

@@ -26,7 +26,7 @@ _DOCUMENTATION: Mapping[Name, str] = {
 _LABELS: Mapping[Name, str] = {"DequantizeLinear": "dequantized", "DequantizeRows": "rows", "DynamicQuantizeMatMul": "product"}
 """What a node that calls a function is called, behind the name of its weight."""
 _MARK = "diffq_fx.weight"
-_ORDER = ("levels", "codes", "part", "codebook", "scale", "zero_point")
+_ORDER = ("levels", "codes", "part", "factor", "codebook", "scale", "zero_point")
 """Inputs of a function by their first words, behind those that are computed; others come last."""
 
 
@@ -77,9 +77,10 @@ def _producers(value: ir.Value, given: set[ir.Value]) -> Iterator[ir.Node]:
 
 
 def _is_baked(value: ir.Value) -> bool:
-    """Whether an initializer belongs into the function: shapes, bounds and offsets, not the numbers of a weight."""
+    """Whether an initializer belongs into the function: shapes, bounds, offsets and factors, not the numbers of a weight."""
     tensor = value.const_value
-    return tensor is not None and (tensor.dtype == ir.DataType.INT64 or (tensor.dtype == ir.DataType.INT16 and tensor.size == 1))
+    one_number = (ir.DataType.INT16, ir.DataType.INT32)
+    return tensor is not None and (tensor.dtype == ir.DataType.INT64 or (tensor.dtype in one_number and tensor.size == 1))
 
 
 def _initializers(nodes: list[ir.Node], given: set[ir.Value], weight: str) -> dict[str, ir.Value]:

@@ -59,7 +59,7 @@ def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, s
     if not kernels:
         reason = f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}"
         return Choice(FLOAT, reason)
-    as_stored = not shared and storage.width == table.container_bits
+    as_stored = not shared and storage.width == table.kernel_bits
     here = [kernel for kernel in kernels if as_stored or kernel.name not in _NATIVE.values()]
     return choose(here, product, request.machines(product, kernels))
 
@@ -67,7 +67,7 @@ def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, s
 def _kernels(table: WeightTable, use: LinearUse, outputs: int, request: LayoutRequest) -> tuple[Kernel, ...]:
     """The kernels that could run a product in one storage or another, the narrowest first."""
     kernels = []
-    bits = table.container_bits
+    bits = table.kernel_bits
     if request.has_blocks:
         if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
             kernels.append(Kernel(_NATIVE[bits], _kernel_block(table, bits)))
@@ -81,8 +81,8 @@ def refusal(table: WeightTable, use: LinearUse) -> str | None:
     """Why a product can not be fused in any storage, None if it can."""
     if str(table.spec.dtype) != "torch.float32":
         return f"the model computes in {table.spec.dtype}, onnxruntime fuses float32"
-    if table.container_bits > _BYTE:
-        return f"onnxruntime fuses up to 8 bits, the widest channel has {table.most_bits}"
+    if table.kernel_bits > _BYTE:
+        return f"onnxruntime fuses up to 8 bits, {table.widest}"
     if not table.is_per_tensor and use.channel_axis != table.spec.axis:
         return f"scales lie along the inputs of this {use.node.op_type} (axis={table.spec.axis}), not along its outputs"
     if table.blocks > 1 and table.block & -table.block < _MIN_BLOCK:  # the largest power of two in it

@@ -95,7 +95,7 @@ def plan_for_qdq(table: WeightTable, uses: Uses) -> WeightPlan:
     plan = WeightPlan(uses, storage, (Choice(FLOAT, ""),) * len(uses.linear))
     misread = storage.shape[1] % TWO_BIT_ALIGNMENT and any(takes_stored(storage, use) for use in uses.linear)
     transposed = table.blocks == 1 and uses.turned != {storage.form == "transposed"}
-    if storage.width == _TWO_BITS and (misread or transposed):
+    if storage.width == _TWO_BITS and storage.factor is None and (misread or transposed):
         # onnxruntime would fuse this one too and compute a wrong product, for it reads packed rows as if each began at a byte; or it would
         # move a Transpose in front of the DequantizeLinear, and then cannot load the file.
         return WeightPlan(uses, Storage(table, storage.form, storage.widths * 2), plan.products)

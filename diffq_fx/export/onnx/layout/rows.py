@@ -46,7 +46,7 @@ def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
         block_of_column = stored.emit.initializer(f"{stored.name}.block_of_column", np.arange(table.spec.columns) // table.block)
         return add("Gather", picked, block_of_column, axis=-1)
 
-    value = pick(stored.levels_as(integer_type(max(8, stored.storage.widest), signed=table.signed)))
+    value = pick(stored.levels_as(integer_type(max(8, table.kernel_bits), signed=table.signed)))
     if stored.zero_point is not None:
         value = add("Sub", value, per_input(stored.emit.cast(stored.zero_point, ir.DataType.FLOAT)))
     value = add("Mul", value, per_input(stored.scale))

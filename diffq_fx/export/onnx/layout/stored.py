@@ -8,6 +8,7 @@ Shape legend: K inputs, N output channels, R x C the grid of scales.
 
 from functools import cached_property
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
@@ -44,20 +45,39 @@ class StoredTable:
 
     @cached_property
     def zero_point(self) -> ir.Value | None:
-        """The zero points, of the scales' shape, in the widest container of the weight; None on the symmetric grid."""
+        """The zero points, of the scales' shape, in the container of the storage; None on the symmetric grid."""
         if self.table.zero_point is None:
             return None
         values = self.storage.groups(self.table.zero_point)
-        return self.emit.initializer(f"{self.name}.zero_point", integer_tensor(values, self.storage.widest, signed=False))
+        return self.emit.initializer(f"{self.name}.zero_point", integer_tensor(values, self.storage.zero_point_bits, signed=False))
 
     def levels_as(self, dtype: ir.DataType) -> ir.Value:
-        """All levels in a type of 8 bits or more: each part cast, and the parts joined in the order of the rows."""
+        """All levels in a type of 8 bits or more that holds them: each part cast, the parts joined in the order of the rows, and doubled."""
         if dtype not in self._casts:
-            cast = [self.emit.cast(part, dtype) for part in self.parts.values()]
-            if len(cast) > 1:
-                cast = [self.emit.op("Gather", [self.emit.op("Concat", cast, axis=self.axis), self._place_of_row], axis=self.axis)]
-            self._casts[dtype] = cast[0]
+            if self._factor is None:
+                self._casts[dtype] = self._joined(dtype)
+            else:
+                self._casts[dtype] = self.emit.cast(self.emit.op("Mul", [self._joined(ir.DataType.INT32), self._factor]), dtype)
         return self._casts[dtype]
+
+    def _joined(self, dtype: ir.DataType) -> ir.Value:
+        cast = [self.emit.cast(part, dtype) for part in self.parts.values()]
+        if len(cast) == 1:
+            return cast[0]
+        return self.emit.op("Gather", [self.emit.op("Concat", cast, axis=self.axis), self._place_of_row], axis=self.axis)
+
+    @cached_property
+    def _factor(self) -> ir.Value | None:
+        """What the levels of the file are multiplied by, in int32."""
+        factor, name = self.storage.factor, f"{self.name}.factor"
+        if factor is None or factor.size == 1:
+            return None if factor is None else self.emit.initializer(name, np.array(factor.item(), dtype=np.int32))
+        held = self.emit.initializer(name, integer_tensor(self.storage.groups(factor), self.storage.part_bits, signed=False))
+        return self.per_input(self.emit.cast(held, ir.DataType.INT32))
+
+    def per_input(self, values: ir.Value) -> ir.Value:
+        """Scales, zero points or factors in a shape that broadcasts with the levels."""
+        return values if self.table.blocks == 1 else self.along_inputs(values, block=1, length=self.table.spec.columns)
 
     @cached_property
     def _place_of_row(self) -> ir.Value:

@@ -1,5 +1,9 @@
 """One quantized weight as numbers: what the layout rules read, and how the file may hold it.
 
+A zero point of ONNX is an integer. For one that is a half-integer levels and zero point are doubled and the scale is halved, which gives the
+same floats bit by bit. Doubled levels of 2 or 4 bits need a wider container: the file holds those as they were learned, and they are doubled
+when it is loaded.
+
 Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.functional.groups`.
 """
 
@@ -24,11 +28,13 @@ _PART_BYTES = 150
 _JOIN_BYTES = 500
 """What Concat, Gather and the nodes that make the indices take, without the part of each row."""
 _BYTE = 8
+_WIDEST_DOUBLED = 15
+"""Bits of a level that fits 16 bits when it is doubled."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightTable:
-    """The integers, scales and zero points of one weight."""
+    """The integers, scales and zero points of one weight, as kernels read them."""
 
     spec: WeightSpec
     levels: np.ndarray
@@ -38,9 +44,11 @@ class WeightTable:
     zero_point: np.ndarray | None
     """int32, the shape of ``scale``; None on the symmetric grid."""
     widths: np.ndarray
-    """Smallest container of each row, shape (O,)."""
+    """Smallest container of each row as learned, shape (O,)."""
     most_bits: int
     """Of the widest channel, as learned."""
+    factor: np.ndarray | None = None
+    """int32: 2 for levels that are doubled, else 1; the shape of ``scale``, or (1, 1) if all are. None where no zero point is a half."""
 
     @property
     def signed(self) -> bool:
@@ -49,8 +57,25 @@ class WeightTable:
 
     @property
     def container_bits(self) -> int:
-        """The container that holds every row."""
+        """The container that holds every row as learned."""
         return int(self.widths.max())
+
+    @cached_property
+    def kernel_bits(self) -> int:
+        """The container that holds every row as kernels read it."""
+        return self.container_bits if self.factor is None else max(self.container_bits, _container_of(self.levels, self.zero_point))
+
+    @property
+    def widest(self) -> str:
+        """What is too wide for a kernel."""
+        return f"the widest channel has {self.most_bits}" + ("" if self.factor is None else " and is doubled for half-integer zero points")
+
+    @cached_property
+    def learned_levels(self) -> np.ndarray:
+        """The levels before they were doubled."""
+        if self.factor is None:
+            return self.levels
+        return self.levels // self.spec.scale_layout.expand(torch.from_numpy(self.factor)).numpy()
 
     @property
     def blocks(self) -> int:
@@ -95,14 +120,14 @@ def read_table(weight: IntegerWeight) -> WeightTable:
             f"weight {spec.name!r} is on the float grid, whose offset is a float; an ONNX zero_point is an integer. "
             'Train with grid="affine" or grid="symmetric" to export.'
         )
-    levels = weight.levels_OI().cpu()
-    zero_point: np.ndarray | None = stored_zero_point.cpu().numpy()
+    levels, middle = weight.levels_OI().cpu(), stored_zero_point.cpu()
+    zero_point: np.ndarray | None = middle.int().numpy()
     if spec.grid == "symmetric":
-        levels = levels - spec.scale_layout.expand(stored_zero_point.cpu())
+        levels = levels - spec.scale_layout.expand(middle)
         zero_point = None
     bits = stored_bits.cpu().int()
     row_bits = bits.amax(1).expand(spec.rows).numpy()
-    return WeightTable(
+    table = WeightTable(
         spec=spec,
         levels=levels.numpy(),
         scale=stored_scale.detach().float().cpu().numpy(),
@@ -110,6 +135,34 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         widths=np.array([container_for(int(b)) for b in row_bits]),
         most_bits=int(bits.max()),
     )
+    return _doubled(table, middle, bits.expand(middle.shape)) if middle.is_floating_point() else table
+
+
+def _doubled(table: WeightTable, zero_point: torch.Tensor, bits: torch.Tensor) -> WeightTable:
+    """The weight with integers for zero points that are multiples of 1/2.
+
+    Where a half-integer is among the widest channels all levels are doubled, for then one number says it and kernels need the container
+    anyway; else those alone that need it.
+    """
+    if not torch.equal(2 * zero_point, (2 * zero_point).round()):
+        raise ExportError(f"weight {table.spec.name!r} has zero points that are no multiples of 1/2.")
+    is_half = zero_point != zero_point.round()
+    if not is_half.any():
+        return table
+    if (most := int(bits[is_half].max())) > _WIDEST_DOUBLED:
+        raise ExportError(
+            f"weight {table.spec.name!r} has a half-integer zero point at {most} bits, which ONNX has no container for: up to "
+            f'{_WIDEST_DOUBLED} are possible. Use grid="affine".'
+        )
+    factor = torch.full((1, 1), 2, dtype=torch.int32) if most == table.most_bits else 1 + is_half.int()
+    levels = torch.from_numpy(table.levels) * table.spec.scale_layout.expand(factor)
+    scale, middle = table.scale / factor.numpy().astype(np.float32), (factor * zero_point).int().numpy()
+    return replace(table, levels=levels.numpy(), scale=scale, zero_point=middle, factor=factor.numpy())
+
+
+def _container_of(*arrays: np.ndarray | None) -> int:
+    """The smallest container of these unsigned integers."""
+    return container_for(max(int(array.max()).bit_length() for array in arrays if array is not None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +187,21 @@ class Storage:
         axis = self.table.spec.axis
         return {"weight": axis, "transposed": 1 - axis, "rows": 0}[self.form]
 
+    @cached_property
+    def factor(self) -> np.ndarray | None:
+        """What the levels are multiplied by when the file is loaded; None where the containers hold them as kernels read them."""
+        fits = self.table.factor is None or (self.table.levels.max(1) < 2**self.widths).all()
+        return None if fits else self.table.factor
+
+    @cached_property
+    def zero_point_bits(self) -> int:
+        """The container of the zero points."""
+        return self.widest if self.table.factor is None else max(self.widest, _container_of(self.table.zero_point))
+
     def levels(self, rows: np.ndarray | None = None) -> np.ndarray:
         """The levels as they lie in the file, of all rows or of some."""
-        spec, picked = self.table.spec, self.table.levels if rows is None else self.table.levels[rows]
+        spec, held = self.table.spec, self.table.levels if self.factor is None else self.table.learned_levels
+        picked = held if rows is None else held[rows]
         if self.form == "rows":
             return picked
         weight = np.moveaxis(picked.reshape(-1, *spec.shape[: spec.axis], *spec.shape[spec.axis + 1 :]), 0, spec.axis)
@@ -172,7 +237,7 @@ class Storage:
 
     @property
     def part_bits(self) -> int:
-        """Container of :attr:`part_of_row`: the narrowest part's, so that it asks for no higher opset than the levels do."""
+        """Container of :attr:`part_of_row` and :attr:`factor`: the narrowest part's, which asks for no higher opset than the levels do."""
         return min(*self.parts, _BYTE)
 
     @property
@@ -184,7 +249,7 @@ class Storage:
 
 
 def one_container(table: WeightTable, form: Form) -> Storage:
-    """Hold every row in the container of the widest."""
+    """Hold every row in the container of the widest, as learned."""
     return Storage(table, form, np.full_like(table.widths, table.container_bits))
 
 
