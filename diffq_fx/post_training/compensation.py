@@ -20,6 +20,8 @@ _PIECE = 1 << 22
 """Weights that are worked on at a time: rows do not depend on each other."""
 _DAMPING = 0.01
 """Of the mean of the diagonal, added to all of it: GPTQ's own choice."""
+_FURTHER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""What to try where less leaves no Cholesky factor: moments in float32 have negative eigenvalues of that order."""
 
 
 def compensate(
@@ -119,11 +121,12 @@ def _spread(moments_GII: Tensor, damping: float) -> Tensor:
     With the order of columns turned round, ``H = L L^T``; turned back, ``H = R R^T`` with R upper triangular, and ``U = R^-1``.
     Columns that nothing is multiplied with have errors of their own alone.
     """
-    for dtype, more in ((torch.float32, 1), (torch.float64, 1), (torch.float64, 10), (torch.float64, 100)):
+    tries = [(torch.float32, damping), (torch.float64, damping), *((torch.float64, further) for further in _FURTHER if further > damping)]
+    for dtype, damping in tries:
         turned = moments_GII.to(dtype).flip(-1, -2)
         diagonal = turned.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
-        diagonal += torch.where(diagonal > 0, damping * more * mean, 0) + torch.where(diagonal > 0, 0, torch.where(mean > 0, mean, 1))
+        diagonal += torch.where(diagonal > 0, damping * mean, torch.where(mean > 0, mean, 1))
         factor, failed = torch.linalg.cholesky_ex(turned)
         if bool(failed.any()):
             continue
