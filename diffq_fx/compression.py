@@ -18,7 +18,9 @@ from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.pressure import worth_of_a_bit
+from diffq_fx.budget.least_loss import squared_errors, surely_less
+from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
+from diffq_fx.budget.sensitivity import measured_curvature
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.functional.precision import widest_float
@@ -27,7 +29,7 @@ from diffq_fx.methods.base import Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.mapping import MethodChoice
-from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.methods.training_state import SURELY, TrainingState
 from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.sharded import gathered, refuse_flat, whole, wholes
 from diffq_fx.storage.packing import in_smallest_type, tables_once
@@ -37,6 +39,8 @@ live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 """The compressions of all models in this process: optimizers know none of them."""
 
 _allocating = threading.RLock()
+_LEARNED = "learned: no less loss is predicted for the same width in all groups"
+_UNIFORM = "the same width in all groups, as far as the size allows: less loss is predicted for it than for the learned widths"
 
 
 class Compression(TrainingState):
@@ -98,6 +102,7 @@ class Compression(TrainingState):
         if self.frozen:
             return
         self.allocate()
+        self._take_uniform_if_better()
         for quantizer in self.learned:
             quantizer.keep_range()
         self.note(frozen=True, frozen_at=self.known.steps)
@@ -109,6 +114,13 @@ class Compression(TrainingState):
         if not self.learned:
             raise PreparationError(f"no weight of this model has trainable bits: it was prepared with {self.method.name}.")
         return self.learned[0].config
+
+    @property
+    def allocation(self) -> str:
+        """Which widths became final, in words; empty before, and where there was no choice."""
+        if not self.frozen or not self.learned or self.budget_bits() is None:
+            return ""
+        return _UNIFORM if float(self.uniform_bits) > SURELY else _LEARNED
 
     @property
     def is_coded(self) -> bool:
@@ -276,10 +288,33 @@ class Compression(TrainingState):
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
-        if self.is_coded:
-            saved = self.known.bits_saved
-            return allocate_coded_widths(groups, bits_T, budget - saved, saved, self.saved_at)
-        return allocate_widths(groups, bits_T, budget)
+        return self._widths_within(lambda bits: allocate_widths(groups, bits_T, bits), budget)
+
+    def _widths_within(self, allocate: Callable[[int], Tensor], budget: int) -> Tensor:
+        """The widths that ``allocate`` gives for a budget, whose size is coded where that is the size to hold."""
+        if not self.is_coded:
+            return allocate(budget)
+        saved = self.known.bits_saved
+        return allocate_coded_widths(self.groups(), allocate, budget - saved, saved, self.saved_at)
+
+    def errors_at(self, width_T: Tensor) -> Tensor:
+        """Squared rounding error of every group at these whole widths with the weights as they are, shape (T,)."""
+        pairs = zip(self.learned, self.groups().split(width_T.to(torch.int32)), strict=True)
+        return torch.cat([squared_errors(quantizer.rounded_at(width)).reshape(-1) for quantizer, width in pairs])
+
+    def _take_uniform_if_better(self) -> None:
+        """Give all groups the same widths, as far as the budget allows, where that surely costs less than the widths that were found."""
+        budget = self.budget_bits(measured=True)
+        if budget is None or self.config.sensitivity_step is None:
+            return
+        groups, width_T = self.groups(), self.width_T()
+        same_T = same_bits(groups, budget)
+        uniform_T = self._widths_within(lambda bits: allocate_widths(groups, same_T, bits), budget)
+        measured = [measured_curvature(quantizer.get_buffer("gradient_sums")) for quantizer in self.learned]
+        curvature_T, variance_T = (torch.cat([each.reshape(-1) for each in own]) for own in zip(*measured, strict=True))
+        if surely_less(curvature_T, variance_T, self.errors_at(uniform_T), self.errors_at(width_T)):
+            self._set_widths(uniform_T)
+            self.uniform_bits.fill_(1)
 
     def _set_widths(self, width_T: Tensor) -> None:
         for quantizer, width in zip(self.learned, self.groups().split(width_T.to(torch.float32)), strict=True):

@@ -38,6 +38,8 @@ class CompressionRecord:
     """Optimizer steps that the bits have made."""
     lambda_per_bit: float | None
     """Loss that the last bit of size was worth at the end of training; None without a target."""
+    allocation: str
+    """Which widths became final in training, in words; empty where none did."""
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:

@@ -47,17 +47,20 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Ten
     return best.to(bits_T.device, torch.int32)
 
 
-def allocate_coded_widths(groups: FlatGroups, bits_T: Tensor, target_bits: int, saved: int, saved_at: Callable[[Tensor], int]) -> Tensor:
+def allocate_coded_widths(
+    groups: FlatGroups, within: Callable[[int], Tensor], target_bits: int, saved: int, saved_at: Callable[[Tensor], int]
+) -> Tensor:
     """Widths whose entropy-coded size is within a target: what coding saves depends on them, and the other way round; int32, shape (T,).
 
-    ``saved`` is what coding takes off, about; ``saved_at`` what it takes off these widths.
+    ``within`` gives the widths of a budget before coding, ``saved`` is what coding takes off, about; ``saved_at`` what it takes off these
+    widths.
     """
-    width_T = allocate_widths(groups, bits_T, target_bits + saved)
+    width_T = within(target_bits + saved)
     for _ in range(_CODING_ROUNDS):
         saved = saved_at(width_T)
         if 0 <= target_bits + saved - exact_bits(groups, width_T) <= _CLOSE_ENOUGH_CODED * target_bits:
             break
-        width_T = allocate_widths(groups, bits_T, target_bits + saved)
+        width_T = within(target_bits + saved)
     return width_T
 
 
@@ -113,11 +116,16 @@ def _largest_remainder(groups: FlatGroups, bits: Tensor, values: Tensor, payload
     width = groups.by_limits(lambda own, limits: _on_ladder(own, limits.widths, -1), bits)
     above = groups.by_limits(lambda own, limits: _on_ladder(own, limits.widths, 0), width)
     bits = torch.minimum(torch.maximum(bits, width), above)
-    cost = values * (above - width)
-    room = payload - float(torch.dot(values, width))
     order = torch.argsort((bits - width) / (above - width).clamp(min=1), descending=True, stable=True)
+    return fill_up(width, above, values, order, payload - float(torch.dot(values, width)))
+
+
+def fill_up(width: Tensor, above: Tensor, values: Tensor, order: Tensor, room: float) -> Tensor:
+    """``width``, or ``above`` in its place for groups in this order, while ``room`` bits hold what it takes: ``values * (above - width)``."""
+    cost = values * (above - width)
     order = order[cost[order] > 0]
     taken = torch.cumsum(cost[order], 0) <= room
+    width = width.clone()
     width[order[taken]] = above[order[taken]]
     room -= float(cost[order[taken]].sum())
     for group in order[~taken][:_LAST_GROUPS].tolist():  # the first that did not fit may hide smaller ones that do

@@ -3,7 +3,7 @@
 from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import OnePass, add_noise
-from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, statistics
+from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, rounding_errors, statistics
 from diffq_fx.kernels.round_in_range import RoundInRange, learned_factor, round_to_grid
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "normal_span",
     "release",
     "round_to_grid",
+    "rounding_errors",
     "size_of_logits",
     "slope_of_size",
     "statistics",

@@ -196,20 +196,23 @@ class _Search(NamedTuple):
             bits = self.bits if self.bits.shape[0] == 1 else self.bits[part]
             rows = slice(None) if lows_KRC.shape[1] == 1 else part
             params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], bits, self.grid)
-            errors = self.errors(self.rows[part], params, bits, self.groups.of_rows(part))
+            errors = rounding_errors(self.rows[part], params, bits, self.groups.of_rows(part), self.importance)
             errors_KRC[:, rows] += errors.sum_to_size(errors_KRC[:, rows].shape)
         chosen_1RC = errors_KRC.argmin(0, keepdim=True)
         return lows_KRC.gather(0, chosen_1RC)[0], highs_KRC.gather(0, chosen_1RC)[0]
 
-    def errors(self, rows_PI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout) -> Tensor:
-        """Squared rounding error of each group of some rows on each of K grids, shape (K, R, C)."""
-        if params_K.zero_point is not None and native.takes_rows(rows_PI):
-            top = 2 ** bits.to(torch.int32) - 1
-            return native.rounding_errors(rows_PI, self.importance, params_K.scale, params_K.zero_point, top, groups)
-        errors = []
-        for k, scale in enumerate(params_K.scale):
-            params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
-            rounded_PI = dequantize(quantize(rows_PI, params, bits, groups), params, groups)
-            squares_PI = (rounded_PI - rows_PI).square()
-            errors.append(groups.sum(squares_PI if self.importance is None else squares_PI * self.importance))
-        return torch.stack(errors)
+
+def rounding_errors(
+    rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout, importance_I: Tensor | None = None
+) -> Tensor:
+    """Squared rounding error of each group on each of K grids, times the importance of each column, shape (K, R, C)."""
+    if params_K.zero_point is not None and native.takes_rows(rows_OI):
+        top = 2 ** bits.to(torch.int32) - 1
+        return native.rounding_errors(rows_OI, importance_I, params_K.scale, params_K.zero_point, top, groups)
+    errors = []
+    for k, scale in enumerate(params_K.scale):
+        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
+        rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
+        squares_OI = (rounded_OI - rows_OI).square()
+        errors.append(groups.sum(squares_OI if importance_I is None else squares_OI * importance_I))
+    return torch.stack(errors)

@@ -22,6 +22,10 @@ from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
 
 
+_VARIANCE = {"uniform": 1 / 12, "gaussian": 1 / 4}
+"""Of the noise, in squared steps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiffQConfig(DiffQSettings):
     """Settings of DiffQ. The defaults compress to 4 bits a weight, scales and everything else about the weights included.
@@ -96,7 +100,7 @@ class DiffQWeight(GridQuantizer):
         range_low, range_high: float32, the shape of ``clip``: the range when the bits became final. None without clipping.
         importance: float32, shape (I,), the columns of the weight's rows: how much their squared errors count where the range is sought,
             zeros while that is not known. None without clipping.
-        gradient_sums: float32, (2, *shape of ``logits``): what :func:`diffq_fx.budget.sensitivity.observe` has gathered. None without use.
+        gradient_sums: float32, (4, *shape of ``logits``): what :mod:`diffq_fx.budget.sensitivity` has gathered. None without a target.
     """
 
     logits: nn.Parameter
@@ -134,7 +138,7 @@ class DiffQWeight(GridQuantizer):
             self.register_buffer(end, unmoved.clone() if config.clips else None)
         self.register_buffer("importance", torch.zeros(spec.columns, **like) if config.clips else None)
         observes = config.sensitivity_step is not None
-        self.register_buffer("gradient_sums", torch.zeros(2, *spec.bits_layout.shape, **like) if observes else None)
+        self.register_buffer("gradient_sums", torch.zeros(4, *spec.bits_layout.shape, **like) if observes else None)
 
     @property
     def frozen(self) -> bool:
@@ -211,6 +215,13 @@ class DiffQWeight(GridQuantizer):
     def step_in_training(self) -> Tensor:
         """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
         return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
+
+    def squared_noise(self) -> Tensor:
+        """Sum of the squared noise of each group's weights, as expected; differentiable in the logits, shape of the ``bits_layout``."""
+        spec, (span, growth) = self.spec, self._span_and_growth(whole(self.weight.detach()))
+        step = step_of_logits(whole(self.logits), span, growth=growth, unmoved=self.clip, **self._limits)
+        squares = spec.scale_layout.counts_on(step.device) * step.square() * _VARIANCE[self.config.noise]
+        return squares.sum_to_size(spec.bits_layout.shape)
 
     def rounded_at(self, width: Tensor) -> RoundedWeight:
         """The weight and the grid that it would be rounded on with these whole widths."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-_SURELY = 0.99
+SURELY = 0.99
 """An average of ``bits_frozen`` from which on the averaged widths and ranges are those of the end, but for this little."""
 
 
@@ -27,6 +27,7 @@ class TrainingState(nn.Module):
         steps: float32, 0-d: optimizer steps that the bits have made.
         bits_frozen: float32, 0-d: 1 once the widths are final and training rounds truly, else 0.
         frozen_at: float32, 0-d: the steps when they became final.
+        uniform_bits: float32, 0-d: 1 where the final widths are the same for all groups, since the learned ones were worse, else 0.
         range_scale: float32, 0-d: what all ranges are multiplied with where the entropy-coded size is to hold: once the widths are
             final weights train on, and the length of their code changes.
         coding: float32, shape (2,): bits that entropy coding saves and bits of what is not quantized, in a file, as last measured.
@@ -35,12 +36,14 @@ class TrainingState(nn.Module):
     steps: Tensor
     bits_frozen: Tensor
     frozen_at: Tensor
+    uniform_bits: Tensor
     range_scale: Tensor
     coding: Tensor
 
     def __init__(self, device: torch.device | None) -> None:
         super().__init__()
-        for name, value in (("steps", 0.0), ("bits_frozen", 0.0), ("frozen_at", 0.0), ("range_scale", 1.0), ("coding", (0.0, 0.0))):
+        starts = {"steps": 0.0, "bits_frozen": 0.0, "frozen_at": 0.0, "uniform_bits": 0.0, "range_scale": 1.0, "coding": (0.0, 0.0)}
+        for name, value in starts.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
         self._known, self._known_from = Known(), self._versions()
         self.trained_since = False  # whether a weight was read in training since an optimizer's latest step, of whatever it holds
@@ -62,7 +65,7 @@ class TrainingState(nn.Module):
         if self.steps.device.type != "meta":
             saved, rest = self.coding.tolist()
             steps, frozen, frozen_at = self.steps.item(), self.bits_frozen.item(), self.frozen_at.item()
-            self._known = Known(round(steps), frozen > _SURELY, round(frozen_at), round(saved), round(rest))
+            self._known = Known(round(steps), frozen > SURELY, round(frozen_at), round(saved), round(rest))
             self._known_from = self._versions()
 
     def note(self, **changes: int) -> None:

@@ -94,6 +94,7 @@ def _of_part(root: nn.Module) -> BitsReport:
         penalty=penalty,
         lambda_per_bit=None if worth is None else float(worth),
         settings=tuple(_settings(*entry) for entry in record.method.entries),
+        allocation=record.allocation,
         notes=notes,
     )
 
@@ -125,7 +126,7 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
     return BitsReport(
         model=type(model).__name__,
         stage="prepared" if any(report.stage == "prepared" for report in reports.values()) else "converted",
-        **{name: one_of(name) for name in ("method", "scope", "scope_reason", "penalty", "lambda_per_bit")},
+        **{name: one_of(name) for name in ("method", "scope", "scope_reason", "penalty", "lambda_per_bit", "allocation")},
         weights=tuple(
             replace(weight, name=f"{path}.{weight.name}", aliases=tuple(f"{path}.{alias}" for alias in weight.aliases))
             for path, report in reports.items()

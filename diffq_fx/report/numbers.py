@@ -154,6 +154,8 @@ class BitsReport:
     """What a bit costs now, in loss per bit of size: the Lagrange multiplier of the target, or the penalty. None if not known."""
     settings: tuple[str, ...] = ()
     """The settings of the methods that are not the defaults, a line for each pattern of names."""
+    allocation: str = ""
+    """Which widths became final: the learned ones, or the same for all groups where that was better; empty before they are."""
     notes: tuple[str, ...] = ()
     """What else one should know."""
 
@@ -222,6 +224,7 @@ class BitsReport:
             "quantized_weights": self.numel,
             "histogram": {str(width): count for width, count in self.histogram.items()},
             "penalty_per_mib": self.penalty,
+            "allocation": self.allocation,
             "buffers_mib": mib(self.buffer_bits),
             "sizes": {
                 "bit_packed": self.packed_size.as_dict(),

@@ -180,6 +180,8 @@ def summary_lines(report: "BitsReport") -> Iterator[str]:
         yield f"target: {report.target}"
     elif report.penalty is None:
         yield "target: none"
+    if report.allocation:
+        yield f"widths: {report.allocation}"
     if report.lambda_per_bit is not None:
         yield f"lambda: {report.lambda_per_mib:.4g} loss per MiB, {report.lambda_per_bit:.4g} loss per bit"
     yield f"scope: {report.scope}" + (f" ({report.scope_reason})" if report.scope_reason else "")

@@ -1,6 +1,6 @@
 """The phases of a training: the bits are sought while the size is held; then they are final and the weights train on, rounded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,10 +70,8 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
         held.kept.append(_compat.flatten([own_part(held.logits[i]) for i in held.weights]).clone())
         return
     config, budget = compression.config, compression.budget_bits()
-    if held.counts and is_first_time and _gathers(compression):
-        for quantizer in compression.learned:
-            grad = quantizer.weight.grad
-            sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), quantizer.get_buffer("gradient_sums"))
+    if is_first_time and _gathers(compression):
+        _observe(held, grads)
     if not grads or (config.penalty is None and budget is None):
         return
     scale, state = _scale(optimizer), compression.bit_state()
@@ -179,20 +177,33 @@ def _gathers(compression: Compression) -> bool:
     return last is not None and compression.known.steps < last
 
 
+def _observe(held: Held, grads: Mapping[int, Tensor]) -> None:
+    """Add up what the gradients of the weights and, before they are projected, of the logits tell."""
+    learned = held.compression.learned
+    for quantizer in learned if held.counts else ():
+        grad = quantizer.weight.grad
+        sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), quantizer.get_buffer("gradient_sums"))
+    for i, grad in grads.items():
+        learned[i].get_buffer("gradient_sums")[2] += whole(grad).nan_to_num(0, 0, 0)
+
+
 def _move_bits(compression: Compression, budget: int) -> bool:
     """After the last step that counts, give every group the bits it asks for, all together within the budget; whether it did."""
     if compression.known.steps + 1 != compression.config.sensitivity_step:
         return False
     spans = [quantizer.span_in_training(whole(quantizer.weight)) for quantizer in compression.learned]
     sums = [quantizer.get_buffer("gradient_sums") for quantizer in compression.learned]
+    for quantizer, own in zip(compression.learned, sums, strict=True):
+        with torch.enable_grad():
+            noise = quantizer.squared_noise()
+            (growth,) = torch.autograd.grad(noise.sum(), quantizer.logits)
+        sensitivity.measure_curvature(own, noise.detach(), whole(growth))
     asked = [sensitivity.asked_bits(q.spec, *each) for q, *each in zip(compression.learned, sums, spans, strict=True)]
     bits_T = sensitivity.bits_within(compression.groups(), torch.cat([each.reshape(-1) for each in asked]), budget)
     if bits_T is None:
         return False  # no gradient reached any weight
     with compression.changing_bits() as state:
         state.set_bits(bits_T)
-    for quantizer in compression.learned:
-        quantizer.get_buffer("gradient_sums").zero_()
     return True
 
 
