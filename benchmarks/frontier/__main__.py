@@ -2,6 +2,7 @@
 
     python -m benchmarks.frontier run cifar10 --data DIR --systems ours,lsq,diffq --bits 4,3,2 --seeds 0,1
     python -m benchmarks.frontier report
+    python -m benchmarks.frontier wins ours ours-uniform
     python -m benchmarks.frontier budgets cifar10 --data DIR
 
 From the root of the repository. DIR holds the files that the task names if they are missing. Every point is one line of
@@ -20,6 +21,7 @@ from benchmarks.frontier.points import SYSTEMS
 from benchmarks.frontier.report import report
 from benchmarks.frontier.running import run
 from benchmarks.frontier.tasks import TASKS
+from benchmarks.frontier.wins import wins
 
 _Item = TypeVar("_Item")
 
@@ -64,13 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     reports = commands.add_parser("report", help="write table and plot of all points")
     reports.add_argument("task", nargs="?", choices=TASKS, help="all if left out")
     reports.set_defaults(call=report)
+    win = commands.add_parser("wins", help="how often one system is ahead of another at the same budget and seed")
+    win.add_argument("system", choices=SYSTEMS, metavar="system")
+    win.add_argument("than", choices=SYSTEMS, metavar="than")
+    win.set_defaults(call=wins)
     budget = commands.add_parser("budgets", help="train shortly at 2 to 8 bits: is the size the one that was asked for?")
     budget.add_argument("task", choices=TASKS)
     budget.add_argument("--data", type=Path, required=True, help="folder of the task's files")
     budget.add_argument("--threads", type=int, help="torch's")
     budget.add_argument("--quick", action="store_true", help="next to no data, into a folder of its own (--results)")
     budget.set_defaults(call=budgets)
-    for each in (runs, reports, budget):
+    for each in (runs, reports, win, budget):
         each.add_argument("--results", type=Path, default=RESULTS, help="folder of the points and reports")
     asked = parser.parse_args(arguments)
     if getattr(asked, "quick", False) and asked.results == RESULTS:

@@ -4,12 +4,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 from torch import nn
 
 from benchmarks.frontier.job import Job, NotApplicableError, Point, System, float_mib
 from benchmarks.frontier.sessions import score_file
 from diffq_fx import DiffQConfig, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
+from diffq_fx.budget import sensitivity
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
 from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
@@ -30,7 +32,10 @@ def _finish(job: Job, model: nn.Module, setting: str) -> Point:
     """Convert and score, through ONNX too where that is asked for."""
     mib = float(model_size(model, exact=True))
     converted = convert(model).eval()
+    allocation = converted.compression.allocation
     point: Point = {"mib": mib, "packed_mib": _packed_mib(converted), "setting": setting, **job.task.evaluate(converted)}
+    if allocation:
+        point["allocation"] = allocation
     if job.through_onnx:
         point["onnx"] = through_onnx(job, converted)
     return point
@@ -71,6 +76,17 @@ def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False, distill
         return _finish(job, model, _settings(method))
 
     return run
+
+
+def _uniform(job: Job) -> Point:
+    """The bits stay where they start, which is the same for all groups: no gradient moves them, and they are not reallocated."""
+    method = _aimed(job, training_steps=job.steps)
+    model = prepare(job.copy_of_float(), job.task.example, method)
+    for logits in model.compression.logits:
+        logits.requires_grad_(False)
+    with mock.patch.object(sensitivity, "bits_within", return_value=None):
+        job.training(model).advance(job.steps)
+    return _finish(job, model, f"{_settings(method)}, all groups with the same bits")
 
 
 def _paper(job: Job) -> Point:
@@ -129,6 +145,7 @@ OURS: dict[str, System] = {
     "lsq": System(run=_trained(lambda job: LSQ(bits=job.whole_bits)), summary="learned step size"),
     "quant-noise": System(run=_trained(lambda job: QuantNoise(bits=job.whole_bits, rate=0.5)), summary="Quant-Noise, half of the weights"),
     "lc": System(run=_lc, summary="learning-compression, adaptive codebook"),
+    "ours-uniform": System(run=_uniform, summary="ours, all groups with the same bits", is_default=False),
     "ours-noise": System(run=_trained(lambda job: _aimed(job, training_steps=10**6)), summary="ours, noise to the end", is_default=False),
     "ours-noise-bn": System(
         run=_trained(lambda job: _aimed(job, training_steps=10**6), batch_norm=True),

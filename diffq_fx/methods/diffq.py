@@ -21,7 +21,6 @@ from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
 
-
 _VARIANCE = {"uniform": 1 / 12, "gaussian": 1 / 4}
 """Of the noise, in squared steps."""
 
@@ -216,10 +215,10 @@ class DiffQWeight(GridQuantizer):
         """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
         return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
 
-    def squared_noise(self) -> Tensor:
-        """Sum of the squared noise of each group's weights, as expected; differentiable in the logits, shape of the ``bits_layout``."""
+    def squared_noise(self, logits: Tensor) -> Tensor:
+        """Expected sum of the squared noise of each group's weights at these logits, differentiable in them, shape of ``logits``."""
         spec, (span, growth) = self.spec, self._span_and_growth(whole(self.weight.detach()))
-        step = step_of_logits(whole(self.logits), span, growth=growth, unmoved=self.clip, **self._limits)
+        step = step_of_logits(logits, span, growth=growth, unmoved=self.clip, **self._limits)
         squares = spec.scale_layout.counts_on(step.device) * step.square() * _VARIANCE[self.config.noise]
         return squares.sum_to_size(spec.bits_layout.shape)
 

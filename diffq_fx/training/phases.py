@@ -182,7 +182,8 @@ def _observe(held: Held, grads: Mapping[int, Tensor]) -> None:
     learned = held.compression.learned
     for quantizer in learned if held.counts else ():
         grad = quantizer.weight.grad
-        sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), quantizer.get_buffer("gradient_sums"))
+        sums = quantizer.get_buffer("gradient_sums")
+        sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), sums, quantizer.importance)
     for i, grad in grads.items():
         learned[i].get_buffer("gradient_sums")[2] += whole(grad).nan_to_num(0, 0, 0)
 
@@ -195,9 +196,10 @@ def _move_bits(compression: Compression, budget: int) -> bool:
     sums = [quantizer.get_buffer("gradient_sums") for quantizer in compression.learned]
     for quantizer, own in zip(compression.learned, sums, strict=True):
         with torch.enable_grad():
-            noise = quantizer.squared_noise()
-            (growth,) = torch.autograd.grad(noise.sum(), quantizer.logits)
-        sensitivity.measure_curvature(own, noise.detach(), whole(growth))
+            logits = whole(quantizer.logits.detach()).requires_grad_()
+            noise = quantizer.squared_noise(logits)
+            (growth,) = torch.autograd.grad(noise.sum(), logits)
+        sensitivity.measure_curvature(own, noise.detach(), growth)
     asked = [sensitivity.asked_bits(q.spec, *each) for q, *each in zip(compression.learned, sums, spans, strict=True)]
     bits_T = sensitivity.bits_within(compression.groups(), torch.cat([each.reshape(-1) for each in asked]), budget)
     if bits_T is None:

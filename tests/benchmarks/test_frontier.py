@@ -11,13 +11,13 @@ from torch import nn
 
 pytest.importorskip("onnxruntime")
 
-from benchmarks.frontier import running
+from benchmarks.frontier import ours, running
 from benchmarks.frontier.__main__ import main
 from benchmarks.frontier.job import budget_mib
 from benchmarks.frontier.points import KEY, read_points
 from benchmarks.frontier.report import report_task
 from benchmarks.frontier.tasks import TASKS, Task
-from diffq_fx import model_size, prepare
+from diffq_fx import convert, model_size, prepare
 from diffq_fx.methods import STE
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ class TestRunning:
         assert "penalty=7" in points[-1]["setting"]
 
     def test_every_system_of_ours_makes_a_point_with_its_size_setting_and_versions(self, tmp_path):
-        systems = "float-trained,ours,ours-widths,ours-paper,ours-noise,ste,lsq,quant-noise,lc"
+        systems = "float-trained,ours,ours-widths,ours-paper,ours-uniform,ours-noise,ste,lsq,quant-noise,lc"
         run(tmp_path, "tiny", "--systems", systems, "--bits", "3")
         points = {point["system"]: point for point in read_points(tmp_path, "tiny")}
         assert list(points) == systems.split(",")
@@ -121,6 +121,15 @@ class TestRunning:
         assert ste["onnx"]["exact_score"] == pytest.approx(ste["score"], rel=1e-5)
         assert ste["onnx"]["fast_score"] == pytest.approx(ste["score"], rel=0.1)
         assert "ONNX" in paper["onnx"]["refused"]
+
+    def test_uniform_bits_are_the_same_for_all_groups_and_stay_so(self, tmp_path, monkeypatch):
+        widths = []
+        monkeypatch.setattr(ours, "convert", lambda model: (widths.append(model.compression.width_T()), convert(model))[1])
+        run(tmp_path, "tiny", "--systems", "ours,ours-uniform", "--bits", "4", "--steps", "40")
+        learned, uniform = widths
+        assert len(set(learned.tolist())) > 2
+        assert len(set(uniform.tolist())) <= 2
+        assert float(uniform.max() - uniform.min()) <= 1
 
     def test_a_missing_package_and_a_system_that_cannot_are_one_line_each(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(running, "missing_package", lambda system: "diffq" if "diffq" in system.packages else None)
@@ -207,3 +216,16 @@ def test_budgets_are_met_and_the_report_says_how_nearly(tiny, tmp_path, monkeypa
     assert [row[-2] for row in rows] == ["yes", "yes"]
     main(arguments)  # nothing is missing any more
     assert len((tmp_path / "budgets_tiny.jsonl").read_text().splitlines()) == len(points)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_wins_are_counted_over_the_points_that_both_have(tmp_path, capsys):
+    shared = {"steps": 4, "rate": 0.01}
+    scores = [("ours", 2.0, 0, 0.5), ("ste", 2.0, 0, 0.7), ("ours", 2.0, 1, 0.6), ("ste", 2.0, 1, 0.5), ("ours", 3.0, 0, 0.1)]
+    points = [{"system": name, "bits": bits, "seed": seed, "score": score, **shared} for name, bits, seed, score in scores]
+    (tmp_path / "frontier_tiny.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+    main(["wins", "ours", "ste", "--results", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| tiny | 2 | 0.550 | 0.600 | 0.050 | +0.200, -0.100 | 1/2 |" in said  # less is better here
+    assert "ours is ahead of ste in 1 of 2 points." in said
+    assert "| 3 |" not in said
