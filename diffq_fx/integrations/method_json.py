@@ -1,0 +1,73 @@
+"""The methods of a model, and what a converted model remembers of its compression, as JSON."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from diffq_fx.convert import CompressionRecord
+from diffq_fx.errors import PackedFileError
+from diffq_fx.methods import Method
+from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.weights import SkippedWeight
+
+
+def choice_to_json(choice: MethodChoice) -> list[list[Any]]:
+    """Pattern, class and settings of each method.
+
+    Example:
+        >>> from diffq_fx.methods import STE
+        >>> choice = MethodChoice.of({"head": STE(bits=8), "*": STE(bits=4)}, "prepare")
+        >>> choice_of_json(choice_to_json(choice)) == choice
+        True
+    """
+    return [[pattern, type(method).__name__, _without_tuples(asdict(method))] for pattern, method in choice.entries]
+
+
+def choice_of_json(value: list[list[Any]]) -> MethodChoice:
+    """Undo :func:`choice_to_json`; an error if a method is not known here."""
+    known = {kind.__name__: kind for kind in _kinds(Method)}
+    for _, name, _ in value:
+        if name not in known:
+            raise PackedFileError(
+                f"the model was compressed with {name}, which is no method here. Import the module that defines it first."
+            )
+    return MethodChoice(tuple((pattern, known[name](**_with_tuples(settings))) for pattern, name, settings in value))
+
+
+def record_to_json(record: CompressionRecord) -> dict[str, Any]:
+    """What a converted model remembers, with what is skipped by its reason; the size of the rest follows from the model."""
+    skipped: dict[str, dict[str, list[int]]] = {}
+    for each in record.skipped:
+        skipped.setdefault(each.reason, {})[each.name] = list(each.shape)
+    facts = {name: getattr(record, name) for name in ("scope", "scope_reason", "steps", "lambda_per_bit")}
+    return {"method": choice_to_json(record.method), "skipped": skipped, **facts}
+
+
+def record_of_json(value: Mapping[str, Any], model: nn.Module) -> CompressionRecord:
+    """Undo :func:`record_to_json` for a converted model; what it has no parameter for was not skipped in it."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    skipped = tuple(
+        SkippedWeight(name, tuple(shape), reason)
+        for reason, shapes in value["skipped"].items()
+        for name, shape in shapes.items()
+        if name in names
+    )
+    facts = {name: value[name] for name in ("scope", "scope_reason", "steps", "lambda_per_bit")}
+    rest_numel = sum(parameter.numel() for parameter in model.parameters())
+    return CompressionRecord(method=choice_of_json(value["method"]), skipped=skipped, rest_numel=rest_numel, **facts)
+
+
+def _kinds(kind: type[Method]) -> Iterator[type[Method]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _kinds(each)
+
+
+def _without_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
