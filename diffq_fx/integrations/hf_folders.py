@@ -76,9 +76,16 @@ class PackedWeights(QuantizationConfigMixin):
 class PackedWeightsQuantizer(HfQuantizer):
     """What transformers asks while it writes or reads a converted model."""
 
-    requires_calibration = True  # it reads what is compressed, and compresses nothing
     quantization_config: PackedWeights
     is_trainable = True
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse a folder of float weights: nothing is compressed here."""
+        if not self.pre_quantized:
+            raise PackedFileError(
+                "from_pretrained: the folder holds no weights that diffq_fx compressed. Load it without quantization_config, prepare, "
+                "train and convert the model, and save that."
+            )
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` can write the model."""
@@ -105,20 +112,17 @@ class PackedWeightsQuantizer(HfQuantizer):
         _say(config, "")
         return config
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any) -> None:
         """Put a tensor for its bytes in the place of each weight that is packed in the folder."""
         if checkpoint_files:
             self._refuse_incomplete(model, checkpoint_files)
-        self._dtype = dtype
+        self._dtype = _dtype_of(model)  # that which the call asks for
         self._names: list[str] = []
         sizes = self.quantization_config.weights
-        for saved_name, name in _names_in(model, sizes).items():
-            if name is None:
-                continue  # of a head that this class does not have
-            size = sizes[saved_name]
-            weight = model.get_parameter(name)
+        packed = {name: sizes[saved] for saved, name in _names_in(model, sizes).items() if name}  # a head may be none of this class
+        for name, weight in list(model.named_parameters(remove_duplicate=False)):
+            if (size := packed.get(name)) is None:
+                continue
             blob = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
             self._names.append(name)
             for each in _names_of(model, weight):
@@ -126,19 +130,19 @@ class PackedWeightsQuantizer(HfQuantizer):
                 owner._parameters[attribute] = blob
 
     def _refuse_incomplete(self, model: PreTrainedModel, files: list[str]) -> None:
-        found: set[str] = set()
+        found: dict[str, list[int]] = {}
         for path in files:
             with safetensors.safe_open(path, "pt") as file:
-                found.update(file.keys())
-        lost = sorted(self.quantization_config.weights.keys() - found)
+                found.update({name: file.get_slice(name).get_shape() for name in file.keys()})
+        lost = [name for name, size in self.quantization_config.weights.items() if found.get(name) != [size]]
         if type(model).__name__ in (model.config.architectures or ()):  # another class has a head of its own
-            tied = [{*group} for group in (model.all_tied_weights_keys or {}).items()]
-            ignored = re.compile("|".join(f"({each})" for each in model._keys_to_ignore_on_load_missing or ()) or "(?!)")
-            wanted = {name for name in model.state_dict() if name not in found and not ignored.search(name)}
-            lost = sorted({*lost, *(name for name in wanted if not any(name in pair and pair & found for pair in tied))})
-        if lost:
+            tied = [pair for pair in (model.all_tied_weights_keys or {}).items() if not found.keys().isdisjoint(pair)]
+            there = found.keys() | {name for pair in tied for name in pair}
+            may_lack = re.compile("|".join(f"({each})" for each in model._keys_to_ignore_on_load_missing or ()) or "(?!)")
+            lost += [name for name in model.state_dict() if name not in there and not may_lack.search(name)]
+        if lost := sorted({*lost}):
             more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-            raise PackedFileError(f"from_pretrained: the folder has no tensor {', '.join(map(repr, lost[:5]))}{more}: it is incomplete.")
+            raise PackedFileError(f"from_pretrained: tensor {', '.join(map(repr, lost[:5]))}{more} is not whole in the folder.")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Make stored weights of the bytes."""
@@ -147,7 +151,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         for names, stored in in_threads(lambda each: (each[0], _unpacked(*each)), blobs):
             device = model.get_parameter(names[0]).device
             stored.spec = replace(stored.spec, name=names[0], aliases=tuple(names[1:]))
-            if self._dtype is not None and self._dtype != getattr(torch, self.quantization_config.dtype):
+            if self._dtype != getattr(torch, self.quantization_config.dtype):
                 stored = stored.to(self._dtype)
             for owner, attribute in (owner_of(model, name) for name in names):
                 owner._modules[attribute + STORED_SUFFIX] = stored.to(device).eval()

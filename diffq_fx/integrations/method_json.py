@@ -12,6 +12,8 @@ from diffq_fx.methods import Method
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.weights import SkippedWeight
 
+_PLAIN = ("scope", "scope_reason", "steps", "lambda_per_bit")
+
 
 def choice_to_json(choice: MethodChoice) -> list[list[Any]]:
     """Pattern, class and settings of each method.
@@ -37,26 +39,23 @@ def choice_of_json(value: list[list[Any]]) -> MethodChoice:
 
 
 def record_to_json(record: CompressionRecord) -> dict[str, Any]:
-    """What a converted model remembers, with what is skipped by its reason; the size of the rest follows from the model."""
-    skipped: dict[str, dict[str, list[int]]] = {}
+    """What a converted model remembers; what follows from the model itself is left out."""
+    skipped: dict[str, list[str]] = {}
     for each in record.skipped:
-        skipped.setdefault(each.reason, {})[each.name] = list(each.shape)
-    facts = {name: getattr(record, name) for name in ("scope", "scope_reason", "steps", "lambda_per_bit")}
-    return {"method": choice_to_json(record.method), "skipped": skipped, **facts}
+        skipped.setdefault(each.reason, []).append(each.name)
+    return {"method": choice_to_json(record.method), "skipped": skipped, **{name: getattr(record, name) for name in _PLAIN}}
 
 
 def record_of_json(value: Mapping[str, Any], model: nn.Module) -> CompressionRecord:
-    """Undo :func:`record_to_json` for a converted model; what it has no parameter for was not skipped in it."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    skipped = tuple(
-        SkippedWeight(name, tuple(shape), reason)
-        for reason, shapes in value["skipped"].items()
-        for name, shape in shapes.items()
-        if name in names
+    """Undo :func:`record_to_json` for a converted model."""
+    reasons = {name: reason for reason, names in value["skipped"].items() for name in names}
+    parameters = dict(model.named_parameters())
+    return CompressionRecord(
+        method=choice_of_json(value["method"]),
+        skipped=tuple(SkippedWeight(name, tuple(each.shape), reasons[name]) for name, each in parameters.items() if name in reasons),
+        rest_numel=sum(each.numel() for each in parameters.values()),
+        **{name: value[name] for name in _PLAIN},
     )
-    facts = {name: value[name] for name in ("scope", "scope_reason", "steps", "lambda_per_bit")}
-    rest_numel = sum(parameter.numel() for parameter in model.parameters())
-    return CompressionRecord(method=choice_of_json(value["method"]), skipped=skipped, rest_numel=rest_numel, **facts)
 
 
 def _kinds(kind: type[Method]) -> Iterator[type[Method]]:
