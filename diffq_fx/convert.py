@@ -14,6 +14,7 @@ from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.functional import QuantParams
+from diffq_fx.hub import tell_transformers
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.mapping import MethodChoice
@@ -107,15 +108,15 @@ def _convert(model: nn.Module) -> nn.Module:
     converted: dict[int, nn.Module] = {}
     for path, part in parts.items():
         converted[id(part)] = _convert_part(part, vars(part)[CHILD], names[path])
-    if id(model) in converted:
-        return converted[id(model)]
     try:
-        return copy_replacing(model, converted).eval()
+        result = converted[id(model)] if id(model) in converted else copy_replacing(model, converted).eval()
     except Exception as error:  # any object that the model holds may refuse to be copied
         raise ConversionError(
             f"convert: the {type(model).__name__} cannot be copied: {type(error).__name__}: {error}\n"
             f"  Convert its prepared parts by themselves: {', '.join(parts)}."
         ) from error
+    tell_transformers(result)
+    return result
 
 
 def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tuple[str, ...]]) -> nn.Module:

@@ -15,7 +15,6 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
-from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.dtypes import TENSOR_TYPES
 
@@ -74,11 +73,10 @@ class Source:
                 raise PackedFileError("something is hidden in the zeros that fill up a block")
 
 
-def write_container(path: str | Path, tensors: Sequence[tuple[str, str, Sequence[int], bytes]], contents: Mapping[str, Any]) -> None:
-    """Write a container whole, or leave the old file as it was.
+def container_of(tensors: Sequence[tuple[str, str, Sequence[int], bytes]], contents: Mapping[str, Any]) -> list[bytes]:
+    """The bytes of a container, in pieces.
 
     Args:
-        path: where to.
         tensors: name, type, shape and bytes of each.
         contents: what else is to be said of them, as JSON.
     """
@@ -91,9 +89,7 @@ def write_container(path: str | Path, tensors: Sequence[tuple[str, str, Sequence
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = _LENGTH.pack(len(text)) + text
-    with replaced_atomically(Path(path), PackedFileError) as file:
-        for data in (head, *(data for *_, data in tensors), packed, _CRC.pack(zlib.crc32(packed, zlib.crc32(head)))):
-            file.write(data)
+    return [head, *(data for *_, data in tensors), packed, _CRC.pack(zlib.crc32(packed, zlib.crc32(head)))]
 
 
 def _deflated(text: bytes, file_bytes: int) -> bytes:
@@ -120,7 +116,7 @@ class Container:
     def __init__(self, file: BinaryIO) -> None:
         """Check a file; an error if it is of another kind or version, or damaged."""
         self._file, self._lock = file, Lock()
-        self.size = os.fstat(file.fileno()).st_size
+        self.size = file.seek(0, os.SEEK_END)
         begin = self._read(0, min(self.size, _LENGTH.size + 1))
         self._body = _LENGTH.size + _header_size(begin, self.size)
         self.entries, self.contents = self._read_header()

@@ -3,6 +3,7 @@
 First comes everything that can fail, then everything that changes a model.
 """
 
+import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.export.packed.container import Container
 from diffq_fx.export.packed.reader import PackedReader, in_threads, opened
 from diffq_fx.export.packed.shards import DecodedShard, Part
 from diffq_fx.export.packed.unpacking import DecodedPart
@@ -86,6 +88,12 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
             return first
     except PackedFileError as error:
         raise PackedFileError(f"load_packed: {error}") from error
+
+
+def stored_weights_of(data: bytes) -> list[StoredWeight]:
+    """The stored weights in the bytes of a packed file; an error as for :func:`load_packed`, which does not name the file."""
+    reader = PackedReader(Container(io.BytesIO(data)))
+    return list(_restored(reader.contents.weights, map(reader.decode, reader.contents.shards)).values())
 
 
 def _check_names(names: Any) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.compression import Compression
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.container import RESERVED, write_container
+from diffq_fx.export.packed.container import RESERVED, container_of
 from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES, bytes_of
 from diffq_fx.export.packed.header import ITS_OWN, KINDS, SMALL_NAME, common_name, shard_name, small_size, widened
 from diffq_fx.export.packed.shards import FEW_WEIGHTS, encode_shard, plan_shards
@@ -109,9 +110,19 @@ def _identity(name: str, tensor: Any) -> Any:
 
 
 def write_packed(stored: Sequence[StoredWeight], rest: NamedTensors, path: str | Path, *, entropy: bool) -> None:
-    """Write stored weights and plain tensors to a packed file.
+    """Write stored weights and plain tensors to a packed file, whole or not at all.
 
-    An error if a weight cannot be packed, a tensor's type or name is not possible, or the file cannot be written.
+    An error as for :func:`packed`, or if the file cannot be written.
+    """
+    pieces = packed(stored, rest, entropy=entropy)
+    with replaced_atomically(Path(path), PackedFileError) as file:
+        file.writelines(pieces)
+
+
+def packed(stored: Sequence[StoredWeight], rest: NamedTensors, *, entropy: bool) -> list[bytes]:
+    """The bytes of a packed file of stored weights and plain tensors, in pieces.
+
+    An error if a weight cannot be packed, or a tensor's type or name is not possible.
     """
     weights = [_packed(each) for each in stored]
     _check_names([weight.spec.names for weight in weights] + [names for names, _ in rest])
@@ -138,7 +149,7 @@ def write_packed(stored: Sequence[StoredWeight], rest: NamedTensors, path: str |
         data, facts = encode_shard(spans, weights, stored, entropy=entropy)
         contents["shards"].append(facts)
         entries.append((shard_name(index), torch.uint8, (len(data),), data))
-    write_container(path, [(name, TENSOR_TYPES.name(dtype), shape, data) for name, dtype, shape, data in entries], contents)
+    return container_of([(name, TENSOR_TYPES.name(dtype), shape, data) for name, dtype, shape, data in entries], contents)
 
 
 def _packed(stored: StoredWeight) -> PackedWeight:
