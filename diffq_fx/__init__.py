@@ -20,6 +20,7 @@ from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.recompute import recompute_weights
 from diffq_fx.model_size import model_size
+from diffq_fx.post_training.compress import compress
 from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -34,6 +35,7 @@ __all__ = [
     "DiffQConfig",
     "prepare_diffq",
     "prepare",
+    "compress",
     "model_size",
     "setup_optimizer",
     "freeze_bits",

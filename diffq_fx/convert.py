@@ -34,6 +34,8 @@ class CompressionRecord:
     skipped: tuple[SkippedWeight, ...]
     scope: str
     scope_reason: str
+    notes: tuple[str, ...]
+    """What prepare and compress have to say."""
     rest_numel: int
     steps: int
     """Optimizer steps that the bits have made."""

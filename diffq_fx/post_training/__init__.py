@@ -1,1 +1,1 @@
-"""Compression without a training loop: what weights are multiplied with, and rounding that compensates its own error."""
+"""Compression of a float model by unlabelled batches alone: minutes, no labels and no training loop."""

@@ -64,12 +64,10 @@ def bits_report(model: nn.Module) -> BitsReport:
 def _of_part(root: nn.Module) -> BitsReport:
     """The report of a prepared or converted model; the order of the weights is the same before and after conversion."""
     record: Compression | CompressionRecord = vars(root)[CHILD]
-    notes: tuple[str, ...] = ()
-    if isinstance(record, Compression):
-        notes = record.notes
-        if record.learned:
-            record.allocate()
-            notes += ("no optimizer step has moved the bits yet",) * (not int(record.steps))
+    notes = record.notes
+    if isinstance(record, Compression) and record.learned:
+        record.allocate()
+        notes += ("no optimizer step has moved the bits yet",) * (not int(record.steps))
     if any(method.layout[2] == "float" for method in record.method.methods):
         notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
     kind = WeightQuantizer if isinstance(record, Compression) else StoredWeight

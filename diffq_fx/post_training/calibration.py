@@ -1,0 +1,153 @@
+"""Unlabelled batches: read, checked to be inputs of one structure, and divided into those to tune on and those held out."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.errors import PreparationError
+from diffq_fx.example import Example
+
+CALLER = "compress"
+_MOST_BATCHES = 1024
+_MOST_BYTES = 1 << 30
+"""An iterable may have no end: so many batches are kept, and so many bytes of them."""
+_HELD_OUT = 8
+"""One batch of so many is held out, and no more than this many batches."""
+_LABELS = ("labels", "label", "target", "targets")
+_EXAMPLE_ROWS = 2
+
+
+class Calibration:
+    """The batches, on the model's device, and what is done with them.
+
+    Attributes:
+        tuned_on: examples that sensitivity, statistics and tuning see, at least one.
+        held_out: examples that tell whether tuning helps; the same as ``tuned_on`` where there is one batch alone.
+    """
+
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        examples = [example.map(lambda tensor: tensor.to(device)) for example in _read(batches)]
+        held_out = min(_HELD_OUT, len(examples) // _HELD_OUT or int(len(examples) > 1))
+        self.tuned_on, self.held_out = examples[: len(examples) - held_out], examples[len(examples) - held_out :] or examples
+
+    def cycle(self) -> Iterator[Example]:
+        """The examples to tune on, again and again."""
+        while True:
+            yield from self.tuned_on
+
+    def small_example(self, model: nn.Module) -> Example:
+        """Two rows of the first batch, where the model takes them: to prepare on a whole batch takes long."""
+        whole = self.tuned_on[0]
+        rows = {tensor.shape[0] for tensor in whole.tensors if tensor.ndim}
+        if len(rows) != 1 or rows.pop() <= _EXAMPLE_ROWS:
+            return whole
+        small = whole.map(lambda tensor: tensor[:_EXAMPLE_ROWS] if tensor.ndim else tensor)
+        try:
+            small.outcome(model, "eval without grad")
+        except Exception:  # the user's forward may raise anything: then two rows are not what it takes
+            return whole
+        return small
+
+
+def _read(batches: Any) -> list[Example]:
+    """The batches as examples.
+
+    Raises:
+        TypeError: it is one batch, not several, or nothing to iterate over.
+        ValueError: there is no batch, or they differ in structure.
+    """
+    if isinstance(batches, Tensor | Mapping | str | bytes | nn.Module) or not isinstance(batches, Iterable):
+        raise TypeError(f"{CALLER}: batches must be an iterable of inputs, got one {type(batches).__name__}: give [batch] or a DataLoader.")
+    examples: list[Example] = []
+    size = 0
+    for number, batch in enumerate(batches):
+        try:
+            example = Example.of(batch)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{CALLER}: batch {number}: {error}") from error
+        if any(tensor.ndim and not tensor.shape[0] for tensor in example.tensors) or not example.tensors:
+            raise ValueError(f"{CALLER}: batch {number} is empty ({example}). Leave it out.")
+        if labels := [name for name in example.kwargs if name in _LABELS]:
+            raise ValueError(f"{CALLER}: batch {number} holds {labels[0]!r}, and no labels are wanted: give the model's inputs alone.")
+        if examples and (was := _structure(examples[0])) != (found := _structure(example)):
+            raise ValueError(f"{CALLER}: batch {number} has another structure than batch 0: expected {was}, got {found}.")
+        examples.append(example)
+        size += sum(tensor.nbytes for tensor in example.tensors)
+        if len(examples) == _MOST_BATCHES or size > _MOST_BYTES:
+            break
+    if not examples:
+        raise ValueError(f"{CALLER}: there is no batch. Give an iterable of inputs, such as a few batches of the training set.")
+    return examples
+
+
+def _structure(example: Example) -> str:
+    """Names, types and numbers of dimensions: sizes may change from batch to batch."""
+    def described(value: Any) -> str:
+        return f"{value.dtype} of {value.ndim} dimensions" if isinstance(value, Tensor) else type(value).__name__
+
+    return ", ".join([described(value) for value in example.args] + [f"{k}={described(v)}" for k, v in sorted(example.kwargs.items())])
+
+
+def refuse_labels(model: nn.Module, example: Example, error: Exception) -> None:
+    """Say that a batch holds more than the model takes, if that is why the model did not run on it.
+
+    Raises:
+        ValueError: the model runs on the first part alone.
+    """
+    if len(example.args) < 2 or not isinstance(error, TypeError):  # noqa: PLR2004  inputs and labels
+        return
+    try:
+        Example(example.args[:1], {}).outcome(model, "eval without grad")
+    except Exception:  # the user's forward may raise anything: then it is not the labels
+        return
+    raise ValueError(
+        f"{CALLER}: the model takes 1 input and the batches hold {len(example.args)}, labels among them, it seems, and none are wanted: "
+        "give the model's inputs alone, such as (x for x, y in loader)."
+    ) from error
+
+
+def refuse_too_little_memory(needed: int, device: torch.device) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        PreparationError: says how much is needed and how much is free.
+    """
+    free = _free_bytes(device)
+    if free is not None and needed > free:
+        raise PreparationError(
+            f"{CALLER}: about {needed / 2**30:.2f} GiB of memory are needed beside the model and {free / 2**30:.2f} are free on {device}. "
+            "Free some, or leave large weights in float with exclude."
+        )
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that may be taken, None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def outputs_of(tree: Any, name: str = "output") -> dict[str, Tensor]:
+    """The float tensors of a model's output by their names: of tuples, dicts and dataclasses, as transformers has them.
+
+    Example:
+        >>> list(outputs_of({"logits": torch.zeros(1, 2), "more": (torch.zeros(1), torch.zeros(1, dtype=torch.int64))}))
+        ['logits', 'more.0']
+    """
+    if isinstance(tree, Tensor):
+        return {name: tree} if tree.is_floating_point() else {}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | Mapping):
+        tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    if isinstance(tree, Sequence) and not isinstance(tree, str):
+        tree = dict(enumerate(tree))
+    if not isinstance(tree, Mapping):
+        return {}
+    prefix = "" if name == "output" else f"{name}."
+    return {path: leaf for key, value in tree.items() for path, leaf in outputs_of(value, f"{prefix}{key}").items()}

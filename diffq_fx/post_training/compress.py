@@ -1,0 +1,145 @@
+"""compress: a float model and unlabelled batches in, a converted model of a given size out."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffq_fx.capture.copies import copy_replacing
+from diffq_fx.compression import Compression
+from diffq_fx.convert import convert
+from diffq_fx.example import restored_random_state
+from diffq_fx.methods.base import Method, check_whole
+from diffq_fx.methods.diffq import DiffQConfig
+from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.parts import CHILD
+from diffq_fx.post_training.calibration import CALLER, Calibration, refuse_too_little_memory
+from diffq_fx.post_training.progress import ProgressBar
+from diffq_fx.post_training.reference import FloatOutputs
+from diffq_fx.post_training.tuning import Limits, Tuned, quantize_in_eval, tune
+from diffq_fx.prepare import prepare_as
+from diffq_fx.unfit import refuse_unfit
+
+_STEPS = 300
+_MINUTES = 10.0
+_COPIES = 6
+"""Of the weights that are held at once: float, rounded, gradients, two of Adam's, the best so far."""
+_NO_MOVE = 1e-30
+
+
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: DiffQConfig | Mapping[str, Method] | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Compress a float model to an exact size by unlabelled batches: no labels, no loss and no training loop.
+
+    The bits go where the float model's outputs depend on the weights most, under the noise of DiffQ (arXiv:2104.09987). Then the weights
+    are rounded, and weights, ranges, norms and biases are tuned by distillation: the outputs are to be those of the float model, by KL
+    divergence where they look like scores of classes, else by their relative squared error. A part of the batches is held out; the
+    state that agrees best on these is kept, and the tuning ends when they stop improving.
+
+    The model is left as it was, interrupted or not.
+
+    Args:
+        model: a float model.
+        batches: inputs as the model is called with: a tensor, a tuple of positional or a dict of keyword arguments each, without labels.
+            A few hundred rows do. At most 1024 batches and 1 GiB are read.
+        config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`.
+        teacher: another model with the same outputs to imitate; by default the float model.
+        steps: most steps of the tuning, 300 by default; 0 for none.
+        minutes: most minutes of it all, about; 10 by default.
+        progress: whether a bar shows the stage and the time left, on stderr.
+
+    Returns:
+        The converted model, as from :func:`~diffq_fx.convert`; its ``compression.notes`` and :func:`~diffq_fx.bits_report` say what was done.
+
+    Raises:
+        ValueError: there is no batch, batches differ in structure or hold labels, the model does not run on them, returns a loss or an
+            output that is not finite, or the target is missing or cannot be reached.
+        TypeError: an argument is of another type.
+        PreparationError: as for :func:`~diffq_fx.prepare_diffq`, or there is too little memory.
+        CaptureError: as for :func:`~diffq_fx.prepare_diffq`.
+
+    Example:
+        >>> from diffq_fx import bits_report
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> converted = compress(model, [torch.randn(16, 64) for _ in range(8)], DiffQConfig(target_bits=4), steps=10, progress=False)
+        >>> bits_report(converted).average_bits_in_all <= 4
+        True
+    """
+    began = time.monotonic()
+    choice = _choice(config)
+    limits = _limits(steps, minutes, began)
+    refuse_unfit(model, CALLER)
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"{CALLER}: teacher must be a torch.nn.Module, got {type(teacher).__name__}.")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.inference_mode(False), torch.enable_grad(), restored_random_state():
+        torch.manual_seed(0)
+        data = Calibration(batches, device)
+        refuse_too_little_memory(_COPIES * sum(parameter.nbytes for parameter in model.parameters()), device)
+        wanted = FloatOutputs(model, teacher, data.tuned_on[0], len(data.tuned_on) + len(data.held_out))
+        with ProgressBar(shown=progress) as bar:
+            bar.stage("preparing", 1)
+            own = copy_replacing(model, {}).requires_grad_(True)
+            prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
+            compression: Compression = vars(prepared)[CHILD]
+            seek_bits(prepared, compression, wanted, data, bar)
+            bar.stage("rounding", 1)
+            compression.freeze()
+            bar.stage("tuning", limits.steps)
+            tuned = tune(prepared, compression, wanted, data, limits, bar)
+            bar.stage("converting", 1)
+            compression.notes += _notes(data, wanted, tuned)
+            return convert(prepared)
+
+
+def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:
+    """The methods, all with trainable bits and a target; their phases are those of compress."""
+    choice = MethodChoice.of(DiffQConfig() if config is None else config, CALLER)
+    entries: list[tuple[str, Method]] = []
+    for pattern, method in choice.entries:
+        if not isinstance(method, DiffQConfig):
+            raise TypeError(f"{CALLER}: {pattern!r} has {type(method).__name__}, whose widths are not found from batches. Give a DiffQConfig.")
+        if not method.has_target:
+            raise ValueError(f"{CALLER}: penalty={method.penalty:g} is no size to meet. Give target_bits or target_mib.")
+        entries.append((pattern, replace(method, training_steps=None)))
+    return MethodChoice(tuple(entries))
+
+
+def _limits(steps: int | None, minutes: float | None, began: float) -> Limits:
+    if steps is not None:
+        check_whole(CALLER, "steps", steps, 0)
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0):
+        raise ValueError(f"{CALLER}: minutes must be a positive number, got {minutes!r}.")
+    return Limits(_STEPS if steps is None else steps, began + 60 * (_MINUTES if minutes is None else minutes))
+
+
+def seek_bits(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, bar: ProgressBar) -> None:
+    """Let the bits go to where the outputs depend on the weights: the first steps of a training, in which no weight moves."""
+    quantize_in_eval(model, compression)
+    steps = compression.config.sensitivity_step or 0
+    bar.stage("sensitivity", steps)
+    optimizer = torch.optim.SGD(compression.logits, lr=_NO_MOVE)
+    for _, example in zip(range(steps), data.cycle(), strict=False):
+        model.zero_grad()
+        wanted.distance(model, example).backward()
+        optimizer.step()
+        bar.advance()
+    model.zero_grad()
+
+
+def _notes(data: Calibration, wanted: FloatOutputs, tuned: Tuned) -> tuple[str, ...]:
+    return (
+        f"compressed by {len(data.tuned_on)} batches and {len(data.held_out)} held out, {wanted.description}: "
+        f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation",
+    )

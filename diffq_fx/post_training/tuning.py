@@ -1,0 +1,147 @@
+"""Short training against the float model's outputs: what is left to gain once the bits are final, without labels."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffq_fx.compression import Compression
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.methods.diffq import DiffQWeight
+from diffq_fx.post_training.calibration import Calibration
+from diffq_fx.post_training.progress import ProgressBar
+from diffq_fx.post_training.reference import FloatOutputs
+from diffq_fx.training.finalize import reestimate_batch_norm
+
+_WEIGHT_RATE = 0.02
+"""Adam's rate for a weight, in steps of its grid."""
+_REST_RATE = 1e-3
+"""For the norms, biases and all that stays in float, in parts of their root mean square."""
+_RANGE_RATE = 3e-4
+_WARM_UP = 0.1
+_CHECKS = 10
+"""Looks at the held-out batches during the tuning."""
+TRACE=False
+_PATIENCE = 3
+"""Looks without an improvement until it ends."""
+
+
+@dataclass
+class Tuned:
+    """What tuning came to."""
+
+    steps: int
+    before: float
+    """Distance of the held-out batches' outputs from those of the float model."""
+    after: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to end: after so many steps, or at a time of ``time.monotonic``."""
+
+    steps: int
+    deadline: float
+
+
+def quantize_in_eval(model: nn.Module, compression: Compression) -> None:
+    """Put the model in eval() and its quantizers in train(): no dropout, no batch statistics, gradients for bits and ranges."""
+    model.eval()
+    for quantizer in compression.quantizers:
+        quantizer.train()
+
+
+@torch.no_grad()
+def held_out_distance(model: nn.Module, wanted: FloatOutputs, data: Calibration) -> float:
+    """Mean distance of the held-out batches' outputs."""
+    return math.fsum(float(wanted.distance(model, example)) for example in data.held_out) / len(data.held_out)
+
+
+class Best:
+    """The state with the smallest distance so far."""
+
+    def __init__(self, model: nn.Module, distance: float) -> None:
+        self._state = [*model.parameters(), *model.buffers()]
+        self._values = [tensor.detach().clone() for tensor in self._state]
+        self.distance = distance
+
+    def keep(self, distance: float) -> bool:
+        """Keep the present state if it is better."""
+        if not distance < self.distance:
+            return False
+        self.distance = distance
+        for value, tensor in zip(self._values, self._state, strict=True):
+            value.copy_(tensor.detach())
+        return True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to it."""
+        for value, tensor in zip(self._values, self._state, strict=True):
+            tensor.copy_(value)
+
+
+def tune(
+    model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar
+) -> Tuned:
+    """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
+    quantize_in_eval(model, compression)
+    before = held_out_distance(model, wanted, data)
+    best = Best(model, before)
+    reestimate_batch_norm(model, data.tuned_on)
+    quantize_in_eval(model, compression)
+    if not best.keep(held_out_distance(model, wanted, data)):
+        best.restore()
+    optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    examples, began, steps, worse, checked = data.cycle(), time.monotonic(), 0, 0, 0.0
+    while worse < _PATIENCE:
+        now = time.monotonic()
+        share = max(steps / limits.steps if limits.steps else 1.0, (now - began) / max(limits.deadline - began, 1e-9))
+        if steps and (share >= 1 or share >= checked + 1 / _CHECKS):
+            checked = share
+            if TRACE: print(steps, held_out_distance(model, wanted, data), best.distance)
+            worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
+        if share >= 1:
+            break
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
+        optimizer.zero_grad()
+        wanted.distance(model, next(examples)).backward()
+        optimizer.step()
+        steps += 1
+        bar.advance()
+    best.restore()
+    return Tuned(steps, before, best.distance)
+
+
+def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object]]:
+    """A rate for each parameter: how far it may go is told by the grid of a weight, and by the size of what stays in float."""
+    groups: list[dict[str, object]] = []
+    known: set[int] = set()
+
+    def add(parameters: Sequence[Tensor], rate: float) -> None:
+        groups.append({"params": list(parameters), "lr": rate})
+        known.update(map(id, parameters))
+
+    for quantizer in compression.learned:
+        add([quantizer.weight], _WEIGHT_RATE * _step(quantizer))
+        known.update(map(id, quantizer.parameters()))
+    add([quantizer.logits for quantizer in compression.learned], 1e-3)  # final: they do not move, and tell whose step it is
+    clips = [clip for quantizer in compression.learned if (clip := quantizer.clip) is not None]
+    if clips:
+        add(clips, _RANGE_RATE)
+    for parameter in model.parameters():
+        if id(parameter) not in known and parameter.requires_grad:
+            add([parameter], _REST_RATE * float(parameter.detach().square().mean().sqrt().clamp(min=1e-2)))
+    return groups
+
+
+@torch.no_grad()
+def _step(quantizer: DiffQWeight) -> float:
+    """The mean step of a weight's grid."""
+    rows_OI = to_rows(quantizer.weight.detach(), quantizer.spec.axis)
+    return float(quantizer.params(rows_OI, quantizer.rounded_bits()).scale.mean())
