@@ -156,9 +156,11 @@ def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
     if params.offset is not None:
         levels = torch.round((rows_OI - layout.expand(params.offset)) / scale)
     else:
-        zero_point = params.known_zero_point()
-        half = zero_point - zero_point.floor()
-        levels = torch.round(rows_OI / scale + layout.expand(half)) + layout.expand(zero_point - half)
+        zero_point, in_steps = params.known_zero_point(), rows_OI / scale
+        if zero_point.is_floating_point():
+            half = zero_point.frac()
+            zero_point, in_steps = zero_point - half, in_steps + layout.expand(half)
+        levels = torch.round(in_steps) + layout.expand(zero_point)
     top = layout.expand((2 ** bits.to(torch.int32) - 1).expand_as(params.scale))
     return torch.minimum(levels.clamp_(min=0), top).to(torch.int32)
 
