@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.footprint import grid_footprint
 from diffq_fx.storage.packing import CONTAINER_BITS, container_for, pack_levels, unpack_levels
 from diffq_fx.weights import WeightSpec
 
@@ -50,6 +51,33 @@ def test_stored_weight_is_close_to_the_weight(shape, axis, group_size, bits, gri
     assert float((restored - weight).abs().max()) <= float(params.scale.max()) / 2 + 1e-5
     assert stored.footprint().payload_bits == weight.numel() * bits
     assert stored.levels.numel() == -(-weight.numel() * stored.container_bits // 8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("group_size", ["channel", "tensor", 4])
+def test_half_integer_zero_points(bits, group_size):
+    """What the operator computes is what integers about an integer give; types of the model leave zero points as they are."""
+    _, stored, params = make((6, 10), 0, bits, group_size, "half")
+    assert (stored.zero_point % 1 == 0.5).any()
+    layout = stored.spec.scale_layout
+    doubled = functional.QuantParams(params.scale / 2, (2 * params.zero_point).int(), None)
+    assert torch.equal(stored(), functional.dequantize(2 * stored.levels_OI(), doubled, layout))
+    args = (stored.levels, stored.scale, stored.zero_point, None, stored.container_bits, [6, 10], 0, layout.block, torch.float32)
+    torch.library.opcheck(torch.ops.diffq_fx.dequantize.default, args)
+    expected = stored()
+    assert torch.equal(stored.to(torch.float16)(), expected.half())
+    assert stored.zero_point.dtype == torch.float32
+
+
+def test_sizes_of_half_integer_zero_points():
+    spec = WeightSpec(name="w", shape=(2, 8), axis=0, grid="half")
+    found = grid_footprint(spec, torch.tensor([[1], [2]]))
+    assert found.packed_bits == (8 + 2 + 32) + (16 + 3 + 32) + 8 + 2, (
+        "levels, a zero point of a bit more, a scale; limits and codes of widths"
+    )
+    assert (found.container_bits, found.container_scale_bits) == (2, 2 * (32 + 4)), "zero points up to 6 in four bits"
+    for bits, second in ((1, 2), (3, 4), (4, 8), (8, 8)):
+        assert grid_footprint(spec, torch.full((2, 1), bits)).container_scale_bits == 2 * (32 + second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

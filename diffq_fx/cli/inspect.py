@@ -91,13 +91,13 @@ def _cells(tensor: "TensorReport") -> list[str]:
 def _forms_table(metadata: "ExportMetadata") -> Table:
     """How the weights reach their readers, and what decided; weights of which all that is the same share a row."""
     target = f"; target {metadata.target}" if metadata.target else ""
-    table = new_table(f"forms; activations {metadata.activations}{target}", folded=("weights", "rule", "why"))
-    names: dict[tuple[str, str], list[str]] = {}
+    table = new_table(f"forms; activations {metadata.activations}{target}", folded=("weights", "grid", "rule", "why"))
+    names: dict[tuple[str, str, str], list[str]] = {}
     for record in metadata.weights:
         reasons = [reason for reason in (record.choice, record.reason, *record.remarks) if reason]
-        names.setdefault((record.rule, "\n".join(reasons) or "-"), []).append(record.name)
-    for (rule, why), alike in names.items():
-        add_row(table, "\n".join(alike), rule, why)
+        names.setdefault((record.grid, record.rule, "\n".join(reasons) or "-"), []).append(record.name)
+    for decided, alike in names.items():
+        add_row(table, "\n".join(alike), *decided)
     return table
 
 

@@ -20,7 +20,7 @@ def pack(
     out: Annotated[Path, typer.Argument(metavar="PACKED.safetensors", help="The file to write.", show_default=False)],
     bits: Annotated[int, typer.Option(help="Width of every weight, 1 to 16.")] = 8,
     group_size: Annotated[str, typer.Option(help='Weights that share a scale: "tensor", "channel", or a block of so many.')] = "channel",
-    grid: Annotated[Literal["affine", "symmetric"], typer.Option(help="Where zero lies between the levels.")] = "affine",
+    grid: Annotated[Literal["affine", "half", "symmetric"], typer.Option(help="Where zero lies between the levels.")] = "affine",
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names that stay as they are; may be repeated.")] = None,
     compression: Annotated[Literal["entropy", "bits"], typer.Option(help="Smallest file, or fastest to load.")] = "entropy",
 ) -> None:

@@ -132,7 +132,7 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
     bits = bits.to(torch.int32)
     if grid == "symmetric":
         return QuantParams(scale, (2 ** (bits - 1)).expand_as(scale).contiguous(), None)
-    exact = -low / scale
+    exact = 0 - low / scale  # never -0.0
     zero_point = torch.round(exact)
     if grid == "half":
         zero_point = torch.where(bits <= WIDEST_HALF, torch.round(2 * exact) / 2, zero_point)

@@ -197,13 +197,14 @@ def _integers_or_reason(stored: StoredWeight) -> IntegerWeight | str:
 
 
 def _integer_tensor(stored: IntegerWeight) -> IntxUnpackedToInt8Tensor:
-    """Levels shifted to signed ones; a float grid's offset becomes a float zero point."""
+    """Levels shifted to signed ones; zero points that are no integers are float ones, as is what a float grid's offset becomes."""
     spec, layout = stored.spec, stored.spec.scale_layout
     bits = int(stored.bits.max())
     half = 2 ** (bits - 1)
     qdata = from_rows((stored.levels_OI() - half).to(torch.int8), spec.shape, spec.axis).contiguous()
     if stored.zero_point is not None:
-        zero_point = (stored.zero_point - half).to(torch.int8)
+        zero_point = stored.zero_point - half
+        zero_point = zero_point if (zero_point % 1).any() else zero_point.to(torch.int8)
     else:
         offset = stored.offset if stored.offset is not None else torch.zeros_like(stored.scale)
         zero_point = -half - offset / stored.scale

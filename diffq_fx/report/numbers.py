@@ -70,6 +70,7 @@ class WeightBits(Footprint):
             "aliases": list(self.aliases),
             "shape": list(self.shape),
             "consumer": self.consumer,
+            "grid": self.grid,
             "weights": self.numel,
             "average_bits": self.average_bits,
             "min_bits": self.min_bits,

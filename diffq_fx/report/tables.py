@@ -1,6 +1,7 @@
 """The report as rich tables: cut to the console that they are printed in, and captured as plain text with nothing left out."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -174,6 +175,8 @@ def summary_lines(report: "BitsReport") -> Iterator[str]:
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "
         f"{report.packed_size.total_mib:.4g} MiB bit-packed, {report.compression_ratio:.2f} times smaller than float"
     )
+    grids = Counter(weight.grid for weight in report.weights)
+    yield f"grid: {', '.join(grid if len(grids) == 1 else f'{grid} ({count})' for grid, count in grids.items())}"
     if mib(report.buffer_bits) >= _LARGE_BUFFERS_MIB:
         yield f"buffers: {mib(report.buffer_bits):.4g} MiB beside the parameters (statistics, tables of indices), in none of the sizes"
     if report.target:

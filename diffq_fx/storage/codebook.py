@@ -91,7 +91,8 @@ def codebook_footprint(num_codes: int, codebook_KD: Tensor, scale: Tensor | None
     """
     bits = code_bits(len(codebook_KD))
     beside = codebook_KD.numel() * codebook_KD.element_size() * 8 + (0 if scale is None else 32)
-    return Footprint(histogram={bits: num_codes}, scale_bits=beside, container_bits=container_for(bits), container_scale_bits=beside)
+    container = container_for(bits)
+    return Footprint(grid="codebook", histogram={bits: num_codes}, scale_bits=beside, container_bits=container, container_scale_bits=beside)
 
 
 class CodebookWeight(StoredWeight):

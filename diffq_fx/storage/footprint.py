@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffq_fx import functional
 from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.size import exact_bits
 from diffq_fx.storage.packing import container_for
@@ -18,6 +19,8 @@ _SCALE_BITS = 32
 class Footprint:
     """The parts that the sizes of one weight are sums of, in bits."""
 
+    grid: str
+    """What its values stand for: levels on a grid, or "codebook"."""
     histogram: dict[int, int]
     """Bits -> number of values (levels or codes) that have them, by rising bits."""
     scale_bits: int
@@ -66,9 +69,11 @@ def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
     payload = sum(each * count for each, count in histogram.items())
     coding = width.numel() * math.ceil(math.log2(1 + max(histogram) - min(histogram)))
     container = container_for(max(histogram))
-    # What DequantizeLinear stores beside a scale: a zero point as wide as the levels, or the float grid's offset.
-    second = {"symmetric": 0, "affine": container, "half": container, "float": _SCALE_BITS}[spec.grid]
+    # What an ONNX file has beside a scale: a zero point as wide as the levels, which are doubled for a half; or the float grid's offset.
+    doubled = container_for(max(max(histogram), min(max(histogram), functional.WIDEST_HALF) + 1))
+    second = {"symmetric": 0, "affine": container, "half": doubled, "float": _SCALE_BITS}[spec.grid]
     return Footprint(
+        grid=spec.grid,
         histogram=histogram,
         scale_bits=exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
         coding_bits=coding,

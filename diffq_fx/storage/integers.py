@@ -51,12 +51,12 @@ def _(levels, scale, zero_point, offset, container_bits, shape, axis, block, dty
 
 
 class IntegerWeight(StoredWeight):
-    """Integers on an affine, symmetric or float grid, packed into the smallest container that holds the widest group.
+    """Integers on a grid, packed into the smallest container that holds the widest group.
 
     Buffers:
         levels: uint8, packed levels of the weight's rows, row by row.
         scale: float, shape of the spec's ``scale_layout``.
-        zero_point: int32, the shape of ``scale``; absent on the float grid.
+        zero_point: int32, the shape of ``scale``; on the grid "half" float32, a multiple of 1/2; absent on the float grid.
         offset: float, the shape of ``scale``; the float grid alone.
         bits: uint8, shape of the spec's ``bits_layout``: the learned widths.
     """

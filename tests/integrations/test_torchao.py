@@ -10,9 +10,11 @@ pytest.importorskip("torchao")
 
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, quantize_
 
-from diffq_fx import ConversionError, DiffQConfig, PreparationError, bits_report, convert, prepare
-from diffq_fx.integrations.torchao import PrepareConfig, prepare_marked, to_torchao
+from diffq_fx import ConversionError, DiffQConfig, PreparationError, bits_report, convert, functional, prepare
+from diffq_fx.integrations.torchao import PrepareConfig, TorchAOWeight, prepare_marked, to_torchao
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
+from diffq_fx.storage import IntegerWeight
+from diffq_fx.weights import WeightSpec
 
 
 class Net(nn.Module):
@@ -129,6 +131,23 @@ def test_torchao_computes_the_same(name, scope):
     tensors = {id(p): p for p in result.model.parameters() if isinstance(p, IntxUnpackedToInt8Tensor)}
     assert len(tensors) == len(expected), "a tied weight is one tensor"
     assert bits_report(result.model).packed_size == bits_report(converted).packed_size
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("group", ["channel", "tensor", 8])
+def test_half_integer_zero_points_are_float_ones(bits, group):
+    weight = nn.Linear(32, 16).weight.detach()
+    spec = WeightSpec(name="w", shape=(16, 32), axis=0, group_size=group, range_size=group, grid="half", consumer="linear")
+    widths = torch.full(spec.bits_layout.shape, bits)
+    params = functional.quant_params(*functional.weight_range(weight, spec.range_layout, "half"), widths, "half")
+    assert (params.zero_point % 1).any()
+    stored = IntegerWeight(spec, functional.quantize(weight, params, widths, spec.scale_layout), params, widths)
+    for whole in (False, True):
+        if whole:
+            stored.zero_point = stored.zero_point.floor()
+        tensor = TorchAOWeight(stored, stored).weight
+        assert tensor.zero_point.dtype == (torch.int8 if whole else torch.float32)
+        assert torch.equal(tensor.dequantize(), stored())
 
 
 def test_learned_bits_of_diffq():

@@ -152,6 +152,7 @@ FORGERIES = {
         "weight 'a': its kind 'wavelet' is not known here; integer and codebook are",
     ),
     "another type": (lambda f: weight(f).update(dtype="int8"), "weight 'a': expected one of the types float32, .* got 'int8'"),
+    "half zero points of another grid": (lambda f: weight(f).update(zero_point="halves"), "zero_point 'halves' are not known"),
     "a name twice": (lambda f: weight(f).update(name="bias"), "two tensors have one name"),
     "rows twice": (lambda f: shard(f)["spans"].append(shard(f)["spans"][0]), "too small|rows are not in order"),
     "rows missing": (lambda f: shard(f)["spans"].pop(), "expected 6 rows, got 0"),

@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
+from diffq_fx import PackedFileError
 from diffq_fx.export import load_packed, save_packed
+from diffq_fx.export.packed.integer_kind import PackedIntegers
 from diffq_fx.export.packed.packed_report import inspect_packed
 from diffq_fx.kernels import extension
 from diffq_fx.storage import IntegerWeight
 
 GROUPS = ("tensor", "channel", 1, 3, 4, 8)
 SHAPES = (((6, 10), 0), ((5, 11, 3), 1), ((1, 7), 0), ((9, 1), 0), ((3, 200), 0), ((4, 6, 3, 3), 2))
-GRIDS = ("affine", "symmetric", "float")
+GRIDS = ("affine", "half", "symmetric", "float")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -81,6 +83,52 @@ def test_zero_points_and_scales_that_no_grid_gives(tmp_path):
     weight.zero_point[2, 1] = 70000
     weight.scale[3, 2] *= 1.37
     round_trip(converted(weight), tmp_path / "m.safetensors", "entropy")
+
+
+def zero_points_are(form, *, bits=(1, 4), group="channel"):
+    """A weight on the grid "half" whose zero points the file stores in one of its forms."""
+    weight = store("w", (40, 260), bits=bits, group=group, ranges="channel", grid="half")
+    top = 2 ** weight.bits.float().expand(weight.scale.shape) - 1
+    seen = {"centre": top / 2, "middle": (top + 1) / 2, "coded": (top / 2).floor(), "plain": top / 2 + 0.25}
+    mixed = torch.where(torch.arange(top.numel()).reshape(top.shape) % 3 == 0, seen["coded"], seen["centre"])
+    weight.zero_point = seen.get(form, mixed).contiguous()
+    return weight
+
+
+@pytest.mark.parametrize("group", ["channel", 8])
+@pytest.mark.parametrize("form", ["centre", "halves", "coded", "middle", "plain"])
+def test_zero_points_of_the_half_grid_take_the_smallest_form(tmp_path, form, group):
+    weight = zero_points_are(form, group=group)
+    assert PackedIntegers.of_stored(weight).facts()["zero_point"] == form
+    round_trip(converted(weight), tmp_path / "m.safetensors", "entropy")
+
+
+def test_half_zero_points_beyond_small_integers_are_plain(tmp_path):
+    weight = zero_points_are("halves", bits=16)
+    assert PackedIntegers.of_stored(weight).facts()["zero_point"] == "plain"
+    round_trip(converted(weight), tmp_path / "m.safetensors", "bits")
+
+
+def test_one_bit_takes_one_bit_and_centred_levels_no_zero_points(tmp_path):
+    size = {}
+    for form in ("centre", "halves"):
+        weight = zero_points_are(form, bits=1)
+        path = tmp_path / f"{form}.safetensors"
+        round_trip(converted(weight), path, "bits")
+        (report,) = inspect_packed(path).weights
+        assert report.bits == {1: 40 * 260}
+        assert report.coded_bytes <= 40 * 260 / 8 + 1
+        size[form] = report.side_bytes
+    assert size["halves"] - size["centre"] == 11, "40 zero points of 2 bits, and the head of their stream"
+
+
+@pytest.mark.parametrize(("grid", "dtype"), [("half", torch.int32), ("affine", torch.float32)])
+def test_zero_points_of_another_type_are_refused(tmp_path, grid, dtype):
+    weight = store("w", (6, 20), grid=grid)
+    weight.zero_point = weight.zero_point.to(dtype)
+    with pytest.raises(PackedFileError, match=rf"weight 'w': zero_point is {dtype}, the grid '{grid}' has "):
+        save_packed(converted(weight), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_constant_or_zero(tmp_path):

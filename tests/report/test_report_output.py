@@ -23,6 +23,7 @@ def weight(name, histogram=None, numel=64):
         name=name,
         shape=(8, numel // 8),
         consumer="linear",
+        grid="affine",
         histogram=histogram,
         scale_bits=300,
         coding_bits=8,

@@ -49,7 +49,7 @@ class WeightRecord:
     axis: int
     """The output channel axis of ``shape``."""
     grid: str
-    """"affine" (the initializers are unsigned, with zero points) or "symmetric" (signed, without)."""
+    """"affine" or "half" (the initializers are unsigned, with zero points), "symmetric" (signed, without), or "codebook"."""
     bits: dict[int, int]
     """Learned bits -> number of weights that have them."""
     containers: dict[int, int]

@@ -1,8 +1,9 @@
 """The kind "integer": levels on a grid, with their scales and zero points.
 
 A code is the residue ``(level - centre) mod 2^b``, taken as a number of ``[-2^(b-1), 2^(b-1))`` and folded to 0, -1, 1, -2, 2, ... in
-this order, where the centre is the zero point, rounded up, or on the float grid the level nearest to zero. The residue knows no zero point, so rows
-of all zero points share one model; it takes no more values than the level itself; and its low bits, the sign first, tell hardly anything.
+this order, where the centre is the zero point, rounded up, or on the float grid the level nearest to zero. The residue knows no zero
+point, so rows of all zero points share one model; it takes no more values than the level itself; and its low bits, the sign first, tell
+hardly anything.
 """
 
 from collections.abc import Mapping, Sequence

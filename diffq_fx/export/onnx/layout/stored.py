@@ -52,7 +52,7 @@ class StoredTable:
         return self.emit.initializer(f"{self.name}.zero_point", integer_tensor(values, self.storage.zero_point_bits, signed=False))
 
     def levels_as(self, dtype: ir.DataType) -> ir.Value:
-        """All levels in a type of 8 bits or more that holds them: each part cast, the parts joined in the order of the rows, and doubled."""
+        """All levels in a type of 8 bits or more: each part cast, the parts joined in the order of the rows, doubled where that is due."""
         if dtype not in self._casts:
             if self._factor is None:
                 self._casts[dtype] = self._joined(dtype)

@@ -1,8 +1,8 @@
 """One quantized weight as numbers: what the layout rules read, and how the file may hold it.
 
-A zero point of ONNX is an integer. For one that is a half-integer levels and zero point are doubled and the scale is halved, which gives the
-same floats bit by bit. Doubled levels of 2 or 4 bits need a wider container: the file holds those as they were learned, and they are doubled
-when it is loaded.
+A zero point of ONNX is an integer. For one that is a half-integer, levels and zero point are doubled and the scale is halved, which gives
+the same floats bit by bit. Doubled levels of 2 or 4 bits need a wider container: the file holds those as they were learned, and they are
+doubled when it is loaded.
 
 Shape legend: O rows (output channels), I columns (inputs of one row), R x C the grid of scales as in :mod:`diffq_fx.functional.groups`.
 """
