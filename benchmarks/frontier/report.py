@@ -1,6 +1,7 @@
 """Table and plot of all points: score against exact size, mean and spread over the seeds."""
 
 import argparse
+import inspect
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from benchmarks._result import markdown_table, write_result
 from benchmarks.frontier.job import Point
 from benchmarks.frontier.points import SYSTEMS, path_of, read_points
+from benchmarks.frontier.post_training.table import post_training_table
 from benchmarks.frontier.tasks import TASKS, Task
 
 Groups = dict[tuple, list[Point]]
@@ -28,13 +30,14 @@ def report(asked: argparse.Namespace) -> None:
 def report_task(results: Path, kind: type[Task]) -> Path:
     """Write the report of one task and return the markdown's path."""
     points = read_points(results, kind.name)
-    groups = grouped(points)
+    groups = grouped(point for point in points if "bits_a_weight" not in point)
     rows = [_row(key, found) for key, found in groups.items()]
     header = ("system", "bits asked for", "steps", "rate", "exact MiB", "packed file MiB", kind.score_name, "seeds", "seconds", "setting")
-    systems = list(dict.fromkeys(key[0] for key in groups))
+    systems = list(dict.fromkeys(point["system"] for point in points))
     legend = "\n".join(f"- {name}: {SYSTEMS[name].summary}" for name in systems if name in SYSTEMS)
     through = _through_onnx(groups, kind)
-    parts = [kind.__doc__ or "", markdown_table(header, rows), *([through] if through else []), legend, _versions(points), _note(points)]
+    tables = [markdown_table(header, rows), through, post_training_table(points, kind)]
+    parts = [inspect.getdoc(kind) or "", *tables, legend, _versions(points), _note(points)]
     path = write_result(
         f"frontier_{kind.name}",
         f"Frontier: {kind.name}",
@@ -43,7 +46,8 @@ def report_task(results: Path, kind: type[Task]) -> Path:
         command="python -m benchmarks.frontier report",
         folder=results,
     )
-    _draw(groups, kind, path.with_suffix(".png"))
+    if any(key[2] for key in groups):
+        _draw(groups, kind, path.with_suffix(".png"))
     return path
 
 

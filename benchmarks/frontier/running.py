@@ -98,7 +98,7 @@ def _job(asked: argparse.Namespace, task: Task, key: tuple, tell) -> Job:
 
 
 def _point(key: tuple, job: Job, system: System) -> Point:
-    budget = None if system.bits is not None else job.budget_mib
+    budget = job.budget_mib if system.bits is None and system.trains else None
     began, cpu_began = time.monotonic(), time.process_time()
     found = system.run(job)
     return {

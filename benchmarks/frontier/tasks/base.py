@@ -109,6 +109,10 @@ class Task(ABC):
                 parts.append(next(batches)[0])
             yield tuple(torch.cat(each)[:size] for each in zip(*parts, strict=True))
 
+    def unlabelled(self) -> list[Inputs]:
+        """Inputs that a compression without training may look at: those of 32 training batches."""
+        return [inputs for (inputs, _), _ in zip(self.batches(0), range(32), strict=False)]
+
     def train_once(self, model: nn.Module, tell: Tell) -> nn.Module:
         """Train the float model, or take the one that was kept beside the results (git ignores it)."""
         kept = RESULTS / f".frontier_{self.name}_float.pt"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._models import ResNet20
-from benchmarks.frontier.tasks.base import Batch, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Task
 from benchmarks.frontier.training import Tell
 
 
@@ -64,6 +64,11 @@ class Cifar10(Task):
                 cropped = padded[:, :, top : top + 32, left : left + 32]
                 flipped = torch.where(torch.rand(len(pick), 1, 1, 1, generator=generator) < 0.5, cropped, cropped.flip(3))
                 yield (self._normalised(flipped),), y[pick]
+
+    def unlabelled(self) -> list[Inputs]:
+        """500 images as they are, evenly from the training set."""
+        images = self.train[0][:: max(len(self.train[0]) // 500, 1)][:500]
+        return [(self._normalised(each),) for each in images.split(50)]
 
     def criterion(self, output: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy."""

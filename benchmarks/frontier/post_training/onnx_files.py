@@ -95,7 +95,7 @@ def _quantize_4_bits(task: Task, source: Path, result: Path) -> str:
     return f"MatMulNBits, 4 bits, blocks of {_BLOCK}; embeddings stay float"
 
 
-POST_TRAINING: dict[str, System] = {
+ONNX_FILES: dict[str, System] = {
     "ort-int8": System(run=_int8, packages=("onnxruntime",), summary="onnxruntime post-training quantization, int8", bits=8, trains=False),
     "ort-int4": System(
         run=_int4, packages=("onnxruntime",), summary="onnxruntime post-training quantization, 4 bits", bits=4, trains=False

@@ -1,0 +1,118 @@
+"""The benchmark without training: what is put back lies on so many levels, its size is counted to the bit, the table says which is which."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("onnxruntime")
+
+from benchmarks.frontier.job import Job, NotApplicableError
+from benchmarks.frontier.post_training.matrices import Setting, measured, mib_of, nearest, replace_matrices
+from benchmarks.frontier.post_training.quantizers import QUANTIZERS, _ort_default, _ort_hqq, _ort_k_quant, _torchao_hqq, _torchao_rtn
+from benchmarks.frontier.training import silent
+
+HALF = 16
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embedding(ids)))
+
+
+@pytest.mark.parametrize("quantize", [_ort_default, _ort_hqq, _ort_k_quant, _torchao_rtn, _torchao_hqq])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_rounded_values_lie_on_the_levels_that_are_counted(quantize, bits):
+    if "torchao" in quantize.__name__ and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    rows = torch.randn(12, 96, generator=torch.Generator().manual_seed(0))
+    values, size = quantize(rows, Setting(bits, 32, HALF + bits))
+    assert values.shape == rows.shape
+    assert size == 12 * 96 * bits + 12 * 3 * (HALF + bits)
+    for block in values.reshape(-1, 32):
+        assert 2 <= len(block.unique()) <= 2**bits
+    step = (rows.view(-1, 32).amax(1) - rows.view(-1, 32).amin(1)).max() / (2**bits - 1)
+    assert (values - rows).square().mean().sqrt() < step / 2
+
+
+def test_a_short_last_block_has_a_scale_of_its_own():
+    rows = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    for quantize in (_ort_default, _ort_k_quant):
+        values, size = quantize(rows, Setting(4, 32, HALF + 4))
+        assert values.shape == rows.shape
+        assert size == 3 * 40 * 4 + 3 * 2 * (HALF + 4)
+
+
+def test_a_tied_embedding_is_rounded_once_and_has_8_bits_where_it_is_left_out():
+    seen, model = [], Tied()
+    given = model.embedding.weight.detach().clone()
+
+    def to_zero(name, rows):
+        seen.append(name)
+        return torch.zeros_like(rows), 7.0
+
+    assert replace_matrices(model, to_zero, embedding=False) == 50 * 64 * 8 + 50 * 32 + 7
+    assert seen == ["layer.weight"]
+    assert not model.layer.weight.any()
+    assert 0 < (model.head.weight - given).abs().max() <= given.abs().max() / 127 / 2 + 1e-6
+    assert replace_matrices(model, to_zero, embedding=True) == 14
+    assert mib_of(model, 14) == (14 + 64 * 32) / 8 / 2**20
+
+
+def test_the_setting_next_to_the_budget_is_taken_or_refused():
+    settings = [Setting(4, 64, 20), Setting(2, 64, 18)]
+    assert nearest(settings, 4.25).bits == 4
+    assert nearest(settings, 2.5).bits == 2
+    with pytest.raises(NotApplicableError, match="takes 2.28 bits a weight, 3.2 are asked for"):
+        nearest(settings, 3.2)
+
+
+def test_memory_is_that_of_what_is_within():
+    with measured() as found:
+        torch.ones(30 * 2**18).sum()
+    if "peak_mib" in found:
+        assert found["peak_mib"] >= 25
+
+
+def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
+    from benchmarks.frontier.tasks import Task
+
+    class Correlated(Task):
+        name, score_name, files = "correlated", "output error", ()
+
+        def load(self, folder):
+            generator = torch.Generator().manual_seed(0)
+            self.x = torch.randn(256, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+            self.x += 0.1 * torch.randn(256, 64, generator=generator)
+
+        def make_float_model(self, folder, tell):
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(64, 32))
+
+        def batches(self, seed):
+            while True:
+                yield (self.x,), self.float_model(self.x).detach()
+
+        def criterion(self, output, target):
+            return (output - target).square().mean()
+
+        def test_batches(self):
+            yield from [next(self.batches(0))]
+
+        def summarize(self, outputs, targets):
+            return {"score": float(self.criterion(outputs[0], targets[0]))}
+
+    task = Correlated(None)
+    points = {}
+    for name in ("ort-gptq-e8", "ort-rtn-e8"):
+        job = Job(task=task, bits=2.5, seed=0, steps=0, rate=0.0, penalty=None, bits_rate=0.0, through_onnx=False, tell=silent)
+        points[name] = QUANTIZERS[name].run(job)
+    assert points["ort-gptq-e8"]["score"] < 0.5 * points["ort-rtn-e8"]["score"]
+    assert points["ort-gptq-e8"]["bits_a_weight"] == pytest.approx(2 + 18 / 32)
