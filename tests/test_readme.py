@@ -21,7 +21,13 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
 
 
 DOCS = sorted(path for path in (README.parent / "docs").rglob("*.md") if "```python" in path.read_text())
-PRINTED = {"methods.md": "('0.weight', '2.weight') {}", "tutorial.md": "3 bits: 0.9", "tracing.md": "module - ", "size.md": "2.", "method.md": "_quantizer"}
+PRINTED = {
+    "methods.md": "('0.weight', '2.weight') {}",
+    "tutorial.md": "3 bits: 0.9",
+    "tracing.md": "module - ",
+    "size.md": "2.",
+    "method.md": "_quantizer",
+}
 """A part of what some of them print."""
 
 

@@ -60,12 +60,20 @@ class Method(ABC):
         """Refuse what no method can work with, and what is none of the choices of a Literal, by name and value; for ``__post_init__``."""
         name = type(self).__name__
         for setting, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and (value := getattr(self, setting)) not in get_args(hint):
-                raise ValueError(f"{name}: {setting} must be one of {get_args(hint)}, got {value!r}.")
+            if (choices := _choices(hint)) and (value := getattr(self, setting)) not in choices:
+                raise ValueError(f"{name}: {setting} must be one of {choices}, got {value!r}.")
         if self.min_size < 0:
             raise ValueError(f"{name}: min_size must not be negative, got {self.min_size}.")
         if isinstance(self.exclude, str):
             raise TypeError(f"{name}: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """What a Literal, or one that may be None, allows; nothing for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    first, *others = get_args(hint) or (None,)
+    return (*get_args(first), None) if get_origin(first) is Literal and others == [type(None)] else ()
 
 
 def check_whole(method: str, setting: str, value: Any, least: int, most: int | None = None) -> None:

@@ -43,8 +43,10 @@ class DiffQSettings(Method):
     """Weights that share a range; "group" is the group that shares a number of bits."""
     clip_ranges: bool = True
     """Whether ranges may leave weights outside: they start with the least squared error and are trained. Else they span all weights."""
-    grid: Grid = "affine"
-    """"affine" (integer zero_point), "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold)."""
+    grid: Grid | None = None
+    """"half" (zero points are multiples of 1/2 up to 3 bits, so that levels may lie centred about zero), "affine" (integer zero_point),
+    "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold). None: "half", or "affine" where the size is that of a file:
+    entropy coding wants zero to be a level, and ONNX has no half-integers."""
     noise: Literal["uniform", "gaussian"] = "uniform"
     """Uniform noise has the variance of real rounding, Gaussian (the paper's choice) three times as much."""
     min_bits: float = 1
@@ -158,4 +160,5 @@ class DiffQSettings(Method):
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
         """``(group_size, range_size, grid)``."""
-        return self.group_size, self.group_size if self.range_per == "group" else self.range_per, self.grid
+        grid = self.grid or ("half" if self.size_of == "widths" else "affine")
+        return self.group_size, self.group_size if self.range_per == "group" else self.range_per, grid

@@ -85,6 +85,7 @@ def _read(batches: Any) -> list[Example]:
 
 def _structure(example: Example) -> str:
     """Names, types and numbers of dimensions: sizes may change from batch to batch."""
+
     def described(value: Any) -> str:
         return f"{value.dtype} of {value.ndim} dimensions" if isinstance(value, Tensor) else type(value).__name__
 
