@@ -45,6 +45,8 @@ def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
 def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """What an ONNX file stores of one weight, as :func:`bit_costs`: a float32 scale for each group, a zero point as wide as its levels.
 
+    On the "half" grid the file has a zero point doubled, in the next container.
+
     Example:
         >>> values, fixed = container_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
         >>> values.tolist(), fixed
@@ -52,7 +54,7 @@ def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """
     values, scales = spec.bits_layout.counts(), spec.scale_layout.num_groups
     zero_points = scales // spec.bits_layout.num_groups if spec.grid in AROUND_ZERO else 0
-    return values + zero_points, 32 * scales
+    return values + (2 if spec.grid == "half" else 1) * zero_points, 32 * scales
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def pack_state_dict(
         target: the packed file to write.
         bits: width of every weight, 1 to 16.
         group_size: weights that share a scale: "tensor", "channel", or the length of a block.
-        grid: "affine" or "symmetric".
+        grid: "affine", "half" or "symmetric".
         exclude: patterns (as in a shell) of names that stay as they are.
         entropy: False to bit-pack.
 
