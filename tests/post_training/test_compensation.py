@@ -8,7 +8,7 @@ from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.post_training import compensation
 from diffq_fx.post_training.compensation import compensate, output_error
 
-GRIDS = ["affine", "symmetric", "float"]
+GRIDS = ["affine", "half", "symmetric", "float"]
 
 
 def second_moments(columns, groups=1, inputs=500):
