@@ -9,8 +9,10 @@ from torch import nn
 pytest.importorskip("onnxruntime")
 
 from benchmarks.frontier.job import Job, NotApplicableError
+from benchmarks.frontier.post_training import POST_TRAINING
 from benchmarks.frontier.post_training.matrices import Setting, measured, mib_of, nearest, replace_matrices
-from benchmarks.frontier.post_training.quantizers import QUANTIZERS, _ort_default, _ort_hqq, _ort_k_quant, _torchao_hqq, _torchao_rtn
+from benchmarks.frontier.post_training.quantizers import _ort_default, _ort_hqq, _ort_k_quant, _torchao_hqq, _torchao_rtn
+from benchmarks.frontier.tasks import Task
 from benchmarks.frontier.training import silent
 
 HALF = 16
@@ -82,7 +84,7 @@ def test_memory_is_that_of_what_is_within():
 
 
 def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
-    from benchmarks.frontier.tasks import Task
+    pytest.importorskip("llmcompressor")
 
     class Correlated(Task):
         name, score_name, files = "correlated", "output error", ()
@@ -111,8 +113,8 @@ def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
 
     task = Correlated(None)
     points = {}
-    for name in ("ort-gptq-e8", "ort-rtn-e8"):
+    for name in ("gptq-e8", "ort-rtn-e8"):
         job = Job(task=task, bits=2.5, seed=0, steps=0, rate=0.0, penalty=None, bits_rate=0.0, through_onnx=False, tell=silent)
-        points[name] = QUANTIZERS[name].run(job)
-    assert points["ort-gptq-e8"]["score"] < 0.5 * points["ort-rtn-e8"]["score"]
-    assert points["ort-gptq-e8"]["bits_a_weight"] == pytest.approx(2 + 18 / 32)
+        points[name] = POST_TRAINING[name].run(job)
+    assert points["gptq-e8"]["score"] < 0.5 * points["ort-rtn-e8"]["score"]
+    assert points["gptq-e8"]["bits_a_weight"] == pytest.approx(2 + 18 / 32)

@@ -45,6 +45,11 @@ def nearest(settings: Sequence[Setting], budget: float) -> Setting:
     return found
 
 
+def size_of(rows: Tensor, setting: Setting) -> float:
+    """Levels of every weight and what each block of a row adds; a row's last block may be shorter."""
+    return rows.numel() * setting.bits + len(rows) * -(-rows.shape[1] // setting.group) * setting.overhead
+
+
 def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
     """Every weight of two dimensions or more, a shared one once, and whether an embedding holds it."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier.job import Job, Point, System
-from benchmarks.frontier.post_training.matrices import Rounded, Setting, matrices, measured, mib_of, nearest, replace_matrices, score
+from benchmarks.frontier.post_training.matrices import Rounded, Setting, measured, mib_of, nearest, replace_matrices, score, size_of
 
 Quantize = Callable[[Tensor, Setting], Rounded]
 _HALF = 16
 _FLOAT_ZERO = [Setting(4, 128, 2 * _HALF), Setting(3, 64, 2 * _HALF), Setting(2, 64, 2 * _HALF)]
 _WHOLE_ZERO = [Setting(4, 64, _HALF + 4), Setting(3, 32, _HALF + 3), Setting(2, 32, _HALF + 2)]
 _SYMMETRIC = [Setting(4, 64, _HALF), Setting(3, 32, _HALF), Setting(2, 32, _HALF)]
-
-
-def _size(rows: Tensor, setting: Setting) -> float:
-    """Levels of every weight and what each block of a row adds; a row's last block may be shorter."""
-    return rows.numel() * setting.bits + len(rows) * -(-rows.shape[1] // setting.group) * setting.overhead
 
 
 def _padded(rows: Tensor, group: int) -> Tensor:
@@ -85,7 +80,7 @@ def _ort_default(rows: Tensor, setting: Setting) -> Rounded:
     levels = _unpacked(packed.reshape(-1, packed.shape[-1]), setting.bits)
     zeros = _unpacked(zero_points.reshape(len(rows), -1), setting.bits)[:, : scales.size // len(rows)]
     values = (levels.astype(np.float32) - zeros.reshape(-1, 1)) * _half(scales.reshape(-1, 1))
-    return _unblocked(values, rows), _size(rows, setting)
+    return _unblocked(values, rows), size_of(rows, setting)
 
 
 def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -101,7 +96,7 @@ def _ort_hqq(rows: Tensor, setting: Setting) -> Rounded:
     quantizer = HQQWeightOnlyQuantizer(HQQWeightOnlyQuantConfig(block_size=setting.group, bits=setting.bits))
     levels, scales, zeros = quantizer.quantize_internal(rows, bits=setting.bits, group_size=setting.group)
     values = (levels.view(-1, setting.group) - zeros.half().float().view(-1, 1)) * scales.half().float().view(-1, 1)
-    return values.view(len(rows), -1)[:, : rows.shape[1]], _size(rows, setting)
+    return values.view(len(rows), -1)[:, : rows.shape[1]], size_of(rows, setting)
 
 
 def _ort_k_quant(rows: Tensor, setting: Setting) -> Rounded:
@@ -109,7 +104,7 @@ def _ort_k_quant(rows: Tensor, setting: Setting) -> Rounded:
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
     levels, scales, zeros = quant_tensor_k_quant_cpu(_blocks(rows, setting), setting.bits, setting.group)
-    return _unblocked((levels - zeros) * _half(scales), rows), _size(rows, setting)
+    return _unblocked((levels - zeros) * _half(scales), rows), size_of(rows, setting)
 
 
 def _gguf(rows: Tensor, setting: Setting) -> Rounded:
@@ -131,48 +126,6 @@ def _run(quantize: Quantize, settings: Sequence[Setting], *, embedding: bool) ->
         return score(job, model, mib_of(model, bits), str(setting), costs)
 
     return run
-
-
-def _gptq(job: Job) -> Point:
-    """onnxruntime's GPTQ; the inputs' products are those of the float model."""
-    from onnxruntime.quantization.neural_compressor.weight_only import gptq
-
-    setting, model = nearest(_WHOLE_ZERO, job.bits), job.copy_of_float()
-    with measured() as costs:
-        products = _products_of_inputs(job, model)
-
-        def round_rows(name: str, rows: Tensor) -> Rounded:
-            of_inputs = products.get(name)
-            if of_inputs is None:  # nothing is multiplied with it as a Linear does
-                return _ort_k_quant(rows, setting)
-            values = gptq(rows.T.double().numpy().copy(), of_inputs.double().numpy(), setting.bits, setting.group, mse=True)
-            return torch.from_numpy(np.ascontiguousarray(values.T)).float(), _size(rows, setting)
-
-        bits = replace_matrices(model, round_rows, embedding=False)
-    return score(job, model, mib_of(model, bits), f"{setting}, mse=True", costs)
-
-
-def _products_of_inputs(job: Job, model: torch.nn.Module) -> dict[str, Tensor]:
-    """Sum of the inputs' products for each Linear that shares its weight with no embedding."""
-    embeddings = {name for name, _, is_embedding in matrices(model) if is_embedding}
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str):
-        def hook(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            flat = inputs[0].detach().flatten(0, -2)
-            sums[name] = sums.get(name, torch.zeros(())) + flat.T @ flat
-
-        return hook
-
-    names = {id(parameter): name for name, parameter, _ in matrices(model)}
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and names[id(module.weight)] not in embeddings]
-    hooks = [module.register_forward_pre_hook(watch(names[id(module.weight)])) for module in linear]
-    with torch.no_grad():
-        for inputs in job.task.unlabelled():
-            model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return sums
 
 
 def _torchao_rtn(rows: Tensor, setting: Setting) -> Rounded:
@@ -208,12 +161,4 @@ QUANTIZERS: dict[str, System] = {
     )
     for name, (quantize, settings, packages, summary) in _ALL.items()
     for embedding in (True, False)
-} | {
-    "ort-gptq-e8": System(
-        run=_gptq,
-        packages=("onnxruntime",),
-        summary="onnxruntime's GPTQ; embeddings at 8 bits, the rest at the budget",
-        trains=False,
-        is_default=False,
-    )
 }
