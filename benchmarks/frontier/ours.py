@@ -8,9 +8,9 @@ from unittest import mock
 
 from torch import nn
 
-from benchmarks.frontier.job import Job, NotApplicableError, Point, System, float_mib
+from benchmarks.frontier.job import Job, Point, System, float_mib
 from benchmarks.frontier.sessions import score_file
-from diffq_fx import DiffQConfig, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
+from diffq_fx import DiffQConfig, Distillation, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
 from diffq_fx.budget import sensitivity
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
@@ -65,11 +65,10 @@ def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False, distill
     """Prepare, train, convert."""
 
     def run(job: Job) -> Point:
-        if distilled and not job.task.has_class_scores:
-            raise NotApplicableError("its outputs are no scores of classes, which distillation_loss takes")
         method = make(job)
         model = prepare(job.copy_of_float(), job.task.example, method)
-        job.training(model, teacher=job.task.float_model if distilled else None).advance(job.steps)
+        kind = "scores" if job.task.has_class_scores else "features"
+        job.training(model, distillation=Distillation(model, kind=kind) if distilled else None).advance(job.steps)
         if batch_norm:
             batches = job.task.batches(job.seed + 1)
             reestimate_batch_norm(model, (inputs for (inputs, _), _ in zip(batches, range(10), strict=False)))
