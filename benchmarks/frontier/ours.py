@@ -67,8 +67,7 @@ def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False, distill
     def run(job: Job) -> Point:
         method = make(job)
         model = prepare(job.copy_of_float(), job.task.example, method)
-        kind = "scores" if job.task.has_class_scores else "features"
-        job.training(model, distillation=Distillation(model, kind=kind) if distilled else None).advance(job.steps)
+        job.training(model, distillation=Distillation(model) if distilled else None).advance(job.steps)
         if batch_norm:
             batches = job.task.batches(job.seed + 1)
             reestimate_batch_norm(model, (inputs for (inputs, _), _ in zip(batches, range(10), strict=False)))

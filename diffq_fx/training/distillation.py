@@ -24,7 +24,7 @@ _IMAGE_DIMS = 4
 
 
 class Distillation:
-    """A frozen teacher of a prepared model, and the loss that follows it: one line in a training loop.
+    """A frozen teacher of a prepared model: its loss is one line in a training loop, in place of the task's own or added to it.
 
     Make it right after ``prepare``: a prepared model shares its Parameters with the float model, which trains along with it. So the teacher
     is a copy of the float model, in eval mode and without gradients: the memory of its weights, and one forward without gradients a
@@ -34,7 +34,6 @@ class Distillation:
         model: prepared, not trained yet; wrapped or not.
         teacher: another model to follow, with the inputs and the outputs of the prepared one. If it shares memory with the prepared model,
             it is copied, as is the float model by default; if not, it is taken as it is and put into eval mode.
-        weight: what the distance to the teacher is multiplied with.
         temperature: see :func:`output_loss`.
         kind: see :func:`output_loss`.
 
@@ -46,40 +45,29 @@ class Distillation:
     Example:
         >>> from diffq_fx import prepare_diffq
         >>> model = prepare_diffq(nn.Linear(32, 32), torch.zeros(1, 32))
-        >>> distill = Distillation(model, kind="scores")
-        >>> inputs, labels = torch.randn(4, 32), torch.tensor([0, 1, 2, 3])
-        >>> outputs = model(inputs)
-        >>> loss = distill(inputs, outputs, F.cross_entropy(outputs, labels))  # or distill(inputs, outputs), without labels
-        >>> loss.backward()
+        >>> distill = Distillation(model)
+        >>> inputs = torch.randn(4, 32)  # no labels
+        >>> distill(inputs, model(inputs)).backward()
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module | None = None,
-        *,
-        weight: float = 1.0,
-        temperature: float = 4.0,
-        kind: Kind = "auto",
+        self, model: nn.Module, teacher: nn.Module | None = None, *, temperature: float = 4.0, kind: Kind = "auto"
     ) -> None:
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"Distillation: teacher must be a module or None, got {type(teacher).__name__}.")
-        if not 0 < weight < math.inf:
-            raise ValueError(f"Distillation: weight must be positive and finite, got {weight}.")
         _check_settings("Distillation", kind, temperature)
         compressions = require_compressions(model, "Distillation")
         chosen = unwrapped(model if teacher is None else teacher)
         self._is_copy = not _memory_of(chosen).isdisjoint(_memory_of(model))
         self.teacher = _float_copy(chosen, compressions) if self._is_copy else chosen
-        self.weight, self.temperature, self.kind = weight, temperature, kind
+        self.temperature, self.kind = temperature, kind
 
-    def __call__(self, inputs: Any, outputs: Any, loss: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """The loss to minimize: ``loss + weight * output_loss(outputs, teacher(inputs))``.
+    def __call__(self, inputs: Any, outputs: Any, *, mask: Tensor | None = None) -> Tensor:
+        """The loss to minimize, :func:`output_loss` of the outputs and the teacher's.
 
         Args:
             inputs: what the model was called with: a tensor, a tuple of positional or a dict of keyword arguments.
             outputs: what it gave for them, or the part of that to compare.
-            loss: the task's own; None to follow the teacher alone, which needs no labels.
             mask: see :func:`output_loss`; by default the ``attention_mask`` of the inputs, where outputs have a row for each token.
 
         Returns:
@@ -91,8 +79,7 @@ class Distillation:
         example = Example.of(inputs)
         if mask is None:
             mask = _attention_mask(example, outputs)
-        distance = output_loss(outputs, self._answers(example), kind=self.kind, temperature=self.temperature, mask=mask)
-        return self.weight * distance if loss is None else loss + self.weight * distance
+        return output_loss(outputs, self._answers(example), kind=self.kind, temperature=self.temperature, mask=mask)
 
     @torch.no_grad()
     def _answers(self, example: Example) -> Any:
@@ -112,7 +99,8 @@ def output_loss(outputs: Any, teacher_outputs: Any, *, kind: Kind = "auto", temp
 
     - Class scores, next-token logits too: ``T^2 KL(softmax(t / T) || softmax(s / T))``, mean over rows (arXiv:1503.02531). Classes are in
       the last dimension, those of tensors with four or more in the second.
-    - Features, and what regressions give: ``sum (s - t)^2 / sum t^2``, the squared error relative to the teacher's power.
+    - Features, what regressions give, and class scores that nothing names so: ``sum (s - t)^2 / sum t^2``, the squared error relative to the
+      teacher's power. It serves class scores as well (arXiv:2105.08919, docs/accuracy.md).
 
     Outputs that are called ``logits``, or something that ends in ``_logits``, are class scores and are then compared alone. Losses, caches
     and what is not floating point are not compared.
@@ -189,8 +177,10 @@ def _pairs(outputs: Any, teacher_outputs: Any, kind: Kind) -> list[_Pair]:
         axis = 1 if tensor.dim() >= _IMAGE_DIMS else -1
         is_scores = kind == "scores" or (kind == "auto" and _is_scores(name))
         is_scores = is_scores and tensor.dim() > 0 and tensor.shape[axis] > 1  # one score a row is a regression
-        both = (each if each.dtype == torch.float64 else each.float() for each in (tensor, other.detach()))
-        pairs.append(_Pair(name, *(each.movedim(axis, -1) if is_scores else each for each in both), is_scores))
+        student, teacher = (each if each.dtype == torch.float64 else each.float() for each in (tensor, other.detach()))
+        if is_scores:
+            student, teacher = student.movedim(axis, -1), teacher.movedim(axis, -1)
+        pairs.append(_Pair(name, student, teacher, is_scores))
     return pairs
 
 
@@ -226,7 +216,7 @@ def _attention_mask(example: Example, outputs: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and any(_fits(mask, each) for each in _compared(outputs).values()) else None
 
 
-def _check_settings(caller: str, kind: str, temperature: float) -> None:
+def _check_settings(caller: str, kind: Kind, temperature: float) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"{caller}: kind must be one of {get_args(Kind)}, got {kind!r}.")
     if not 0 < temperature < math.inf:
