@@ -50,9 +50,7 @@ class Distillation:
         >>> distill(inputs, model(inputs)).backward()
     """
 
-    def __init__(
-        self, model: nn.Module, teacher: nn.Module | None = None, *, temperature: float = 4.0, kind: Kind = "auto"
-    ) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, *, temperature: float = 4.0, kind: Kind = "auto") -> None:
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"Distillation: teacher must be a module or None, got {type(teacher).__name__}.")
         _check_settings("Distillation", kind, temperature)
@@ -60,7 +58,8 @@ class Distillation:
         chosen = unwrapped(model if teacher is None else teacher)
         self._is_copy = not _memory_of(chosen).isdisjoint(_memory_of(model))
         self.teacher = _float_copy(chosen, compressions) if self._is_copy else chosen
-        self.temperature, self.kind = temperature, kind
+        self.temperature = temperature
+        self.kind: Kind = kind
 
     def __call__(self, inputs: Any, outputs: Any, *, mask: Tensor | None = None) -> Tensor:
         """The loss to minimize, :func:`output_loss` of the outputs and the teacher's.
@@ -99,8 +98,8 @@ def output_loss(outputs: Any, teacher_outputs: Any, *, kind: Kind = "auto", temp
 
     - Class scores, next-token logits too: ``T^2 KL(softmax(t / T) || softmax(s / T))``, mean over rows (arXiv:1503.02531). Classes are in
       the last dimension, those of tensors with four or more in the second.
-    - Features, what regressions give, and class scores that nothing names so: ``sum (s - t)^2 / sum t^2``, the squared error relative to the
-      teacher's power. It serves class scores as well (arXiv:2105.08919, docs/accuracy.md).
+    - Features, what regressions give, and class scores that nothing names so: ``sum (s - t)^2 / sum t^2``, the squared error relative to
+      the teacher's power. It serves class scores as well (arXiv:2105.08919).
 
     Outputs that are called ``logits``, or something that ends in ``_logits``, are class scores and are then compared alone. Losses, caches
     and what is not floating point are not compared.

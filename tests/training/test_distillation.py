@@ -314,7 +314,6 @@ def test_bad_settings_are_refused():
     for settings, message in (
         ({"kind": "logits"}, "kind must be one of"),
         ({"temperature": 0}, "temperature must be"),
-        
     ):
         with pytest.raises(ValueError, match=message):
             Distillation(model, **settings)
