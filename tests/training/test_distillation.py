@@ -7,8 +7,10 @@ from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from diffq_fx import DiffQConfig, Distillation, PreparationError, convert, prepare, prepare_diffq
 from diffq_fx.methods import LSQ
@@ -164,6 +166,29 @@ def test_distilling_beats_the_rounded_start():
         before = distill(X, model.eval()(X))
     train(model, distill, steps=40)
     assert distill(X, model.eval()(X)) < before / 2
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_in_several_processes(process_group):
+    wrapped = nn.parallel.DistributedDataParallel(make())
+    distill = Distillation(wrapped)
+    train(wrapped, distill, steps=3, accumulated=2)
+    assert torch.equal(distill.teacher(X), make_net().eval()(X))
+    model = make()
+    distill = Distillation(model)
+    fully_shard(model)
+    train(model, distill, steps=3)
+    assert torch.equal(distill.teacher(X), make_net().eval()(X))
+    sharded = make()
+    fully_shard(sharded)
+    with pytest.raises(PreparationError, match="is sharded over ranks"):
+        Distillation(sharded)
 
 
 def test_any_method_has_a_teacher():
