@@ -109,7 +109,9 @@ def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:
     entries: list[tuple[str, Method]] = []
     for pattern, method in choice.entries:
         if not isinstance(method, DiffQConfig):
-            raise TypeError(f"{CALLER}: {pattern!r} has {type(method).__name__}, whose widths are not found from batches. Give a DiffQConfig.")
+            raise TypeError(
+                f"{CALLER}: {pattern!r} has {type(method).__name__}, whose widths are not found from batches. Give a DiffQConfig."
+            )
         if not method.has_target:
             raise ValueError(f"{CALLER}: penalty={method.penalty:g} is no size to meet. Give target_bits or target_mib.")
         entries.append((pattern, replace(method, training_steps=None)))

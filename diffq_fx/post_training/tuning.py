@@ -24,7 +24,7 @@ _RANGE_RATE = 3e-4
 _WARM_UP = 0.1
 _CHECKS = 10
 """Looks at the held-out batches during the tuning."""
-TRACE=False
+TRACE = False
 _PATIENCE = 3
 """Looks without an improvement until it ends."""
 
@@ -84,9 +84,7 @@ class Best:
             tensor.copy_(value)
 
 
-def tune(
-    model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar
-) -> Tuned:
+def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> Tuned:
     """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
     quantize_in_eval(model, compression)
     before = held_out_distance(model, wanted, data)
@@ -103,7 +101,8 @@ def tune(
         share = max(steps / limits.steps if limits.steps else 1.0, (now - began) / max(limits.deadline - began, 1e-9))
         if steps and (share >= 1 or share >= checked + 1 / _CHECKS):
             checked = share
-            if TRACE: print(steps, held_out_distance(model, wanted, data), best.distance)
+            if TRACE:
+                print(steps, held_out_distance(model, wanted, data), best.distance)
             worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
         if share >= 1:
             break

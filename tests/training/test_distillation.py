@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from diffq_fx import DiffQConfig, Distillation, PreparationError, convert, prepare, prepare_diffq
 from diffq_fx.methods import LSQ
-from diffq_fx.training.distillation import output_loss
+from diffq_fx.training.output_loss import output_loss, scores_among
 
 X = torch.linspace(-1, 1, 16 * 32).view(16, 32).sin()
 
@@ -259,39 +259,61 @@ def test_class_scores_are_found_by_name(structure, mask):
 def test_features_are_compared_by_their_power(structure):
     a, b, c, d = torch.randn(4, 2, 2, 5).unbind(0)
     expected = ((a - c).square().sum() / c.square().sum() + (b - d).square().sum() / d.square().sum()) / 2
-    torch.testing.assert_close(output_loss(structure(a, b), structure(c, d)), expected)
+    torch.testing.assert_close(output_loss(structure(a, b), structure(c, d), scores=()), expected)
     keep = MASK.bool()
-    torch.testing.assert_close(output_loss(a, c, mask=MASK), (a - c)[keep].square().sum() / c[keep].square().sum())
+    torch.testing.assert_close(output_loss(a, c, scores=(), mask=MASK), (a - c)[keep].square().sum() / c[keep].square().sum())
+
+
+def test_class_scores_without_a_name_are_those_whose_rows_choose():
+    labels = torch.arange(12) % 4
+    confident = 6 * F.one_hot(labels).float()
+    outputs = {
+        "confident": confident,
+        "of images": confident.view(3, 4, 4, 1).transpose(1, 2),
+        "all the same": confident[:1].expand(12, 4),
+        "features": torch.randn(12, 4),
+        "one": 9 * torch.randn(12, 1),
+    }
+    assert scores_among(outputs) == {"confident", "of images"}
+
+
+def test_what_outputs_are_is_seen_once():
+    model = make()
+    distill, follow = Distillation(model), Distillation(model, kind="scores")
+    model[3].weight.data.mul_(30)  # after the teacher was made
+    wanted, outputs = distill.teacher(X), model.eval()(X)
+    torch.testing.assert_close(distill(X, outputs), output_loss(outputs, wanted, scores=()))
+    torch.testing.assert_close(follow(X, outputs), output_loss(outputs, wanted, scores={"output"}, temperature=4.0))
 
 
 def test_what_is_padded_may_be_anything():
     student, teacher = LOGITS.clone().requires_grad_(), LOGITS / 2
     with torch.no_grad():
         student[1, 1] = float("nan")
-    for kind in ("scores", "features"):
-        loss = output_loss(student, teacher, kind=kind, mask=MASK)
+    for scores in ({"output"}, ()):
+        loss = output_loss(student, teacher, scores=scores, mask=MASK)
         (grad,) = torch.autograd.grad(loss, student)
         assert torch.isfinite(loss)
         assert torch.isfinite(grad).all()
         assert not grad[1, 1].any()
-    assert output_loss(student, teacher, kind="scores", mask=torch.zeros(2, 2)) == 0  # a batch of nothing but padding
+    assert output_loss(student, teacher, scores={"output"}, mask=torch.zeros(2, 2)) == 0  # a batch of nothing but padding
 
 
 def test_classes_that_are_ruled_out_differ_by_nothing():
     student, teacher = torch.tensor([[1.0, 2.0, -torch.inf]], requires_grad=True), torch.tensor([[1.0, 1.0, -torch.inf]])
-    loss = output_loss(student, teacher, kind="scores")
-    torch.testing.assert_close(loss, output_loss(student[:, :2], teacher[:, :2], kind="scores"))
+    loss = output_loss(student, teacher, scores={"output"})
+    torch.testing.assert_close(loss, output_loss(student[:, :2], teacher[:, :2], scores={"output"}))
     assert torch.isfinite(torch.autograd.grad(loss, student)[0]).all()
 
 
 def test_classes_of_images_are_channels_and_one_class_is_a_regression():
     student, teacher = torch.randn(2, 2, 5, 3, 3).unbind(0)
     torch.testing.assert_close(
-        output_loss(student, teacher, kind="scores"),
-        output_loss(student.movedim(1, -1).flatten(0, -2), teacher.movedim(1, -1).flatten(0, -2), kind="scores"),
+        output_loss(student, teacher, scores={"output"}),
+        output_loss(student.movedim(1, -1).flatten(0, -2), teacher.movedim(1, -1).flatten(0, -2), scores={"output"}),
     )
     one, other = student.reshape(-1, 1), teacher.reshape(-1, 1)
-    torch.testing.assert_close(output_loss({"logits": one}, {"logits": other}), output_loss(one, other))
+    torch.testing.assert_close(output_loss({"logits": one}, {"logits": other}), output_loss(one, other, scores=()))
 
 
 def test_a_mask_among_the_inputs_is_used_where_it_fits():
@@ -319,10 +341,10 @@ def test_a_mask_among_the_inputs_is_used_where_it_fits():
 @pytest.mark.parametrize(
     ("outputs", "teacher", "message"),
     [
-        (torch.ones(2, 3), torch.ones(2, 4), r"the output has shape \(2, 3\), the teacher's has \(2, 4\)"),
+        (torch.ones(2, 3), torch.ones(2, 4), r"output has shape \(2, 3\), the teacher's has \(2, 4\)"),
         ({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}, "to compare are a; the teacher gives a, b"),
         (torch.ones(2).long(), torch.ones(2).long(), "to compare are no floating-point tensor"),
-        (None, torch.ones(2), "to compare are no floating-point tensor; the teacher gives the output"),
+        (None, torch.ones(2), "to compare are no floating-point tensor; the teacher gives output"),
     ],
 )
 def test_outputs_that_are_not_the_teachers_are_refused(outputs, teacher, message):

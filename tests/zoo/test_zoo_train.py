@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffq_fx import Distillation
-from diffq_fx.training.distillation import output_loss
+from diffq_fx.training.output_loss import output_loss
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
 from zoo.models import BOTH_SCOPES
