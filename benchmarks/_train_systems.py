@@ -9,7 +9,7 @@ import torch
 from _models import ResNet18, language_model, minilm_size
 from torch import Tensor, nn
 
-from diffq_fx import DiffQConfig, prepare_diffq, recompute_weights
+from diffq_fx import DiffQConfig, Distillation, prepare_diffq, recompute_weights
 from diffq_fx.methods import diffq_settings
 
 Step = Callable[[], None]
@@ -107,6 +107,13 @@ def ours(**settings: object) -> Callable[[nn.Module, Tensor, Loss], Step]:
     return lambda model, inputs, loss_of: training_step(prepare_diffq(model, inputs[:1], DiffQConfig(**settings)), inputs, loss_of)
 
 
+def distilled(model: nn.Module, inputs: Tensor, _: Loss) -> Step:
+    """A step of a model that follows the float model and no loss beside."""
+    prepared = prepare_diffq(model, inputs[:1], DiffQConfig(training_steps=10))
+    distill = Distillation(prepared)
+    return training_step(prepared, inputs, lambda outputs: distill(inputs, outputs))
+
+
 def recomputing(make: Callable[[nn.Module, Tensor, Loss], Step]) -> Callable[[nn.Module, Tensor, Loss], Step]:
     """The same steps with the weights made again in the backward."""
 
@@ -126,6 +133,7 @@ diffq_settings.SENSITIVITY_STEPS = 1  # the look at the gradients of the first s
 SYSTEMS: dict[str, Callable[[nn.Module, Tensor, Loss], Step]] = {
     "ours, per channel (default), noise": ours(),
     "ours, per channel (default), rounding": ours(training_steps=10),  # the noise is over after the warm-up
+    "ours, per channel (default), rounding, Distillation": distilled,
     "ours, per channel, noise, recompute_weights()": recomputing(ours()),
     "ours, per channel, rounding, recompute_weights()": recomputing(ours(training_steps=10)),
     "ours, g=8, noise": ours(group_size=8, target_bits=5),

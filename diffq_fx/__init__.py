@@ -24,7 +24,8 @@ from diffq_fx.post_training.compress import compress
 from diffq_fx.prepare import prepare, prepare_diffq
 from diffq_fx.report import BitsReport, bits_report
 from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.training.finalize import distillation_loss, freeze_bits, reestimate_batch_norm
+from diffq_fx.training.distillation import Distillation
+from diffq_fx.training.finalize import freeze_bits, reestimate_batch_norm
 from diffq_fx.training.optimizer import setup_optimizer
 from diffq_fx.weights import SkippedWeight, WeightSpec
 
@@ -39,7 +40,7 @@ __all__ = [
     "model_size",
     "setup_optimizer",
     "freeze_bits",
-    "distillation_loss",
+    "Distillation",
     "reestimate_batch_norm",
     "recompute_weights",
     "convert_diffq",

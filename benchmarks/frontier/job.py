@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.frontier.tasks import Task
 from benchmarks.frontier.training import Tell, Training
-from diffq_fx import model_size, prepare
+from diffq_fx import Distillation, model_size, prepare
 from diffq_fx.methods import STE
 
 Point = dict[str, Any]
@@ -62,11 +62,19 @@ class Job:
         *,
         set_up: Callable[[torch.optim.Optimizer], None] | None = None,
         extra: Callable[[], Tensor] | None = None,
-        teacher: nn.Module | None = None,
+        distillation: Distillation | None = None,
     ) -> Training:
         """The training that everybody gets, not yet begun."""
         return Training(
-            self.task, model, seed=self.seed, steps=self.steps, rate=self.rate, set_up=set_up, extra=extra, teacher=teacher, tell=self.tell
+            self.task,
+            model,
+            seed=self.seed,
+            steps=self.steps,
+            rate=self.rate,
+            set_up=set_up,
+            extra=extra,
+            distillation=distillation,
+            tell=self.tell,
         )
 
 

@@ -8,12 +8,13 @@ from unittest import mock
 
 from torch import nn
 
-from benchmarks.frontier.job import Job, NotApplicableError, Point, System, float_mib
+from benchmarks.frontier.job import Job, Point, System, float_mib
 from benchmarks.frontier.sessions import score_file
-from diffq_fx import DiffQConfig, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
+from diffq_fx import DiffQConfig, Distillation, ExportError, convert, model_size, prepare, reestimate_batch_norm, setup_optimizer
 from diffq_fx.budget import sensitivity
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
+from diffq_fx.training.distillation import Kind
 from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
 
 _L_STEPS = 20
@@ -61,15 +62,13 @@ def through_onnx(job: Job, converted: nn.Module) -> dict[str, float | str]:
         return {"exact_score": exact, "fast_score": fast, "file_mib": result.file_bytes / 2**20}
 
 
-def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False, distilled: bool = False) -> Callable[[Job], Point]:
+def _trained(make: Callable[[Job], Method], *, batch_norm: bool = False, distilled: Kind | None = None) -> Callable[[Job], Point]:
     """Prepare, train, convert."""
 
     def run(job: Job) -> Point:
-        if distilled and not job.task.has_class_scores:
-            raise NotApplicableError("its outputs are no scores of classes, which distillation_loss takes")
         method = make(job)
         model = prepare(job.copy_of_float(), job.task.example, method)
-        job.training(model, teacher=job.task.float_model if distilled else None).advance(job.steps)
+        job.training(model, distillation=Distillation(model, kind=distilled) if distilled else None).advance(job.steps)
         if batch_norm:
             batches = job.task.batches(job.seed + 1)
             reestimate_batch_norm(model, (inputs for (inputs, _), _ in zip(batches, range(10), strict=False)))
@@ -163,12 +162,17 @@ OURS: dict[str, System] = {
         is_default=False,
     ),
     "ours-distilled": System(
-        run=_trained(lambda job: _aimed(job, training_steps=job.steps), distilled=True),
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps), distilled="auto"),
         summary="ours, distilled from the float model",
         is_default=False,
     ),
+    "ours-distilled-features": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps), distilled="features"),
+        summary="ours, distilled from the float model by the squared error of its outputs",
+        is_default=False,
+    ),
     "lsq-distilled": System(
-        run=_trained(lambda job: LSQ(bits=job.whole_bits), distilled=True),
+        run=_trained(lambda job: LSQ(bits=job.whole_bits), distilled="auto"),
         summary="learned step size, distilled from the float model",
         is_default=False,
     ),

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import distillation_loss
+from diffq_fx import Distillation
 
 if TYPE_CHECKING:
-    from benchmarks.frontier.tasks.base import Task
-
-_TEMPERATURE = 4.0
+    from benchmarks.frontier.tasks.base import Batch, Task
 
 Tell = Callable[[int, float], None]
 """Told after each step: its number and its loss."""
@@ -26,8 +24,8 @@ class Training:
     """So many steps of one model on one task; :meth:`advance` may make them in parts.
 
     ``set_up`` gets the optimizer before the first step (diffq and learned widths put parameters in groups of their own), ``extra`` is added
-    to the loss, ``teacher`` makes the loss its distillation in place of the task's own, ``warm_up`` is the number of steps in which the
-    learning rate rises (the float models' training alone has them).
+    to the loss, ``distillation`` makes the distance to its teacher the loss in place of the task's own, ``warm_up`` is the number of steps
+    in which the learning rate rises (the float models' training alone has them).
     """
 
     def __init__(
@@ -40,12 +38,12 @@ class Training:
         rate: float,
         set_up: Callable[[torch.optim.Optimizer], None] | None = None,
         extra: Callable[[], Tensor] | None = None,
-        teacher: nn.Module | None = None,
+        distillation: Distillation | None = None,
         warm_up: int = 0,
         tell: Tell = silent,
     ) -> None:
         torch.manual_seed(seed)
-        self.task, self.model, self.extra, self.teacher, self.tell = task, model, extra, teacher, tell
+        self.task, self.model, self.extra, self.distillation, self.tell = task, model, extra, distillation, tell
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-4)
         if set_up is not None:
             set_up(self.optimizer)
@@ -64,15 +62,14 @@ class Training:
         self.model.train()
         for _ in range(steps):
             self.optimizer.zero_grad()
-            batch = next(self.batches)
-            loss = self.task.loss(self.model, batch) if self.teacher is None else self._distilled(self.teacher, batch[0])
+            loss = self._loss(next(self.batches))
             (loss if self.extra is None else loss + self.extra()).backward()
             self.optimizer.step()
             self.scheduler.step()
             self.done += 1
             self.tell(self.done, loss.item())
 
-    def _distilled(self, teacher: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher(*inputs)
-        return distillation_loss(self.model(*inputs), wanted, _TEMPERATURE)
+    def _loss(self, batch: "Batch") -> Tensor:
+        if self.distillation is None:
+            return self.task.loss(self.model, batch)
+        return self.distillation(batch[0], self.model(*batch[0]))

@@ -18,8 +18,8 @@ def copy_sharing_parameters(model: nn.Module) -> nn.Module:
     return copy_replacing(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module], copies: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a model, with other tensors or modules (by the identity of what they replace) in the copy, wherever the model holds them.
+def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module | None], copies: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a model, with other tensors, modules or None (by the identity of what they replace) in the copy, wherever the model holds them.
 
     ``copies`` gathers the copy of every object, by the identity of what it is a copy of.
 

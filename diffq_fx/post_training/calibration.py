@@ -1,7 +1,6 @@
 """Unlabelled batches: read, checked to be inputs of one structure, and divided into those to tune on and those held out."""
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,22 +132,3 @@ def _free_bytes(device: torch.device) -> int | None:
             return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-
-
-def outputs_of(tree: Any, name: str = "output") -> dict[str, Tensor]:
-    """The float tensors of a model's output by their names: of tuples, dicts and dataclasses, as transformers has them.
-
-    Example:
-        >>> list(outputs_of({"logits": torch.zeros(1, 2), "more": (torch.zeros(1), torch.zeros(1, dtype=torch.int64))}))
-        ['logits', 'more.0']
-    """
-    if isinstance(tree, Tensor):
-        return {name: tree} if tree.is_floating_point() else {}
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | Mapping):
-        tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-    if isinstance(tree, Sequence) and not isinstance(tree, str):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, Mapping):
-        return {}
-    prefix = "" if name == "output" else f"{name}."
-    return {path: leaf for key, value in tree.items() for path, leaf in outputs_of(value, f"{prefix}{key}").items()}

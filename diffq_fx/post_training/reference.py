@@ -8,18 +8,12 @@ from torch import Tensor, nn
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example
-from diffq_fx.post_training.calibration import CALLER, outputs_of, refuse_labels
-from diffq_fx.training.finalize import distillation_loss
+from diffq_fx.post_training.calibration import CALLER, refuse_labels
+from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
 from diffq_fx.weights import not_finite
 
-_SCORES = ("logits", "scores")
-_BESIDE = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
-"""Outputs of transformers that only repeat what is inside the model."""
-_SURE = 0.5
-"""Scores of classes choose: their entropy is below this part of that of all classes alike, and the choice differs from row to row."""
 _KEPT_BYTES = 1 << 28
 """Outputs of the float model that are kept, in all; larger ones are computed again at each step."""
-_MASK = "attention_mask"
 
 
 class FloatOutputs:
@@ -46,15 +40,15 @@ class FloatOutputs:
             if (ours := _shapes(own)) != (theirs := _shapes(wanted)):
                 raise ValueError(f"{CALLER}: the teacher's outputs must be those of the model, {ours}; got {theirs}.")
         _refuse_not_finite(wanted)
-        self.are_scores = {name: _are_scores(name, tensor) for name, tensor in wanted.items()}
+        self._names, self._scores = tuple(wanted), scores_among(wanted)
         self._keeps = batches * sum(tensor.nbytes for tensor in wanted.values()) <= _KEPT_BYTES
         self._kept: dict[int, Mapping[str, Tensor]] = {}
 
     @property
     def description(self) -> str:
         """What is compared, for the record."""
-        kinds = {name: "KL divergence of class scores" if scores else "squared error" for name, scores in self.are_scores.items()}
-        return ", ".join(f"{kind} of {name}" for name, kind in kinds.items())
+        kinds = ("KL divergence of class scores" if name in self._scores else "squared error" for name in self._names)
+        return ", ".join(f"{kind} of {name}" for name, kind in zip(self._names, kinds, strict=True))
 
     def of(self, example: Example) -> Mapping[str, Tensor]:
         """The outputs on a batch."""
@@ -68,20 +62,8 @@ class FloatOutputs:
 
     def distance(self, model: nn.Module, example: Example) -> Tensor:
         """How far a model's outputs are from them: mean over the outputs of a KL divergence or a relative squared error, 0-d."""
-        wanted = self.of(example)
-        found = outputs_of(model(*example.args, **example.kwargs))
-        mask = example.kwargs.get(_MASK)
-        losses = []
-        for name, expected in wanted.items():
-            own = found[name]
-            if isinstance(mask, Tensor) and mask.shape == own.shape[:2] and not bool(mask.all()):  # not where there is no input
-                own, expected = own[mask.bool()], expected[mask.bool()]  # noqa: PLW2901
-            own = own.float()
-            if self.are_scores[name]:
-                losses.append(distillation_loss(own, expected.float()))
-            else:
-                losses.append((own - expected).square().mean() / expected.square().mean().clamp(min=1e-30))
-        return torch.stack(losses).mean()
+        outputs = model(*example.args, **example.kwargs)
+        return output_loss(outputs, self.of(example), scores=self._scores, mask=attention_mask(example, outputs))
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -112,11 +94,9 @@ def _run(model: nn.Module, example: Example) -> dict[str, Tensor]:
             f"{CALLER}: the {type(model).__name__} returns a loss, and what is imitated are its outputs: "
             "give the model without its loss, and batches without labels."
         )
-    found = {name: tensor for name, tensor in found.items() if name.partition(".")[0] not in _BESIDE}
-    scores = {name: tensor for name, tensor in found.items() if name.rpartition(".")[2] in _SCORES}
-    if not found:
+    if not (found := compared(output)):
         raise ValueError(f"{CALLER}: the {type(model).__name__} returns no float tensor (a {type(output).__name__}) to imitate.")
-    return scores or found
+    return found
 
 
 def _shapes(outputs: Mapping[str, Tensor]) -> str:
@@ -127,15 +107,3 @@ def _refuse_not_finite(outputs: Mapping[str, Tensor]) -> None:
     for name, tensor in outputs.items():
         if where := not_finite(tensor):
             raise ValueError(f"{CALLER}: the float model's output {name} {where}. Look at the model and the batch: it cannot be imitated.")
-
-
-def _are_scores(name: str, outputs: Tensor) -> bool:
-    """Whether outputs look like scores of classes: by their name, or because rows choose, and not all the same."""
-    if name.rpartition(".")[2] in _SCORES:
-        return True
-    if outputs.ndim < 2 or outputs.shape[-1] < 2:  # noqa: PLR2004
-        return False
-    rows = outputs.float().flatten(0, -2)
-    log_share = rows.log_softmax(-1)
-    entropy = -(log_share.exp() * log_share).sum(-1).mean() / torch.log(torch.tensor(float(rows.shape[-1])))
-    return bool(entropy < _SURE) and rows.argmax(-1).unique().numel() > 1

@@ -1,11 +1,10 @@
-"""What finishes a training: true rounding at frozen bits, what the float model knows, and batch norm statistics of the rounded weights."""
+"""What finishes a training: true rounding at frozen bits, and batch norm statistics of the rounded weights."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffq_fx.compression import require_compressions
@@ -36,27 +35,6 @@ def freeze_bits(model: nn.Module) -> None:
     for compression in learned or compressions[:1]:
         compression.config  # noqa: B018  says so where no weight has trainable bits
         compression.freeze()
-
-
-def distillation_loss(scores: Tensor, teacher_scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """How far the distribution of a student's scores is from its teacher's: ``T^2 KL(softmax(t / T) || softmax(s / T))``, mean over rows.
-
-    Args:
-        scores: shape (..., classes).
-        teacher_scores: the same shape; no gradient goes there.
-        temperature: T.
-
-    Returns:
-        0-d.
-
-    Example:
-        >>> scores = torch.tensor([[1.0, 2.0]])
-        >>> distillation_loss(scores, scores).item()
-        0.0
-    """
-    student = F.log_softmax(scores / temperature, -1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_scores.detach() / temperature, -1).flatten(0, -2)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.mapping import matches
 from diffq_fx.methods.product_quantization import ProductWeight
-from diffq_fx.training.finalize import distillation_loss
+from diffq_fx.training.distillation import Distillation
 from diffq_fx.training.safety import LastGoodState
 
 
@@ -47,7 +47,7 @@ class IPQ:
         model: prepared with :class:`~diffq_fx.methods.ProductQuantization` (other methods may have other weights); trained.
         groups: for each stage the patterns of its weights, as in ``prepare``. The paper quantizes feed-forward layers, then embeddings,
             then attention.
-        finetune: trains the model after each stage; :class:`Distillation` is one.
+        finetune: trains the model after each stage; :class:`FollowTeacher` is one.
         progress: called after each stage.
 
     Raises:
@@ -147,51 +147,34 @@ def _assign_to_groups(
     return found
 
 
-class Distillation:
-    """A finetuning for :class:`IPQ` that needs no labels: the model follows the scores of a float model.
+class FollowTeacher:
+    """A finetuning for :class:`IPQ` that needs no labels: the model follows a teacher.
 
     Args:
-        teacher: the float model, with weights of its own: ``copy.deepcopy`` of the model before it was prepared, since a prepared model
-            shares its parameters. It runs in eval mode.
+        distillation: of the prepared model.
         batches: gives the inputs of one epoch anew at each call.
         lr: learning rate of the SGD with momentum.
         epochs: epochs after each stage.
-        temperature: see :func:`~diffq_fx.distillation_loss`.
 
     Example:
-        >>> import copy
-        >>> from diffq_fx import prepare
+        >>> from diffq_fx import Distillation, prepare
         >>> from diffq_fx.methods import ProductQuantization
-        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
-        >>> teacher = Distillation(copy.deepcopy(model), lambda: [torch.randn(8, 16)], lr=1e-2)
-        >>> prepared = prepare(model, torch.zeros(1, 16), ProductQuantization(entries=4, block_size=4))
-        >>> [stage.weights for stage in IPQ(prepared, [["0"], ["2"]], teacher).run()]
+        >>> net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> model = prepare(net, torch.zeros(1, 16), ProductQuantization(entries=4, block_size=4))
+        >>> follow = FollowTeacher(Distillation(model, kind="scores"), lambda: [torch.randn(8, 16)], lr=1e-2)
+        >>> [stage.weights for stage in IPQ(model, [["0"], ["2"]], follow).run()]
         [('0.weight',), ('2.weight',)]
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        batches: Callable[[], Iterable[Tensor]],
-        *,
-        lr: float,
-        epochs: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        self.teacher, self.batches = teacher.eval(), batches
-        self.lr, self.epochs, self.temperature = lr, epochs, temperature
+    def __init__(self, distillation: Distillation, batches: Callable[[], Iterable[Tensor]], *, lr: float, epochs: int = 1) -> None:
+        self.distillation, self.batches, self.lr, self.epochs = distillation, batches, lr, epochs
 
     def __call__(self, model: nn.Module, stage: IPQStage) -> None:
         """Finetune after one stage."""
-        shared = {id(p) for p in self.teacher.parameters()} & {id(p) for p in model.parameters()}
-        if shared:
-            raise ValueError("Distillation: the teacher shares parameters with the model and would be trained too. Give a copy.deepcopy.")
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
         model.train()
         for _ in range(self.epochs):
             for inputs in self.batches():
-                with torch.no_grad():
-                    wanted = self.teacher(inputs)
                 optimizer.zero_grad()
-                distillation_loss(model(inputs), wanted, self.temperature).backward()
+                self.distillation(inputs, model(inputs)).backward()
                 optimizer.step()

@@ -6,6 +6,8 @@ import io
 import pytest
 import torch
 
+from diffq_fx import Distillation
+from diffq_fx.training.output_loss import output_loss
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
 from zoo.models import BOTH_SCOPES
@@ -24,8 +26,9 @@ def test_draws_noise_in_train_and_none_in_eval(entry: Entry):
 
 @every_model
 def test_every_weight_and_every_bit_gets_a_gradient_and_can_be_trained(entry: Entry):
-    """In three steps of an optimizer over parameters() all of them move; none of them ever gets a gradient that is not finite."""
+    """In three steps of an optimizer over parameters() all of them move, with gradients that are finite; a teacher stays the float model."""
     model = prepared(entry)
+    distill = Distillation(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     quantizers = [q for q in model.compression.quantizers if q.spec.name not in entry.unseen]
     trained = {f"{q.spec.name} bits": q.logits for q in quantizers}
@@ -47,6 +50,9 @@ def test_every_weight_and_every_bit_gets_a_gradient_and_can_be_trained(entry: En
         assert not torch.equal(parameter, before[name]), name
     for name in entry.frozen:
         assert model.get_parameter(name).grad is None
+    answers = run(distill.teacher, entry, "eval")
+    assert_same(answers, run(entry.make().requires_grad_(False), entry, "eval"))
+    assert bool(torch.isfinite(output_loss(run(model, entry, "eval"), answers)))
 
 
 @every_model

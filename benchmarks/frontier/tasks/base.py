@@ -24,8 +24,6 @@ class Task(ABC):
     score_name: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     has_convolutions: ClassVar[bool] = False
-    has_class_scores: ClassVar[bool] = False
-    """Whether outputs are scores of classes, which can be distilled."""
     files: ClassVar[tuple[str, ...]]
     steps: ClassVar[int]
     """Training steps of every system."""

@@ -21,7 +21,6 @@ class Cifar10(Task):
     name, score_name = "cifar10", "test accuracy in %"
     has_convolutions = True
     files = ("cifar10_jpeg.npz", "resnet20_cifar10_float.safetensors")
-    has_class_scores = True
     steps, rate = 200, 1e-3
     penalties: ClassVar[dict[int, float]] = {2: 50.0, 3: 10.0, 4: 3.0}
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -39,7 +39,6 @@ class Language(Task):
     name, score_name = "language", "perplexity"
     higher_is_better = False
     files = ("wikitext2_valid.txt", "wikitext2_test.txt")
-    has_class_scores = True
     steps, rate = 60, 1e-4
     penalties: ClassVar[dict[int, float]] = {2: 0.1, 3: 0.03, 4: 0.01}
     window = 512

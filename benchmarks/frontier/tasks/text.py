@@ -21,7 +21,6 @@ class Text(Task):
     name, score_name = "text", "perplexity per byte"
     higher_is_better = False
     files = ("austen.txt",)
-    has_class_scores = True
     steps, rate = 200, 1e-3
     penalties: ClassVar[dict[int, float]] = {2: 5.0, 3: 1.0, 4: 0.3}
     float_steps, float_rate = 2000, 3e-3
