@@ -123,6 +123,11 @@ class Compression(TrainingState):
         return _UNIFORM if float(self.uniform_bits) > SURELY else _LEARNED
 
     @property
+    def in_noise(self) -> bool:
+        """Whether the training has begun and is before the phase with final bits that the settings ask for."""
+        return bool(self.learned) and 0 < self.known.steps and not self.frozen and self.config.freeze_step is not None
+
+    @property
     def is_coded(self) -> bool:
         """Whether the size is that of an entropy-coded file."""
         return bool(self.learned) and self.config.size_of == "packed_file"

@@ -43,6 +43,8 @@ class CompressionRecord:
     """Loss that the last bit of size was worth at the end of training; None without a target."""
     allocation: str
     """Which widths became final in training, in words; empty where none did."""
+    in_noise: bool
+    """Whether the training ended before the bits were final, so that the weights never trained with true rounding."""
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:
@@ -206,6 +208,12 @@ def _warn_untrained(compression: Compression) -> None:
         _warn(
             "the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
+        )
+    elif compression.in_noise:
+        steps, final = compression.known.steps, compression.config.freeze_step
+        _warn(
+            f"the training ended in the noise phase, after step {steps}; the bits become final after step {final}, and weights train with "
+            f"true rounding from then on. Prepare with training_steps={steps}, the length of the training, and train again; or train on."
         )
     elif not compression.config.has_target and compression.config.penalty is None and not compression.penalized:
         _warn(

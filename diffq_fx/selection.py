@@ -72,11 +72,14 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
         _check_patterns(method.exclude, known, "exclude pattern", caller)
     if known:
         _check_patterns([pattern for pattern, _ in choice.entries], known, "pattern", caller)
+    adapters = _adapter_parameters(model)
     for key, parameter in plan.parameters.items():
         name, *aliases = names[key]
         owner, _ = owner_of(model, name)
         _, method = choice.entry_for(names[key]) or ("", None)
         reason = _reason_to_skip(owner, names[key], parameter, method) if method else "no pattern of the mapping matches it"
+        if key in adapters:
+            reason = "a PEFT adapter"
         if reason or method is None:
             plan.skipped.append(SkippedWeight(name, tuple(parameter.shape), reason))
             continue
@@ -102,6 +105,12 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
         raise PreparationError(f"{caller}: the {type(model).__name__} has no weight to quantize ({seen}).")
     _check_answered(choice, plan, names, caller)
     return plan
+
+
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """The adapters of PEFT (LoRA and its like), by identity; its layers say in ``adapter_layer_names`` where they hold them."""
+    held = (getattr(module, name, None) for module in model.modules() for name in getattr(module, "adapter_layer_names", ()))
+    return {id(parameter) for each in held if isinstance(each, nn.Module) for parameter in each.parameters()}
 
 
 def _check_answered(choice: MethodChoice, plan: Selection, names: dict[int, list[str]], caller: str) -> None:

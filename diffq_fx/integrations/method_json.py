@@ -1,7 +1,7 @@
 """The methods of a model, and what a converted model remembers of its compression, as JSON."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from diffq_fx.methods import Method
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.weights import SkippedWeight
 
-_PLAIN = ("scope", "scope_reason", "steps", "lambda_per_bit")
+_PLAIN = [each.name for each in fields(CompressionRecord) if each.name not in ("method", "skipped", "rest_numel")]
 
 
 def choice_to_json(choice: MethodChoice) -> list[list[Any]]:
@@ -43,7 +43,8 @@ def record_to_json(record: CompressionRecord) -> dict[str, Any]:
     skipped: dict[str, list[str]] = {}
     for each in record.skipped:
         skipped.setdefault(each.reason, []).append(each.name)
-    return {"method": choice_to_json(record.method), "skipped": skipped, **{name: getattr(record, name) for name in _PLAIN}}
+    facts = _without_tuples({name: getattr(record, name) for name in _PLAIN})
+    return {"method": choice_to_json(record.method), "skipped": skipped, **facts}
 
 
 def record_of_json(value: Mapping[str, Any], model: nn.Module) -> CompressionRecord:
@@ -54,7 +55,7 @@ def record_of_json(value: Mapping[str, Any], model: nn.Module) -> CompressionRec
         method=choice_of_json(value["method"]),
         skipped=tuple(SkippedWeight(name, tuple(each.shape), reasons[name]) for name, each in parameters.items() if name in reasons),
         rest_numel=sum(each.numel() for each in parameters.values()),
-        **{name: value[name] for name in _PLAIN},
+        **_with_tuples({name: value[name] for name in _PLAIN}),
     )
 
 

@@ -4,5 +4,6 @@ Importing this lets ``from_pretrained`` read what ``save_pretrained`` of a conve
 """
 
 from diffq_fx.integrations.hf_folders import PackedWeights
+from diffq_fx.integrations.trainer import DiffQTrainerCallback
 
-__all__ = ["PackedWeights"]
+__all__ = ["DiffQTrainerCallback", "PackedWeights"]

@@ -68,6 +68,8 @@ def _of_part(root: nn.Module) -> BitsReport:
     if isinstance(record, Compression) and record.learned:
         record.allocate()
         notes += ("no optimizer step has moved the bits yet",) * (not int(record.steps))
+    if record.in_noise:
+        notes += (f"in the noise phase after step {int(record.steps)}: the bits are not final, no weight has trained with true rounding",)
     if any(method.layout[2] == "float" for method in record.method.methods):
         notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
     kind = WeightQuantizer if isinstance(record, Compression) else StoredWeight
