@@ -93,6 +93,10 @@ def test_inspect_lists_weights_and_totals(int4_file):
         assert cell in row
     assert "and 1 more (scales, zero points, small tensors), 0.0001 MiB together" in result.stdout
     assert "quantized, bit-packed as learned" in result.stdout
+    assert (
+        next(line for line in result.stdout.splitlines() if line.strip().startswith("weight ")).split()
+        == "weight symmetric linear -".split()
+    )
     assert "opset ai.onnx 21" in result.stdout
     everything = invoke("inspect", int4_file, "--all").stdout
     assert any(line.strip().startswith("scale ") for line in everything.splitlines())

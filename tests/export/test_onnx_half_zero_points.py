@@ -34,8 +34,8 @@ def half(weight, bits, **kwargs):
     stored = store(weight, bits, **{"grid": "half", **kwargs})
     top = 2 ** stored.bits.float().expand(stored.scale.shape) - 1
     number = torch.arange(top.numel()).reshape(top.shape)
-    middle = torch.where((top < 16) & (number % 3 != 2), top / 2, (top / 2).floor())
-    stored.zero_point = middle.contiguous()
+    choices = torch.stack([top / 2, top - 0.5, (top / 2).floor()])  # centred, beside one end, whole
+    stored.zero_point = choices.gather(0, torch.where(top < 16, number % 3, 2)[None])[0]
     return stored
 
 
@@ -86,6 +86,15 @@ def test_the_file_keeps_the_smallest_container_and_fuses(bits, container, layout
         remark = "doubled when the file is loaded" in " ".join(result.weights[0].remarks)
         assert remark == (grid == "half" and bits in (2, 4))
     assert size["half"] - size["affine"] < 512 * 6 / 8 + 700, "wider zero points and a factor a channel, and a few nodes"
+
+
+def test_two_bits_stay_two_where_onnxruntime_misreads_such_containers(path):
+    """It reads bytes here: doubled levels, see :data:`TWO_BIT_ALIGNMENT`."""
+    model = Linear(64, 47, 2).eval()
+    model.weight = half(torch.randn(47, 64), 2)
+    export_onnx(model, torch.randn(1, 64), path, layout="qdq")
+    assert levels_in(path) == {"weight.levels": ("UINT2", (64, 47))}
+    assert_same(run_exact(path, fresh := torch.randn(5, 64)), model(fresh))
 
 
 @pytest.mark.parametrize(("bits", "factors"), [(2, 0), (torch.tensor([2, 5])[torch.arange(48) % 2][:, None], 1)])

@@ -107,6 +107,7 @@ METHODS = {
     "STE blocks": STE(bits=3, group_size=8),
     "STE float grid": STE(bits=5, grid="float"),
     "STE 1 bit": STE(bits=1),
+    "STE half": STE(bits=2, grid="half"),
     "LSQ": LSQ(bits=2),
     "LSQ blocks": LSQ(bits=4, group_size=8),
     "binary": LC(codebook="scaled_binary"),

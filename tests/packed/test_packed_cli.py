@@ -91,6 +91,8 @@ def test_pack_leaves_out_what_is_excluded(tmp_path):
     save_file({"a": torch.randn(4, 40), "b": torch.randn(4, 40)}, source)
     result = invoke("pack", source, target, "--exclude", "b*", "--grid", "symmetric", "--bits", "3")
     assert "as they were: b" in result.stdout
+    invoke("pack", source, half := tmp_path / "half.safetensors", "--grid", "half", "--bits", "2")
+    assert "channel, half" in invoke("inspect", half).stdout
     found = load_packed(target)
     assert len(found["a"][0].unique()) <= 8
     assert torch.equal(found["b"], load_file(source)["b"])

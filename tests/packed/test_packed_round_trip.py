@@ -249,22 +249,26 @@ def test_inspection_adds_up(tmp_path):
     assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
 
 
+ALL_KINDS = {
+    "a": 835952089,
+    "b.weight": 1593241898,
+    "c.weight": 1593241898,
+    "d": 2356185704,
+    "t": 2337633397,
+    "large": 729186632,
+    "e": 3105524212,
+    "bias": 2806869373,
+    "mask": 1489118142,
+    "table": 1911013890,
+}
+HALF = {"centre": 1696059129, "halves": 2617775900, "blocks": 344772744, "plain": 3834588716}
+
+
 @pytest.mark.parametrize("kernels", ["native", "torch"])
-@pytest.mark.parametrize("name", ["entropy", "bits"])
-def test_files_that_were_written_before_still_load(name, kernels, monkeypatch):
-    """All kinds of weights, written on 2026-11-26. If this fails and shall fail, the format needs a new version."""
+@pytest.mark.parametrize(("name", "sums"), [("entropy", ALL_KINDS), ("bits", ALL_KINDS), ("half", HALF)])
+def test_files_that_were_written_before_still_load(name, sums, kernels, monkeypatch):
+    """All kinds of weights, and half-integer zero points, written on 2026-11-26. If this fails and shall fail, the format needs a new version."""
     monkeypatch.setenv("DIFFQ_FX_KERNELS", kernels)
     monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
     found = load_packed(Path(__file__).parent / "stored" / f"{name}.safetensors")
-    assert {name: zlib.crc32(bits_of(tensor).numpy().tobytes()) for name, tensor in found.items()} == {
-        "a": 835952089,
-        "b.weight": 1593241898,
-        "c.weight": 1593241898,
-        "d": 2356185704,
-        "t": 2337633397,
-        "large": 729186632,
-        "e": 3105524212,
-        "bias": 2806869373,
-        "mask": 1489118142,
-        "table": 1911013890,
-    }
+    assert {name: zlib.crc32(bits_of(tensor).numpy().tobytes()) for name, tensor in found.items()} == sums

@@ -93,6 +93,12 @@ class TestText:
         row = next(line for line in str(report_of(weight("a", {2: 16, 6: 48}))).splitlines() if line.startswith("a "))
         assert row.split() == "a 8x8 linear 64 5.00 2-6 2:25% 6:75% 0.000038 0.000037 4 bits 0.000065 0.000244".split()
 
+    def test_the_grids_of_the_weights(self):
+        assert "\ngrid: half\n" in str(report_of(*(replace(weight(name), grid="half") for name in "ab")))
+        mixed = report_of(weight("a"), replace(weight("b"), grid="codebook"), weight("c"))
+        assert "\ngrid: affine (2), codebook (1)\n" in str(mixed)
+        assert [entry["grid"] for entry in mixed.as_dict()["weights"]] == ["affine", "codebook", "affine"]
+
     def test_a_tied_weight_shows_all_its_names(self):
         assert "embed.weight = head.weight" in str(report_of(replace(weight("embed.weight"), aliases=("head.weight",))))
 

@@ -111,14 +111,14 @@ def read_table(weight: IntegerWeight) -> WeightTable:
     """Read an integer weight.
 
     Raises:
-        ExportError: The weight is on the paper's float grid, which has no ONNX form.
+        ExportError: The weight is on the paper's float grid, which has no ONNX form, or its zero points have none.
     """
     spec = weight.spec
     stored_scale, stored_zero_point, stored_bits = weight.get_buffer("scale"), weight.zero_point, weight.get_buffer("bits")
     if not isinstance(stored_zero_point, torch.Tensor):
         raise ExportError(
             f"weight {spec.name!r} is on the float grid, whose offset is a float; an ONNX zero_point is an integer. "
-            'Train with grid="affine" or grid="symmetric" to export.'
+            'Train with grid="affine", "half" or "symmetric" to export.'
         )
     levels, middle = weight.levels_OI().cpu(), stored_zero_point.cpu()
     zero_point: np.ndarray | None = middle.int().numpy()
