@@ -71,7 +71,7 @@ class TestResult:
         assert same_state(run(model), state_of(one))
 
     def test_tuning_helps(self) -> None:
-        model, held_out, config = make(), torch.randn(64, 16, generator=torch.Generator().manual_seed(9)), DiffQConfig(target_bits=2.5)
+        model, held_out, config = make(), torch.randn(64, 16, generator=torch.Generator().manual_seed(9)), DiffQConfig(target_bits=3)
         wanted = model.eval()(held_out).detach()
         kl = [float(output_loss(run(model, batches(17, 32), config, steps=steps)(held_out).detach(), wanted)) for steps in (0, 60)]
         assert kl[1] < kl[0]
