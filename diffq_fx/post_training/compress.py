@@ -16,9 +16,10 @@ from diffq_fx.methods.base import Method, check_whole
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.parts import CHILD
-from diffq_fx.post_training.calibration import CALLER, Calibration, refuse_too_little_memory
+from diffq_fx.post_training.batches import CALLER, Calibration, refuse_too_little_memory
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
+from diffq_fx.post_training.round_weights import round_weights
 from diffq_fx.post_training.tuning import Limits, Tuned, quantize_in_eval, tune
 from diffq_fx.prepare import prepare_as
 from diffq_fx.unfit import refuse_unfit
@@ -42,10 +43,11 @@ def compress(
 ) -> nn.Module:
     """Compress a float model to an exact size by unlabelled batches: no labels, no loss and no training loop.
 
-    The bits go where the float model's outputs depend on the weights most, under the noise of DiffQ (arXiv:2104.09987). Then the weights
-    are rounded, and weights, ranges, norms and biases are tuned by distillation: the outputs are to be those of the float model, by KL
-    divergence where they look like scores of classes, else by their relative squared error. A part of the batches is held out; the
-    state that agrees best on these is kept, and the tuning ends when they stop improving.
+    The bits go where the float model's outputs depend on the weights most, under the noise of DiffQ (arXiv:2104.09987). Then the columns
+    of each weight are rounded one after another, later ones making up for the error of earlier ones (GPTQ, arXiv:2210.17323). Last,
+    weights, ranges, norms and biases are tuned by distillation: the outputs are to be those of the float model, by KL divergence where
+    they look like scores of classes, else by their relative squared error. A part of the batches is held out; the state that agrees best
+    on these is kept, and the tuning ends when they stop improving.
 
     The model is left as it was, interrupted or not.
 
@@ -60,7 +62,8 @@ def compress(
         progress: whether a bar shows the stage and the time left, on stderr.
 
     Returns:
-        The converted model, as from :func:`~diffq_fx.convert`; its ``compression.notes`` and :func:`~diffq_fx.bits_report` say what was done.
+        The converted model, as from :func:`~diffq_fx.convert`. Its ``compression.notes`` say what was done, and which weights were
+        rounded without compensation; :func:`~diffq_fx.bits_report` has them.
 
     Raises:
         ValueError: there is no batch, batches differ in structure or hold labels, the model does not run on them, returns a loss or an
@@ -94,12 +97,11 @@ def compress(
             prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
             compression: Compression = vars(prepared)[CHILD]
             seek_bits(prepared, compression, wanted, data, bar)
-            bar.stage("rounding", 1)
-            compression.freeze()
+            failed = round_weights(prepared, compression, data, bar)
             bar.stage("tuning", limits.steps)
             tuned = tune(prepared, compression, wanted, data, limits, bar)
             bar.stage("converting", 1)
-            compression.notes += _notes(data, wanted, tuned)
+            compression.notes += (*_notes(data, wanted, tuned), *failed)
             return convert(prepared)
 
 

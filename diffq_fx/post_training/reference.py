@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example
-from diffq_fx.post_training.calibration import CALLER, refuse_labels
+from diffq_fx.post_training.batches import CALLER, refuse_labels
 from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
 from diffq_fx.weights import not_finite
 

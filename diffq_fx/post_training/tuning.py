@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from diffq_fx.compression import Compression
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods.diffq import DiffQWeight
-from diffq_fx.post_training.calibration import Calibration
+from diffq_fx.post_training.batches import Calibration
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.training.finalize import reestimate_batch_norm
 
-_WEIGHT_RATE = 0.02
+_WEIGHT_RATE = 0.002
 """Adam's rate for a weight, in steps of its grid."""
-_REST_RATE = 1e-3
+_REST_RATE = 3e-4
 """For the norms, biases and all that stays in float, in parts of their root mean square."""
-_RANGE_RATE = 3e-4
+_RANGE_RATE = 3e-5
 _WARM_UP = 0.1
-_CHECKS = 10
+_LOOKS = 10
 """Looks at the held-out batches during the tuning."""
-TRACE = False
 _PATIENCE = 3
 """Looks without an improvement until it ends."""
 
@@ -45,6 +44,12 @@ class Limits:
 
     steps: int
     deadline: float
+
+    def share(self, steps: int, began: float) -> float:
+        """Which part of the tuning is over after so many steps; the time counts from the first of them on."""
+        if not steps:
+            return float(self.steps == 0 or began >= self.deadline)
+        return max(steps / self.steps, (time.monotonic() - began) / (self.deadline - began))
 
 
 def quantize_in_eval(model: nn.Module, compression: Compression) -> None:
@@ -87,25 +92,16 @@ class Best:
 def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> Tuned:
     """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
     quantize_in_eval(model, compression)
-    before = held_out_distance(model, wanted, data)
-    best = Best(model, before)
+    best = Best(model, held_out_distance(model, wanted, data))
+    before = best.distance
     reestimate_batch_norm(model, data.tuned_on)
     quantize_in_eval(model, compression)
     if not best.keep(held_out_distance(model, wanted, data)):
         best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
-    examples, began, steps, worse, checked = data.cycle(), time.monotonic(), 0, 0, 0.0
-    while worse < _PATIENCE:
-        now = time.monotonic()
-        share = max(steps / limits.steps if limits.steps else 1.0, (now - began) / max(limits.deadline - began, 1e-9))
-        if steps and (share >= 1 or share >= checked + 1 / _CHECKS):
-            checked = share
-            if TRACE:
-                print(steps, held_out_distance(model, wanted, data), best.distance)
-            worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
-        if share >= 1:
-            break
+    examples, began, steps, worse, looked_at = data.cycle(), time.monotonic(), 0, 0, 0.0
+    while worse < _PATIENCE and (share := limits.share(steps, began)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
         optimizer.zero_grad()
@@ -113,6 +109,10 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         optimizer.step()
         steps += 1
         bar.advance()
+        share = limits.share(steps, began)
+        if share >= min(looked_at + 1 / _LOOKS, 1):
+            looked_at = share
+            worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
     best.restore()
     return Tuned(steps, before, best.distance)
 

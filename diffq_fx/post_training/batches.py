@@ -16,7 +16,7 @@ _MOST_BYTES = 1 << 30
 _HELD_OUT = 8
 """One batch of so many is held out, and no more than this many batches."""
 _LABELS = ("labels", "label", "target", "targets")
-_EXAMPLE_ROWS = 2
+_EXAMPLE_ROWS, _EXAMPLE_TOKENS = 2, 32
 
 
 class Calibration:
@@ -38,15 +38,16 @@ class Calibration:
             yield from self.tuned_on
 
     def small_example(self, model: nn.Module) -> Example:
-        """Two rows of the first batch, where the model takes them: to prepare on a whole batch takes long."""
-        whole = self.tuned_on[0]
-        rows = {tensor.shape[0] for tensor in whole.tensors if tensor.ndim}
-        if len(rows) != 1 or rows.pop() <= _EXAMPLE_ROWS:
+        """A part of the first batch, where the model runs on it: two rows, and of tokens the first ones. A whole batch takes long."""
+        whole, shapes = self.tuned_on[0], [tensor.shape for tensor in self.tuned_on[0].tensors]
+        if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
             return whole
-        small = whole.map(lambda tensor: tensor[:_EXAMPLE_ROWS] if tensor.ndim else tensor)
+        are_tokens = all(tensor.ndim == 2 and not tensor.is_floating_point() for tensor in whole.tensors) and len(set(shapes)) == 1
+        part = (slice(_EXAMPLE_ROWS), slice(_EXAMPLE_TOKENS)) if are_tokens else (slice(_EXAMPLE_ROWS),)
+        small = whole.map(lambda tensor: tensor[part])
         try:
             small.outcome(model, "eval without grad")
-        except Exception:  # the user's forward may raise anything: then two rows are not what it takes
+        except Exception:  # noqa: BLE001  the user's forward may raise anything: then this is not what it takes
             return whole
         return small
 
@@ -97,11 +98,11 @@ def refuse_labels(model: nn.Module, example: Example, error: Exception) -> None:
     Raises:
         ValueError: the model runs on the first part alone.
     """
-    if len(example.args) < 2 or not isinstance(error, TypeError):  # noqa: PLR2004  inputs and labels
+    if len(example.args) < 2 or not isinstance(error, TypeError):
         return
     try:
         Example(example.args[:1], {}).outcome(model, "eval without grad")
-    except Exception:  # the user's forward may raise anything: then it is not the labels
+    except Exception:  # noqa: BLE001  the user's forward may raise anything: then it is not the labels
         return
     raise ValueError(
         f"{CALLER}: the model takes 1 input and the batches hold {len(example.args)}, labels among them, it seems, and none are wanted: "

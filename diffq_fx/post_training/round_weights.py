@@ -1,0 +1,83 @@
+"""Ranges by the error of the output, and rounding with error compensation, in the order of the weights in the model."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from diffq_fx.compression import Compression
+from diffq_fx.functional.groups import from_rows, to_rows
+from diffq_fx.methods.diffq import DiffQWeight
+from diffq_fx.post_training.batches import Calibration
+from diffq_fx.post_training.compensation import compensate
+from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
+from diffq_fx.post_training.progress import ProgressBar
+
+_MOMENT_BATCHES = 32
+_MOMENT_BYTES = 1 << 28
+"""Of the matrices that are in memory at once."""
+_PARTS = 4
+"""The inputs of a weight are those after all weights of earlier parts are rounded."""
+_IN_THE_CELL = 0.45
+"""Steps that a weight may keep between itself and its level: tuning goes on from there."""
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, compression: Compression, data: Calibration, bar: ProgressBar) -> tuple[str, ...]:
+    """Find the ranges, make widths and ranges final and round all weights; afterwards each weight lies in the cell of its level.
+
+    A weight whose inputs are not known, or whose moments cannot be used, is rounded to the nearest levels.
+
+    Returns:
+        A sentence for each reason, with the weights' names.
+    """
+    batches, parts = data.tuned_on[:_MOMENT_BATCHES], list(_in_parts(compression.learned))
+    bar.stage("ranges", 1)
+    with float_weights(compression.quantizers):
+        moments = second_moments(model, batches, compression.learned, most_columns=0)
+    for quantizer in compression.learned:
+        importance = moments[quantizer.spec.name].importance
+        if quantizer.importance is not None and importance is not None:
+            quantizer.importance.copy_(importance)
+    compression.freeze()
+    bar.stage("rounding", len(compression.learned))
+    left: dict[str, list[str]] = {}
+    for part in parts:
+        moments = second_moments(model, batches, part)
+        for quantizer in part:
+            if reason := _round(quantizer, moments.pop(quantizer.spec.name)):
+                left.setdefault(reason, []).append(quantizer.spec.name)
+            bar.advance()
+    return tuple(f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items())
+
+
+def _round(quantizer: DiffQWeight, moments: Moments) -> str:
+    """Round one weight; why it is left to rounding to the nearest levels, if it is."""
+    if quantizer.clip is None:
+        return "the range follows the weights"
+    if moments.matrix is None:
+        return moments.reason or ("rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights")
+    spec, bits = quantizer.spec, quantizer.rounded_bits()
+    rows_OI = to_rows(quantizer.weight.detach(), spec.axis).float()
+    params = quantizer.params(rows_OI, bits)
+    try:
+        rounded_OI = compensate(rows_OI, moments.matrix, params, bits, spec.scale_layout)
+    except ValueError as error:
+        return str(error)
+    cell_OI = spec.scale_layout.expand(params.scale) * _IN_THE_CELL
+    within_OI = rounded_OI + torch.clamp(rows_OI - rounded_OI, -cell_OI, cell_OI)
+    quantizer.weight.copy_(from_rows(within_OI, spec.shape, spec.axis))
+    return ""
+
+
+def _in_parts(quantizers: Sequence[DiffQWeight]) -> Iterator[list[DiffQWeight]]:
+    """Neighbouring weights, as many as have their matrices in memory together."""
+    sizes = [4 * min(quantizer.spec.columns, MOST_COLUMNS) ** 2 for quantizer in quantizers]
+    most, part, size = min(_MOMENT_BYTES, sum(sizes) / _PARTS), [], 0
+    for quantizer, own in zip(quantizers, sizes, strict=True):
+        if part and size + own > most:
+            yield part
+            part, size = [], 0
+        part.append(quantizer)
+        size += own
+    yield part

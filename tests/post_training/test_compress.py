@@ -1,0 +1,285 @@
+"""compress: what it takes, what it leaves alone, what it gives, and what each bad input is told."""
+
+import copy
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
+from diffq_fx.methods import STE
+from diffq_fx.post_training import batches as reading
+from diffq_fx.post_training import compress as stages
+from diffq_fx.post_training import reference, round_weights
+from diffq_fx.training.output_loss import output_loss, outputs_of
+
+
+class Net(nn.Module):
+    """A small classifier with dropout and batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop, self.last = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.norm(self.first(x)).relu())) * 40
+
+
+def make(kind: type[nn.Module] = Net) -> nn.Module:
+    torch.manual_seed(1)
+    return kind()
+
+
+def batches(count: int = 9, rows: int = 12) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(rows, 16, generator=generator) for _ in range(count)]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_state(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def run(model: nn.Module | None = None, data: object = None, config: object = None, **settings: object) -> nn.Module:
+    settings = {"progress": False, "steps": 4, **settings}
+    return compress(make() if model is None else model, batches() if data is None else data, config, **settings)  # pyright: ignore[reportArgumentType]
+
+
+class TestResult:
+    def test_is_converted_within_the_target_and_says_what_was_done(self) -> None:
+        converted = run(config=DiffQConfig(target_bits=3))
+        report = bits_report(converted)
+        assert report.stage == "converted"
+        assert 2.8 < report.average_bits_in_all <= 3
+        assert "8 batches and 1 held out, KL divergence of class scores of output" in report.notes[-1]
+        assert "steps of distillation" in report.notes[-1]
+        assert report.notes[-1] in str(report)
+
+    def test_target_mib_is_that_of_the_whole_model(self) -> None:
+        assert 0.0019 < bits_report(run(config=DiffQConfig(target_mib=0.002))).packed_size.total_mib <= 0.002
+
+    def test_is_the_same_twice_and_leaves_the_random_state(self) -> None:
+        model, before = make(), torch.get_rng_state()
+        one = run(model)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(3)
+        assert same_state(run(model), state_of(one))
+
+    def test_tuning_helps(self) -> None:
+        model, held_out, config = make(), torch.randn(64, 16, generator=torch.Generator().manual_seed(9)), DiffQConfig(target_bits=3)
+        wanted = model.eval()(held_out).detach()
+        kl = [float(output_loss(run(model, batches(17, 32), config, steps=steps)(held_out).detach(), wanted)) for steps in (0, 60)]
+        assert kl[1] < kl[0]
+
+    def test_mapping_of_patterns_and_exclude(self) -> None:
+        converted = run(config={"first": DiffQConfig(target_bits=4), "last": DiffQConfig(target_bits=4, min_bits=2, max_bits=4)})
+        assert {weight.name for weight in bits_report(converted).weights} == {"first.weight", "last.weight"}
+        left = run(config=DiffQConfig(target_bits=5, exclude=("last",)))
+        assert isinstance(left.last.weight, nn.Parameter)
+
+    @pytest.mark.parametrize("size_of", ["onnx_file", "packed_file"])
+    def test_every_size(self, size_of: str) -> None:
+        assert bits_report(run(config=DiffQConfig(target_bits=4, size_of=size_of))).stage == "converted"
+
+    def test_a_weight_that_cannot_be_compensated_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compensated = round_weights.compensate
+
+        def failing(rows: Tensor, *args: object) -> Tensor:
+            if rows.shape[1] == 64:
+                raise ValueError("no factor")
+            return compensated(rows, *args)  # pyright: ignore[reportArgumentType]
+
+        monkeypatch.setattr(round_weights, "compensate", failing)
+        assert "rounded to the nearest levels (no factor): last.weight" in bits_report(run()).notes
+
+
+class TestWhatIsCompared:
+    def test_features_by_their_squared_error(self) -> None:
+        class Features(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                return nn.functional.normalize(super().forward(x), dim=-1)
+
+        assert "squared error of output" in run(make(Features)).compression.notes[-1]
+
+    def test_outputs_in_containers(self) -> None:
+        @dataclasses.dataclass
+        class Out:
+            logits: Tensor
+            features: tuple[Tensor, Tensor]
+
+        class Model(Net):
+            def forward(self, x: Tensor) -> Out:
+                hidden = self.first(x)
+                return Out(self.last(self.norm(hidden)), (hidden, x))
+
+        assert list(outputs_of(Out(torch.ones(1), (torch.ones(1), torch.ones(2))))) == ["logits", "features.0", "features.1"]
+        assert "class scores of logits:" in run(make(Model)).compression.notes[-1]  # the scores alone
+
+    def test_places_without_input_do_not_count(self) -> None:
+        class Encoder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(16, 16)
+
+            def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+                return self.layer(x)
+
+        model, x, mask = Encoder(), torch.randn(2, 3, 16), torch.tensor([[1, 1, 0], [1, 0, 0]])
+        example = reading.Example.of({"x": x, "attention_mask": mask})
+        wanted = reference.FloatOutputs(model, None, example, 1)
+
+        class Wrong(Encoder):
+            def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+                return self.layer(x) + 100 * (1 - attention_mask[..., None])
+
+        wrong = Wrong()
+        wrong.load_state_dict(model.state_dict())
+        assert float(wanted.distance(wrong, example)) == 0
+
+    def test_another_teacher(self) -> None:
+        model, teacher = make(), make()
+        with torch.no_grad():
+            teacher.last.bias += torch.arange(10.0)
+        teacher.train()
+        state = state_of(teacher)
+        biases = [run(model, teacher=each, steps=30).last.bias for each in (None, teacher)]
+        assert float(biases[1].detach()[9] - biases[0].detach()[9]) > 0
+        assert teacher.training
+        assert same_state(teacher, state)
+
+    def test_a_teacher_that_shares_the_parameters_is_not_trained(self) -> None:
+        model = make()
+        state = state_of(model)
+        run(model, teacher=model)
+        assert same_state(model, state)
+
+
+class TestTheModelIsLeftAlone:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_after_a_call(self, training: bool) -> None:
+        model = make().train(training)
+        model.first.weight.requires_grad_(False)
+        before, names = state_of(model), sorted(vars(model))
+        run(model)
+        assert model.training is training
+        assert not model.first.weight.requires_grad
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert sorted(vars(model)) == names
+        assert same_state(model, before)
+
+    @pytest.mark.parametrize("stage", ["FloatOutputs", "prepare_as", "seek_bits", "round_weights", "tune", "convert"])
+    def test_after_an_interruption(self, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        done = getattr(stages, stage)
+
+        def interrupted(*args: object, **kwargs: object) -> object:
+            done(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        model = make()
+        before = state_of(model)
+        monkeypatch.setattr(stages, stage, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        assert same_state(model, before)
+        assert model.training
+        monkeypatch.undo()
+        run(model)  # and it can be compressed still
+
+
+class Losing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+
+class NeedsLabels(Net):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(super().forward(x), labels)
+
+
+class GivesNothing(Net):
+    def forward(self, x: Tensor) -> str:
+        return "done"
+
+
+class NotFinite(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).log()
+
+
+_X = torch.ones(2, 16)
+_BAD = {
+    "no batch": ({"data": []}, ValueError, "there is no batch"),
+    "one batch": ({"data": _X}, TypeError, r"got one Tensor: give \[batch\]"),
+    "no iterable": ({"data": 3}, TypeError, "must be an iterable of inputs"),
+    "an empty batch": ({"data": [_X, torch.ones(0, 16)]}, ValueError, "batch 1 is empty"),
+    "text": ({"data": ["text"]}, TypeError, "batch 0"),
+    "another structure": ({"data": [_X, (_X, _X)]}, ValueError, "batch 1 has another structure than batch 0: expected .*float32"),
+    "another dtype": ({"data": [_X, _X.double()]}, ValueError, "another structure.*float64"),
+    "labels beside": ({"data": [(_X, torch.ones(2))]}, ValueError, "takes 1 input and the batches hold 2, labels among them"),
+    "labels by name": ({"data": [{"x": _X, "labels": torch.ones(2)}]}, ValueError, "holds 'labels', and no labels are wanted"),
+    "wrong size": ({"data": [torch.ones(2, 5)]}, ValueError, "does not run on a batch"),
+    "returns a loss": ({"model": Losing()}, ValueError, "Losing returns a loss"),
+    "needs labels": ({"model": NeedsLabels()}, ValueError, "A model that needs labels or a loss"),
+    "no output": ({"model": GivesNothing()}, ValueError, "returns no float tensor"),
+    "NaN": ({"model": NotFinite()}, ValueError, "output output is not finite in"),
+    "no model": ({"model": 3}, TypeError, r"expected a torch\.nn\.Module"),
+    "out of reach": ({"config": DiffQConfig(target_bits=0.5)}, ValueError, "compress: target_bits=0.5 cannot be reached"),
+    "a penalty": ({"config": DiffQConfig(penalty=5.0)}, ValueError, "penalty=5 is no size to meet"),
+    "another method": ({"config": STE(bits=4)}, TypeError, "has STE, whose widths are not found"),
+    "no config": ({"config": 4}, TypeError, "expected a method"),
+    "teacher": ({"teacher": 3}, TypeError, "teacher must be"),
+    "another teacher": ({"teacher": nn.Linear(16, 3)}, ValueError, r"must be those of the model, output \(12, 10\); got output \(12, 3\)"),
+    "steps": ({"steps": -1}, ValueError, "steps must be a whole number of at least 0"),
+    "minutes": ({"minutes": 0}, ValueError, "minutes must be a positive number, got 0"),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", list(_BAD))
+    def test_is_told_in_one_sentence_before_anything_is_changed(self, case: str) -> None:
+        settings, error, message = _BAD[case]
+        model = settings.get("model", make())
+        before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else {}
+        with pytest.raises(error, match=message) as raised:
+            run(**{"model": model, **{name: value for name, value in settings.items() if name != "model"}})
+        assert str(raised.value).startswith("compress: ")
+        assert not before or same_state(model, before)
+
+    def test_nan_in_a_later_batch(self) -> None:
+        data = batches()
+        data[4] = data[4] * float("nan")
+        with pytest.raises(ValueError, match="output output is not finite"):
+            run(data=data)
+
+    def test_too_little_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reading, "_free_bytes", lambda device: 1000)
+        with pytest.raises(PreparationError, match=r"GiB of memory are needed beside the model and 0\.00 are free on cpu"):
+            run()
+
+    def test_a_model_that_cannot_be_copied(self) -> None:
+        model = make()
+        model.stuck = (each for each in ())  # a generator
+        with pytest.raises(DiffQError, match="cannot be copied"):
+            run(model)
+
+
+def test_endless_batches_are_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless():
+        while True:
+            yield _X
+
+    monkeypatch.setattr(reading, "_MOST_BATCHES", 5)
+    assert re.search("4 batches and 1 held out", run(data=endless()).compression.notes[-1])
+
+
+def test_the_bar_tells_the_stages(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a file is shown no bar
+    run(progress=True)
+    shown = capfd.readouterr()
+    assert "tuning" in shown.err or "converting" in shown.err
+    assert not shown.out
