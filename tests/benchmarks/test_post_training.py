@@ -8,14 +8,46 @@ from torch import nn
 
 pytest.importorskip("onnxruntime")
 
+from benchmarks.frontier.__main__ import main
 from benchmarks.frontier.job import Job, NotApplicableError
+from benchmarks.frontier.points import read_points
 from benchmarks.frontier.post_training import POST_TRAINING
 from benchmarks.frontier.post_training.matrices import Setting, measured, mib_of, nearest, replace_matrices
 from benchmarks.frontier.post_training.quantizers import _ort_default, _ort_hqq, _ort_k_quant, _torchao_hqq, _torchao_rtn
-from benchmarks.frontier.tasks import Task
+from benchmarks.frontier.report import report_task
+from benchmarks.frontier.tasks import TASKS, Task
 from benchmarks.frontier.training import silent
 
 HALF = 16
+
+
+class Correlated(Task):
+    """A linear model of inputs that hang together."""
+
+    name, score_name, files, higher_is_better = "correlated", "output error", (), False
+    steps, rate = 1, 1e-3
+
+    def load(self, folder):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(256, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
+        self.x += 0.1 * torch.randn(256, 64, generator=generator)
+
+    def make_float_model(self, folder, tell):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 32))
+
+    def batches(self, seed):
+        while True:
+            yield (self.x,), self.float_model(self.x).detach()
+
+    def criterion(self, output, target):
+        return (output - target).square().mean()
+
+    def test_batches(self):
+        yield from [next(self.batches(0))]
+
+    def summarize(self, outputs, targets):
+        return {"score": float(self.criterion(outputs[0], targets[0]))}
 
 
 class Tied(nn.Module):
@@ -85,32 +117,6 @@ def test_memory_is_that_of_what_is_within():
 
 def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
     pytest.importorskip("llmcompressor")
-
-    class Correlated(Task):
-        name, score_name, files = "correlated", "output error", ()
-
-        def load(self, folder):
-            generator = torch.Generator().manual_seed(0)
-            self.x = torch.randn(256, 4, generator=generator) @ torch.randn(4, 64, generator=generator)
-            self.x += 0.1 * torch.randn(256, 64, generator=generator)
-
-        def make_float_model(self, folder, tell):
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(64, 32))
-
-        def batches(self, seed):
-            while True:
-                yield (self.x,), self.float_model(self.x).detach()
-
-        def criterion(self, output, target):
-            return (output - target).square().mean()
-
-        def test_batches(self):
-            yield from [next(self.batches(0))]
-
-        def summarize(self, outputs, targets):
-            return {"score": float(self.criterion(outputs[0], targets[0]))}
-
     task = Correlated(None)
     points = {}
     for name in ("gptq-e8", "ort-rtn-e8"):
@@ -118,3 +124,16 @@ def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
         points[name] = POST_TRAINING[name].run(job)
     assert points["gptq-e8"]["score"] < 0.5 * points["ort-rtn-e8"]["score"]
     assert points["gptq-e8"]["bits_a_weight"] == pytest.approx(2 + 18 / 32)
+
+
+def test_the_report_has_a_table_of_its_own_with_the_best_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "correlated", Correlated)
+    main(["run", "correlated", "--data", ".", "--results", str(tmp_path), "--systems", "ste,rtn,ort-rtn,compress", "--bits", "2.5"])
+    points = {point["system"]: point for point in read_points(tmp_path, "correlated")}
+    assert points["compress"]["bits_a_weight"] <= 2.5
+    assert points["rtn"]["bits_a_weight"] == pytest.approx(2 + 34 / 64 + 8 / 2048)  # and the width
+    text = report_task(tmp_path, Correlated).read_text()
+    table = [line.split(" | ") for line in text[text.index("Without training") :].splitlines() if line.startswith("| 2.5")]
+    assert [float(row[4]) for row in table] == sorted(float(row[4]) for row in table)
+    assert {row[1] for row in table} == {"rtn", "ort-rtn", "compress"}
+    assert "| ste |" in text

@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 
+from torch import nn
+
 from benchmarks.frontier.job import Job, Point, System
 from benchmarks.frontier.post_training.matrices import Setting, measured, nearest, score
-from diffq_fx import DiffQConfig, compress, convert, model_size, prepare
+from diffq_fx import DiffQConfig, bits_report, compress, convert, prepare
 from diffq_fx.methods import STE
 
 _SETTINGS = [Setting(4, 128, 36), Setting(3, 64, 35), Setting(2, 64, 34)]
+
+
+def _mib(converted: nn.Module) -> float:
+    report = bits_report(converted)
+    return (report.average_bits_in_all * report.numel + report.rest_bits) / 8 / 2**20
 
 
 def _rtn(*, embedding: bool) -> Callable[[Job], Point]:
@@ -16,9 +23,8 @@ def _rtn(*, embedding: bool) -> Callable[[Job], Point]:
         method = STE(bits=setting.bits, group_size=setting.group)
         with measured() as costs:
             model = prepare(job.copy_of_float(), job.task.example, method if embedding else {"*embed*": STE(bits=8), "*": method})
-            mib = float(model_size(model, exact=True))
-            converted = convert(model).eval()
-        return score(job, converted, mib, str(setting), costs)
+            converted = convert(model)
+        return score(job, converted, _mib(converted), str(setting), costs)
 
     return run
 
@@ -29,8 +35,7 @@ def _compress(*, embedding: bool) -> Callable[[Job], Point]:
         with measured() as costs:
             chosen = config if embedding else {"*embed*": STE(bits=8), "*": config}
             converted = compress(job.task.float_model, job.task.unlabelled(), chosen, progress=False)
-        mib = float(model_size(converted, exact=True))
-        return score(job, converted, mib, "; ".join(converted.compression.notes), costs)  # pyright: ignore
+        return score(job, converted, _mib(converted), "; ".join(bits_report(converted).notes), costs)
 
     return run
 
