@@ -54,9 +54,9 @@ def test_exact_size_by_hand():
     with torch.no_grad():  # widths 2, 3, 5, 5: three differences to code, so 2 bits a channel
         bits = torch.tensor([[2.1], [3.2], [4.9], [5.0]])
         quantizer.logits.copy_(torch.logit((bits - 2) / 6) / 10)
-    by_hand = 11 * (2 + 3 + 5 + 5) + 4 * 2 + 4 * 32 + 8 + 4 * 32
+    by_hand = 11 * (2 + 3 + 5 + 5) + 4 * 2 + 4 * 33 + 8 + 4 * 32
     assert model_size(model, exact=True) == by_hand / 8 / 2**20
-    expected = 11 * (2.1 + 3.2 + 4.9 + 5.0) + 4 * 2 + 4 * 32 + 8 + 4 * 32
+    expected = 11 * (2.1 + 3.2 + 4.9 + 5.0) + 4 * 2 + 4 * 33 + 8 + 4 * 32
     assert float(model_size(model).detach()) == pytest.approx(expected / 8 / 2**20, rel=1e-5)
 
 
