@@ -18,6 +18,7 @@ from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
+from diffq_fx.budget.least_loss import least_loss_widths
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
@@ -98,12 +99,23 @@ class Compression(TrainingState):
         return self
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Round the bits for good; from now on training rounds the weights truly."""
+    def freeze(self, *, least_loss: bool = False) -> None:
+        """Round the bits for good; from now on training rounds the weights truly.
+
+        Args:
+            least_loss: whether the widths are those that the least loss right after rounding is predicted for, once the first steps have
+                measured the curvature, in place of those that training asked for; for where the weights hardly train on.
+        """
         if self.frozen:
             return
         self.allocate()
-        self._take_uniform_if_better()
+        budget = self.budget_bits(measured=True)
+        if budget is not None and predicted_loss.is_measured(self.learned):
+            if least_loss:
+                losses, groups = predicted_loss.losses(self.learned, self.groups()), self.groups()
+                self._set_widths(self._widths_within(lambda bits: least_loss_widths(groups, losses, bits), budget))
+            else:
+                self._take_uniform_if_better(budget)
         for quantizer in self.learned:
             quantizer.keep_range()
         self.note(frozen=True, frozen_at=self.known.steps)
@@ -303,11 +315,8 @@ class Compression(TrainingState):
         saved = self.known.bits_saved
         return allocate_coded_widths(self.groups(), allocate, budget - saved, saved, self.saved_at)
 
-    def _take_uniform_if_better(self) -> None:
+    def _take_uniform_if_better(self, budget: int) -> None:
         """Give all groups the same widths, as far as the budget allows, where that surely costs less than the widths that were found."""
-        budget = self.budget_bits(measured=True)
-        if budget is None or self.config.sensitivity_step is None:
-            return
         groups, width_T = self.groups(), self.width_T()
         same_T = same_bits(groups, budget)
         uniform_T = self._widths_within(lambda bits: allocate_widths(groups, same_T, bits), budget)

@@ -76,7 +76,7 @@ def measure_curvature(sums: Tensor, noise: Tensor, growth: Tensor) -> None:
 
 
 def measured_curvature(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """H of each group from :func:`measure_curvature`, without bias but noisy, and its variance, ``F / E``; 0 where it was not called yet."""
+    """H of each group from :func:`measure_curvature`, without bias but noisy, and its variance, ``F / E``; both 0 before that."""
     was_measured = sums[3] > 0
     return torch.where(was_measured, sums[2], 0), torch.where(was_measured, sums[0] / sums[3], 0)
 

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from diffq_fx.budget import sensitivity
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.least_loss import least_loss_widths, squared_errors, surely_less
+from diffq_fx.budget.least_loss import squared_errors, surely_less
 from diffq_fx.methods.diffq import DiffQWeight
+
+
+def is_measured(learned: Sequence[DiffQWeight]) -> bool:
+    """Whether the first steps have measured a curvature: they are over, and a gradient reached a weight."""
+    sums = [buffer for quantizer in learned if (buffer := quantizer.gradient_sums) is not None]
+    return any(bool((each[0] * each[3]).any()) for each in sums)
 
 
 def errors_at(learned: Sequence[DiffQWeight], groups: FlatGroups, width_T: Tensor) -> Tensor:
@@ -27,11 +33,9 @@ def surely_better(learned: Sequence[DiffQWeight], groups: FlatGroups, width_T: T
     return surely_less(curvature_T, variance_T, *(errors_at(learned, groups, each_T) for each_T in (width_T, than_T)))
 
 
-def best_widths(learned: Sequence[DiffQWeight], groups: FlatGroups, budget: int) -> Tensor:
-    """The widths with the least predicted loss within a budget, int32, shape (T,)."""
+def losses(learned: Sequence[DiffQWeight], groups: FlatGroups) -> dict[int, Tensor]:
+    """By every width that a group may have, the predicted loss of each group at it, shape (T,)."""
     sums = [quantizer.get_buffer("gradient_sums") for quantizer in learned]
     curvature_T = sensitivity.curvatures([quantizer.spec for quantizer in learned], sums)
     every = sorted({width for alike in groups.alike for width in alike.limits.widths})
-    same_T = (torch.full_like(curvature_T, width) for width in every)
-    losses = {width: curvature_T * errors_at(learned, groups, each_T) for width, each_T in zip(every, same_T, strict=True)}
-    return least_loss_widths(groups, losses, budget)
+    return {width: curvature_T / 2 * errors_at(learned, groups, torch.full_like(curvature_T, width)) for width in every}
