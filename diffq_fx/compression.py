@@ -18,13 +18,13 @@ from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.least_loss import squared_errors, surely_less
+from diffq_fx.budget.least_loss import least_loss_widths
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
-from diffq_fx.budget.sensitivity import measured_curvature
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
+from diffq_fx.methods import predicted_loss
 from diffq_fx.methods.base import Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.methods.diffq_settings import DiffQSettings
@@ -39,8 +39,10 @@ live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 """The compressions of all models in this process: optimizers know none of them."""
 
 _allocating = threading.RLock()
-_LEARNED = "learned: no less loss is predicted for the same width in all groups"
-_UNIFORM = "the same width in all groups, as far as the size allows: less loss is predicted for it than for the learned widths"
+_LEARNED = "learned"
+_UNIFORM = (
+    "the same in all groups, as far as the size allows: by the curvature that the first steps measured the learned ones cost more loss"
+)
 
 
 class Compression(TrainingState):
@@ -97,12 +99,23 @@ class Compression(TrainingState):
         return self
 
     @torch.no_grad()
-    def freeze(self) -> None:
-        """Round the bits for good; from now on training rounds the weights truly."""
+    def freeze(self, *, least_loss: bool = False) -> None:
+        """Round the bits for good; from now on training rounds the weights truly.
+
+        Args:
+            least_loss: whether the widths are those that the least loss right after rounding is predicted for, once the first steps have
+                measured the curvature, in place of those that training asked for; for where the weights hardly train on.
+        """
         if self.frozen:
             return
         self.allocate()
-        self._take_uniform_if_better()
+        budget = self.budget_bits(measured=True)
+        if budget is not None and predicted_loss.is_measured(self.learned):
+            if least_loss:
+                losses, groups = predicted_loss.losses(self.learned, self.groups()), self.groups()
+                self._set_widths(self._widths_within(lambda bits: least_loss_widths(groups, losses, bits), budget))
+            else:
+                self._take_uniform_if_better(budget)
         for quantizer in self.learned:
             quantizer.keep_range()
         self.note(frozen=True, frozen_at=self.known.steps)
@@ -302,22 +315,12 @@ class Compression(TrainingState):
         saved = self.known.bits_saved
         return allocate_coded_widths(self.groups(), allocate, budget - saved, saved, self.saved_at)
 
-    def errors_at(self, width_T: Tensor) -> Tensor:
-        """Squared rounding error of every group at these whole widths with the weights as they are, shape (T,)."""
-        pairs = zip(self.learned, self.groups().split(width_T.to(torch.int32)), strict=True)
-        return torch.cat([squared_errors(quantizer.rounded_at(width)).reshape(-1) for quantizer, width in pairs])
-
-    def _take_uniform_if_better(self) -> None:
+    def _take_uniform_if_better(self, budget: int) -> None:
         """Give all groups the same widths, as far as the budget allows, where that surely costs less than the widths that were found."""
-        budget = self.budget_bits(measured=True)
-        if budget is None or self.config.sensitivity_step is None:
-            return
         groups, width_T = self.groups(), self.width_T()
         same_T = same_bits(groups, budget)
         uniform_T = self._widths_within(lambda bits: allocate_widths(groups, same_T, bits), budget)
-        measured = [measured_curvature(quantizer.get_buffer("gradient_sums")) for quantizer in self.learned]
-        curvature_T, variance_T = (torch.cat([each.reshape(-1) for each in own]) for own in zip(*measured, strict=True))
-        if surely_less(curvature_T, variance_T, self.errors_at(uniform_T), self.errors_at(width_T)):
+        if predicted_loss.surely_better(self.learned, groups, uniform_T, width_T):
             self._set_widths(uniform_T)
             self.uniform_bits.fill_(1)
 

@@ -121,7 +121,7 @@ def _largest_remainder(groups: FlatGroups, bits: Tensor, values: Tensor, payload
 
 
 def fill_up(width: Tensor, above: Tensor, values: Tensor, order: Tensor, room: float) -> Tensor:
-    """``width``, or ``above`` in its place for groups in this order, while ``room`` bits hold what it takes: ``values * (above - width)``."""
+    """``width``, or ``above`` in its place for groups in this order while ``room`` bits hold it: ``values * (above - width)`` each."""
     cost = values * (above - width)
     order = order[cost[order] > 0]
     taken = torch.cumsum(cost[order], 0) <= room

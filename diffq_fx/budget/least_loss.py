@@ -32,7 +32,8 @@ def squared_errors(weight: RoundedWeight) -> Tensor:
     errors_RC = torch.zeros(layout.shape, dtype=torch.float32, device=weight.rows.device)
     for part in layout.row_slices(weight.rows.device):
         width = weight.width if weight.width.shape[0] == 1 else weight.width[part]
-        one = QuantParams(*(None if each is None else each[None] for each in weight.params.of_rows(part)))
+        scale, *others = weight.params.of_rows(part)
+        one = QuantParams(scale[None], *(None if each is None else each[None] for each in others))
         found_RC = rounding_errors(weight.rows[part], one, width, layout.of_rows(part))[0].float()
         (errors_RC if len(errors_RC) == 1 else errors_RC[part]).add_(found_RC)
     return errors_RC.sum_to_size(weight.spec.bits_layout.shape)

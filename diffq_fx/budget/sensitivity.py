@@ -76,8 +76,9 @@ def measure_curvature(sums: Tensor, noise: Tensor, growth: Tensor) -> None:
 
 
 def measured_curvature(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """H of each group from :func:`measure_curvature`, without bias but noisy, and its variance, ``F / E``."""
-    return sums[2], (sums[0] / sums[3]).nan_to_num(0, 0, 0)
+    """H of each group from :func:`measure_curvature`, without bias but noisy, and its variance, ``F / E``; both 0 before that."""
+    was_measured = sums[3] > 0
+    return torch.where(was_measured, sums[2], 0), torch.where(was_measured, sums[0] / sums[3], 0)
 
 
 def curvatures(specs: Sequence[WeightSpec], sums: Sequence[Tensor]) -> Tensor:

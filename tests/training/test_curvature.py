@@ -11,7 +11,8 @@ from diffq_fx.budget import sensitivity
 from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
 from diffq_fx.budget.least_loss import least_loss_widths, squared_errors, surely_less
 from diffq_fx.budget.size import exact_bits
-from diffq_fx.methods import diffq_settings
+from diffq_fx.functional.groups import to_rows
+from diffq_fx.methods import diffq_settings, predicted_loss
 from diffq_fx.weights import WeightSpec
 
 LOUD = torch.logspace(0, -3, 16).view(16, 1)
@@ -118,9 +119,9 @@ def test_squared_errors_are_those_of_the_rounded_weight(settings):
     assert torch.allclose(found, quantizer.spec.bits_layout.sum(errors), rtol=1e-4)
 
 
-def with_bits(order, **settings):
+def with_bits(order, *, steps=20, **settings):
     """A model whose loud rows have the most bits, or the fewest, as training left them."""
-    model = measured(steps=20, target_bits=3, **settings)
+    model = measured(steps=steps, target_bits=3, **settings)
     (logits,) = model.compression.logits
     with torch.no_grad():
         logits.copy_(order * torch.linspace(0.1, -0.2, 16).view(16, 1))
@@ -135,12 +136,12 @@ def test_bits_that_are_worse_than_uniform_ones_do_not_become_final(size_of):
     assert float(widths.max() - widths.min()) <= 1
     assert model.compression.exact_bits() <= (model.compression.budget_bits(measured=True) + model.compression.rest_bits_now())
     for each in (model, copy.deepcopy(model), convert_diffq(model)):
-        assert "same width in all groups" in bits_report(each).allocation
-    assert "widths: the same width in all groups" in str(bits_report(model))
+        assert "the same in all groups" in bits_report(each).allocation
+    assert "widths: the same in all groups" in str(bits_report(model))
     other = measured(steps=1, target_bits=3, size_of=size_of)
     assert bits_report(other).allocation == ""
     other.load_state_dict(model.state_dict())
-    assert "same width in all groups" in bits_report(other).allocation
+    assert "the same in all groups" in bits_report(other).allocation
     assert torch.equal(other.compression.width_T(), widths)
 
 
@@ -152,6 +153,21 @@ def test_bits_that_are_better_than_uniform_ones_become_final():
     assert bits_report(convert_diffq(model)).allocation.startswith("learned")
 
 
+@pytest.mark.parametrize("settings", [{}, {"size_of": "packed_file"}, {"size_of": "onnx_file"}, {"widths": (2, 3, 8)}, {"group_size": 64}])
+def test_widths_of_the_least_loss_hold_the_size_and_cost_less(settings):
+    model = measured(steps=20, target_bits=4, **settings)
+    learned = copy.deepcopy(model)
+    learned.compression.freeze()
+    model.compression.freeze(least_loss=True)
+    costs = []
+    for each in (model.compression, learned.compression):
+        losses = predicted_loss.losses(each.learned, each.groups())
+        costs.append(sum(float(losses[int(width)][i]) for i, width in enumerate(each.width_T())))
+        assert each.exact_bits() <= each.budget_bits(measured=True) + each.rest_bits_now()
+    assert costs[0] <= costs[1]
+    assert set(model.compression.width_T().tolist()) <= set(model.compression.config.limits.widths)
+
+
 def test_a_difference_within_the_noise_of_the_measurement_changes_nothing():
     curvature, ones = torch.tensor([1.0, 1.5]), torch.ones(2)
     better, worse = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])
@@ -160,9 +176,29 @@ def test_a_difference_within_the_noise_of_the_measurement_changes_nothing():
     assert not surely_less(curvature, 0.01 * ones, worse, better)
 
 
-def test_without_a_measurement_the_learned_bits_stay():
-    model = prepare_diffq(nn.Linear(256, 16), torch.zeros(1, 256), DiffQConfig(target_bits=3))
-    with torch.no_grad():
-        model.compression.logits[0].copy_(torch.linspace(0.1, -0.2, 16).view(16, 1))
-    freeze_bits(model)
-    assert float(model.compression.width_T()[0]) > float(model.compression.width_T()[-1])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_before_the_curvature_is_measured_the_learned_bits_stay(steps):
+    model = with_bits(-1, steps=steps)
+    assert float(model.compression.width_T()[0]) < float(model.compression.width_T()[-1])
+    assert bits_report(model).allocation == "learned"
+    other = measured(steps=steps, target_bits=3)
+    other.compression.freeze(least_loss=True)
+    assert other.compression.width_T().unique().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 64), nn.Conv2d(8, 32, 3), nn.ConvTranspose1d(16, 64, 3, stride=2)])
+def test_the_importance_of_columns_is_the_sum_of_their_squared_gradients_in_the_first_steps(monkeypatch, layer):
+    monkeypatch.setattr(diffq_settings, "SENSITIVITY_STEPS", 3)
+    x = torch.randn({nn.Linear: (4, 32), nn.Conv2d: (4, 8, 5, 5), nn.ConvTranspose1d: (4, 16, 5)}[type(layer)])
+    model = prepare_diffq(layer, x, DiffQConfig(target_bits=4)).train()
+    (quantizer,) = model.compression.learned
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    expected = torch.zeros(quantizer.spec.columns)
+    assert torch.equal(quantizer.importance, expected)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        expected += to_rows(quantizer.weight.grad, quantizer.spec.axis).square().sum(0) if step < 3 else 0
+        optimizer.step()
+    assert torch.allclose(quantizer.importance, expected)
+    assert torch.equal(copy.deepcopy(model).compression.learned[0].importance, quantizer.importance)
