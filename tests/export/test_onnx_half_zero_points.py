@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from saturating import MACHINES, run_on
-from stored_models import Bare, Conv, Linear, Parallel, Swapped, Tied, assert_same, levels_in, optimized_ops, run_exact, store
+from stored_models import Bare, Conv, Linear, Parallel, Swapped, Tied, assert_same, levels_in, optimized, optimized_ops, run_exact, store
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from diffq_fx.export.onnx.layout.table import one_container, read_table, split_b
 
 pytestmark = pytest.mark.filterwarnings("ignore:export_onnx. rounding activations changes")
 
+MIXED_PAIR = torch.tensor([1, 2])[torch.arange(1024) % 2][:, None]
 MIXED = torch.tensor([1, 2, 3, 8])[torch.arange(24) % 4][:, None]
 NARROW_AND_WIDE = torch.tensor([2, 2, 5, 12])[torch.arange(24) % 4][:, None]
 CASES = [
@@ -71,7 +72,7 @@ def test_weights_are_the_same_bit_by_bit(layout, path):
 @pytest.mark.parametrize("layout", ["onnxruntime", "qdq"])
 @pytest.mark.parametrize(("bits", "container"), [(1, 2), (2, 2), (3, 4), (4, 4)])
 def test_the_file_keeps_the_smallest_container_and_fuses(bits, container, layout, path, tmp_path):
-    size = {}
+    size, choice = {}, {}
     for grid in ("half", "affine"):
         model = Linear(512, 512, bits, grid=grid).eval()
         model.weight = half(torch.randn(512, 512), bits) if grid == "half" else model.weight
@@ -80,12 +81,35 @@ def test_the_file_keeps_the_smallest_container_and_fuses(bits, container, layout
         assert result.weights[0].containers == {container: 512 * 512}
         ops = optimized_ops(path, tmp_path)
         assert ops.count("MatMulNBits") == 1
-        assert not {"DequantizeLinear", "Mul", "Cast"} & set(ops), "doubled when the file is loaded, not at every run"
+        assert not {"DequantizeLinear", "Mul", "Cast", "Where"} & set(ops), "done when the file is loaded, not at every run"
         assert_same(run_exact(path, fresh := torch.randn(5, 512)), model(fresh))
         size[grid] = path.stat().st_size
-        remark = "doubled when the file is loaded" in " ".join(result.weights[0].remarks)
-        assert remark == (grid == "half" and bits in (2, 4))
+        remarks = " ".join(result.weights[0].remarks)
+        assert ("half-integer zero points" in remarks) == (grid == "half" and bits in (2, 4))
+        choice[grid] = result.weights[0].choice
+    assert choice["half"] == choice["affine"], "no form of a product is lost"
     assert size["half"] - size["affine"] < 512 * 6 / 8 + 700, "wider zero points and a factor a channel, and a few nodes"
+
+
+NATIVE = [(1, "channel"), (2, "channel"), (4, "channel"), (2, 128), (2, "tensor"), (MIXED_PAIR, "channel")]
+
+
+def test_kernels_of_the_learned_width_round_zero_points_down_and_subtract_what_that_adds(path, tmp_path):
+    layers = [Linear(1024, 1024, 2, name=f"w{i}") for i in range(len(NATIVE))]
+    for layer, (bits, group) in zip(layers, NATIVE, strict=True):
+        layer.weight = half(torch.randn(1024, 1024), bits, group=group, ranges=group, name=layer.weight.spec.name)
+    model = Parallel(*layers[:-1], nn.Sequential(layers[-1], nn.ReLU())).eval()
+    result = export_onnx(model, torch.randn(1, 1024), path)
+    kernels = [node for node in optimized(path, tmp_path).node if node.op_type == "MatMulNBits"]
+    widths = [next(a.i for a in node.attribute if a.name == "bits") for node in kernels]
+    assert sorted(widths) == [2, 2, 2, 2, 2, 4]
+    ops = optimized_ops(path, tmp_path)
+    assert not {"DequantizeLinear", "Mul", "Cast", "Where", "Expand"} & set(ops), "done when the file is loaded, not at every run"
+    assert ["round them down" in " ".join(record.remarks) for record in result.weights] == [False, True, True, True, True, True]
+    fresh = torch.rand(3, 1024) + 0.5  # far from zero: sums that are as large as they come
+    assert_same(run_exact(path, fresh), model(fresh))
+    roles = {tensor.role for tensor in inspect_onnx(path).tensors if tensor.name.endswith(".halves")}
+    assert roles == {"other"}
 
 
 def test_two_bits_stay_two_where_onnxruntime_misreads_such_containers(path):

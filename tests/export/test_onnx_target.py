@@ -276,8 +276,8 @@ def test_inspect_shows_target_and_reasons(path):
     export_onnx(model, torch.randn(1, 512), path)
     told = " ".join(CliRunner().invoke(app, ["inspect", str(path)], env={"COLUMNS": "200"}).stdout.split())
     assert "target portable" in told
-    assert "large linear fused, 4 bits: predicted" in told
-    assert "small fold float, made once when the file is loaded 512 inputs and 16 outputs: fused" in told
+    assert "large affine linear fused, 4 bits: predicted" in told
+    assert "small affine fold float, made once when the file is loaded 512 inputs and 16 outputs: fused" in told
 
 
 def test_every_record_says_what_was_taken(path):

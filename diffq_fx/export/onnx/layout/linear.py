@@ -3,7 +3,8 @@
 What it fuses is ``DequantizeLinear(levels [K, N], axis 0, block_size B) -> MatMul``, with B a power of two from 16 to 256. The file
 holds one scale per channel all the same: it is repeated for each block by an Expand that is folded at load. The
 kernel computes with 2, 4 or 8 bits. 2 and 4 bits need the container itself as an initializer; 8 bits take any
-mix of narrower containers, cast and joined at load, for onnxruntime folds into types of 8 bits or more alone.
+mix of narrower containers, cast and joined at load, for onnxruntime folds into types of 8 bits or more alone. So half-integer zero points
+are doubled for 8 bits; for 2 and 4 they are rounded down, and what that adds to a product is subtracted behind it.
 
 Shape legend: M rows, K inputs, N output channels, B block_size.
 """
@@ -59,7 +60,7 @@ def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, s
     if not kernels:
         reason = f"the opset that was asked for has no DequantizeLinear with blocks: fused products need {BLOCKED_OPSET}"
         return Choice(FLOAT, reason)
-    as_stored = not shared and storage.width == table.kernel_bits
+    as_stored = not shared and storage.width == table.container_bits
     here = [kernel for kernel in kernels if as_stored or kernel.name not in _NATIVE.values()]
     return choose(here, product, request.machines(product, kernels))
 
@@ -67,14 +68,19 @@ def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, s
 def _kernels(table: WeightTable, use: LinearUse, outputs: int, request: LayoutRequest) -> tuple[Kernel, ...]:
     """The kernels that could run a product in one storage or another, the narrowest first."""
     kernels = []
-    bits = table.kernel_bits
+    bits = table.container_bits
     if request.has_blocks:
-        if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0):
+        if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0) and _leaves_no_rest(table):
             kernels.append(Kernel(_NATIVE[bits], _kernel_block(table, bits)))
         kernels.append(Kernel("fused 8", _kernel_block(table, _BYTE)))
     if request.rounds and table.blocks == 1 and table.spec.columns <= MAX_INPUTS:
         kernels.append(Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8"))
     return tuple(kernel for kernel in kernels if kernel != _SLOW)
+
+
+def _leaves_no_rest(table: WeightTable) -> bool:
+    """Whether the last block of a row is as long as the others, or nothing needs the sums of blocks (see :func:`_without_halves`)."""
+    return table.factor is None or table.spec.columns % table.block == 0
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:
@@ -105,8 +111,9 @@ def _kernel_block(table: WeightTable, bits: int) -> int:
 def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -> None:
     """Replace a product by ``DequantizeLinear -> MatMul (-> Add)``; ``copy`` products read this weight, stored [K, N], before this one."""
     length = -(-stored.table.spec.columns // kernel.block)
-    scale = stored.along_inputs(stored.scale, block=kernel.block, length=length)
-    if kernel.bits == _BYTE:
+    in_bytes = kernel.bits == _BYTE
+    scale = stored.along_inputs(stored.scale if in_bytes else stored.learned_scale, block=kernel.block, length=length)
+    if in_bytes:
         levels = stored.levels_as(integer_type(_BYTE, signed=stored.table.signed))
         as_bytes = None if stored.zero_point is None else stored.emit.cast(stored.zero_point, ir.DataType.UINT8)
         zero_point = None if as_bytes is None else stored.along_inputs(as_bytes, block=kernel.block, length=length)
@@ -118,14 +125,39 @@ def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -
     name = use.label(stored.name)
     weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=kernel.block)
     mark_weight(weight, stored.name)
-    product = make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{name}.product"))
-    replace_product(use, [product])
-    _spell_out_activation(stored.emit, product.outputs[0])
+    nodes = [make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{name}.product"))]
+    if not in_bytes and stored.storage.factor is not None:
+        nodes = _without_halves(stored, use.activation, nodes[0])
+    replace_product(use, nodes)
+    _spell_out_activation(stored.emit, nodes[-1].outputs[0])
+
+
+def _without_halves(stored: StoredTable, activation: ir.Value, product: ir.Node) -> list[ir.Node]:
+    """A product with zero points that were rounded down, and what that has added: half a scale times the sum of the inputs of its block.
+
+    ``x @ ((q - z - 1/2) s) = x @ ((q - z) s) - sum(x) s / 2``: so levels of 2 or 4 bits need not be doubled, for which the kernel of their
+    width has no room.
+    """
+    table, emit, name = stored.table, stored.emit, str(product.outputs[0].name)
+    _, is_half_RC = table.learned_zero_point
+    halves = stored.storage.groups(np.zeros_like(table.scale, np.int32) if is_half_RC is None else is_half_RC)
+    held = emit.initializer(f"{stored.name}.halves", integer_tensor(halves, stored.storage.part_bits, signed=False))
+    is_half, nothing = emit.cast(emit.cast(held, ir.DataType.INT32), ir.DataType.BOOL), emit.initializer("nothing", np.float32(0))
+    added = emit.op("Where", [is_half, stored.scale, nothing], dtype=ir.DataType.FLOAT)  # scales are halved where levels are doubled
+    before, inputs = [], activation
+    if table.blocks > 1 and activation.shape is not None:
+        apart = emit.sizes(*[0] * (len(activation.shape) - 1), table.blocks, table.block)
+        before = [make_node("Reshape", [activation, apart], f"{name}.blocks")]
+        inputs = before[0].outputs[0]
+    sums = make_node("ReduceSum", [inputs, emit.sizes(-1)], f"{name}.sums", keepdims=int(table.blocks == 1))
+    rest = make_node("MatMul", [sums.outputs[0], added], f"{name}.halves")
+    product.name = product.outputs[0].name = f"{name}.rounded_down"
+    return [product, *before, sums, rest, make_node("Sub", [product.outputs[0], rest.outputs[0]], name)]
 
 
 def _native_zero_point(stored: StoredTable, kernel: Kernel, length: int) -> ir.Value | None:
     """Zero points of each block as an initializer: onnxruntime cannot fold an Expand of 2 or 4 bits."""
-    zero_point_RC = stored.table.zero_point
+    zero_point_RC = stored.table.zero_point if stored.storage.factor is None else stored.table.learned_zero_point[0]
     if zero_point_RC is None:
         return None
     blocks = np.minimum(np.arange(length) * kernel.block // stored.table.block, stored.table.blocks - 1)

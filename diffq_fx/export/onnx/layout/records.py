@@ -86,7 +86,11 @@ def _remarks(plan: WeightPlan, stored: StoredTable) -> tuple[str, ...]:
     if stored.storage.width is None:
         remarks.append("channels are grouped by container; onnxruntime joins them when it loads the file")
     if stored.storage.factor is not None:
-        remarks.append("levels with half-integer zero points are doubled when the file is loaded, to be integers about an integer")
+        native = [choice.kernel.block > 0 and choice.kernel.bits < 8 for choice in plan.products]
+        if any(native):
+            remarks.append("half-integer zero points: products round them down and subtract half a scale times the sum of the inputs")
+        if not native or not all(native):
+            remarks.append("levels with half-integer zero points are doubled when the file is loaded, to be integers about an integer")
     if stored.storage.widest > plan.table.container_bits:
         remarks.append("4 bits for 2: onnxruntime transposes no 2-bit weights, and their products are wrong unless N is a multiple of 4")
     for form in _product_forms(plan):

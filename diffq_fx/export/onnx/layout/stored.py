@@ -57,7 +57,8 @@ class StoredTable:
             if self._factor is None:
                 self._casts[dtype] = self._joined(dtype)
             else:
-                self._casts[dtype] = self.emit.cast(self.emit.op("Mul", [self._joined(ir.DataType.INT32), self._factor]), dtype)
+                doubled = self.emit.op("Mul", [self._joined(ir.DataType.INT32), self.per_input(self._factor)])
+                self._casts[dtype] = self.emit.cast(doubled, dtype)
         return self._casts[dtype]
 
     def _joined(self, dtype: ir.DataType) -> ir.Value:
@@ -73,11 +74,17 @@ class StoredTable:
         if factor is None or factor.size == 1:
             return None if factor is None else self.emit.initializer(name, np.array(factor.item(), dtype=np.int32))
         held = self.emit.initializer(name, integer_tensor(self.storage.groups(factor), self.storage.part_bits, signed=False))
-        return self.per_input(self.emit.cast(held, ir.DataType.INT32))
+        return self.emit.cast(held, ir.DataType.INT32)
+
+    @cached_property
+    def learned_scale(self) -> ir.Value:
+        """The scales of the levels in the file, which are not doubled yet."""
+        return self.scale if self._factor is None else self.emit.op("Mul", [self.scale, self.emit.cast(self._factor, ir.DataType.FLOAT)])
 
     def per_input(self, values: ir.Value) -> ir.Value:
         """Scales, zero points or factors in a shape that broadcasts with the levels."""
-        return values if self.table.blocks == 1 else self.along_inputs(values, block=1, length=self.table.spec.columns)
+        is_one = values.const_value is not None and values.const_value.size == 1
+        return values if self.table.blocks == 1 or is_one else self.along_inputs(values, block=1, length=self.table.spec.columns)
 
     @cached_property
     def _place_of_row(self) -> ir.Value:

@@ -77,6 +77,13 @@ class WeightTable:
             return self.levels
         return self.levels // self.spec.scale_layout.expand(torch.from_numpy(self.factor)).numpy()
 
+    @cached_property
+    def learned_zero_point(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """The zero points before they were doubled, rounded down; and 1 where that took a half off. None for what there is not."""
+        if self.factor is None or self.zero_point is None:
+            return self.zero_point, None
+        return self.zero_point // self.factor, self.zero_point % self.factor
+
     @property
     def blocks(self) -> int:
         """Scales along one row, C."""
