@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
-from diffq_fx.methods import STE
+from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
 from diffq_fx.post_training import compress as stages
 from diffq_fx.post_training import reference, round_weights
@@ -79,6 +79,8 @@ class TestResult:
     def test_mapping_of_patterns_and_exclude(self) -> None:
         converted = run(config={"first": DiffQConfig(target_bits=4), "last": DiffQConfig(target_bits=4, min_bits=2, max_bits=4)})
         assert {weight.name for weight in bits_report(converted).weights} == {"first.weight", "last.weight"}
+        fixed = bits_report(run(config={"last": STE(bits=8), "*": DiffQConfig(target_bits=4)}))
+        assert {weight.name: weight.min_bits for weight in fixed.weights}["last.weight"] == 8
         left = run(config=DiffQConfig(target_bits=5, exclude=("last",)))
         assert isinstance(left.last.weight, nn.Parameter)
 
@@ -230,7 +232,8 @@ _BAD = {
     "no model": ({"model": 3}, TypeError, r"expected a torch\.nn\.Module"),
     "out of reach": ({"config": DiffQConfig(target_bits=0.5)}, ValueError, "compress: target_bits=0.5 cannot be reached"),
     "a penalty": ({"config": DiffQConfig(penalty=5.0)}, ValueError, "penalty=5 is no size to meet"),
-    "another method": ({"config": STE(bits=4)}, TypeError, "has STE, whose widths are not found"),
+    "another method": ({"config": {"last": LSQ(bits=4), "*": DiffQConfig()}}, TypeError, "'last' has LSQ, which needs a training"),
+    "no target": ({"config": STE(bits=4)}, ValueError, "a DiffQConfig with a target is needed for some of the weights, got STE for all"),
     "no config": ({"config": 4}, TypeError, "expected a method"),
     "teacher": ({"teacher": 3}, TypeError, "teacher must be"),
     "another teacher": ({"teacher": nn.Linear(16, 3)}, ValueError, r"must be those of the model, output \(12, 10\); got output \(12, 3\)"),
