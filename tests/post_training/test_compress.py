@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, com
 from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
 from diffq_fx.post_training import compress as stages
-from diffq_fx.post_training import reference, round_weights
+from diffq_fx.post_training import moments, reference, round_weights
 from diffq_fx.training.output_loss import output_loss, outputs_of
 
 
@@ -191,6 +192,33 @@ class TestTheModelIsLeftAlone:
         assert model.training
         monkeypatch.undo()
         run(model)  # and it can be compressed still
+
+    @pytest.mark.parametrize(
+        ("where", "name", "calls"),
+        [
+            (reference, "output_loss", 5),
+            (reference, "output_loss", 25),
+            (round_weights, "compensate", 2),
+            (moments.Uses, "forget_copies", 3),
+        ],
+    )
+    def test_within_a_stage(self, where: object, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        done, count = getattr(where, name), itertools.count(1)
+
+        def interrupting(*args: object, **kwargs: object) -> object:
+            if next(count) == calls:
+                raise KeyboardInterrupt
+            return done(*args, **kwargs)
+
+        model = make()
+        before, fast = state_of(model), torch.backends.mha.get_fastpath_enabled()
+        monkeypatch.setattr(where, name, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        assert same_state(model, before)
+        assert model.training
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+        assert torch.is_grad_enabled()
 
 
 class Losing(Net):
