@@ -149,5 +149,7 @@ def seek_bits(model: nn.Module, compression: Compression, wanted: FloatOutputs, 
 def _notes(data: Calibration, wanted: FloatOutputs, tuned: Tuned) -> tuple[str, ...]:
     return (
         f"compressed by {len(data.tuned_on)} batches and {len(data.held_out)} held out, {wanted.description}: "
-        f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation",
+        f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation"
+        + f", which then diverged ({tuned.diverged}): the best state before is kept"
+        * bool(tuned.diverged),
     )

@@ -100,6 +100,13 @@ class TestResult:
         monkeypatch.setattr(round_weights, "compensate", failing)
         assert "rounded to the nearest levels (no factor): last.weight" in bits_report(run()).notes
 
+    def test_a_tuning_that_diverges_ends_and_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loss, count = reference.output_loss, itertools.count(1)
+        monkeypatch.setattr(reference, "output_loss", lambda *args, **kw: loss(*args, **kw) * (1 if next(count) < 25 else float("nan")))
+        converted = run(steps=20)
+        assert "which then diverged" in converted.compression.notes[-1]
+        assert all(bool(parameter.isfinite().all()) for parameter in converted.parameters())
+
 
 class TestWhatIsCompared:
     def test_features_by_their_squared_error(self) -> None:
