@@ -25,7 +25,9 @@ _REST_RATE = 3e-4
 _RANGE_RATE = 3e-5
 _WARM_UP = 0.1
 _LOOKS = 10
-"""Looks at the held-out batches during the tuning."""
+"""Most looks at the held-out batches during the tuning."""
+_STEPS_A_LOOK = 2
+"""Fewest steps between looks, for each held-out batch: a look is to take a small part of the time."""
 _PATIENCE = 3
 """Looks without an improvement until it ends."""
 
@@ -105,7 +107,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
             best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
-    examples, began, steps, worse, looked_at, diverged = data.cycle(), time.monotonic(), 0, 0, 0.0, ""
+    examples, began, steps, last_look, worse, looked_at, diverged = data.cycle(), time.monotonic(), 0, 0, 0, 0.0, ""
     while worse < _PATIENCE and (share := limits.share(steps, began)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
@@ -119,8 +121,8 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         steps += 1
         bar.advance()
         share = limits.share(steps, began)
-        if share >= min(looked_at + 1 / _LOOKS, 1):
-            looked_at = share
+        if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
+            looked_at, last_look = share, steps
             worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
     best.restore()
     return Tuned(steps, before, best.distance, diverged)
