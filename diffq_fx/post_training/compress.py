@@ -15,6 +15,7 @@ from diffq_fx.example import restored_random_state
 from diffq_fx.methods.base import Method, check_whole
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.methods.ste import STE
 from diffq_fx.parts import CHILD
 from diffq_fx.post_training.batches import CALLER, Calibration, refuse_too_little_memory
 from diffq_fx.post_training.progress import ProgressBar
@@ -55,7 +56,8 @@ def compress(
         model: a float model.
         batches: inputs as the model is called with: a tensor, a tuple of positional or a dict of keyword arguments each, without labels.
             A few hundred rows do. At most 1024 batches and 1 GiB are read.
-        config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`.
+        config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`, in which
+            :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
         teacher: another model with the same outputs to imitate; by default the float model.
         steps: most steps of the tuning, 300 by default; 0 for none.
         minutes: most minutes of it all, about; 10 by default.
@@ -106,17 +108,19 @@ def compress(
 
 
 def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:
-    """The methods, all with trainable bits and a target; their phases are those of compress."""
+    """The methods: those with trainable bits, which have a target and whose phases are those of compress, and fixed widths."""
     choice = MethodChoice.of(DiffQConfig() if config is None else config, CALLER)
     entries: list[tuple[str, Method]] = []
     for pattern, method in choice.entries:
-        if not isinstance(method, DiffQConfig):
+        if not isinstance(method, DiffQConfig | STE):
             raise TypeError(
-                f"{CALLER}: {pattern!r} has {type(method).__name__}, whose widths are not found from batches. Give a DiffQConfig."
+                f"{CALLER}: {pattern!r} has {type(method).__name__}, which needs a training. Give a DiffQConfig, or STE for a fixed width."
             )
-        if not method.has_target:
+        if isinstance(method, DiffQConfig) and not method.has_target:
             raise ValueError(f"{CALLER}: penalty={method.penalty:g} is no size to meet. Give target_bits or target_mib.")
-        entries.append((pattern, replace(method, training_steps=None)))
+        entries.append((pattern, replace(method, training_steps=None) if isinstance(method, DiffQConfig) else method))
+    if not any(isinstance(method, DiffQConfig) for _, method in entries):
+        raise ValueError(f"{CALLER}: a DiffQConfig with a target is needed for some of the weights, got {choice.name} for all.")
     return MethodChoice(tuple(entries))
 
 
@@ -145,5 +149,7 @@ def seek_bits(model: nn.Module, compression: Compression, wanted: FloatOutputs, 
 def _notes(data: Calibration, wanted: FloatOutputs, tuned: Tuned) -> tuple[str, ...]:
     return (
         f"compressed by {len(data.tuned_on)} batches and {len(data.held_out)} held out, {wanted.description}: "
-        f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation",
+        f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation"
+        + f", which then diverged ({tuned.diverged}): the best state before is kept"
+        * bool(tuned.diverged),
     )

@@ -13,7 +13,8 @@ from diffq_fx.post_training.compensation import compensate
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
 
-_MOMENT_BATCHES = 32
+_MOMENT_BATCHES, _RANGE_BATCHES = 16, 8
+"""Batches that second moments are gathered from, whole matrices and the diagonals that ranges need."""
 _MOMENT_BYTES = 1 << 28
 """Of the matrices that are in memory at once."""
 _PARTS = 4
@@ -34,7 +35,7 @@ def round_weights(model: nn.Module, compression: Compression, data: Calibration,
     batches, parts = data.tuned_on[:_MOMENT_BATCHES], list(_in_parts(compression.learned))
     bar.stage("ranges", 1)
     with float_weights(compression.quantizers):
-        moments = second_moments(model, batches, compression.learned, most_columns=0)
+        moments = second_moments(model, batches[:_RANGE_BATCHES], compression.learned, most_columns=0)
     for quantizer in compression.learned:
         importance = moments[quantizer.spec.name].importance
         if quantizer.importance is not None and importance is not None:

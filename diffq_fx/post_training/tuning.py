@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffq_fx.compression import Compression
+from diffq_fx.errors import DivergenceError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
@@ -23,7 +25,9 @@ _REST_RATE = 3e-4
 _RANGE_RATE = 3e-5
 _WARM_UP = 0.1
 _LOOKS = 10
-"""Looks at the held-out batches during the tuning."""
+"""Most looks at the held-out batches during the tuning."""
+_STEPS_A_LOOK = 2
+"""Fewest steps between looks, for each held-out batch: a look is to take a small part of the time."""
 _PATIENCE = 3
 """Looks without an improvement until it ends."""
 
@@ -36,6 +40,8 @@ class Tuned:
     before: float
     """Distance of the held-out batches' outputs from those of the float model."""
     after: float
+    diverged: str = ""
+    """What was not finite, where the tuning ended by that; the best state before it is kept."""
 
 
 @dataclass(frozen=True)
@@ -94,27 +100,32 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
     quantize_in_eval(model, compression)
     best = Best(model, held_out_distance(model, wanted, data))
     before = best.distance
-    reestimate_batch_norm(model, data.tuned_on)
-    quantize_in_eval(model, compression)
-    if not best.keep(held_out_distance(model, wanted, data)):
-        best.restore()
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        reestimate_batch_norm(model, data.tuned_on)
+        quantize_in_eval(model, compression)
+        if not best.keep(held_out_distance(model, wanted, data)):
+            best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
-    examples, began, steps, worse, looked_at = data.cycle(), time.monotonic(), 0, 0, 0.0
+    examples, began, steps, last_look, worse, looked_at, diverged = data.cycle(), time.monotonic(), 0, 0, 0, 0.0, ""
     while worse < _PATIENCE and (share := limits.share(steps, began)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
         optimizer.zero_grad()
         wanted.distance(model, next(examples)).backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except DivergenceError as error:
+            diverged = str(error).splitlines()[0]
+            break
         steps += 1
         bar.advance()
         share = limits.share(steps, began)
-        if share >= min(looked_at + 1 / _LOOKS, 1):
-            looked_at = share
+        if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
+            looked_at, last_look = share, steps
             worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
     best.restore()
-    return Tuned(steps, before, best.distance)
+    return Tuned(steps, before, best.distance, diverged)
 
 
 def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
-from diffq_fx.methods import STE
+from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
 from diffq_fx.post_training import compress as stages
-from diffq_fx.post_training import reference, round_weights
+from diffq_fx.post_training import moments, reference, round_weights
 from diffq_fx.training.output_loss import output_loss, outputs_of
 
 
@@ -79,6 +80,8 @@ class TestResult:
     def test_mapping_of_patterns_and_exclude(self) -> None:
         converted = run(config={"first": DiffQConfig(target_bits=4), "last": DiffQConfig(target_bits=4, min_bits=2, max_bits=4)})
         assert {weight.name for weight in bits_report(converted).weights} == {"first.weight", "last.weight"}
+        fixed = bits_report(run(config={"last": STE(bits=8), "*": DiffQConfig(target_bits=4)}))
+        assert {weight.name: weight.min_bits for weight in fixed.weights}["last.weight"] == 8
         left = run(config=DiffQConfig(target_bits=5, exclude=("last",)))
         assert isinstance(left.last.weight, nn.Parameter)
 
@@ -96,6 +99,13 @@ class TestResult:
 
         monkeypatch.setattr(round_weights, "compensate", failing)
         assert "rounded to the nearest levels (no factor): last.weight" in bits_report(run()).notes
+
+    def test_a_tuning_that_diverges_ends_and_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loss, count = reference.output_loss, itertools.count(1)
+        monkeypatch.setattr(reference, "output_loss", lambda *args, **kw: loss(*args, **kw) * (1 if next(count) < 25 else float("nan")))
+        converted = run(steps=20)
+        assert "which then diverged" in converted.compression.notes[-1]
+        assert all(bool(parameter.isfinite().all()) for parameter in converted.parameters())
 
 
 class TestWhatIsCompared:
@@ -190,6 +200,33 @@ class TestTheModelIsLeftAlone:
         monkeypatch.undo()
         run(model)  # and it can be compressed still
 
+    @pytest.mark.parametrize(
+        ("where", "name", "calls"),
+        [
+            (reference, "output_loss", 5),
+            (reference, "output_loss", 25),
+            (round_weights, "compensate", 2),
+            (moments.Uses, "forget_copies", 3),
+        ],
+    )
+    def test_within_a_stage(self, where: object, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        done, count = getattr(where, name), itertools.count(1)
+
+        def interrupting(*args: object, **kwargs: object) -> object:
+            if next(count) == calls:
+                raise KeyboardInterrupt
+            return done(*args, **kwargs)
+
+        model = make()
+        before, fast = state_of(model), torch.backends.mha.get_fastpath_enabled()
+        monkeypatch.setattr(where, name, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run(model)
+        assert same_state(model, before)
+        assert model.training
+        assert torch.backends.mha.get_fastpath_enabled() == fast
+        assert torch.is_grad_enabled()
+
 
 class Losing(Net):
     def forward(self, x: Tensor) -> Tensor:
@@ -230,7 +267,8 @@ _BAD = {
     "no model": ({"model": 3}, TypeError, r"expected a torch\.nn\.Module"),
     "out of reach": ({"config": DiffQConfig(target_bits=0.5)}, ValueError, "compress: target_bits=0.5 cannot be reached"),
     "a penalty": ({"config": DiffQConfig(penalty=5.0)}, ValueError, "penalty=5 is no size to meet"),
-    "another method": ({"config": STE(bits=4)}, TypeError, "has STE, whose widths are not found"),
+    "another method": ({"config": {"last": LSQ(bits=4), "*": DiffQConfig()}}, TypeError, "'last' has LSQ, which needs a training"),
+    "no target": ({"config": STE(bits=4)}, ValueError, "a DiffQConfig with a target is needed for some of the weights, got STE for all"),
     "no config": ({"config": 4}, TypeError, "expected a method"),
     "teacher": ({"teacher": 3}, TypeError, "teacher must be"),
     "another teacher": ({"teacher": nn.Linear(16, 3)}, ValueError, r"must be those of the model, output \(12, 10\); got output \(12, 3\)"),
