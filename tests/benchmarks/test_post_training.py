@@ -1,6 +1,7 @@
 """The benchmark without training: what is put back lies on so many levels, its size is counted to the bit, the table says which is which."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.frontier.job import Job, NotApplicableError
 from benchmarks.frontier.points import read_points
 from benchmarks.frontier.post_training import POST_TRAINING
 from benchmarks.frontier.post_training.matrices import Setting, measured, mib_of, nearest, replace_matrices
+from benchmarks.frontier.post_training.ours import _bits_with_embedding
 from benchmarks.frontier.post_training.quantizers import _ort_default, _ort_hqq, _ort_k_quant, _torchao_hqq, _torchao_rtn
 from benchmarks.frontier.report import report_task
 from benchmarks.frontier.tasks import TASKS, Task
@@ -98,6 +100,11 @@ def test_a_tied_embedding_is_rounded_once_and_has_8_bits_where_it_is_left_out():
     assert 0 < (model.head.weight - given).abs().max() <= given.abs().max() / 127 / 2 + 1e-6
     assert replace_matrices(model, to_zero, embedding=True) == 14
     assert mib_of(model, 14) == (14 + 64 * 32) / 8 / 2**20
+
+
+def test_compress_gets_the_size_of_an_embedding_at_8_bits_and_the_rest_at_the_budget():
+    job = SimpleNamespace(bits=3.0, task=SimpleNamespace(float_model=Tied()))
+    assert _bits_with_embedding(job) == (50 * 64 * 8 + 50 * 32 + 64 * 64 * 3) / (50 * 64 + 64 * 64)
 
 
 def test_the_setting_next_to_the_budget_is_taken_or_refused():

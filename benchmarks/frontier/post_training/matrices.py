@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks.frontier.job import Job, NotApplicableError, Point
 
-EMBEDDING_BITS = 8
 _NEAR = 0.6
 """Bits a weight that a setting may be from the budget."""
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -58,10 +57,15 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
             yield name, parameter, id(parameter) in embeddings
 
 
+def eight_bits(rows: Tensor) -> int:
+    """What a matrix takes at 8 bits with a float32 scale a row."""
+    return 8 * rows.numel() + 32 * len(rows)
+
+
 def nearest_levels(rows: Tensor) -> Rounded:
-    """8 bits a weight and a float32 scale a row: what embeddings have where a system leaves them to others."""
+    """The nearest of 255 levels a row: what embeddings have where a system leaves them to others."""
     scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (rows / scale).round() * scale, rows.numel() * EMBEDDING_BITS + 32 * len(rows)
+    return (rows / scale).round() * scale, eight_bits(rows)
 
 
 def replace_matrices(model: nn.Module, round_rows: Callable[[str, Tensor], Rounded], *, embedding: bool) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from benchmarks.frontier.job import Job, Point, System
-from benchmarks.frontier.post_training.matrices import Setting, measured, nearest, score
+from benchmarks.frontier.post_training.matrices import Setting, eight_bits, matrices, measured, nearest, score
 from diffq_fx import DiffQConfig, bits_report, compress, convert, prepare
 from diffq_fx.methods import STE
 
@@ -31,20 +31,31 @@ def _rtn(*, embedding: bool) -> Callable[[Job], Point]:
 
 def _compress(*, embedding: bool) -> Callable[[Job], Point]:
     def run(job: Job) -> Point:
-        config = DiffQConfig(target_bits=job.bits)
+        bits = job.bits if embedding else _bits_with_embedding(job)
         with measured() as costs:
-            chosen = config if embedding else {"*embed*": STE(bits=8), "*": config}
-            converted = compress(job.task.float_model, job.task.unlabelled(), chosen, progress=False)
+            converted = compress(job.task.float_model, job.task.unlabelled(), DiffQConfig(target_bits=bits), progress=False)
         return score(job, converted, _mib(converted), "; ".join(bits_report(converted).notes), costs)
 
     return run
 
 
+def _bits_with_embedding(job: Job) -> float:
+    """Bits a weight of all matrices where embeddings take 8 bits and the others the budget."""
+    total = numbers = 0.0
+    for _, parameter, is_embedding in matrices(job.task.float_model):
+        total += eight_bits(parameter) if is_embedding else job.bits * parameter.numel()
+        numbers += parameter.numel()
+    return total / numbers
+
+
+_SUMMARIES = {
+    "rtn": "STE untrained: round to nearest",
+    "rtn-e8": "the same; embeddings at 8 bits, the rest at the budget",
+    "compress": "compress with target_bits",
+    "compress-e8": "the same, at the size that embeddings of 8 bits and the rest at the budget take; it spreads the bits itself",
+}
+_RUNS = {"rtn": _rtn, "compress": _compress}
 OURS_POST_TRAINING: dict[str, System] = {
-    name + suffix: System(run=make(embedding=not suffix), summary=f"{summary}{more}", trains=False, is_default=False)
-    for name, make, summary in (
-        ("rtn", _rtn, "STE untrained: round to nearest"),
-        ("compress", _compress, "compress, DiffQConfig with target_bits"),
-    )
-    for suffix, more in (("", ""), ("-e8", "; embeddings at 8 bits, the rest at the budget"))
+    name: System(run=_RUNS[name.removesuffix("-e8")](embedding=not name.endswith("-e8")), summary=summary, trains=False, is_default=False)
+    for name, summary in _SUMMARIES.items()
 }
