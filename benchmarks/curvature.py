@@ -67,7 +67,7 @@ class Gathered:
         every, some = (self.half, self.half_of_odd) if finer else (self.full, self.full_of_even)
         for kind in (every, some) if number % 2 == finer else (every,):
             for quantizer, sums in zip(self.learned, kind, strict=True):
-                sensitivity.observe(quantizer.spec, quantizer.weight.grad, sums, None)
+                sensitivity.observe(quantizer.spec, quantizer.weight.grad, sums)
                 sums[2] += quantizer.logits.grad
 
     def loss_of(self, asked: Sequence[Tensor]) -> tuple[float, Tensor]:
