@@ -26,11 +26,11 @@ _INSIDE = 0.05
 """Bits that stay between a group and the limits, where its gradient would vanish."""
 
 
-def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor, importance_I: Tensor | None) -> None:
+def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
     """Add the mean square of each group's gradient to ``sums[0]``, shape (R, C), and one to ``sums[1]`` where it is not zero.
 
     ``sums[2]`` is for the gradients of the logits, ``sums[3]`` for the squared noise at which they were seen: see
-    :func:`measure_curvature`. The squares of each column are added to ``importance_I``, where ranges are sought by it.
+    :func:`measure_curvature`.
     """
     if grad is None or grad.is_sparse:
         return
@@ -38,8 +38,6 @@ def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor, importance_I: T
     square_OI = to_rows(grad.detach(), spec.axis).float().square()
     mean = layout.sum(square_OI) / layout.counts_on(square_OI.device)
     sums[0] += mean.nan_to_num(0, 0, 0)
-    if importance_I is not None:
-        importance_I += square_OI.sum(0).nan_to_num(0, 0, 0)
     sums[1] += mean > 0
 
 

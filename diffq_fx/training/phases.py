@@ -182,8 +182,7 @@ def _observe(held: Held, grads: Mapping[int, Tensor]) -> None:
     learned = held.compression.learned
     for quantizer in learned if held.counts else ():
         grad = quantizer.weight.grad
-        sums = quantizer.get_buffer("gradient_sums")
-        sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), sums, quantizer.importance)
+        sensitivity.observe(quantizer.spec, None if grad is None else whole(grad), quantizer.get_buffer("gradient_sums"))
     for i, grad in grads.items():
         learned[i].get_buffer("gradient_sums")[2] += whole(grad).nan_to_num(0, 0, 0)
 

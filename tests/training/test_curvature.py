@@ -11,7 +11,6 @@ from diffq_fx.budget import sensitivity
 from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
 from diffq_fx.budget.least_loss import least_loss_widths, squared_errors, surely_less
 from diffq_fx.budget.size import exact_bits
-from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods import diffq_settings, predicted_loss
 from diffq_fx.weights import WeightSpec
 
@@ -184,21 +183,3 @@ def test_before_the_curvature_is_measured_the_learned_bits_stay(steps):
     other = measured(steps=steps, target_bits=3)
     other.compression.freeze(least_loss=True)
     assert other.compression.width_T().unique().tolist() == [2, 3]
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(32, 64), nn.Conv2d(8, 32, 3), nn.ConvTranspose1d(16, 64, 3, stride=2)])
-def test_the_importance_of_columns_is_the_sum_of_their_squared_gradients_in_the_first_steps(monkeypatch, layer):
-    monkeypatch.setattr(diffq_settings, "SENSITIVITY_STEPS", 3)
-    x = torch.randn({nn.Linear: (4, 32), nn.Conv2d: (4, 8, 5, 5), nn.ConvTranspose1d: (4, 16, 5)}[type(layer)])
-    model = prepare_diffq(layer, x, DiffQConfig(target_bits=4)).train()
-    (quantizer,) = model.compression.learned
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    expected = torch.zeros(quantizer.spec.columns)
-    assert torch.equal(quantizer.importance, expected)
-    for step in range(5):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        expected += to_rows(quantizer.weight.grad, quantizer.spec.axis).square().sum(0) if step < 3 else 0
-        optimizer.step()
-    assert torch.allclose(quantizer.importance, expected)
-    assert torch.equal(copy.deepcopy(model).compression.learned[0].importance, quantizer.importance)
