@@ -101,7 +101,7 @@ class PackedWeightsQuantizer(HfQuantizer):
             specs = [stored for _, stored in weights]
             blobs = [b"".join(packed([stored], [], entropy=True)) for stored in specs]
         except PackedFileError as error:
-            raise PackedFileError(f"save_pretrained: {error}.") from error
+            raise PackedFileError(f"save_pretrained: {error}. Save the model that convert returned.") from error
         ours = {stored.spec.name: torch.frombuffer(bytearray(blob), dtype=torch.uint8) for stored, blob in zip(specs, blobs, strict=True)}
         description = self.quantization_config
         description.weights = {name: len(tensor) for name, tensor in ours.items()}
