@@ -32,8 +32,8 @@ from diffq_fx.weights import STORED_SUFFIX, owner_of
 
 try:
     from transformers import PreTrainedModel
-    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 except ImportError as error:
     raise missing("transformers", error) from error
@@ -47,7 +47,6 @@ _PREPARED = (
 )
 
 
-@register_quantization_config(METHOD)
 class PackedWeights(QuantizationConfigMixin):
     """``quantization_config`` in config.json: which tensors are packed weights, and what the model remembers of its compression.
 
@@ -68,16 +67,20 @@ class PackedWeights(QuantizationConfigMixin):
     ) -> None:
         if version != _VERSION:
             raise PackedFileError(f"the folder has the version {version!r} of diffq_fx; this diffq_fx reads version {_VERSION}.")
-        self.quant_method, self.version, self.dtype = quant_method, version, dtype
+        self.quant_method: Any = quant_method
+        self.version, self.dtype = version, dtype
         self.weights, self.records = dict(weights or {}), dict(records or {})
 
 
-@register_quantizer(METHOD)
 class PackedWeightsQuantizer(HfQuantizer):
     """What transformers asks while it writes or reads a converted model."""
 
     quantization_config: PackedWeights
-    is_trainable = True
+
+    @property
+    def is_trainable(self) -> bool:
+        """What is not compressed can train, and adapters can."""
+        return True
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """Refuse a folder of float weights: nothing is compressed here."""
@@ -98,13 +101,13 @@ class PackedWeightsQuantizer(HfQuantizer):
             specs = [stored for _, stored in weights]
             blobs = [b"".join(packed([stored], [], entropy=True)) for stored in specs]
         except PackedFileError as error:
-            raise PackedFileError(f"save_pretrained: {error}.") from error
+            raise PackedFileError(f"save_pretrained: {error}. Save the model that convert returned.") from error
         ours = {stored.spec.name: torch.frombuffer(bytearray(blob), dtype=torch.uint8) for stored, blob in zip(specs, blobs, strict=True)}
         description = self.quantization_config
         description.weights = {name: len(tensor) for name, tensor in ours.items()}
         description.dtype = str(_dtype_of(model)).removeprefix("torch.")
         model.config.quantization_config = description
-        model._weight_conversions = []  # these are names of the model, and packed weights cannot be split or merged
+        vars(model)["_weight_conversions"] = []  # these are names of the model, and packed weights cannot be split or merged
         return ours | {names[0]: tensor for names, tensor in rest}, {}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -164,9 +167,13 @@ class PackedWeightsQuantizer(HfQuantizer):
             if (name := _names_in(model, [path])[path]) is not None:
                 part = model.get_submodule(name)
                 object.__setattr__(part, CHILD, record_of_json(record, part))
-        model.is_quantized = False  # for transformers that is: cannot be trained, nor changed to another type
+        vars(model)["is_quantized"] = False  # for transformers that is: cannot be trained, nor changed to another type
         tell(model)
         return model
+
+
+register_quantization_config(METHOD)(PackedWeights)
+register_quantizer(METHOD)(PackedWeightsQuantizer)
 
 
 def tell(model: nn.Module) -> None:
@@ -175,7 +182,7 @@ def tell(model: nn.Module) -> None:
         if not isinstance(module, PreTrainedModel):
             continue
         if any(isinstance(each, StoredWeight) for each in module.modules()):
-            module.hf_quantizer = PackedWeightsQuantizer(PackedWeights(records=_records_for(module, model)))
+            vars(module)["hf_quantizer"] = PackedWeightsQuantizer(PackedWeights(records=_records_for(module, model)))
             _say(module.config, _CONVERTED)
         else:
             _say(module.config, _PREPARED)

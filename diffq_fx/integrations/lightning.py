@@ -9,10 +9,10 @@ from diffq_fx.integrations import missing
 from diffq_fx.integrations.schedule import begin, progress
 
 try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     try:
-        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise missing("lightning", error) from error
 

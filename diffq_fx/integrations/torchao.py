@@ -11,17 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.core.config import AOBaseConfig
-from torchao.quantization import IntxUnpackedToInt8Tensor
-from torchao.quantization.transform_module import register_quantize_module_handler
 
 from diffq_fx.errors import ConversionError, PreparationError
 from diffq_fx.functional.groups import from_rows
+from diffq_fx.integrations import missing
 from diffq_fx.methods.base import Method
 from diffq_fx.prepare import Scope, prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
+
+try:
+    from torchao.core.config import AOBaseConfig
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.transform_module import register_quantize_module_handler
+except ImportError as error:
+    raise missing("torchao", error) from error
 
 _MARK = "_diffq_fx_method"
 _READERS = frozenset({"linear", "conv2d", "embedding"})

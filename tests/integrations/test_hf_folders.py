@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.quantizers import auto
 
 from diffq_fx import DiffQConfig, PackedFileError, bits_report, convert, prepare, prepare_diffq
+from diffq_fx.export import save_packed
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization
 from diffq_fx.storage import StoredWeight
 
@@ -223,8 +224,25 @@ def test_float_folders_are_not_compressed_on_the_way(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config={"quant_method": "diffq_fx"})
 
 
-def test_what_else_the_loaded_model_is_for(converted, folder):
+def test_what_cannot_be_packed_is_an_error(converted, tmp_path):
+    class Foreign(StoredWeight):
+        def forward(self):
+            return torch.zeros(16, 16)
+
+        def footprint(self):
+            raise NotImplementedError
+
+    model = copy.deepcopy(converted)
+    foreign = model.model.layers[0].self_attn.q_proj.weight_quantized = Foreign()
+    foreign.spec = stored(converted)[0].spec
+    with pytest.raises(PackedFileError, match="cannot hold a Foreign. Save the model that convert returned"):
+        model.save_pretrained(tmp_path / "foreign")
+
+
+def test_what_else_the_loaded_model_is_for(converted, folder, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
+    files = [save_packed(model, tmp_path / name).read_bytes() for name, model in (("a", loaded), ("b", converted))]
+    assert files[0] == files[1]
     assert torch.equal(
         loaded.generate(**IDS, max_new_tokens=3, do_sample=False), converted.generate(**IDS, max_new_tokens=3, do_sample=False)
     )
