@@ -149,7 +149,7 @@ class TestWhatIsCompared:
 
         wrong = Wrong()
         wrong.load_state_dict(model.state_dict())
-        assert float(wanted.distance(wrong, example)) == 0
+        assert float(wanted.distance(wrong, example).detach()) == 0
 
     def test_another_teacher(self) -> None:
         model, teacher = make(), make()
