@@ -103,8 +103,8 @@ class Compression(TrainingState):
         """Round the bits for good; from now on training rounds the weights truly.
 
         Args:
-            least_loss: whether the widths are those that the least loss right after rounding is predicted for, once the first steps have
-                measured the curvature, in place of those that training asked for; for where the weights hardly train on.
+            least_loss: whether the widths are those with the least sum of rounding errors, each times the root of the curvature that the
+                first steps measured, in place of those that training asked for; for where the weights hardly train on.
         """
         if self.frozen:
             return
@@ -112,8 +112,8 @@ class Compression(TrainingState):
         budget = self.budget_bits(measured=True)
         if budget is not None and predicted_loss.is_measured(self.learned):
             if least_loss:
-                losses, groups = predicted_loss.losses(self.learned, self.groups()), self.groups()
-                self._set_widths(self._widths_within(lambda bits: least_loss_widths(groups, losses, bits), budget))
+                costs, groups = predicted_loss.costs(self.learned, self.groups()), self.groups()
+                self._set_widths(self._widths_within(lambda bits: least_loss_widths(groups, costs, bits), budget))
             else:
                 self._take_uniform_if_better(budget)
         for quantizer in self.learned:

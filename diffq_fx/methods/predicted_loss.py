@@ -33,9 +33,12 @@ def surely_better(learned: Sequence[DiffQWeight], groups: FlatGroups, width_T: T
     return surely_less(curvature_T, variance_T, *(errors_at(learned, groups, each_T) for each_T in (width_T, than_T)))
 
 
-def losses(learned: Sequence[DiffQWeight], groups: FlatGroups) -> dict[int, Tensor]:
-    """By every width that a group may have, the predicted loss of each group at it, shape (T,)."""
+def costs(learned: Sequence[DiffQWeight], groups: FlatGroups) -> dict[int, Tensor]:
+    """By every width that a group may have, what each group costs at it, shape (T,): ``sqrt(H_g) |w - Q(w)|^2``.
+
+    The root, since the loss grows by less than H for errors as large as those of 1 and 2 bits (docs/accuracy.md).
+    """
     sums = [quantizer.get_buffer("gradient_sums") for quantizer in learned]
-    curvature_T = sensitivity.curvatures([quantizer.spec for quantizer in learned], sums)
+    weight_T = sensitivity.curvatures([quantizer.spec for quantizer in learned], sums).sqrt()
     every = sorted({width for alike in groups.alike for width in alike.limits.widths})
-    return {width: curvature_T / 2 * errors_at(learned, groups, torch.full_like(curvature_T, width)) for width in every}
+    return {width: weight_T * errors_at(learned, groups, torch.full_like(weight_T, width)) for width in every}

@@ -160,8 +160,8 @@ def test_widths_of_the_least_loss_hold_the_size_and_cost_less(settings):
     model.compression.freeze(least_loss=True)
     costs = []
     for each in (model.compression, learned.compression):
-        losses = predicted_loss.losses(each.learned, each.groups())
-        costs.append(sum(float(losses[int(width)][i]) for i, width in enumerate(each.width_T())))
+        of_width = predicted_loss.costs(each.learned, each.groups())
+        costs.append(sum(float(of_width[int(width)][i]) for i, width in enumerate(each.width_T())))
         assert each.exact_bits() <= each.budget_bits(measured=True) + each.rest_bits_now()
     assert costs[0] <= costs[1]
     assert set(model.compression.width_T().tolist()) <= set(model.compression.config.limits.widths)
