@@ -246,7 +246,7 @@ MASK = torch.tensor([[1, 1], [1, 0]])
     ],
     ids=["dict", "dataclass", "named tuple", "nested"],
 )
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
+@pytest.mark.parametrize("mask", [None, MASK, MASK[1]], ids=["all", "of tokens", "of samples"])
 def test_class_scores_are_found_by_name(structure, mask):
     teacher = LOGITS.flip(0) / 2
     found = output_loss(structure(LOGITS), structure(teacher), temperature=3.0, mask=mask)
