@@ -43,8 +43,8 @@ def bits_report(model: nn.Module) -> BitsReport:
         >>> report = bits_report(prepared)
         >>> report.weights[0].histogram
         {6: 4096}
-        >>> report.average_bits, report.average_bits_in_all  # scale: 32 bits, zero point: 6 bits for 64 weights; 8 bits a weight tensor
-        (6.0, 6.595703125)
+        >>> report.average_bits, report.average_bits_in_all  # scale: 32 bits, zero point: 7 bits for 64 weights; 8 bits a weight tensor
+        (6.0, 6.611328125)
     """
     model = unwrapped(model)
     parts = parts_of(model, (Compression, CompressionRecord))
