@@ -105,14 +105,15 @@ def test_what_files_hold_is_bit_by_bit_the_same_on_every_processor(name, group_s
             (
                 native.statistics(weight, by_row),
                 native.rounding_errors(weight, None, scale, zero_point, top, layout),
-                native.rounding_errors(weight, importance, scale, zero_point, top, layout),
+                native.rounding_errors(weight, importance[None], scale, zero_point, top, layout),
+                native.rounding_errors(weight, weight.abs(), scale, zero_point, top, layout),
                 native.round_to_grid(weight, scale[0], zero_point[0], top, layout),
             )
         )
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     steps, middle = layout.expand(scale[0]), layout.expand(zero_point[0])
     by_torch = ((torch.round(weight / steps + middle % 1) + middle.floor()).clamp(0, 15) - middle) * steps
-    torch.testing.assert_close(found[0][3], by_torch, rtol=0, atol=0)
+    torch.testing.assert_close(found[0][4], by_torch, rtol=0, atol=0)
 
 
 def run(*command, **environment):

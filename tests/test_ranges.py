@@ -37,21 +37,23 @@ def test_the_span_for_normal_weights_has_the_least_error(bits):
     assert best < error(SPAN_OF_NORMAL[bits - 1] * 0.96)
 
 
-@pytest.mark.parametrize("important", [False, True])
+@pytest.mark.parametrize("important", ["all alike", "some columns", "large weights"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(("range_size", "group_size"), [("channel", "channel"), ("tensor", "channel"), ("channel", 8), (30, 30)])
 def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_size, important, monkeypatch):
     rows = torch.randn(240, 100, generator=torch.Generator().manual_seed(0)).square()
     layout, groups = GroupLayout.of(240, 100, range_size), GroupLayout.of(240, 100, group_size)
     bits = torch.randint(1, 6, groups.shape, generator=torch.Generator().manual_seed(0))
-    importance = torch.rand(100, generator=torch.Generator().manual_seed(1)).square() if important else None
+    columns = torch.rand(100, generator=torch.Generator().manual_seed(1)).square()
+    importance = {"all alike": None, "some columns": columns, "large weights": torch.zeros(100)}[important]
     found = least_error_range(rows, layout, bits, groups, grid, importance)
     usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2]
     monkeypatch.setattr(native, "takes_rows", lambda *_: False)
     torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid, importance))
     torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2])
     widest = functional.weight_range(rows, layout, grid)
-    weighted = [squared_error(rows, *each, bits, groups, grid) * (1 if importance is None else importance) for each in (found, widest)]
+    counts = {"all alike": 1, "some columns": columns, "large weights": rows.abs()}[important]
+    weighted = [squared_error(rows, *each, bits, groups, grid) * counts for each in (found, widest)]
     assert float(weighted[0].sum()) < float(weighted[1].sum())
 
 
@@ -65,8 +67,8 @@ def test_an_important_column_is_not_clipped(grid, by, monkeypatch):
     layout, bits, importance = GroupLayout.of(200, 100, "channel"), torch.tensor([[2]]), torch.ones(100)
     plain = least_error_range(rows, layout, bits, layout, grid, None)
     assert bool((plain[1] < 7).any())
-    for unknown in (torch.zeros(100), importance, 1e-30 * importance, torch.full((100,), float("nan"))):
-        torch.testing.assert_close(least_error_range(rows, layout, bits, layout, grid, unknown), plain)
+    for alike in (importance, 1e-30 * importance):
+        torch.testing.assert_close(least_error_range(rows, layout, bits, layout, grid, alike), plain)
     importance[7] = 1e4
     low, high = least_error_range(rows, layout, bits, layout, grid, importance)
     assert float(squared_error(rows, low, high, bits, layout, grid)[:, 7].amax()) <= (0.1 if grid in ("half", "float") else 9.001)
@@ -74,6 +76,20 @@ def test_an_important_column_is_not_clipped(grid, by, monkeypatch):
     unimportant = importance.clone()
     unimportant[7] = 0
     assert bool((least_error_range(rows, layout, bits, layout, grid, unimportant)[1] < 4).all())
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("unknown", [0.0, float("nan")])
+def test_without_known_importance_the_large_weights_of_a_row_count_most(grid, unknown):
+    """They meet the inputs with outliers: clipping as least error does makes SmolLM2's perplexity 71 of 25, where no clipping has 37."""
+    rows = torch.distributions.StudentT(3.0).sample((64, 500))
+    layout, bits = GroupLayout.of(64, 500, "channel"), torch.tensor([[3]])
+    plain, found = (least_error_range(rows, layout, bits, layout, grid, each) for each in (None, torch.full((500,), unknown)))
+    widest = functional.weight_range(rows, layout, grid)
+    lengths = [float((high - low).mean()) for low, high in (plain, found, widest)]
+    assert lengths == sorted(lengths)
+    of_large = [float((squared_error(rows, *each, bits, layout, grid) * rows.abs()).sum()) for each in (found, plain, widest)]
+    assert of_large[0] < 0.95 * min(of_large[1:])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

@@ -102,16 +102,17 @@ def statistics(rows_OI: Tensor, layout: GroupLayout) -> Tensor:
 
 
 def rounding_errors(
-    rows_OI: Tensor, importance_I: Tensor | None, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout
+    rows_OI: Tensor, importance: Tensor | None, scale_KRC: Tensor, zero_point_KRC: Tensor, top: Tensor, layout: GroupLayout
 ) -> Tensor:
-    """Squared rounding error of each group on each of K grids, times the importance of each column, shape (K, R, C)."""
+    """Squared rounding error of each group on each of K grids, times the importance, (1, I) or (O, I), shape (K, R, C)."""
     scale_KRC, zero_point_KRC = scale_KRC.float().contiguous(), zero_point_KRC.float().contiguous()
     top, grids = top.expand(scale_KRC.shape[1:]).float().contiguous(), len(scale_KRC)
     errors = torch.empty(grids, layout.rows, scale_KRC.shape[2])
-    importance = None if importance_I is None else importance_I.float().contiguous()
+    importance = None if importance is None else importance.float().contiguous()
     pointers, strides = _at(scale_KRC, zero_point_KRC, top, errors), (scale_KRC.stride(0), _stride(top, layout))
     places = *_at(rows_OI), None if importance is None else importance.data_ptr(), *pointers
-    extension.loaded().rounding_errors(*places, grids, *_sizes(layout), *strides, _threads(rows_OI.numel()))
+    by_weight = layout.columns if importance is not None and len(importance) == layout.rows else 0
+    extension.loaded().rounding_errors(*places, grids, *_sizes(layout), *strides, by_weight, _threads(rows_OI.numel()))
     return errors.sum(1, keepdim=True) if layout.kind == "tensor" else errors
 
 

@@ -108,8 +108,9 @@ def least_error_range(
     scale of their own; these may be smaller than the groups of ``layout``, which share a range. On the "half" grid the zero point moves
     with the ends, by half a level at a time, and the ends of a range of one width are levels.
 
-    ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None, or
-    zeros where it is not known: all alike.
+    ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None for
+    all alike. Zeros where it is not known: from 2 bits on an error then counts as much as its weight is large. Large weights meet large
+    inputs more often than not, and to clip them as the least error does may ruin the output.
 
     Example:
         >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier
@@ -141,7 +142,13 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     groups = GroupLayout(rows, columns, cast("GroupKind", group_kind), group_block)
     grid = cast("Grid", grid)
     low, high = grid_range(*extremes(rows_OI, layout), grid)
-    search = _Search(rows_OI.to(low.dtype), bits, groups, grid, None if importance_I is None else _shares(importance_I))
+    rows_OI = rows_OI.to(low.dtype)
+    importance_1I = mean_size = None
+    if importance_I is not None and bool(importance_I.mean().isfinite() & (importance_I.mean() > 0)):
+        importance_1I = _shares(importance_I)[None]
+    elif importance_I is not None:
+        mean_size = rows_OI.abs().mean()
+    search = _Search(rows_OI, bits, groups, grid, importance_1I, mean_size)
     best = search.best([(low * share, high * share) for share in _SHARES])
     if grid != "symmetric":
         best = search.best([best, *((low * share, best[1]) for share in _SHARES)])
@@ -160,9 +167,8 @@ def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_bl
 
 
 def _shares(importance_I: Tensor) -> Tensor:
-    """Importance over its mean, 1 where that says nothing; columns that no input reaches count a little, for ranges of them alone."""
-    shares_I = importance_I / importance_I.mean()
-    return torch.where(shares_I.isfinite(), shares_I, 1).clamp(min=_LEAST_SHARE)
+    """Importance over its mean; columns that no input reaches count a little, for ranges of them alone."""
+    return (importance_I / importance_I.mean()).clamp(min=_LEAST_SHARE)
 
 
 def _on_levels(low: Tensor, high: Tensor, bits: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -187,6 +193,8 @@ class _Search(NamedTuple):
     groups: GroupLayout
     grid: Grid
     importance: Tensor | None
+    mean_size: Tensor | None
+    """Mean of abs(w) where an error counts as much as its weight is large."""
 
     def best(self, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """For each group the range with the smallest error; of equals the first."""
@@ -196,23 +204,25 @@ class _Search(NamedTuple):
             bits = self.bits if self.bits.shape[0] == 1 else self.bits[part]
             rows = slice(None) if lows_KRC.shape[1] == 1 else part
             params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], bits, self.grid)
-            errors = rounding_errors(self.rows[part], params, bits, self.groups.of_rows(part), self.importance)
+            importance = self.importance
+            if self.mean_size is not None:
+                wide = self.groups.of_rows(part).expand(bits) > 1  # the two levels of 1 bit would go to the largest weights alone
+                importance = torch.where(wide, self.rows[part].abs(), self.mean_size)
+            errors = rounding_errors(self.rows[part], params, bits, self.groups.of_rows(part), importance)
             errors_KRC[:, rows] += errors.sum_to_size(errors_KRC[:, rows].shape)
         chosen_1RC = errors_KRC.argmin(0, keepdim=True)
         return lows_KRC.gather(0, chosen_1RC)[0], highs_KRC.gather(0, chosen_1RC)[0]
 
 
-def rounding_errors(
-    rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout, importance_I: Tensor | None = None
-) -> Tensor:
-    """Squared rounding error of each group on each of K grids, times the importance of each column, shape (K, R, C)."""
+def rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout, importance: Tensor | None = None) -> Tensor:
+    """Squared rounding error of each group on each of K grids, times the importance, (1, I) or (O, I), shape (K, R, C)."""
     if params_K.zero_point is not None and native.takes_rows(rows_OI):
         top = 2 ** bits.to(torch.int32) - 1
-        return native.rounding_errors(rows_OI, importance_I, params_K.scale, params_K.zero_point, top, groups)
+        return native.rounding_errors(rows_OI, importance, params_K.scale, params_K.zero_point, top, groups)
     errors = []
     for k, scale in enumerate(params_K.scale):
         params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
         rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
         squares_OI = (rounded_OI - rows_OI).square()
-        errors.append(groups.sum(squares_OI if importance_I is None else squares_OI * importance_I))
+        errors.append(groups.sum(squares_OI if importance is None else squares_OI * importance))
     return torch.stack(errors)

@@ -64,16 +64,17 @@ ALWAYS_INLINE float error_in(int lanes, const float *restrict w, const float *re
 
 // Squared rounding error of each block of each row on each of `grids` grids. scale and zero_point have one value for each grid, row and block
 // (strides of zero share a value), top one for each row and block; errors is grids x rows x blocks. `importance`, where it is not NULL, says
-// for each column how much its squared errors count.
+// how much squared errors count: of each column, where its stride is zero, or of each weight.
 static void rounding_errors(const float *weight, const float *importance, const float *scale, const float *zero_point, const float *top,
                             float *errors, int64_t grids, int64_t rows, int64_t columns, int64_t block, int64_t grid_stride,
-                            int64_t row_stride, int threads) {
+                            int64_t row_stride, int64_t importance_stride, int threads) {
     int64_t blocks = (columns + block - 1) / block;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t b = 0; b < blocks; b++) {
             int64_t count = columns - b * block < block ? columns - b * block : block;
-            const float *restrict w = weight + row * columns + b * block, *of = importance ? importance + b * block : 0;
+            const float *restrict w = weight + row * columns + b * block;
+            const float *of = importance ? importance + row * importance_stride + b * block : 0;
             int64_t at = row * row_stride + b;
             for (int64_t g = 0; g < grids; g++) {
                 float s = scale[g * grid_stride + at], z = zero_point[g * grid_stride + at], *error = errors + (g * rows + row) * blocks + b;
@@ -116,13 +117,13 @@ static void range_slope(const float *grad, const float *weight, const float *rou
 
 CALL(round_to_grid, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), N(9))
 CALL(statistics, P(0), P(1), N(2), N(3), N(4), N(5))
-CALL(rounding_errors, P(0), P(1), P(2), P(3), P(4), P(5), N(6), N(7), N(8), N(9), N(10), N(11), N(12))
+CALL(rounding_errors, P(0), P(1), P(2), P(3), P(4), P(5), N(6), N(7), N(8), N(9), N(10), N(11), N(12), N(13))
 CALL(range_slope, P(0), P(1), P(2), P(3), P(4), N(5), N(6), N(7), N(8), R(9), N(10))
 
 TABLE(weights) = {
     {"round", "iiiiiiiiii", call_round_to_grid},
     {"statistics", "iiiiii", call_statistics},
-    {"rounding_errors", "iiiiiiiiiiiii", call_rounding_errors},
+    {"rounding_errors", "iiiiiiiiiiiiii", call_rounding_errors},
     {"range_slope", "iiiiiiiiifi", call_range_slope},
     {0},
 };
