@@ -68,4 +68,4 @@ def test_the_paths_that_texts_name_exist():
 
 
 def test_it_stays_short():
-    assert len(README.read_text().splitlines()) <= 130
+    assert len(README.read_text().splitlines()) <= 120
