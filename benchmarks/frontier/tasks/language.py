@@ -73,7 +73,8 @@ class Language(Task):
 
         read = AutoModelForCausalLM.from_pretrained(**self.source, dtype=torch.float32)
         read.config.use_cache = False
-        plain = LlamaForCausalLM(read.config)  # without the marks of a model that was read from quantized weights
+        vars(read.config).pop("quantization_config", None)  # quantizers refuse what says that it is quantized already
+        plain = LlamaForCausalLM(read.config)
         plain.load_state_dict(read.state_dict())
         plain.tie_weights()
         return Decoder(plain)
