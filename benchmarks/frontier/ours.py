@@ -151,6 +151,11 @@ OURS: dict[str, System] = {
         summary="ours, noise to the end, batch norm estimated again",
         is_default=False,
     ),
+    "ours-affine": System(
+        run=_trained(lambda job: _aimed(job, training_steps=job.steps, grid="affine")),
+        summary="ours, whole zero points alone",
+        is_default=False,
+    ),
     "ours-minmax": System(
         run=_trained(lambda job: _aimed(job, training_steps=job.steps, clip_ranges=False)),
         summary="ours, ranges that span all weights",
