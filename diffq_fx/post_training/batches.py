@@ -15,6 +15,7 @@ _MOST_BYTES = 1 << 30
 """An iterable may have no end: so many batches are kept, and so many bytes of them."""
 _HELD_OUT = 8
 """One batch of so many is held out, and no more than this many batches."""
+_MOST_CHARACTERS = 100
 _LABELS = ("labels", "label", "target", "targets")
 _EXAMPLE_ROWS, _EXAMPLE_TOKENS = 2, 32
 
@@ -30,7 +31,8 @@ class Calibration:
     def __init__(self, batches: Any, device: torch.device) -> None:
         examples = [example.map(lambda tensor: tensor.to(device)) for example in _read(batches)]
         held_out = min(_HELD_OUT, len(examples) // _HELD_OUT or int(len(examples) > 1))
-        self.tuned_on, self.held_out = examples[: len(examples) - held_out], examples[len(examples) - held_out :] or examples
+        self.tuned_on = examples[: len(examples) - held_out]
+        self.held_out = examples[len(examples) - held_out :] if held_out else self.tuned_on
 
     def cycle(self) -> Iterator[Example]:
         """The examples to tune on, again and again."""
@@ -68,6 +70,8 @@ def _read(batches: Any) -> list[Example]:
             example = Example.of(batch)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{CALLER}: batch {number}: {error}") from error
+        if not example.tensors and (example.args or example.kwargs):
+            raise TypeError(f"{CALLER}: batch {number} holds no torch.Tensor ({str(example)[:_MOST_CHARACTERS]}). Give tensors.")
         if any(tensor.ndim and not tensor.shape[0] for tensor in example.tensors) or not example.tensors:
             raise ValueError(f"{CALLER}: batch {number} is empty ({example}). Leave it out.")
         if labels := [name for name in example.kwargs if name in _LABELS]:

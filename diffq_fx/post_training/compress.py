@@ -11,6 +11,7 @@ from torch import nn
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.compression import Compression
 from diffq_fx.convert import convert
+from diffq_fx.errors import PreparationError
 from diffq_fx.example import restored_random_state
 from diffq_fx.methods.base import Method, check_whole
 from diffq_fx.methods.diffq import DiffQConfig
@@ -28,7 +29,7 @@ from diffq_fx.unfit import refuse_unfit
 _STEPS = 300
 _MINUTES = 10.0
 _COPIES = 6
-"""Of the weights that are held at once: float, rounded, gradients, two of Adam's, the best so far."""
+"""Of the weights that are held at once, in float32 or wider: float, rounded, gradients, two of Adam's, the best so far."""
 _NO_MOVE = 1e-30
 
 
@@ -91,7 +92,7 @@ def compress(
     with torch.inference_mode(False), torch.enable_grad(), restored_random_state():
         torch.manual_seed(0)
         data = Calibration(batches, device)
-        refuse_too_little_memory(_COPIES * sum(parameter.nbytes for parameter in model.parameters()), device)
+        refuse_too_little_memory(_COPIES * sum(max(each.nbytes, 4 * each.numel()) for each in model.parameters()), device)
         wanted = FloatOutputs(model, teacher, data.tuned_on[0], len(data.tuned_on) + len(data.held_out))
         with ProgressBar(shown=progress) as bar:
             bar.stage("preparing", 1)
@@ -117,7 +118,8 @@ def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:
                 f"{CALLER}: {pattern!r} has {type(method).__name__}, which needs a training. Give a DiffQConfig, or STE for a fixed width."
             )
         if isinstance(method, DiffQConfig) and not method.has_target:
-            raise ValueError(f"{CALLER}: penalty={method.penalty:g} is no size to meet. Give target_bits or target_mib.")
+            found = "no target" if method.penalty is None else f"penalty={method.penalty:g}"
+            raise ValueError(f"{CALLER}: {found} is no size to meet. Give target_bits or target_mib.")
         entries.append((pattern, replace(method, training_steps=None) if isinstance(method, DiffQConfig) else method))
     if not any(isinstance(method, DiffQConfig) for _, method in entries):
         raise ValueError(f"{CALLER}: a DiffQConfig with a target is needed for some of the weights, got {choice.name} for all.")
@@ -140,15 +142,25 @@ def seek_bits(model: nn.Module, compression: Compression, wanted: FloatOutputs, 
     optimizer = torch.optim.SGD(compression.logits, lr=_NO_MOVE)
     for _, example in zip(range(steps), data.cycle(), strict=False):
         model.zero_grad()
-        wanted.distance(model, example).backward()
+        distance = wanted.distance(model, example)
+        if not distance.requires_grad:
+            raise PreparationError(
+                f"{CALLER}: no gradient comes from the outputs to the quantized weights, and it tells where the bits go. "
+                "Look for no_grad, detach or a rounding in the model's forward."
+            )
+        distance.backward()
         optimizer.step()
         bar.advance()
     model.zero_grad()
 
 
 def _notes(data: Calibration, wanted: FloatOutputs, tuned: Tuned) -> tuple[str, ...]:
+    if data.held_out is data.tuned_on:
+        batches = "1 batch, none held out"
+    else:
+        batches = f"{len(data.tuned_on)} batches and {len(data.held_out)} held out"
     return (
-        f"compressed by {len(data.tuned_on)} batches and {len(data.held_out)} held out, {wanted.description}: "
+        f"compressed by {batches}, {wanted.description}: "
         f"{tuned.before:.4g} after rounding, {tuned.after:.4g} after {tuned.steps} steps of distillation"
         + f", which then diverged ({tuned.diverged}): the best state before is kept"
         * bool(tuned.diverged),

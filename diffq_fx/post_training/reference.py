@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.errors import PreparationError
-from diffq_fx.example import Example
+from diffq_fx.example import Example, tensors_of
 from diffq_fx.post_training.batches import CALLER, refuse_labels
 from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
 from diffq_fx.weights import not_finite
@@ -34,12 +34,13 @@ class FloatOutputs:
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, first: Example, batches: int) -> None:
         self._model = _copy(model if teacher is None else teacher)
-        wanted = _run(self._model, first)
+        self._role = "model" if teacher is None else "teacher"
+        wanted = _run(self._model, first, self._role)
         if teacher is not None:
             own = _run(_copy(model), first)
             if (ours := _shapes(own)) != (theirs := _shapes(wanted)):
                 raise ValueError(f"{CALLER}: the teacher's outputs must be those of the model, {ours}; got {theirs}.")
-        _refuse_not_finite(wanted)
+        self._refuse_not_finite(wanted)
         self._names, self._scores = tuple(wanted), scores_among(wanted)
         self._keeps = batches * sum(tensor.nbytes for tensor in wanted.values()) <= _KEPT_BYTES
         self._kept: dict[int, Mapping[str, Tensor]] = {}
@@ -54,16 +55,24 @@ class FloatOutputs:
         """The outputs on a batch."""
         if id(example) in self._kept:
             return self._kept[id(example)]
-        wanted = _run(self._model, example)
-        _refuse_not_finite(wanted)
+        wanted = _run(self._model, example, self._role)
+        self._refuse_not_finite(wanted)
         if self._keeps:
             self._kept[id(example)] = wanted
         return wanted
 
     def distance(self, model: nn.Module, example: Example) -> Tensor:
         """How far a model's outputs are from them: mean over the outputs of a KL divergence or a relative squared error, 0-d."""
+        wanted = self.of(example)  # first: it says what is wrong with a batch
         outputs = model(*example.args, **example.kwargs)
-        return output_loss(outputs, self.of(example), scores=self._scores, mask=attention_mask(example, outputs))
+        return output_loss(outputs, wanted, scores=self._scores, mask=attention_mask(example, outputs))
+
+    def _refuse_not_finite(self, outputs: Mapping[str, Tensor]) -> None:
+        for name, tensor in outputs.items():
+            if where := not_finite(tensor):
+                raise ValueError(
+                    f"{CALLER}: the float {self._role}'s output {name} {where}. Look at it and the batch: it cannot be imitated."
+                )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -77,33 +86,28 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, example: Example) -> dict[str, Tensor]:
+def _run(model: nn.Module, example: Example, role: str = "model") -> dict[str, Tensor]:
     """The outputs to compare."""
     try:
         output, _, _ = example.outcome(model, "eval without grad")
     except Exception as error:  # the user's forward may raise anything
         refuse_labels(model, example, error)
         raise ValueError(
-            f"{CALLER}: the {type(model).__name__} does not run on a batch ({example}).\n  {type(error).__name__}: {error}\n"
+            f"{CALLER}: the {role}, a {type(model).__name__}, does not run on a batch ({example}).\n  {type(error).__name__}: {error}\n"
             "  A batch is what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments, without labels. "
             "A model that needs labels or a loss is given as the part that makes the outputs."
         ) from error
     found = outputs_of(output)
     if any(name == "loss" or not tensor.ndim for name, tensor in found.items()):
         raise ValueError(
-            f"{CALLER}: the {type(model).__name__} returns a loss, and what is imitated are its outputs: "
+            f"{CALLER}: the {role}, a {type(model).__name__}, returns a loss, and what is imitated are its outputs: "
             "give the model without its loss, and batches without labels."
         )
     if not (found := compared(output)):
-        raise ValueError(f"{CALLER}: the {type(model).__name__} returns no float tensor (a {type(output).__name__}) to imitate.")
+        given = ", ".join(str(tensor.dtype) for tensor in tensors_of(output)) or type(output).__name__
+        raise ValueError(f"{CALLER}: the {role}, a {type(model).__name__}, returns no real float tensor to imitate, got {given}.")
     return found
 
 
 def _shapes(outputs: Mapping[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in outputs.items())
-
-
-def _refuse_not_finite(outputs: Mapping[str, Tensor]) -> None:
-    for name, tensor in outputs.items():
-        if where := not_finite(tensor):
-            raise ValueError(f"{CALLER}: the float model's output {name} {where}. Look at the model and the batch: it cannot be imitated.")

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,28 @@ class Best:
             tensor.copy_(value)
 
 
+class Masters:
+    """Float32 values of the parameters in half precision, in which steps add up that are smaller than those can hold."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._masters = [(each, each.detach().float()) for each in parameters if each.dtype in (torch.float16, torch.bfloat16)]
+
+    @contextmanager
+    def stand_in(self) -> Iterator[None]:
+        """Let an optimizer step find and move these values and gradients."""
+        halves = [parameter.data for parameter, _ in self._masters]
+        for parameter, master in self._masters:
+            grad, parameter.grad = parameter.grad, None
+            parameter.data = master
+            parameter.grad = None if grad is None else grad.float()
+        try:
+            yield
+        finally:
+            for (parameter, master), half in zip(self._masters, halves, strict=True):
+                parameter.grad = None
+                parameter.data = half.copy_(master)
+
+
 def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> Tuned:
     """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
     quantize_in_eval(model, compression)
@@ -106,6 +129,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         if not best.keep(held_out_distance(model, wanted, data)):
             best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
+    masters = Masters(model.parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     examples, began, steps, last_look, worse, looked_at, diverged = data.cycle(), time.monotonic(), 0, 0, 0, 0.0, ""
     while worse < _PATIENCE and (share := limits.share(steps, began)) < 1:
@@ -114,7 +138,8 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         optimizer.zero_grad()
         wanted.distance(model, next(examples)).backward()
         try:
-            optimizer.step()
+            with masters.stand_in():
+                optimizer.step()
         except DivergenceError as error:
             diverged = str(error).splitlines()[0]
             break

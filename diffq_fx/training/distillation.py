@@ -51,8 +51,8 @@ class Distillation:
             raise TypeError(f"Distillation: teacher must be a module or None, got {type(teacher).__name__}.")
         if kind not in get_args(Kind):
             raise ValueError(f"Distillation: kind must be one of {get_args(Kind)}, got {kind!r}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"Distillation: temperature must be positive and finite, got {temperature}.")
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise ValueError(f"Distillation: temperature must be a positive and finite number, got {temperature!r}.")
         compressions = require_compressions(model, "Distillation")
         chosen = unwrapped(model if teacher is None else teacher)
         self._is_copy = not _memory_of(chosen).isdisjoint(_memory_of(model))

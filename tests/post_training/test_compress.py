@@ -14,6 +14,7 @@ from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
 from diffq_fx.post_training import compress as stages
 from diffq_fx.post_training import moments, reference, round_weights
+from diffq_fx.post_training.tuning import Masters
 from diffq_fx.training.output_loss import output_loss, outputs_of
 
 
@@ -99,6 +100,29 @@ class TestResult:
 
         monkeypatch.setattr(round_weights, "compensate", failing)
         assert "rounded to the nearest levels (no factor): last.weight" in bits_report(run()).notes
+
+    def test_float16_is_tuned(self) -> None:
+        notes = run(make().half(), [batch.half() for batch in batches(17, 32)], DiffQConfig(target_bits=4), steps=60).compression.notes
+        found = re.search(r"([\d.e-]+) after rounding, ([\d.e-]+) after", notes[-1])
+        assert "diverged" not in notes[-1]
+        assert found is not None
+        assert float(found[2]) < 0.97 * float(found[1])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_small_steps_add_up_in_half_precision(self, dtype: torch.dtype) -> None:
+        parameters = [nn.Parameter(torch.ones(3, dtype=dtype)), nn.Parameter(torch.ones(3))]
+        address, masters, optimizer = parameters[0].data_ptr(), Masters(parameters), torch.optim.SGD(parameters, lr=1e-4)
+        for _ in range(100):
+            for each in parameters:
+                each.grad = torch.ones_like(each)
+            with masters.stand_in():
+                optimizer.step()
+        assert (parameters[0].dtype, parameters[0].data_ptr()) == (dtype, address)
+        for each in parameters:
+            torch.testing.assert_close(each.detach().float(), torch.full((3,), 0.99), atol=0.004, rtol=0)
+
+    def test_one_batch_is_not_called_held_out(self) -> None:
+        assert run(data=batches(1)).compression.notes[-1].startswith("compressed by 1 batch, none held out, ")
 
     def test_a_tuning_that_diverges_ends_and_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loss, count = reference.output_loss, itertools.count(1)
@@ -243,6 +267,21 @@ class GivesNothing(Net):
         return "done"
 
 
+class NoGradient(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class Complex(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.complex(super().forward(x), super().forward(x))
+
+
+class Classes(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
 class NotFinite(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).log()
@@ -254,24 +293,39 @@ _BAD = {
     "one batch": ({"data": _X}, TypeError, r"got one Tensor: give \[batch\]"),
     "no iterable": ({"data": 3}, TypeError, "must be an iterable of inputs"),
     "an empty batch": ({"data": [_X, torch.ones(0, 16)]}, ValueError, "batch 1 is empty"),
+    "arrays": ({"data": [_X.numpy()]}, TypeError, r"batch 0 holds no torch\.Tensor \(float32 \(2, 16\)"),
+    "lists": ({"data": [{"x": _X.tolist()}]}, TypeError, r"batch 0 holds no torch\.Tensor \(x=list\)"),
+    "nothing in a batch": ({"data": [{}]}, ValueError, "batch 0 is empty"),
+    "a later wrong size": (
+        {"data": [_X, _X, torch.ones(2, 5)]},
+        ValueError,
+        r"the model, a Net, does not run on a batch \(torch\.float32 \(2, 5\)",
+    ),
     "text": ({"data": ["text"]}, TypeError, "batch 0"),
     "another structure": ({"data": [_X, (_X, _X)]}, ValueError, "batch 1 has another structure than batch 0: expected .*float32"),
     "another dtype": ({"data": [_X, _X.double()]}, ValueError, "another structure.*float64"),
     "labels beside": ({"data": [(_X, torch.ones(2))]}, ValueError, "takes 1 input and the batches hold 2, labels among them"),
     "labels by name": ({"data": [{"x": _X, "labels": torch.ones(2)}]}, ValueError, "holds 'labels', and no labels are wanted"),
     "wrong size": ({"data": [torch.ones(2, 5)]}, ValueError, "does not run on a batch"),
-    "returns a loss": ({"model": Losing()}, ValueError, "Losing returns a loss"),
+    "returns a loss": ({"model": Losing()}, ValueError, "the model, a Losing, returns a loss"),
     "needs labels": ({"model": NeedsLabels()}, ValueError, "A model that needs labels or a loss"),
-    "no output": ({"model": GivesNothing()}, ValueError, "returns no float tensor"),
+    "no output": ({"model": GivesNothing()}, ValueError, "returns no real float tensor to imitate, got str"),
+    "complex output": ({"model": Complex()}, ValueError, r"returns no real float tensor to imitate, got torch\.complex64"),
+    "whole numbers": ({"model": Classes()}, ValueError, r"returns no real float tensor to imitate, got torch\.int64"),
+    "no gradient": ({"model": NoGradient()}, PreparationError, "no gradient comes from the outputs to the quantized weights"),
     "NaN": ({"model": NotFinite()}, ValueError, "output output is not finite in"),
     "no model": ({"model": 3}, TypeError, r"expected a torch\.nn\.Module"),
     "out of reach": ({"config": DiffQConfig(target_bits=0.5)}, ValueError, "compress: target_bits=0.5 cannot be reached"),
     "a penalty": ({"config": DiffQConfig(penalty=5.0)}, ValueError, "penalty=5 is no size to meet"),
+    "no aim": ({"config": DiffQConfig(target_bits=None)}, ValueError, "no target is no size to meet. Give target_bits or target_mib"),
     "another method": ({"config": {"last": LSQ(bits=4), "*": DiffQConfig()}}, TypeError, "'last' has LSQ, which needs a training"),
     "no target": ({"config": STE(bits=4)}, ValueError, "a DiffQConfig with a target is needed for some of the weights, got STE for all"),
     "no config": ({"config": 4}, TypeError, "expected a method"),
     "teacher": ({"teacher": 3}, TypeError, "teacher must be"),
     "another teacher": ({"teacher": nn.Linear(16, 3)}, ValueError, r"must be those of the model, output \(12, 10\); got output \(12, 3\)"),
+    "a teacher of other inputs": ({"teacher": nn.Linear(5, 3)}, ValueError, "the teacher, a Linear, does not run on a batch"),
+    "a teacher without outputs": ({"teacher": Classes()}, ValueError, "the teacher, a Classes, returns no real float tensor"),
+    "a teacher that gives NaN": ({"teacher": NotFinite()}, ValueError, "the float teacher's output output is not finite"),
     "steps": ({"steps": -1}, ValueError, "steps must be a whole number of at least 0"),
     "minutes": ({"minutes": 0}, ValueError, "minutes must be a positive number, got 0"),
 }

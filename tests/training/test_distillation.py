@@ -361,6 +361,7 @@ def test_bad_settings_are_refused():
     for settings, message in (
         ({"kind": "logits"}, "kind must be one of"),
         ({"temperature": 0}, "temperature must be"),
+        ({"temperature": "4"}, "temperature must be a positive and finite number, got '4'"),
     ):
         with pytest.raises(ValueError, match=message):
             Distillation(model, **settings)
