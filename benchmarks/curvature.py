@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks._least_loss import curvatures, least_loss_widths
 from benchmarks._result import markdown_table, write_result
 from benchmarks.frontier.job import budget_mib
 from benchmarks.frontier.tasks import TASKS, Task
 from diffq_fx import DiffQConfig, prepare
 from diffq_fx.budget import sensitivity
 from diffq_fx.budget.allocation import allocate_widths
-from diffq_fx.budget.least_loss import least_loss_widths
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.methods.predicted_loss import errors_at
 
@@ -120,7 +120,7 @@ def _curvature(gathered: Gathered) -> Tensor:
         logits = quantizer.logits.detach().requires_grad_()
         noise = quantizer.squared_noise(logits)
         sensitivity.measure_curvature(own, noise.detach(), torch.autograd.grad(noise.sum(), logits)[0])
-    return sensitivity.curvatures([quantizer.spec for quantizer in gathered.learned], sums)
+    return curvatures([quantizer.spec for quantizer in gathered.learned], sums)
 
 
 def _least(gathered: Gathered, power: float) -> Tensor:

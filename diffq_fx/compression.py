@@ -18,7 +18,6 @@ from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.least_loss import least_loss_widths
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
@@ -99,23 +98,14 @@ class Compression(TrainingState):
         return self
 
     @torch.no_grad()
-    def freeze(self, *, least_loss: bool = False) -> None:
-        """Round the bits for good; from now on training rounds the weights truly.
-
-        Args:
-            least_loss: whether the widths are those with the least sum of rounding errors, each times the root of the curvature that the
-                first steps measured, in place of those that training asked for; for where the weights hardly train on.
-        """
+    def freeze(self) -> None:
+        """Round the bits for good; from now on training rounds the weights truly."""
         if self.frozen:
             return
         self.allocate()
         budget = self.budget_bits(measured=True)
         if budget is not None and predicted_loss.is_measured(self.learned):
-            if least_loss:
-                costs, groups = predicted_loss.costs(self.learned, self.groups()), self.groups()
-                self._set_widths(self._widths_within(lambda bits: least_loss_widths(groups, costs, bits), budget))
-            else:
-                self._take_uniform_if_better(budget)
+            self._take_uniform_if_better(budget)
         for quantizer in self.learned:
             quantizer.keep_range()
         self.note(frozen=True, frozen_at=self.known.steps)

@@ -7,8 +7,6 @@ about ``R 2^-b0``, and its gradient by H times that. With F the mean square of t
 that ``b = log2(R sqrt(F)) / 2 + c``.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,8 +18,6 @@ from diffq_fx.weights import WeightSpec
 _STEPS_OF_DOUBT = 2.0
 """What is known of the whole weight counts for a group as much as this many steps with a gradient of its own: of the rows of an
 embedding most have had none yet, and they are not worthless."""
-_LEAST_RATIO = 0.1
-"""What is measured of a weight does not bring its curvature below this part of what its gradients say."""
 _INSIDE = 0.05
 """Bits that stay between a group and the limits, where its gradient would vanish."""
 
@@ -46,13 +42,13 @@ def asked_bits(spec: WeightSpec, sums: Tensor, span: Tensor) -> Tensor:
 
     ``sums`` is from :func:`observe`, ``span`` the length of the range of each group.
     """
-    square = _without_doubt(spec, sums)
+    square = without_doubt(spec, sums)
     if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
         span = span.square().mean().sqrt()
     return torch.log2(span.expand_as(square) * square.sqrt()) / 2
 
 
-def _without_doubt(spec: WeightSpec, sums: Tensor) -> Tensor:
+def without_doubt(spec: WeightSpec, sums: Tensor) -> Tensor:
     """F of each group, with what is known of the whole weight."""
     square, seen = sums[:2]
     counts = spec.bits_layout.counts(square.device)
@@ -77,24 +73,6 @@ def measured_curvature(sums: Tensor) -> tuple[Tensor, Tensor]:
     """H of each group from :func:`measure_curvature`, without bias but noisy, and its variance, ``F / E``; both 0 before that."""
     was_measured = sums[3] > 0
     return torch.where(was_measured, sums[2], 0), torch.where(was_measured, sums[0] / sums[3], 0)
-
-
-def curvatures(specs: Sequence[WeightSpec], sums: Sequence[Tensor]) -> Tensor:
-    """H of every group, shape (T,), never negative: F, times the ratio of the measured H to F.
-
-    Under the noise of all weights at once F is in proportion to H, not to its square: what the noise of others does to the outputs is as a
-    gradient noise of the batches (docs/accuracy.md). The ratio is that of each weight as far as it is known, else that of the model.
-    """
-    squares = [_without_doubt(*each) for each in zip(specs, sums, strict=True)]
-    measured_W = torch.stack([(own[2] * own[3]).sum() for own in sums])
-    expected_W = torch.stack([(square * own[3]).sum() for square, own in zip(squares, sums, strict=True)]).clamp(min=1e-30)
-    variance_W = torch.stack([(own[0] * own[3]).sum() for own in sums]) / expected_W.square()
-    of_model = measured_W.sum() / expected_W.sum()
-    if not bool(of_model > 0):
-        return torch.cat([square.reshape(-1) for square in squares])
-    known_W = of_model.square() / (of_model.square() + variance_W)
-    ratio_W = torch.lerp(of_model, measured_W / expected_W, known_W).clamp(min=_LEAST_RATIO * of_model)
-    return torch.cat([(square * ratio).reshape(-1) for square, ratio in zip(squares, ratio_W, strict=True)])
 
 
 def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffq_fx.budget import sensitivity
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.least_loss import squared_errors, surely_less
+from diffq_fx.budget.rounding_loss import squared_errors, surely_less
 from diffq_fx.methods.diffq import DiffQWeight
 
 
@@ -31,14 +31,3 @@ def surely_better(learned: Sequence[DiffQWeight], groups: FlatGroups, width_T: T
     measured = zip(*(sensitivity.measured_curvature(quantizer.get_buffer("gradient_sums")) for quantizer in learned), strict=True)
     curvature_T, variance_T = (torch.cat([each.reshape(-1) for each in own]) for own in measured)
     return surely_less(curvature_T, variance_T, *(errors_at(learned, groups, each_T) for each_T in (width_T, than_T)))
-
-
-def costs(learned: Sequence[DiffQWeight], groups: FlatGroups) -> dict[int, Tensor]:
-    """By every width that a group may have, what each group costs at it, shape (T,): ``sqrt(H_g) |w - Q(w)|^2``.
-
-    The root, since the loss grows by less than H for errors as large as those of 1 and 2 bits (docs/accuracy.md).
-    """
-    sums = [quantizer.get_buffer("gradient_sums") for quantizer in learned]
-    weight_T = sensitivity.curvatures([quantizer.spec for quantizer in learned], sums).sqrt()
-    every = sorted({width for alike in groups.alike for width in alike.limits.widths})
-    return {width: weight_T * errors_at(learned, groups, torch.full_like(weight_T, width)) for width in every}

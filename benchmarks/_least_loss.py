@@ -1,42 +1,42 @@
-"""Widths by the loss that they are predicted to cost: near the float weights it grows by ``H_g |w - Q_b(w)|^2 / 2`` for each group g.
-
-The curvature H is measured. So is the rounding error at each width, which is no ``4^-b`` where a grid has two levels or clips.
-"""
+"""Widths of the least predicted loss: a rule for the bits that benchmarks/curvature.py compares with that of training."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from diffq_fx.budget.allocation import fill_up
-from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.budget.flat_groups import FlatGroups
+from diffq_fx.budget.sensitivity import without_doubt
 from diffq_fx.budget.size import exact_bits
-from diffq_fx.functional import QuantParams
-from diffq_fx.kernels import rounding_errors
+from diffq_fx.weights import WeightSpec
 
 _PRICES = 60
 """Halvings of the logarithm of the price of a bit."""
 _CHEAPEST = 1e-18
 """The lowest price of a bit, as a part of the highest."""
 _FILL_ROUNDS = 4
-_SURE = 2.0
-"""Standard errors from which on a difference is taken for one."""
+_LEAST_RATIO = 0.1
+"""What is measured of a weight does not bring its curvature below this part of what its gradients say."""
 
 
-@torch.no_grad()
-def squared_errors(weight: RoundedWeight) -> Tensor:
-    """Squared rounding error of each group that has a width, ``sum_i (w_i - Q(w_i))^2``, shape of the spec's ``bits_layout``."""
-    layout = weight.spec.scale_layout
-    errors_RC = torch.zeros(layout.shape, dtype=torch.float32, device=weight.rows.device)
-    for part in layout.row_slices(weight.rows.device):
-        width = weight.width if weight.width.shape[0] == 1 else weight.width[part]
-        scale, *others = weight.params.of_rows(part)
-        one = QuantParams(scale[None], *(None if each is None else each[None] for each in others))
-        found_RC = rounding_errors(weight.rows[part], one, width, layout.of_rows(part))[0].float()
-        (errors_RC if len(errors_RC) == 1 else errors_RC[part]).add_(found_RC)
-    return errors_RC.sum_to_size(weight.spec.bits_layout.shape)
+def curvatures(specs: Sequence[WeightSpec], sums: Sequence[Tensor]) -> Tensor:
+    """H of every group, shape (T,), never negative: F, times the ratio of the measured H to F.
+
+    Under the noise of all weights at once F is in proportion to H, not to its square: what the noise of others does to the outputs is as a
+    gradient noise of the batches (docs/accuracy.md). The ratio is that of each weight as far as it is known, else that of the model.
+    """
+    squares = [without_doubt(*each) for each in zip(specs, sums, strict=True)]
+    measured_W = torch.stack([(own[2] * own[3]).sum() for own in sums])
+    expected_W = torch.stack([(square * own[3]).sum() for square, own in zip(squares, sums, strict=True)]).clamp(min=1e-30)
+    variance_W = torch.stack([(own[0] * own[3]).sum() for own in sums]) / expected_W.square()
+    of_model = measured_W.sum() / expected_W.sum()
+    if not bool(of_model > 0):
+        return torch.cat([square.reshape(-1) for square in squares])
+    known_W = of_model.square() / (of_model.square() + variance_W)
+    ratio_W = torch.lerp(of_model, measured_W / expected_W, known_W).clamp(min=_LEAST_RATIO * of_model)
+    return torch.cat([(square * ratio).reshape(-1) for square, ratio in zip(squares, ratio_W, strict=True)])
 
 
 @torch.no_grad()
@@ -104,18 +104,3 @@ def _filled(groups: FlatGroups, loss_TK: Tensor, ladder_K: Tensor, width_T: Tens
             return filled_T
         room -= excess
     return width_T
-
-
-def surely_less(curvature_T: Tensor, variance_T: Tensor, errors_T: Tensor, than_T: Tensor) -> bool:
-    """Whether squared errors cost less loss than others, ``sum_g H_g (e_g - f_g) < 0``, by two standard errors of the curvature.
-
-    ``variance_T`` is that of the measured curvature, shape (T,); errors of the groups from :func:`squared_errors`.
-
-    Example:
-        >>> curvature, variance = torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0])
-        >>> surely_less(curvature, variance, torch.tensor([4.0, 1.0]), torch.tensor([1.0, 4.0]))
-        True
-    """
-    difference_T = errors_T.double() - than_T.double()
-    total = torch.dot(curvature_T.double(), difference_T)
-    return bool(total < -_SURE * torch.dot(variance_T.double(), difference_T.square()).sqrt())
