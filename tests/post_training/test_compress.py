@@ -201,6 +201,17 @@ class TestWhatIsCompared:
         assert same_state(model, state)
 
 
+def test_batches_are_left_alone_by_a_forward_that_changes_its_inputs() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    data = batches()
+    converted = run(make(InPlace), data)
+    assert all(torch.equal(*each) for each in zip(data, batches(), strict=True))
+    assert converted.compression.notes == run(make(InPlace), (each.clone() for each in batches())).compression.notes
+
+
 class TestTheModelIsLeftAlone:
     @pytest.mark.parametrize("training", [True, False])
     def test_after_a_call(self, training: bool) -> None:
