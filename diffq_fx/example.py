@@ -73,6 +73,11 @@ class Example:
         """Replace each tensor."""
         return type(self)(*_compat.map_tensors(change, (self.args, self.kwargs)))
 
+    def run(self, model: nn.Module) -> Any:
+        """The model's output on copies of the tensors: a forward may change its arguments in place, and the example is used again."""
+        own = self.map(Tensor.clone)
+        return model(*own.args, **own.kwargs)
+
     def outcome(self, model: nn.Module, mode: Mode, *, inputs_require_grad: bool = False) -> tuple[Any, "Example", list[Tensor]]:
         """Run the model in one mode on a copy of the arguments, from a fixed seed; the random state is as before.
 

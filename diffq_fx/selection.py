@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method
@@ -63,8 +62,6 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
     plan = Selection()
     everything = list(model.named_parameters(remove_duplicate=False))
     for name, parameter in everything:
-        if isinstance(parameter, UninitializedTensorMixin):
-            raise PreparationError(f"{caller}: weight {name!r} is not initialized yet: run the model once before preparing it.")
         names.setdefault(id(parameter), []).append(name)
         plan.parameters[id(parameter)] = parameter
     known = [name for name, _ in everything]
@@ -160,8 +157,6 @@ def _check_values(name: str, parameter: Tensor, caller: str) -> None:
         raise PreparationError(
             f"{caller}: weight {name!r} is a {type(parameter.data).__name__}, quantized or distributed already. Prepare the float model."
         )
-    if parameter.is_meta:
-        raise PreparationError(f"{caller}: weight {name!r} is on the meta device and has no values. Load the weights first.")
     low, high = torch.aminmax(parameter.detach())
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return

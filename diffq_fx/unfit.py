@@ -47,7 +47,11 @@ def _about_the_model(model: nn.Module) -> Iterator[str]:
     if hasattr(model, CHILD):
         yield f"the model has an attribute {CHILD!r} of its own, which a prepared model needs. Rename it."
     for name, parameter in model.named_parameters():
-        if not nn.parameter.is_lazy(parameter) and parameter.is_inference():
+        if nn.parameter.is_lazy(parameter):
+            yield f"{name!r} is not initialized yet: run the model once before it is prepared."
+        elif parameter.is_meta:
+            yield f"{name!r} is on the meta device and has no values. Load the weights first."
+        elif parameter.is_inference():
             yield f"{name!r} was made under torch.inference_mode() and can never train. Make the model outside of it."
 
 

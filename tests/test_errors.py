@@ -139,7 +139,7 @@ def test_convert_of_a_model_never_prepared():
 def test_target_below_what_min_bits_reaches():
     refuses(
         ValueError,
-        r"target_bits=1\.5 cannot be reached with widths from 1 to 8 bits: the 768 weights take from 2\.74 to 10\.1 bits a weight",
+        r"target_bits=1\.5 cannot be reached with widths from 1 to 8 bits: the 768 weights take from 2\.792 to 10\.16 bits a weight",
         net(),
         config=DiffQConfig(target_bits=1.5),
     )

@@ -39,6 +39,11 @@ class Calibration:
         while True:
             yield from self.tuned_on
 
+    def large(self) -> list[Example]:
+        """The examples to tune on whose first dimension is more than half of the largest: in a plain mean over batches all count alike."""
+        rows = [max((tensor.shape[0] for tensor in example.tensors if tensor.ndim), default=1) for example in self.tuned_on]
+        return [example for example, count in zip(self.tuned_on, rows, strict=True) if 2 * count > max(rows)]
+
     def small_example(self, model: nn.Module) -> Example:
         """A part of the first batch, where the model runs on it: two rows, and of tokens the first ones. A whole batch takes long."""
         whole, shapes = self.tuned_on[0], [tensor.shape for tensor in self.tuned_on[0].tensors]

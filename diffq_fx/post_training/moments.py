@@ -176,7 +176,7 @@ def second_moments(
         for batch in batches:
             example = Example.of(batch)
             with uses:
-                model(*example.args, **example.kwargs)
+                example.run(model)
             uses.forget_copies()
             runs += 1
     if not runs:

@@ -64,7 +64,7 @@ class FloatOutputs:
     def distance(self, model: nn.Module, example: Example) -> Tensor:
         """How far a model's outputs are from them: mean over the outputs of a KL divergence or a relative squared error, 0-d."""
         wanted = self.of(example)  # first: it says what is wrong with a batch
-        outputs = model(*example.args, **example.kwargs)
+        outputs = example.run(model)
         return output_loss(outputs, wanted, scores=self._scores, mask=attention_mask(example, outputs))
 
     def _refuse_not_finite(self, outputs: Mapping[str, Tensor]) -> None:

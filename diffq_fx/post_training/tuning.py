@@ -124,7 +124,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
     best = Best(model, held_out_distance(model, wanted, data))
     before = best.distance
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        reestimate_batch_norm(model, data.tuned_on)
+        reestimate_batch_norm(model, data.large())
         quantize_in_eval(model, compression)
         if not best.keep(held_out_distance(model, wanted, data)):
             best.restore()

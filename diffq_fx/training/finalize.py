@@ -67,8 +67,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # a plain mean over the batches
             norm.training = True
         for batch in batches:
-            example = Example.of(batch)
-            model(*example.args, **example.kwargs)
+            Example.of(batch).run(model)
             count += 1
         if not count:
             raise ValueError(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,6 +122,13 @@ class TestResult:
         for each in parameters:
             torch.testing.assert_close(each.detach().float(), torch.full((3,), 0.99), atol=0.004, rtol=0)
 
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_a_small_batch_counts_nothing_in_batch_norms(self, rows: int) -> None:
+        data = [*batches(7), batches(1, rows)[0], batches(1)[0]]  # one row cannot be normalized at all
+        assert bits_report(run(data=data)).stage == "converted"
+        read = reading.Calibration(data, torch.device("cpu"))
+        assert [len(example.tensors[0]) for example in read.large()] == [12] * 7
+
     def test_one_batch_is_not_called_held_out(self) -> None:
         assert run(data=batches(1)).compression.notes[-1].startswith("compressed by 1 batch, none held out, ")
 
@@ -191,6 +199,17 @@ class TestWhatIsCompared:
         state = state_of(model)
         run(model, teacher=model)
         assert same_state(model, state)
+
+
+def test_batches_are_left_alone_by_a_forward_that_changes_its_inputs() -> None:
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    data = batches()
+    converted = run(make(InPlace), data)
+    assert all(torch.equal(*each) for each in zip(data, batches(), strict=True))
+    assert converted.compression.notes == run(make(InPlace), (each.clone() for each in batches())).compression.notes
 
 
 class TestTheModelIsLeftAlone:
@@ -341,6 +360,13 @@ class TestBadInput:
             run(**{"model": model, **{name: value for name, value in settings.items() if name != "model"}})
         assert str(raised.value).startswith("compress: ")
         assert not before or same_state(model, before)
+
+    @pytest.mark.parametrize(
+        ("make", "message"), [(lambda: Net().to("meta"), "on the meta device"), (lambda: nn.LazyLinear(4), "not initialized yet")]
+    )
+    def test_weights_without_values(self, make: Callable[[], nn.Module], message: str) -> None:
+        with pytest.raises(PreparationError, match=f"compress: '.*' is {message}"):
+            run(make())
 
     def test_nan_in_a_later_batch(self) -> None:
         data = batches()
