@@ -17,7 +17,7 @@ except ImportError as error:
         raise missing("lightning", error) from error
 
 
-class DiffQCallback(Callback):
+class DiffQCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     """Tells the prepared models of a LightningModule how long their training is, and the loggers and the progress bar how far it is.
 
     - ``training_steps`` is what the Trainer estimates (``estimated_stepping_batches``) where the config left it open.
@@ -60,7 +60,7 @@ class DiffQCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log how far the bits are."""
-        if batch_idx == 0 or _steps_of(trainer) % max(trainer.log_every_n_steps, 1) == 0:
+        if batch_idx == 0 or _steps_of(trainer) % max(trainer.log_every_n_steps, 1) == 0:  # pyright: ignore[reportAttributeAccessIssue]
             for name, value in progress(pl_module).items():
                 pl_module.log(name, value, prog_bar=name in ("diffq/bits", "diffq/mib"))
 
