@@ -51,12 +51,12 @@ def compress(
     they look like scores of classes, else by their relative squared error. A part of the batches is held out; the state that agrees best
     on these is kept, and the tuning ends when they stop improving.
 
-    The model is left as it was, interrupted or not.
+    The model is left as it was, interrupted or not. Hooks on it are copied with it, and fire.
 
     Args:
         model: a float model.
-        batches: inputs as the model is called with: a tensor, a tuple of positional or a dict of keyword arguments each, without labels.
-            A few hundred rows do. At most 1024 batches and 1 GiB are read.
+        batches: inputs as the model is called with: a tensor, a tuple of positional or a dict of keyword arguments each, without labels
+            (of a loader of pairs: ``(x for x, y in loader)``). A few hundred rows do. At most 1024 batches and 1 GiB are read.
         config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`, in which
             :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
         teacher: another model with the same outputs to imitate; by default the float model.
