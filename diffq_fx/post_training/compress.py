@@ -19,10 +19,11 @@ from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.ste import STE
 from diffq_fx.parts import CHILD
 from diffq_fx.post_training.batches import CALLER, Calibration, refuse_too_little_memory
+from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
-from diffq_fx.post_training.tuning import Limits, Tuned, quantize_in_eval, tune
+from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, tune
 from diffq_fx.prepare import prepare_as
 from diffq_fx.unfit import refuse_unfit
 
@@ -31,6 +32,8 @@ _MINUTES = 10.0
 _COPIES = 6
 """Of the weights that are held at once, in float32 or wider: float, rounded, gradients, two of Adam's, the best so far."""
 _NO_MOVE = 1e-30
+_SENSITIVITY_SHARE, _LEAST_STEPS = 0.2, 4
+"""The part of the time until which the sensitivity is to be known, and the fewest steps that tell it."""
 
 
 def compress(
@@ -51,7 +54,8 @@ def compress(
     they look like scores of classes, else by their relative squared error. A part of the batches is held out; the state that agrees best
     on these is kept, and the tuning ends when they stop improving.
 
-    The model is left as it was, interrupted or not. Hooks on it are copied with it, and fire.
+    The model is left as it was, interrupted or not; hooks on it are copied with it, and fire. Within ``torch.autocast`` its forwards
+    have that type, which may be several times as fast; sums, ranges and rounding are float32.
 
     Args:
         model: a float model.
@@ -61,7 +65,8 @@ def compress(
             :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
         teacher: another model with the same outputs to imitate; by default the float model.
         steps: most steps of the tuning, 300 by default; 0 for none.
-        minutes: most minutes of it all, about; 10 by default.
+        minutes: most minutes of it all, about; 10 by default. Where they are few, the sensitivity takes fewer steps (until a fifth of the
+            time is over), second moments come from fewer batches (a fifth), and the tuning has what is left.
         progress: whether a bar shows the stage and the time left, on stderr.
 
     Returns:
@@ -89,20 +94,22 @@ def compress(
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(f"{CALLER}: teacher must be a torch.nn.Module, got {type(teacher).__name__}.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with torch.inference_mode(False), torch.enable_grad(), restored_random_state():
+    callers_types = _callers_autocast(device.type)
+    with torch.inference_mode(False), torch.enable_grad(), restored_random_state(), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
         data = Calibration(batches, device)
         refuse_too_little_memory(_COPIES * sum(max(each.nbytes, 4 * each.numel()) for each in model.parameters()), device)
-        wanted = FloatOutputs(model, teacher, data.tuned_on[0], len(data.tuned_on) + len(data.held_out))
+        wanted = FloatOutputs(model, teacher, data)
         with ProgressBar(shown=progress) as bar:
             bar.stage("preparing", 1)
             own = copy_replacing(model, {}).requires_grad_(True)
             prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
             compression: Compression = vars(prepared)[CHILD]
-            seek_bits(prepared, compression, wanted, data, bar)
-            failed = round_weights(prepared, compression, data, bar)
-            bar.stage("tuning", limits.steps)
-            tuned = tune(prepared, compression, wanted, data, limits, bar)
+            with callers_types:
+                seek_bits(prepared, compression, wanted, data, limits, bar)
+                failed = round_weights(prepared, compression, data, limits, bar)
+                bar.stage("tuning", limits.steps)
+                tuned = tune(prepared, compression, wanted, data, limits, bar)
             bar.stage("converting", 1)
             compression.notes += (*_notes(data, wanted, tuned), *failed)
             return convert(prepared)
@@ -131,16 +138,27 @@ def _limits(steps: int | None, minutes: float | None, began: float) -> Limits:
         check_whole(CALLER, "steps", steps, 0)
     if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0):
         raise ValueError(f"{CALLER}: minutes must be a positive number, got {minutes!r}.")
-    return Limits(_STEPS if steps is None else steps, began + 60 * (_MINUTES if minutes is None else minutes))
+    return Limits(_STEPS if steps is None else steps, 60 * (_MINUTES if minutes is None else minutes), began)
 
 
-def seek_bits(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, bar: ProgressBar) -> None:
+def _callers_autocast(device: str) -> torch.autocast:
+    """The autocast in which the call was made, without its cache: that would keep weights as they were before a step."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False)
+
+
+def seek_bits(
+    model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar
+) -> None:
     """Let the bits go to where the outputs depend on the weights: the first steps of a training, in which no weight moves."""
     quantize_in_eval(model, compression)
     steps = compression.config.sensitivity_step or 0
     bar.stage("sensitivity", steps)
     optimizer = torch.optim.SGD(compression.logits, lr=_NO_MOVE)
-    for _, example in zip(range(steps), data.cycle(), strict=False):
+    examples = data.cycle()
+    while (done := compression.known.steps) < steps:
+        if _LEAST_STEPS <= done < steps - 1 and limits.share > _SENSITIVITY_SHARE:
+            compression.note(steps=steps - 1)  # the next one is the last
+        example = next(examples)
         model.zero_grad()
         distance = wanted.distance(model, example)
         if not distance.requires_grad:

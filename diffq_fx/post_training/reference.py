@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example, tensors_of
-from diffq_fx.post_training.batches import CALLER, refuse_labels
+from diffq_fx.post_training.batches import CALLER, Calibration, refuse_labels
 from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
 from diffq_fx.weights import not_finite
 
-_KEPT_BYTES = 1 << 28
-"""Outputs of the float model that are kept, in all; larger ones are computed again at each step."""
+_KEPT_BYTES = 1 << 29
+"""Outputs of the float model that are kept, in all, those of the held-out batches first; others are computed again at each step."""
 
 
 class FloatOutputs:
@@ -24,15 +24,15 @@ class FloatOutputs:
     Args:
         model: the float model.
         teacher: what is imitated; the float model itself where it is None.
-        first: a batch, to find out what the outputs are.
-        batches: how many there are.
+        data: the batches.
 
     Raises:
-        ValueError: the model does not run on the batch, its output is a loss, has no float tensor or is not finite, or the teacher's
+        ValueError: the model does not run on the first batch, its output is a loss, has no float tensor or is not finite, or the teacher's
             differs from it in structure.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, first: Example, batches: int) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, data: Calibration) -> None:
+        first = data.tuned_on[0]
         self._model = _copy(model if teacher is None else teacher)
         self._role = "model" if teacher is None else "teacher"
         wanted = _run(self._model, first, self._role)
@@ -42,7 +42,8 @@ class FloatOutputs:
                 raise ValueError(f"{CALLER}: the teacher's outputs must be those of the model, {ours}; got {theirs}.")
         self._refuse_not_finite(wanted)
         self._names, self._scores = tuple(wanted), scores_among(wanted)
-        self._keeps = batches * sum(tensor.nbytes for tensor in wanted.values()) <= _KEPT_BYTES
+        keeps = int(_KEPT_BYTES / max(sum(tensor.nbytes for tensor in wanted.values()), 1))
+        self._to_keep = {id(example) for example in (*data.held_out, *data.tuned_on)[:keeps]}
         self._kept: dict[int, Mapping[str, Tensor]] = {}
 
     @property
@@ -57,7 +58,7 @@ class FloatOutputs:
             return self._kept[id(example)]
         wanted = _run(self._model, example, self._role)
         self._refuse_not_finite(wanted)
-        if self._keeps:
+        if id(example) in self._to_keep:
             self._kept[id(example)] = wanted
         return wanted
 

@@ -10,11 +10,14 @@ from diffq_fx.functional.groups import from_rows, to_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
 from diffq_fx.post_training.compensation import compensate
+from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
 
-_MOMENT_BATCHES, _RANGE_BATCHES = 16, 8
-"""Batches that second moments are gathered from, whole matrices and the diagonals that ranges need."""
+_RANGE_BATCHES = 8
+"""Batches that the diagonals of second moments are gathered from, which ranges need."""
+_MOMENT_BATCHES, _LEAST_BATCHES, _MOMENT_SHARE = 16, 4, 0.2
+"""Batches that whole matrices are gathered from: at most, at least, and the part of the time that this may take."""
 _MOMENT_BYTES = 1 << 28
 """Of the matrices that are in memory at once."""
 _PARTS = 4
@@ -24,7 +27,7 @@ _IN_THE_CELL = 0.45
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, compression: Compression, data: Calibration, bar: ProgressBar) -> tuple[str, ...]:
+def round_weights(model: nn.Module, compression: Compression, data: Calibration, limits: Limits, bar: ProgressBar) -> tuple[str, ...]:
     """Find the ranges, make widths and ranges final and round all weights; afterwards each weight lies in the cell of its level.
 
     A weight whose inputs are not known, or whose moments cannot be used, is rounded to the nearest levels.
@@ -32,10 +35,13 @@ def round_weights(model: nn.Module, compression: Compression, data: Calibration,
     Returns:
         A sentence for each reason, with the weights' names.
     """
-    batches, parts = data.tuned_on[:_MOMENT_BATCHES], list(_in_parts(compression.learned))
+    parts, range_batches = list(_in_parts(compression.learned)), data.tuned_on[:_RANGE_BATCHES]
     bar.stage("ranges", 1)
+    began = limits.share
     with float_weights(compression.quantizers):
-        moments = second_moments(model, batches[:_RANGE_BATCHES], compression.learned, most_columns=0)
+        moments = second_moments(model, range_batches, compression.learned, most_columns=0)
+    each = len(parts) * (limits.share - began) / len(range_batches)
+    batches = data.tuned_on[: limits.times(_MOMENT_SHARE, each, _LEAST_BATCHES, _MOMENT_BATCHES)]
     for quantizer in compression.learned:
         importance = moments[quantizer.spec.name].importance
         if quantizer.importance is not None and importance is not None:
@@ -62,7 +68,8 @@ def _round(quantizer: DiffQWeight, moments: Moments) -> str:
     rows_OI = to_rows(quantizer.weight.detach(), spec.axis).float()
     params = quantizer.params(rows_OI, bits)
     try:
-        rounded_OI = compensate(rows_OI, moments.matrix, params, bits, spec.scale_layout)
+        with torch.autocast(rows_OI.device.type, enabled=False):
+            rounded_OI = compensate(rows_OI, moments.matrix, params, bits, spec.scale_layout)
     except ValueError as error:
         return str(error)
     cell_OI = spec.scale_layout.expand(params.scale) * _IN_THE_CELL

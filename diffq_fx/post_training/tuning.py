@@ -1,7 +1,6 @@
 """Short training against the float model's outputs: what is left to gain once the bits are final, without labels."""
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from diffq_fx.errors import DivergenceError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
+from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.training.finalize import reestimate_batch_norm
@@ -43,20 +43,6 @@ class Tuned:
     after: float
     diverged: str = ""
     """What was not finite, where the tuning ended by that; the best state before it is kept."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When to end: after so many steps, or at a time of ``time.monotonic``."""
-
-    steps: int
-    deadline: float
-
-    def share(self, steps: int, began: float) -> float:
-        """Which part of the tuning is over after so many steps; the time counts from the first of them on."""
-        if not steps:
-            return float(self.steps == 0 or began >= self.deadline)
-        return max(steps / self.steps, (time.monotonic() - began) / (self.deadline - began))
 
 
 def quantize_in_eval(model: nn.Module, compression: Compression) -> None:
@@ -121,8 +107,17 @@ class Masters:
 def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> Tuned:
     """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
     quantize_in_eval(model, compression)
+    entered = limits.share
     best = Best(model, held_out_distance(model, wanted, data))
-    before = best.distance
+    before, began = best.distance, limits.share
+    last = 1 - (began - entered)  # a look at the held-out batches is the last thing to do
+
+    def over(steps: int) -> float:
+        """Which part of the tuning is over; of the time whole hundredths, so that a run that needs little of it is the same twice."""
+        if not limits.steps or began >= last:
+            return 1.0
+        return max(steps / limits.steps, math.floor(100 * (limits.share - began) / (last - began)) / 100)
+
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         reestimate_batch_norm(model, data.large())
         quantize_in_eval(model, compression)
@@ -131,8 +126,8 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
     masters = Masters(model.parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
-    examples, began, steps, last_look, worse, looked_at, diverged = data.cycle(), time.monotonic(), 0, 0, 0, 0.0, ""
-    while worse < _PATIENCE and (share := limits.share(steps, began)) < 1:
+    examples, steps, last_look, worse, looked_at, diverged = data.cycle(), 0, 0, 0, 0.0, ""
+    while worse < _PATIENCE and (share := over(steps)) < 1:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
         optimizer.zero_grad()
@@ -145,7 +140,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
             break
         steps += 1
         bar.advance()
-        share = limits.share(steps, began)
+        share = over(steps)
         if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
             looked_at, last_look = share, steps
             worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1

@@ -14,7 +14,7 @@ from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, com
 from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
 from diffq_fx.post_training import compress as stages
-from diffq_fx.post_training import moments, reference, round_weights
+from diffq_fx.post_training import limits, moments, reference, round_weights, tuning
 from diffq_fx.post_training.tuning import Masters
 from diffq_fx.training.output_loss import output_loss, outputs_of
 
@@ -140,6 +140,62 @@ class TestResult:
         assert all(bool(parameter.isfinite().all()) for parameter in converted.parameters())
 
 
+class TestMinutes:
+    """With a clock that goes on by a second with every forward, and by nothing else."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        now = [0.0]
+
+        def slow(done: Callable[..., object]) -> Callable[..., object]:
+            def ticking(*args: object, **kwargs: object) -> object:
+                now[0] += 1
+                return done(*args, **kwargs)
+
+            return ticking
+
+        monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
+        for where, name in ((reference, "output_loss"), (reference, "_run"), (moments.Uses, "forget_copies")):
+            monkeypatch.setattr(where, name, slow(getattr(where, name)))
+        return now
+
+    @pytest.mark.parametrize("minutes", [1.5, 3])
+    def test_bound_the_whole_call(self, minutes: float, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tuning, "_PATIENCE", 100)
+        run(data=batches(40), minutes=minutes, steps=1000)
+        assert 0.7 * 60 * minutes < clock[0] < 60 * minutes + 3
+
+    def test_are_shared_out_so_that_every_stage_has_some(self, clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        at: dict[str, float] = {}
+
+        def note_the_end_of(stage: str) -> None:
+            done = getattr(stages, stage)
+
+            def noted(*args: object) -> object:
+                result = done(*args)
+                at[stage] = clock[0]
+                return result
+
+            monkeypatch.setattr(stages, stage, noted)
+
+        note_the_end_of("seek_bits")
+        note_the_end_of("round_weights")
+        run(data=batches(40), minutes=1.5, steps=1000)
+        assert at["seek_bits"] < 0.25 * 90
+        assert at["round_weights"] < 0.6 * 90
+
+
+def test_the_callers_autocast_is_that_of_the_forwards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, types = reference.output_loss, []
+    monkeypatch.setattr(reference, "output_loss", lambda own, *args, **kw: types.append(own.dtype) or loss(own, *args, **kw))
+    with torch.autocast("cpu", torch.bfloat16):
+        converted = run(steps=20)
+    assert set(types) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in converted.parameters())
+    wanted, x = make().eval(), batches()[0]
+    assert float(output_loss(converted(x), wanted(x)).detach()) < 1.5 * float(output_loss(run(steps=20)(x), wanted(x)).detach())
+
+
 class TestWhatIsCompared:
     def test_features_by_their_squared_error(self) -> None:
         class Features(Net):
@@ -173,7 +229,7 @@ class TestWhatIsCompared:
 
         model, x, mask = Encoder(), torch.randn(2, 3, 16), torch.tensor([[1, 1, 0], [1, 0, 0]])
         example = reading.Example.of({"x": x, "attention_mask": mask})
-        wanted = reference.FloatOutputs(model, None, example, 1)
+        wanted = reference.FloatOutputs(model, None, reading.Calibration([example], torch.device("cpu")))
 
         class Wrong(Encoder):
             def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
