@@ -17,9 +17,9 @@ Grid = Literal["affine", "half", "symmetric", "float"]
 the middle; float: the paper's float offset (no ONNX form)."""
 AROUND_ZERO = ("affine", "half")
 """Grids whose zero point is chosen by the weights, and whose range has to hold zero."""
-WIDEST_HALF = 3
-"""Bits up to which a zero point of the "half" grid may be a half-integer. It takes 37 % off the squared error of normal weights at 1 bit,
-18 % at 2, 5 % at 3 and only 2 % at 4, whose doubled levels would not fit into 4 bits any more (benchmarks/squared_error.py)."""
+WIDEST_HALF = 2
+"""Bits up to which a zero point of the "half" grid may be a half-integer. It takes 37 % off the squared error of normal weights at 1 bit
+and 18 % at 2 (benchmarks/squared_error.py). At 3 bits it would be 5 %, and a decoder without training is ruined where zero is no level."""
 
 
 class QuantParams(NamedTuple):

@@ -19,6 +19,8 @@ _SHARES = tuple(1 - 0.04 * i for i in range(22))
 """Ends of the range to try, as parts of the extreme weight."""
 _HALF_MOVES, _LENGTHS = (-0.5, 0.5), (0.94, 1.06)
 """Of the zero point and of the range, at the end of the search on the "half" grid."""
+_SPANS_FROM = 4
+"""Bits from which on no weight is clipped where nothing is known."""
 _LEAST_SHARE = 1e-6
 """Of the mean importance, for every column."""
 
@@ -100,7 +102,14 @@ def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) 
 
 
 def least_error_range(
-    rows_OI: Tensor, layout: GroupLayout, bits: Tensor, groups: GroupLayout, grid: Grid, importance_I: Tensor | None = None
+    rows_OI: Tensor,
+    layout: GroupLayout,
+    bits: Tensor,
+    groups: GroupLayout,
+    grid: Grid,
+    importance_I: Tensor | None = None,
+    *,
+    untrained: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The range whose grid has the smallest squared rounding error; weights beyond it are clipped to its ends.
 
@@ -108,9 +117,10 @@ def least_error_range(
     scale of their own; these may be smaller than the groups of ``layout``, which share a range. On the "half" grid the zero point moves
     with the ends, by half a level at a time, and the ends of a range of one width are levels.
 
-    ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None for
-    all alike. Zeros where it is not known: from 2 bits on an error then counts as much as its weight is large. Large weights meet large
-    inputs more often than not, and to clip them as the least error does may ruin the output.
+    ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None, or
+    zeros where it is not known: all alike. Where nothing is known and no training makes up for it (``untrained``), an error counts as much
+    as its weight is large, and from 4 bits on the range spans all weights: large weights meet large inputs more often than not, and to
+    clip them as the least error does may ruin the output.
 
     Example:
         >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier
@@ -123,7 +133,8 @@ def least_error_range(
         >>> bool(high < 6)
         False
     """
-    return _least_error_range_op(rows_OI.detach(), bits, importance_I, layout.kind, layout.block, groups.kind, groups.block, grid)
+    where = layout.kind, layout.block, groups.kind, groups.block
+    return _least_error_range_op(rows_OI.detach(), bits, importance_I, *where, grid, untrained)
 
 
 @torch.library.custom_op("diffq_fx::least_error_range", mutates_args=())
@@ -136,6 +147,7 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     group_kind: str,
     group_block: int,
     grid: str,
+    untrained: bool,
 ) -> tuple[Tensor, Tensor]:
     rows, columns = rows_OI.shape
     layout = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
@@ -143,23 +155,32 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     grid = cast("Grid", grid)
     low, high = grid_range(*extremes(rows_OI, layout), grid)
     rows_OI = rows_OI.to(low.dtype)
-    importance_1I = mean_size = None
-    if importance_I is not None and bool(importance_I.mean().isfinite() & (importance_I.mean() > 0)):
-        importance_1I = _shares(importance_I)[None]
-    elif importance_I is not None:
-        mean_size = rows_OI.abs().mean()
-    search = _Search(rows_OI, bits, groups, grid, importance_1I, mean_size)
+    is_known = importance_I is not None and bool(importance_I.mean().isfinite() & (importance_I.mean() > 0))
+    importance_1I = _shares(importance_I)[None] if is_known and importance_I is not None else None
+    by_size = untrained and not is_known
+    search = _Search(rows_OI, bits, groups, grid, importance_1I, rows_OI.abs().mean() if by_size else None)
     best = search.best([(low * share, high * share) for share in _SHARES])
     if grid != "symmetric":
         best = search.best([best, *((low * share, best[1]) for share in _SHARES)])
         best = search.best([best, *((best[0], high * share) for share in _SHARES)])
     if grid == "half" and (on_levels := _on_levels(*best, bits)):
-        return search.best(on_levels)
+        best = search.best(on_levels)
+    if by_size:
+        spans = _fewest(bits, low) >= _SPANS_FROM
+        return torch.where(spans, low, best[0]), torch.where(spans, high, best[1])
     return best
 
 
+def _fewest(bits: Tensor, like: Tensor) -> Tensor:
+    """The fewest bits among the groups of each range, the ranges having the shape of ``like``."""
+    for axis, size in enumerate(like.shape):
+        if size == 1 < bits.shape[axis]:
+            bits = bits.amin(axis, keepdim=True)
+    return bits
+
+
 @_least_error_range_op.register_fake
-def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_block, grid):  # noqa: ANN001, ANN202
+def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_block, grid, untrained):  # noqa: ANN001, ANN202
     rows, columns = rows_OI.shape
     shape = GroupLayout(rows, columns, range_kind, range_block).shape
     dtype = torch.float64 if rows_OI.dtype == torch.float64 else torch.float32

@@ -162,7 +162,8 @@ class DiffQWeight(GridQuantizer):
             moved = learned_factor(whole(self.clip.detach()))
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
         spec = self.spec
-        return least_error_range(rows_OI, spec.range_layout, bits, spec.scale_layout, spec.grid, self.importance)
+        untrained = self.shared is not None and not self.shared.known.steps
+        return least_error_range(rows_OI, spec.range_layout, bits, spec.scale_layout, spec.grid, self.importance, untrained=untrained)
 
     @torch.no_grad()
     def keep_range(self) -> None:
@@ -250,7 +251,7 @@ class DiffQWeight(GridQuantizer):
 
     def state_tensors(self) -> tuple[Tensor, ...]:
         """The rounded bits, the range and what it is sought with."""
-        shared = () if self.shared is None else (self.shared.bits_frozen,)
+        shared = () if self.shared is None else (self.shared.bits_frozen, self.shared.steps)
         kept = (self.width, self.clip, self.range_low, self.range_high, self.importance, self.range_scale, *shared)
         return tuple(each for each in kept if each is not None)
 

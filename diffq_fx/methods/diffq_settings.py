@@ -44,7 +44,7 @@ class DiffQSettings(Method):
     clip_ranges: bool = True
     """Whether ranges may leave weights outside: they start with the least squared error and are trained. Else they span all weights."""
     grid: Grid | None = None
-    """"half" (zero points are multiples of 1/2 up to 3 bits, so that levels may lie centred about zero), "affine" (integer zero_point),
+    """"half" (zero points are multiples of 1/2 up to 2 bits, so that levels may lie centred about zero), "affine" (integer zero_point),
     "symmetric", or "float" (the paper's float minimum, which ONNX cannot hold). None: "half", or "affine" where the size is that of a file:
     entropy coding wants zero to be a level, and ONNX has no half-integers."""
     noise: Literal["uniform", "gaussian"] = "uniform"
