@@ -12,7 +12,7 @@ from diffq_fx.post_training.batches import CALLER, Calibration, refuse_labels
 from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
 from diffq_fx.weights import not_finite
 
-_KEPT_BYTES = 1 << 29
+_KEPT_BYTES = 1 << 28
 """Outputs of the float model that are kept, in all, those of the held-out batches first; others are computed again at each step."""
 
 
