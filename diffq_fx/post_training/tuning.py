@@ -123,7 +123,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         quantize_in_eval(model, compression)
         if not best.keep(held_out_distance(model, wanted, data)):
             best.restore()
-    optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95), fused=True)  # a fifth of a decoder's step otherwise
     masters = Masters(model.parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     examples, steps, last_look, worse, looked_at, diverged = data.cycle(), 0, 0, 0, 0.0, ""
