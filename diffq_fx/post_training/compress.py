@@ -60,7 +60,8 @@ def compress(
     Args:
         model: a float model.
         batches: inputs as the model is called with: a tensor, a tuple of positional or a dict of keyword arguments each, without labels
-            (of a loader of pairs: ``(x for x, y in loader)``). A few hundred rows do. At most 1024 batches and 1 GiB are read.
+            (of a loader of pairs: ``(x for x, y in loader)``). A few hundred rows do, of a language model some
+            16,000 tokens: small batches, of 256 say, leave time for more steps. At most 1024 batches and 1 GiB are read.
         config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`, in which
             :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
         teacher: another model with the same outputs to imitate; by default the float model.
