@@ -185,6 +185,15 @@ class TestMinutes:
         assert at["round_weights"] < 0.6 * 90
 
 
+def test_outputs_of_held_out_batches_are_kept_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_KEPT_BYTES", 12 * 10 * 4)  # one batch's
+    data = reading.Calibration(batches(), torch.device("cpu"))
+    wanted = reference.FloatOutputs(make(), None, data)
+    held_out, tuned_on = data.held_out[0], data.tuned_on[0]
+    assert wanted.of(held_out) is wanted.of(held_out)
+    assert wanted.of(tuned_on) is not wanted.of(tuned_on)
+
+
 def test_the_callers_autocast_is_that_of_the_forwards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, types = reference.output_loss, []
     monkeypatch.setattr(reference, "output_loss", lambda own, *args, **kw: types.append(own.dtype) or loss(own, *args, **kw))
