@@ -209,13 +209,14 @@ def _warn_untrained(compression: Compression) -> None:
             "the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
         )
-    elif compression.in_noise:
+        return
+    if compression.in_noise:
         steps, final = compression.known.steps, compression.config.freeze_step
         _warn(
             f"the training ended in the noise phase, after step {steps}; the bits become final after step {final}, and weights train with "
             f"true rounding from then on. Prepare with training_steps={steps}, the length of the training, and train again; or train on."
         )
-    elif not compression.config.has_target and compression.config.penalty is None and not compression.penalized:
+    if not compression.config.has_target and compression.config.penalty is None and not compression.penalized:
         _warn(
             "no pressure on the size ever reached this model: the config has no target and no penalty, and model_size(model) was "
             "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss."

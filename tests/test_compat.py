@@ -22,7 +22,9 @@ from diffq_fx.kernels import native
 from diffq_fx.methods.lsq import LSQ
 
 PACKAGE = Path(diffq_fx.__file__).parent
-PRIVATE = re.compile(r"(torch|onnx|onnx_ir|onnxscript|onnxruntime)\.(?!nn\.modules\.)([a-z_0-9]+\.)*_(?!_)")  # base classes of layers stay
+PRIVATE = re.compile(
+    r"(torch|onnx|onnx_ir|onnxscript|onnxruntime)\.(?!nn\.modules\.|utils\._python_dispatch)([a-z_0-9]+\.)*_(?!_)"
+)  # but base classes
 NAMES = [name for name in vars(_compat) if name.startswith("_") and not name.startswith("__") and name != "_private"]
 
 

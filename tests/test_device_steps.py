@@ -109,7 +109,7 @@ def test_the_search_for_a_range_takes_as_many_operations_for_a_weight_of_any_siz
     for rows in (64, 4096):
         counted.forget()
         with counted:
-            ranges._least_error_range_op._init_fn(torch.empty(rows, 4096, device="meta"), bits, None, *("channel", 4096) * 2, grid)
+            ranges._least_error_range_op._init_fn(torch.empty(rows, 4096, device="meta"), bits, None, *("channel", 4096) * 2, grid, None)
         found.append(sum(counted.work.values()))
     assert found[0] == found[1] < (1700 if grid == "half" else 1200)
     assert counted.crossings == []

@@ -46,7 +46,7 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
     bits = torch.randint(1, 4 if important == "large weights" else 6, groups.shape, generator=torch.Generator().manual_seed(0))
     columns = torch.rand(100, generator=torch.Generator().manual_seed(1)).square()
     importance = {"all alike": None, "some columns": columns, "large weights": torch.zeros(100)}[important]
-    how = {"untrained": important == "large weights"}
+    how = {"steps": torch.zeros(()) if important == "large weights" else None}
     found = least_error_range(rows, layout, bits, groups, grid, importance, **how)
     usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2]
     monkeypatch.setattr(native, "takes_rows", lambda *_: False)
@@ -86,7 +86,9 @@ def test_without_known_importance_the_large_weights_of_a_row_count_most(grid, un
     rows = torch.distributions.StudentT(3.0).sample((64, 500))
     layout, bits = GroupLayout.of(64, 500, "channel"), torch.tensor([[3]])
     importance = torch.full((500,), unknown)
-    plain, found = (least_error_range(rows, layout, bits, layout, grid, importance, untrained=each) for each in (False, True))
+    plain, found = (
+        least_error_range(rows, layout, bits, layout, grid, importance, steps=each) for each in (torch.tensor(3.0), torch.tensor(0.0))
+    )
     torch.testing.assert_close(plain, least_error_range(rows, layout, bits, layout, grid))
     widest = functional.weight_range(rows, layout, grid)
     lengths = [float((high - low).mean()) for low, high in (plain, found, widest)]
@@ -100,7 +102,7 @@ def test_from_4_bits_on_nothing_is_clipped_where_nothing_is_known_and_nothing_tr
     rows, groups = torch.distributions.StudentT(3.0).sample((64, 500)), GroupLayout.of(64, 500, 50)
     layout, bits = GroupLayout.of(64, 500, "channel"), torch.randint(4, 9, groups.shape)
     bits[:8, 3] = 3  # the fewest of a range decide
-    low, high = least_error_range(rows, layout, bits, groups, grid, untrained=True)
+    low, high = least_error_range(rows, layout, bits, groups, grid, steps=torch.zeros(()))
     widest = functional.weight_range(rows, layout, grid)
     assert torch.equal(low[8:], widest[0][8:])
     assert torch.equal(high[8:], widest[1][8:])

@@ -109,7 +109,7 @@ def least_error_range(
     grid: Grid,
     importance_I: Tensor | None = None,
     *,
-    untrained: bool = False,
+    steps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The range whose grid has the smallest squared rounding error; weights beyond it are clipped to its ends.
 
@@ -118,9 +118,9 @@ def least_error_range(
     with the ends, by half a level at a time, and the ends of a range of one width are levels.
 
     ``importance_I`` is how much the squared errors of each column count, such as the second moment of what it is multiplied with; None, or
-    zeros where it is not known: all alike. Where nothing is known and no training makes up for it (``untrained``), an error counts as much
-    as its weight is large, and from 4 bits on the range spans all weights: large weights meet large inputs more often than not, and to
-    clip them as the least error does may ruin the output.
+    zeros where it is not known: all alike. Where nothing is known and no training makes up for it (``steps`` of it, 0-d, are 0), an error
+    counts as much as its weight is large, and from 4 bits on the range spans all weights: large weights meet large inputs more often than
+    not, and to clip them as the least error does may ruin the output.
 
     Example:
         >>> rows = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([9.0])]).reshape(1, -1)  # one outlier
@@ -134,7 +134,7 @@ def least_error_range(
         False
     """
     where = layout.kind, layout.block, groups.kind, groups.block
-    return _least_error_range_op(rows_OI.detach(), bits, importance_I, *where, grid, untrained)
+    return _least_error_range_op(rows_OI.detach(), bits, importance_I, *where, grid, steps)
 
 
 @torch.library.custom_op("diffq_fx::least_error_range", mutates_args=())
@@ -147,7 +147,7 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     group_kind: str,
     group_block: int,
     grid: str,
-    untrained: bool,
+    steps: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows, columns = rows_OI.shape
     layout = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
@@ -157,7 +157,7 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     rows_OI = rows_OI.to(low.dtype)
     is_known = importance_I is not None and bool(importance_I.mean().isfinite() & (importance_I.mean() > 0))
     importance_1I = _shares(importance_I)[None] if is_known and importance_I is not None else None
-    by_size = untrained and not is_known
+    by_size = steps is not None and not is_known and not bool(steps)
     search = _Search(rows_OI, bits, groups, grid, importance_1I, rows_OI.abs().mean() if by_size else None)
     best = search.best([(low * share, high * share) for share in _SHARES])
     if grid != "symmetric":
@@ -180,7 +180,7 @@ def _fewest(bits: Tensor, like: Tensor) -> Tensor:
 
 
 @_least_error_range_op.register_fake
-def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_block, grid, untrained):  # noqa: ANN001, ANN202
+def _(rows_OI, bits, importance_I, range_kind, range_block, group_kind, group_block, grid, steps):  # noqa: ANN001, ANN202
     rows, columns = rows_OI.shape
     shape = GroupLayout(rows, columns, range_kind, range_block).shape
     dtype = torch.float64 if rows_OI.dtype == torch.float64 else torch.float32

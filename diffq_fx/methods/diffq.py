@@ -162,8 +162,8 @@ class DiffQWeight(GridQuantizer):
             moved = learned_factor(whole(self.clip.detach()))
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
         spec = self.spec
-        untrained = self.shared is not None and not self.shared.known.steps
-        return least_error_range(rows_OI, spec.range_layout, bits, spec.scale_layout, spec.grid, self.importance, untrained=untrained)
+        steps = None if self.shared is None else self.shared.steps
+        return least_error_range(rows_OI, spec.range_layout, bits, spec.scale_layout, spec.grid, self.importance, steps=steps)
 
     @torch.no_grad()
     def keep_range(self) -> None:

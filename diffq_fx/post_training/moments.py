@@ -6,6 +6,7 @@ A layer ``y = W x`` whose rows are rounded to Q is off by ``||(W - Q) x||^2``; i
 Shape legend: O rows (output channels), I columns, G parts of the rows that have inputs of their own.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -243,8 +244,9 @@ def _operators_in_parts(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="TF32 acceleration")  # which the next line warns of where there is no such GPU
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         torch.backends.mha.set_fastpath_enabled(False)
         try:

@@ -126,7 +126,10 @@ def test_generate_of_hugging_face_models_survives(name: str):
     model, result = trained(entry)
     model.eval()
     assert isinstance(result, type(entry.make()))
-    assert result.config.to_dict() == model.config.to_dict() == entry.make().config.to_dict()
+    first, *others = (
+        {**each.config.to_dict(), "fusion_config": None} for each in (result, model, entry.make())
+    )  # tells of a folder's weights
+    assert others == [first, first]
     inputs = {key: value for key, value in entry.inputs(0).items() if key != "decoder_input_ids"}
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     for use_cache in (False, True):
