@@ -5,13 +5,17 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
-.PHONY: demo test check docs processors matrix format clean
+.PHONY: demo test evidence check docs processors matrix format clean
 
 demo: .venv/ready
 	$(BIN)/diffq-fx demo
 
 test: $(KERNELS)
 	$(PYTEST)
+
+# The slowest tests, which `make test` leaves out: tests/evidence.txt.
+evidence: $(KERNELS)
+	DIFFQ_FX_EVIDENCE=1 $(PYTEST)
 
 # What a developer runs before a commit: format, lint, types, tests, doctests.
 check: $(KERNELS)
