@@ -97,3 +97,9 @@ def test_what_users_call_is_documented(module):
 def test_no_two_files_have_one_name():
     names = Counter(path.name for path in ROOT.rglob("*.py"))
     assert [name for name, count in names.items() if count > 1] == ["__init__.py"]
+
+
+def test_every_test_that_the_gate_leaves_out_is_there():
+    for line in (ROOT.parent / "tests" / "evidence.txt").read_text().splitlines():
+        path, name = line.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT.parent / path).read_text()

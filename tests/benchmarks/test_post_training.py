@@ -117,9 +117,9 @@ def test_the_setting_next_to_the_budget_is_taken_or_refused():
 
 def test_memory_is_that_of_what_is_within():
     with measured() as found:
-        torch.ones(30 * 2**18).sum()
+        torch.ones(64 * 2**18).sum()  # more than the C library ever keeps for later (32 MiB), so that it takes memory anew
     if "peak_mib" in found:
-        assert found["peak_mib"] >= 25
+        assert found["peak_mib"] >= 55
 
 
 def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():

@@ -193,3 +193,22 @@ def test_a_copied_config_has_the_same_aim(settings, way):
     config = DiffQConfig(**settings)
     assert way(config) == config
     assert config.target_bits == (None if settings else 4)
+
+
+def test_an_untrained_model_clips_no_weight_from_4_bits_on():
+    torch.manual_seed(0)
+    net = nn.Linear(256, 16, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.distributions.StudentT(3.0).sample((16, 256)))
+    model = prepare_diffq(net, torch.zeros(1, 256), DiffQConfig(target_bits=4.3, min_bits=4)).eval()
+    (quantizer,) = model.compression.learned
+
+    def clipped():
+        weight = quantizer.weight.detach()
+        return bool(((quantizer(weight) - weight).abs() > weight.abs().amax(1, keepdim=True) / 10).any())
+
+    assert not clipped()
+    model.compression.note(steps=1)
+    assert clipped()  # now a training makes up for it, and the least error counts
+    model.compression.note(steps=0)
+    assert not clipped()
