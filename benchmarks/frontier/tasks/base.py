@@ -17,6 +17,10 @@ Predict = Callable[..., Tensor]
 """A model, or an onnxruntime session in its place."""
 
 
+class Lacking(SystemExit):
+    """Data or a package that a task needs is not there; the message says how to get it."""
+
+
 class Task(ABC):
     """Real data and a float model; ``quick`` takes so little of both that a test can run it, and keeps nothing."""
 
@@ -40,7 +44,7 @@ class Task(ABC):
         self.quick = quick
         missing = [name for name in self.files if not (folder / name).exists()]
         if missing:
-            raise SystemExit(f"{folder} lacks {', '.join(missing)}, which the task {self.name} reads: put them there.")
+            raise Lacking(f"{folder} lacks {', '.join(missing)}, which the task {self.name} reads: put them there.")
         self.load(folder)
         self.float_model = self.make_float_model(folder, tell).eval()
 

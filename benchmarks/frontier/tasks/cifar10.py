@@ -1,5 +1,6 @@
 """CIFAR-10, ResNet-20. The images are JPEG, which costs published models about 10 points."""
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._models import ResNet20
-from benchmarks.frontier.tasks.base import Batch, Inputs, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
 from benchmarks.frontier.training import Tell
 
 
@@ -27,6 +28,8 @@ class Cifar10(Task):
 
     def load(self, folder: Path) -> None:
         """Decode the images."""
+        if importlib.util.find_spec("PIL") is None:
+            raise Lacking("The task cifar10 needs pillow: pip install pillow.")
         archive = np.load(folder / self.files[0])
         self.train = self._images(archive, "train", 256 if self.quick else None)
         self.test = self._images(archive, "test", 100 if self.quick else None)

