@@ -7,7 +7,7 @@ there is the old file, the new one, or none if there was none. A process that is
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,23 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
         yield
     except (OSError, ValueError) as problem:  # a name with a null byte is a ValueError
         raise error(f"cannot write {str(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def refuse_same_file(target: str | Path, sources: Iterable[str | Path], error: type[DiffQError]) -> None:
+    """Refuse to write over what is read, by whatever name, link or hard link.
+
+    Args:
+        target: the file or folder to write.
+        sources: the files and folders that are read.
+        error: what to raise.
+
+    Raises:
+        DiffQError: as ``error``: the target is one of the sources.
+    """
+    for source in sources:
+        with suppress(OSError, ValueError):  # one of them is missing, or can be no file: whoever opens it says so
+            if os.path.samefile(source, target):
+                raise error(f"'{target}' is the same file as '{source}', which would be lost. Give another name.")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Commands import onnx and onnxruntime when they run, so that ``diffq-fx --help`` answers at once.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from diffq_fx.cli.bench import bench
 from diffq_fx.cli.inspect import inspect
-from diffq_fx.cli.output import errors_as_messages
+from diffq_fx.cli.output import EXIT_CODES, Answer, command
 from diffq_fx.cli.packed import pack, unpack
 from diffq_fx.cli.report import report
 
@@ -18,9 +19,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="diffq-fx",
-    help="Learned mixed-precision compression of PyTorch models: smaller and faster ONNX files.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -31,16 +31,34 @@ app.command()(bench)
 app.command()(report)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from diffq_fx import __version__
+
+        typer.echo(f"diffq-fx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version of diffq-fx and leave.")
+    ] = False,
+) -> None:
+    """Learned mixed-precision compression of PyTorch models: smaller and faster ONNX files."""
+
+
 @app.command()
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the picture.")] = Path("diffq-fx-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: see it work, not its accuracy.")] = False,
-) -> None:
+) -> Answer:
     """Train small models on real data, compress them, export them to ONNX and race them against float."""
-    with errors_as_messages():
-        from diffq_fx.demo import run
+    from diffq_fx.demo import run
 
-        run(out=out, quick=quick)
+    run(out=out, quick=quick)
+    return Answer({"folder": str(out), "results": json.loads((out / "results.json").read_text())}, ())
 
 
 def main() -> None:

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from diffq_fx.cli.output import add_row, errors_as_messages, new_table, print_json, standard_output
+from diffq_fx.cli.output import Answer, add_row, command, new_table
 
 if TYPE_CHECKING:
     from diffq_fx.export.onnx.benchmark import LatencyComparison, Quartiles
 
 
+@command
 def bench(
     a: Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference, usually float.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare with it.", show_default=False)],
@@ -22,33 +23,25 @@ def bench(
     threads: Annotated[int, typer.Option(help="Threads inside an operator; 0 leaves it to onnxruntime.")] = 0,
     dim: Annotated[list[str] | None, typer.Option(help="NAME=SIZE of another open dimension; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
+) -> Answer:
     """Run two ONNX files in turns on the same random inputs: latency, ratio, size, difference of the outputs."""
-    with errors_as_messages():
-        from diffq_fx.export.onnx.benchmark import compare_latency
+    from diffq_fx.export.onnx.benchmark import compare_latency
 
-        dims = _parse_dims(dim or [])
-        stderr = Console(stderr=True)
-        with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-            task = progress.add_task("timing in turns", total=repeats)
-            comparison = compare_latency(
-                a,
-                b,
-                batch=batch,
-                repeats=repeats,
-                threads=threads,
-                seed=seed,
-                dims=dims,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        if json:
-            print_json(comparison.to_dict())
-            return
-        console = standard_output()
-        console.print(_table(comparison))
-        for line in _summary(comparison):
-            console.print(line, markup=False, soft_wrap=True)
+    dims = _parse_dims(dim or [])
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        task = progress.add_task("timing in turns", total=repeats)
+        comparison = compare_latency(
+            a,
+            b,
+            batch=batch,
+            repeats=repeats,
+            threads=threads,
+            seed=seed,
+            dims=dims,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    return Answer(comparison.to_dict(), [_table(comparison), *_summary(comparison)])
 
 
 def _parse_dims(entries: list[str]) -> dict[str, int]:

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from diffq_fx.cli.output import add_row, errors_as_messages, mean_and_range, mib, new_table, print_json, standard_output
+from diffq_fx.cli.output import Answer, add_row, command, mean_and_range, mib, new_table
 from diffq_fx.cli.packed import inspect_packed_file
 
 if TYPE_CHECKING:
@@ -27,29 +27,21 @@ _ROLES: "dict[Role, str]" = {
 }
 
 
+@command
 def inspect(
     file: Annotated[Path, typer.Argument(help="An ONNX file, or one that save_packed has written.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="List scales, zero points and small tensors too.")] = False,
-) -> None:
+) -> Answer:
     """Show the weights of a file: widths and what they take; in ONNX their container, scales and who reads them."""
-    with errors_as_messages():
-        from diffq_fx.export.packed.container import looks_packed
+    from diffq_fx.file_kinds import looks_like_safetensors
 
-        if looks_packed(file):
-            inspect_packed_file(file, json=json, everything=everything)
-            return
-        from diffq_fx.export.onnx.inspection import inspect_onnx
+    if looks_like_safetensors(file):
+        return inspect_packed_file(file, everything=everything)
+    from diffq_fx.export.onnx.inspection import inspect_onnx
 
-        inspection = inspect_onnx(file)
-        if json:
-            print_json(inspection.to_dict())
-            return
-        console = standard_output()
-        console.print(_tensor_table(inspection, everything))
-        if inspection.metadata is not None:
-            console.print(_forms_table(inspection.metadata))
-        console.print(_totals_table(inspection))
+    inspection = inspect_onnx(file)
+    forms = [] if inspection.metadata is None else [_forms_table(inspection.metadata)]
+    return Answer(inspection.to_dict(), [_tensor_table(inspection, everything), *forms, _totals_table(inspection)])
 
 
 def _tensor_table(inspection: "OnnxInspection", everything: bool) -> Table:

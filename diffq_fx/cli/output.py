@@ -1,40 +1,84 @@
-"""What the commands share: errors as one message, sizes in MiB, JSON."""
+"""What the commands share: an answer for people or as JSON, errors as one message, sizes in MiB."""
 
+import inspect
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from diffq_fx.errors import DiffQError
 
-_MIB = 2**20
+MIB = 2**20
 _PIPE_WIDTH = 160
+_EXTRAS = {"sklearn": "demo", "transformers": "transformers", "torchao": "torchao"}
+"""A module that may be missing -> the extra that brings it."""
+BAD_INPUT, INTERRUPTED = 2, 130
+EXIT_CODES = "Exit codes: 0 done; 2 wrong arguments or input, said in one message; 130 interrupted; 1 an error of diffq-fx itself."
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has found or done."""
+
+    data: Mapping[str, Any]
+    """For ``--json``."""
+    shown: Sequence[RenderableType]
+    """For people: tables and lines; a line is taken literally."""
+
+
+def command(work: Callable[..., Answer]) -> Callable[..., None]:
+    """A command of the line: its answer for people or, with ``--json``, as JSON that is alone on stdout; its errors as one message."""
+
+    @wraps(work)
+    def run(*, json: bool, **given: Any) -> None:
+        with errors_as_messages(), redirect_stdout(sys.stderr) if json else nullcontext():  # a user's model may print
+            answer = work(**given)
+        if json:
+            print_json(answer.data)
+            return
+        console = _standard_output()
+        for each in answer.shown:
+            console.print(each, markup=False, soft_wrap=isinstance(each, str))
+
+    option = Annotated[bool, typer.Option("--json", help="Print everything as JSON, alone on stdout.")]
+    signature = inspect.signature(work)
+    parameter = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+    run.__dict__["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), parameter])
+    run.__annotations__ = {**work.__annotations__, "json": option}
+    return run
 
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Print the errors that a user can do something about as one message on stderr and leave with code 2."""
+    """Print the errors that a user can do something about as one message on stderr and leave with the code for them."""
     try:
         yield
     except ModuleNotFoundError as error:
-        _fail(f"this command needs the module '{error.name}', which is not installed.", error)
-    except (DiffQError, ValueError, OSError) as error:
+        package = (error.name or "").partition(".")[0]
+        how = f": pip install 'diffq-fx[{_EXTRAS[package]}]'" if package in _EXTRAS else ""
+        _fail(f"this command needs the module '{error.name}', which is not installed{how}.", error)
+    except (DiffQError, ValueError, OSError, ImportError) as error:
         _fail(str(error), error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted.", error, INTERRUPTED)
 
 
-def _fail(message: str, cause: Exception) -> None:
+def _fail(message: str, cause: BaseException, code: int = BAD_INPUT) -> None:
     Console(stderr=True).print(f"diffq-fx: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(2) from cause
+    raise typer.Exit(code) from cause
 
 
-def standard_output() -> Console:
+def _standard_output() -> Console:
     """A console for tables; wide where nobody looks at it through a window."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
@@ -62,7 +106,7 @@ def mib(size_bytes: int | None) -> str:
         >>> mib(1536 * 1024), mib(None)
         ('1.5000', '-')
     """
-    return "-" if size_bytes is None else f"{size_bytes / _MIB:.4f}"
+    return "-" if size_bytes is None else f"{size_bytes / MIB:.4f}"
 
 
 def mean_and_range(histogram: dict[int, int] | None) -> str:
@@ -78,13 +122,13 @@ def mean_and_range(histogram: dict[int, int] | None) -> str:
     return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: Mapping[str, Any]) -> None:
     """Print plain data as JSON that every reader takes: infinite and undefined numbers become text."""
     typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]

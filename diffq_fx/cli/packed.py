@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from diffq_fx.cli.output import add_row, errors_as_messages, mean_and_range, mib, new_table, print_json, standard_output
+from diffq_fx.cli.output import Answer, add_row, command, mean_and_range, mib, new_table
 
 if TYPE_CHECKING:
     from diffq_fx.export.packed.packed_report import PackedInspection, PackedWeightReport, PlainTensorReport
@@ -15,6 +15,7 @@ _SMALL_BYTES = 4096
 """Plain tensors of fewer bytes are summed up, not listed."""
 
 
+@command
 def pack(
     file: Annotated[Path, typer.Argument(metavar="FLOAT.safetensors", help="A float state dict.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="PACKED.safetensors", help="The file to write.", show_default=False)],
@@ -23,47 +24,53 @@ def pack(
     grid: Annotated[Literal["affine", "half", "symmetric"], typer.Option(help="Where zero lies between the levels.")] = "affine",
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names that stay as they are; may be repeated.")] = None,
     compression: Annotated[Literal["entropy", "bits"], typer.Option(help="Smallest file, or fastest to load.")] = "entropy",
-) -> None:
+) -> Answer:
     """Round the weights of a float state dict to a number of bits, without training, and pack them.
 
-    For trained bits use save_packed(convert_diffq(model), path) in Python.
+    For trained bits use save_packed(convert_diffq(model), path) in Python; diffq-fx compress finds them without a training.
     """
-    with errors_as_messages():
-        from diffq_fx.export.packed.state_dicts import pack_state_dict
+    from diffq_fx.export.packed.state_dicts import pack_state_dict
 
-        entropy = compression == "entropy"
-        skipped = pack_state_dict(file, out, bits=bits, group_size=group_size, grid=grid, exclude=exclude or (), entropy=entropy)
-        before, after = file.stat().st_size, out.stat().st_size
-        console = standard_output()
-        console.print(f"{out}: {mib(after)} MiB, {before / after:.2f} times smaller", markup=False, soft_wrap=True)
-        if skipped:
-            console.print(f"as they were: {', '.join(skipped)}", markup=False, soft_wrap=True)
+    entropy = compression == "entropy"
+    rounding = pack_state_dict(file, out, bits=bits, group_size=group_size, grid=grid, exclude=exclude or (), entropy=entropy)
+    before, after = file.stat().st_size, out.stat().st_size
+    shown = [f"{out}: {mib(after)} MiB, {before / after:.2f} times smaller"]
+    if rounding.errors:
+        worst = max(rounding.errors, key=rounding.errors.__getitem__)
+        found = f"{rounding.overall:.3g} over all weights, at most {rounding.errors[worst]:.3g}, of '{worst}'"
+        shown.append(f"relative squared error of the rounding: {found}")
+    if rounding.skipped:
+        shown.append(f"as they were: {', '.join(rounding.skipped)}")
+    data = {
+        "path": str(out),
+        "file_bytes": after,
+        "float_file_bytes": before,
+        "relative_squared_error": rounding.overall,
+        "weights": [{"name": name, "relative_squared_error": error} for name, error in rounding.errors.items()],
+        "as_they_were": list(rounding.skipped),
+    }
+    return Answer(data, shown)
 
 
+@command
 def unpack(
     file: Annotated[Path, typer.Argument(metavar="PACKED.safetensors", help="A packed file.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="FLOAT.safetensors", help="The file to write.", show_default=False)],
-) -> None:
+) -> Answer:
     """Write the float state dict of a packed file, ready for load_state_dict; a tied weight comes under each of its names."""
-    with errors_as_messages():
-        from diffq_fx.export.packed.state_dicts import unpack_state_dict
+    from diffq_fx.export.packed.state_dicts import unpack_state_dict
 
-        unpack_state_dict(file, out)
-        standard_output().print(f"{out}: {mib(out.stat().st_size)} MiB", markup=False, soft_wrap=True)
+    unpack_state_dict(file, out)
+    size = out.stat().st_size
+    return Answer({"path": str(out), "file_bytes": size}, [f"{out}: {mib(size)} MiB"])
 
 
-def inspect_packed_file(file: Path, *, json: bool, everything: bool) -> None:
-    """Show the weights of a packed file: widths, payload, entropy, overhead."""
+def inspect_packed_file(file: Path, *, everything: bool) -> Answer:
+    """The weights of a packed file: widths, payload, entropy, overhead."""
     from diffq_fx.export.packed.packed_report import inspect_packed
 
     inspection = inspect_packed(file)
-    if json:
-        print_json(inspection.to_dict())
-        return
-    console = standard_output()
-    console.print(_weight_table(inspection))
-    console.print(_tensor_table(inspection, everything))
-    console.print(_totals_table(inspection))
+    return Answer(inspection.to_dict(), [_weight_table(inspection), _tensor_table(inspection, everything), _totals_table(inspection)])
 
 
 def _weight_table(inspection: "PackedInspection") -> Table:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffq_fx.cli.output import errors_as_messages, standard_output
+from diffq_fx.atomic import refuse_same_file
+from diffq_fx.cli.output import MIB, Answer, command
+from diffq_fx.errors import DiffQError
 
 if TYPE_CHECKING:
     from diffq_fx.export.onnx.benchmark import LatencyComparison
@@ -13,35 +15,34 @@ if TYPE_CHECKING:
     from diffq_fx.export.packed.packed_report import PackedInspection
     from diffq_fx.report.page import Page, PageSize, PageWeight
 
-_MIB = 2**20
 
-
+@command
 def report(
     file: Annotated[Path, typer.Argument(help="An ONNX file, or one that save_packed has written.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     beside: Annotated[Path | None, typer.Option(help="The float ONNX file: compare size, latency and outputs with it.")] = None,
     repeats: Annotated[int, typer.Option(help="With --beside: pairs of runs to time.")] = 100,
-) -> None:
+) -> Answer:
     """Write one HTML page about a file: sizes, the bits of every weight, the forms they have and why. It opens offline."""
-    with errors_as_messages():
-        from diffq_fx.export.packed.container import looks_packed
+    from diffq_fx.file_kinds import looks_like_safetensors
 
-        if out.exists() and any(out.samefile(each) for each in (file, beside) if each is not None and each.exists()):
-            raise ValueError(f"--out {out} is one of the files to report on. Give the page another name.")
-        if looks_packed(file):
-            if beside is not None:
-                raise ValueError("--beside compares ONNX files; a packed file does not run by itself.")
-            from diffq_fx.export.packed.packed_report import inspect_packed
+    refuse_same_file(out, [file, *([] if beside is None else [beside])], DiffQError)
+    if looks_like_safetensors(file):
+        if beside is not None:
+            raise ValueError("--beside compares ONNX files; a packed file does not run by itself.")
+        from diffq_fx.export.packed.packed_report import inspect_packed
 
-            page = _page_of_packed(inspect_packed(file))
-        else:
-            from diffq_fx.export.onnx.benchmark import compare_latency
-            from diffq_fx.export.onnx.inspection import inspect_onnx
+        page = _page_of_packed(inspect_packed(file))
+    else:
+        from diffq_fx.export.onnx.benchmark import compare_latency
+        from diffq_fx.export.onnx.inspection import inspect_onnx
 
-            other = None if beside is None else inspect_onnx(beside)
-            race = None if beside is None else compare_latency(beside, file, repeats=repeats)
-            page = _page_of_onnx(inspect_onnx(file), other, race)
-        standard_output().print(str(page.save(out)), markup=False, soft_wrap=True)
+        read = [inspect_onnx(each) for each in (file, beside) if each is not None]
+        refuse_same_file(out, [Path(each.path).parent / name for each in read for name in each.external_files], DiffQError)
+        race = None if beside is None else compare_latency(beside, file, repeats=repeats)
+        page = _page_of_onnx(read[0], read[1] if race else None, race)
+    page.save(out)
+    return Answer({"path": str(out), "file_bytes": out.stat().st_size}, [str(out)])
 
 
 def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", race: "LatencyComparison | None") -> "Page":
@@ -49,12 +50,12 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
 
     metadata = inspection.metadata
     facts = [
-        f"{inspection.file_bytes / _MIB:.4g} MiB on disk, opset {inspection.opset}, written by {inspection.producer or 'an unknown tool'}"
+        f"{inspection.file_bytes / MIB:.4g} MiB on disk, opset {inspection.opset}, written by {inspection.producer or 'an unknown tool'}"
     ]
     if metadata is not None:
         target = f", for target {metadata.target}" if metadata.target else ""
         facts.append(f"layout {metadata.layout}, activations {metadata.activations}{target}")
-        facts.append(f"levels bit-packed at the learned widths: {metadata.payload_bytes / _MIB:.4g} MiB")
+        facts.append(f"levels bit-packed at the learned widths: {metadata.payload_bytes / MIB:.4g} MiB")
     if other is not None and race is not None:
         q1, median, q3 = (f"{value:.2f}" for value in (race.ratio.q1, race.ratio.median, race.ratio.q3))
         facts += [
@@ -67,12 +68,16 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
 
 
 def _onnx_size(inspection: "OnnxInspection") -> "PageSize":
+    levels, *scales = (inspection.payload_bytes(role) for role in ("quantized", "scale", "zero_point"))
+    return _size(inspection, {"levels": levels, "scales, zero points": sum(scales)}, "float, graph")
+
+
+def _size(file: "OnnxInspection | PackedInspection", parts: dict[str, float], rest: str) -> "PageSize":
+    """A file's size in its parts, which are given in bytes; ``rest`` is what they leave of it."""
     from diffq_fx.report.page import PageSize
 
-    levels = inspection.payload_bytes("quantized")
-    scales = inspection.payload_bytes("scale") + inspection.payload_bytes("zero_point")
-    parts = {"levels": levels, "scales, zero points": scales, "float, graph": inspection.file_bytes - levels - scales}
-    return PageSize(name=Path(inspection.path).name, parts={part: size / _MIB for part, size in parts.items()})
+    whole = {**parts, rest: file.file_bytes - sum(parts.values())}
+    return PageSize(name=Path(file.path).name, parts={part: size / MIB for part, size in whole.items()})
 
 
 def _onnx_weights(inspection: "OnnxInspection") -> "list[PageWeight]":
@@ -85,19 +90,18 @@ def _onnx_weights(inspection: "OnnxInspection") -> "list[PageWeight]":
                 shape=tensor.shape,
                 histogram={tensor.container_bits: tensor.values} if tensor.container_bits <= 16 else {},
                 numel=tensor.values,
-                mib=tensor.payload_bytes / _MIB,
+                mib=tensor.payload_bytes / MIB,
                 read_by=", ".join(tensor.readers),
             )
             for tensor in inspection.tensors
             if tensor.role in ("quantized", "float") and tensor.values
         ]
     return [
-        PageWeight(
-            name=" = ".join((record.name, *record.aliases)),
-            shape=record.shape,
+        PageWeight.of(
+            record,
             histogram=record.bits,
             numel=record.numel,
-            mib=record.container_payload_bits / 8 / _MIB,
+            mib=record.container_payload_bits / 8 / MIB,
             read_by=record.rule,
             why="; ".join(reason for reason in (record.choice, record.reason, *record.remarks) if reason),
         )
@@ -106,24 +110,22 @@ def _onnx_weights(inspection: "OnnxInspection") -> "list[PageWeight]":
 
 
 def _page_of_packed(inspection: "PackedInspection") -> "Page":
-    from diffq_fx.report.page import Page, PageSize, PageWeight
+    from diffq_fx.report.page import Page, PageWeight
 
     coded, side = (sum(getattr(weight, part) for weight in inspection.weights) for part in ("coded_bytes", "side_bytes"))
-    parts = {"levels": coded, "scales, widths": side, "not quantized": inspection.file_bytes - coded - side}
     weights = [
-        PageWeight(
-            name=" = ".join((weight.name, *weight.aliases)),
-            shape=weight.shape,
+        PageWeight.of(
+            weight,
             histogram=weight.bits,
             numel=weight.values,
-            mib=(weight.coded_bytes + weight.side_bytes) / _MIB,
+            mib=(weight.coded_bytes + weight.side_bytes) / MIB,
             read_by=weight.description,
         )
         for weight in inspection.weights
     ]
     facts = [
-        f"{inspection.file_bytes / _MIB:.4g} MiB, packed format {inspection.version}, entropy-coded in {inspection.shards} shards",
+        f"{inspection.file_bytes / MIB:.4g} MiB, packed format {inspection.version}, entropy-coded in {inspection.shards} shards",
         f"{len(inspection.tensors)} tensors are stored as they are",
     ]
-    sizes = [PageSize(name=Path(inspection.path).name, parts={part: size / _MIB for part, size in parts.items()})]
+    sizes = [_size(inspection, {"levels": coded, "scales, widths": side}, "not quantized")]
     return Page(title=Path(inspection.path).name, facts=facts, sizes=sizes, weights=weights)

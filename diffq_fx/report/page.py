@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -49,6 +49,11 @@ class PageWeight:
     read_by: str
     why: str = ""
     """What decided the form that it has in a file."""
+
+    @classmethod
+    def of(cls, weight: Any, **facts: Any) -> "PageWeight":
+        """Of what has a name, aliases and a shape; ``facts`` are the other fields."""
+        return cls(name=" = ".join((weight.name, *weight.aliases)), shape=weight.shape, **facts)
 
     @property
     def average(self) -> float | None:
@@ -98,14 +103,7 @@ def page_of(report: "BitsReport") -> Page:
         for name, size in named_sizes(report).items()
     ]
     weights = [
-        PageWeight(
-            name=" = ".join((weight.name, *weight.aliases)),
-            shape=weight.shape,
-            histogram=weight.histogram,
-            numel=weight.numel,
-            mib=mib(weight.packed_bits),
-            read_by=weight.consumer,
-        )
+        PageWeight.of(weight, histogram=weight.histogram, numel=weight.numel, mib=mib(weight.packed_bits), read_by=weight.consumer)
         for weight in report.weights
     ]
     return Page(

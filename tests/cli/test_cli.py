@@ -1,17 +1,22 @@
 """The command line: what it prints, and that errors are one message and exit code 2."""
 
+import importlib
 import json
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import diffq_fx
 from diffq_fx.cli import app
 from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, to_props
 
@@ -138,7 +143,7 @@ def test_bench_json_is_strict_json_even_for_infinite_differences(tmp_path, float
 
 def test_errors_are_one_message_and_exit_code_2(tmp_path, float_file):
     garbage = tmp_path / "garbage.onnx"
-    garbage.write_bytes(b"garbage")
+    garbage.write_bytes(b"\0garbage")
     cases = {
         ("inspect", tmp_path / "missing.onnx"): "there is no file",
         ("inspect", garbage): "is not an ONNX file, or was cut short",
@@ -161,6 +166,10 @@ def test_demo_hands_its_options_on(monkeypatch, tmp_path):
     module = types.ModuleType("diffq_fx.demo")
     module.run = lambda **options: calls.append(options)
     monkeypatch.setitem(sys.modules, "diffq_fx.demo", module)
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "diffq-fx-demo"):
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text("[]")
     assert invoke("demo").exit_code == 0
     assert invoke("demo", "--out", tmp_path, "--quick").exit_code == 0
     assert calls == [{"out": Path("diffq-fx-demo"), "quick": False}, {"out": tmp_path, "quick": True}]
@@ -171,3 +180,125 @@ def test_a_missing_module_is_named(monkeypatch):
     result = invoke("demo")
     assert result.exit_code == 2
     assert "needs the module 'diffq_fx.demo', which is not installed" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Files that no command reads, by what its sentence has to say."""
+    folder = tmp_path_factory.mktemp("kinds")
+    torch.save({"w": torch.zeros(4, 4)}, folder / "saved.pt")
+    torch.save({"w": torch.zeros(4, 4)}, folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(4, 4), torch.zeros(1, 4)), folder / "scripted.pt")
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 4), (torch.zeros(1, 4),)), folder / "program.pt2")
+    (folder / "empty").write_bytes(b"")
+    (folder / "text.txt").write_text("Grüße\n" * 200)
+    (folder / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (folder / "cut.pt").write_bytes((folder / "saved.pt").read_bytes()[:200])
+    with zipfile.ZipFile(folder / "some.zip", "w") as archive:
+        archive.writestr("readme", "x")
+    return folder
+
+
+SENTENCES = {
+    ".": "is a folder: give a file in it",
+    "saved.pt": "is a pickle",
+    "legacy.pt": "is a pickle",
+    "scripted.pt": "is a model of torch.jit",
+    "program.pt2": "is a program of torch.export",
+    "empty": "is empty",
+    "text.txt": "is a text file",
+    "pointer.onnx": "run git lfs pull",
+    "model.gguf": "is a GGUF file",
+    "cut.pt": "is a zip archive that was cut short",
+    "some.zip": "is a zip archive: give a file in it",
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "bench", "report"])
+def test_a_file_of_another_kind_gets_its_sentence(command, name, kinds, float_file, tmp_path):
+    out = tmp_path / "out"
+    rest = {"inspect": [], "pack": [out], "unpack": [out], "bench": [float_file], "report": ["--out", out]}[command]
+    result = invoke(command, kinds / name, *rest)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("diffq-fx: ")
+    assert f"'{kinds / name}'" in result.stderr
+    assert SENTENCES[name] in result.stderr
+    assert "is wanted" in result.stderr
+    assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+    assert not out.exists()
+
+
+def test_a_packed_file_does_not_race(float_file, tmp_path):
+    save_file({"w": torch.zeros(4, 4)}, tmp_path / "float.safetensors")
+    assert "holds weights and no graph" in invoke("bench", float_file, tmp_path / "float.safetensors").stderr
+
+
+def test_a_page_is_not_written_over_what_an_onnx_file_reads(float_file, tmp_path):
+    onnx.save(onnx.load(float_file), tmp_path / "large.onnx", save_as_external_data=True, location="large.data", size_threshold=0)
+    before = (tmp_path / "large.data").read_bytes()
+    for out in (tmp_path / "large.data", tmp_path / "large.onnx"):
+        result = invoke("report", tmp_path / "large.onnx", "--out", out)
+        assert result.exit_code == 2
+        assert "is the same file as" in result.stderr
+    result = invoke("report", float_file, "--beside", tmp_path / "large.onnx", "--out", tmp_path / "large.data")
+    assert "is the same file as" in result.stderr
+    assert (tmp_path / "large.data").read_bytes() == before
+
+
+COMMANDS = {
+    "inspect": lambda folder: [folder / "float.onnx"],
+    "bench": lambda folder: [folder / "float.onnx", folder / "float.onnx", *RUN_FAST],
+    "report": lambda folder: [folder / "float.onnx", "--out", folder / "page.html"],
+    "pack": lambda folder: [folder / "float.safetensors", folder / "packed.safetensors"],
+    "unpack": lambda folder: [folder / "packed.safetensors", folder / "again.safetensors"],
+}
+
+
+def test_every_command_answers_in_json_alone(float_file, tmp_path):
+    save_file({"w": torch.randn(40, 40)}, tmp_path / "float.safetensors")
+    for name, arguments in COMMANDS.items():
+        result = invoke(name, *arguments(tmp_path), "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout), name
+    assert {command.callback.__name__ for command in app.registered_commands} >= COMMANDS.keys()
+    for command in app.registered_commands:
+        assert "--json" in invoke(command.callback.__name__, "--help").stdout
+
+
+def test_what_a_library_prints_is_not_in_the_json(monkeypatch, tmp_path):
+    (tmp_path / "results.json").write_text("[3]")
+    module = types.ModuleType("diffq_fx.demo")
+    module.run = lambda **options: sys.stdout.write("epoch 1\n")
+    monkeypatch.setitem(sys.modules, "diffq_fx.demo", module)
+    result = invoke("demo", "--out", tmp_path, "--json")
+    assert json.loads(result.stdout) == {"folder": str(tmp_path), "results": [3]}
+    assert result.stderr == "epoch 1\n"
+
+
+def test_version_completion_and_exit_codes():
+    assert invoke("--version").stdout == f"diffq-fx {diffq_fx.__version__}\n"
+    assert "--install-completion" in invoke("--help").stdout
+    assert "130" in invoke("--help").stdout
+    assert invoke("inspect", "--nothing").exit_code == 2
+
+
+def test_interrupted_is_one_line_and_code_130(monkeypatch):
+    module = types.ModuleType("diffq_fx.demo")
+
+    def run(**options):
+        raise KeyboardInterrupt
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, "diffq_fx.demo", module)
+    result = invoke("demo")
+    assert (result.exit_code, result.stderr) == (130, "diffq-fx: interrupted.\n")
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch):
+    module = types.ModuleType("diffq_fx.demo")
+    module.run = lambda **options: importlib.import_module("sklearn.nothing_of_the_kind")
+    monkeypatch.setitem(sys.modules, "diffq_fx.demo", module)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "pip install 'diffq-fx[demo]'" in invoke("demo").stderr

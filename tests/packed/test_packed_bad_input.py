@@ -53,7 +53,9 @@ def files(tmp_path_factory):
     return made
 
 
-def refuse(path, data, match="is damaged|is not a packed file|cut short|checksum|is a pickle|format version|without what save_packed"):
+def refuse(
+    path, data, match="is damaged|is empty|is not a packed file|cut short|checksum|is a pickle|format version|without what save_packed"
+):
     """Loading these bytes is an error of our type, and quick."""
     path.write_bytes(data)
     start = time.monotonic()
@@ -243,10 +245,11 @@ def test_files_of_other_kinds(tmp_path):
     refuse(path, path.read_bytes(), "is a pickle")
     safetensors.torch.save_file({"w": torch.zeros(3)}, path)
     refuse(path, path.read_bytes(), "read it with safetensors.torch.load_file")
-    refuse(path, b"", "is not a packed file, or is damaged: its 0 bytes")
+    refuse(path, b"", "is empty: it has 0 bytes; a packed file is wanted")
+    refuse(path, b"\0" * 7, "is not a packed file, or is damaged: its 7 bytes")
     with pytest.raises(PackedFileError, match=r"load_packed: '.*nothing': cannot be opened: No such file or directory\."):
         load_packed(tmp_path / "nothing")
-    with pytest.raises(PackedFileError, match="cannot be opened: Is a directory"):
+    with pytest.raises(PackedFileError, match="is a folder: give a file in it"):
         load_packed(tmp_path)
 
 
@@ -378,6 +381,6 @@ def test_names_that_the_format_needs_are_refused(tmp_path):
 
 def test_inspection_names_the_file(tmp_path):
     path = tmp_path / "m"
-    path.write_bytes(b"x" * 100)
+    path.write_bytes(b"\0" * 100)
     with pytest.raises(DiffQError, match=r"'.*m': is not a packed file, or is damaged"):
         inspect_packed(path)

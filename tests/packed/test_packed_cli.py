@@ -86,6 +86,21 @@ def test_pack_rounds_to_the_nearest_level(tmp_path, bits, compression):
     assert_equal(load_file(unpacked), found)
 
 
+def test_pack_says_the_error_that_it_made(tmp_path):
+    tensors = {"good": torch.randint(0, 4, (30, 200)).float(), "poor": torch.randn(30, 40), "zero": torch.zeros(4, 4), "b": torch.randn(4)}
+    save_file(tensors, source := tmp_path / "float.safetensors")
+    answer = json.loads(invoke("pack", source, target := tmp_path / "packed", "--bits", 2, "--json").stdout)
+    found, told = load_packed(target), {weight["name"]: weight["relative_squared_error"] for weight in answer["weights"]}
+    squares = {name: ((found[name] - tensors[name]).square().sum(), tensors[name].square().sum()) for name in told}
+    assert told == {name: pytest.approx(float(error / (whole or 1)), rel=1e-4) for name, (error, whole) in squares.items()}
+    overall = sum(error for error, _ in squares.values()) / sum(whole for _, whole in squares.values())
+    assert answer["relative_squared_error"] == pytest.approx(float(overall), rel=1e-4)
+    assert told["good"] < 1e-9 < told["poor"]
+    assert answer["file_bytes"] == target.stat().st_size
+    printed = " ".join(invoke("pack", source, target, "--bits", 2).stdout.split())
+    assert f"{overall:.3g} over all weights, at most {told['poor']:.3g}, of 'poor'" in printed
+
+
 def test_pack_leaves_out_what_is_excluded(tmp_path):
     source, target = tmp_path / "float.safetensors", tmp_path / "packed.safetensors"
     save_file({"a": torch.randn(4, 40), "b": torch.randn(4, 40)}, source)

@@ -112,7 +112,7 @@ def test_command_never_writes_over_its_input(converted, tmp_path):
     (tmp_path / "link.html").hardlink_to(packed)
     result = invoke(packed, "-o", tmp_path / "link.html")
     assert result.exit_code == 2
-    assert "one of the files to report on" in result.output
+    assert "is the same file as" in result.output
     assert packed.read_bytes() == before
     result = invoke(packed, "-o", tmp_path / "page.html", "--beside", packed)
     assert result.exit_code == 2

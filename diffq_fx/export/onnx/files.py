@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffq_fx.errors import DiffQError
+from diffq_fx.file_kinds import foreign_kind, looks_like_safetensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -24,12 +25,16 @@ def load_graph(path: str | Path) -> "ModelProto":
 
     Raises:
         FileNotFoundError: There is no such file.
-        DiffQError: The file cannot be read (it is a folder, or forbidden), is not ONNX, or cut short.
+        DiffQError: The file cannot be read (it is a folder, or forbidden), is of another kind, or cut short.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     named = repr(str(path))
+    if kind := foreign_kind(path):
+        raise DiffQError(f"{named} {kind}; an ONNX file is wanted.")
+    if looks_like_safetensors(Path(path)):
+        raise DiffQError(f"{named} is a safetensors file: it holds weights and no graph, and does not run by itself. Give an ONNX file.")
     try:
         content = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:

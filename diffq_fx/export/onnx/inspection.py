@@ -92,6 +92,11 @@ class OnnxInspection:
         return self.of_role("float")
 
     @property
+    def external_files(self) -> tuple[str, ...]:
+        """The files that hold values outside of the ONNX file, relative to its folder."""
+        return tuple(dict.fromkeys(tensor.external for tensor in self.tensors if tensor.external))
+
+    @property
     def graph_bytes(self) -> int:
         """Bytes of the file that no tensor takes: nodes, names, metadata, alignment."""
         return self.file_bytes - sum(tensor.file_bytes for tensor in self.tensors)

@@ -11,12 +11,12 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.dtypes import TENSOR_TYPES
+from diffq_fx.file_kinds import MOST_HEADER_BYTES
 
 RESERVED = "diffq_fx/"
 """Tensors whose names begin so are not the model's."""
@@ -25,14 +25,11 @@ VERSION = 1
 
 _CONTENTS, _CHECKSUM = RESERVED + "contents", RESERVED + "header_crc32"
 _LENGTH, _CRC = struct.Struct("<Q"), struct.Struct("<I")
-_MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 _ROOM_FOR_CONTENTS = 1 << 20  # bytes that they may have when inflated, whatever the size of the file
 _RAW_DEFLATE = -15
 _FEW = 1 << 16  # bytes that are read at once where nobody needs them together
 MOST_BYTES = 1 << 48
 MOST_SIDES = 64  # dimensions of a tensor
-
-_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class Entry(NamedTuple):
@@ -159,10 +156,8 @@ class Container:
 def _header_size(begin: bytes, size: int) -> int:
     """The header's bytes, of a file that begins so and has so many bytes."""
     length = _LENGTH.unpack(begin[:-1])[0] if len(begin) > _LENGTH.size else -1
-    if begin[-1:] == b"{" and 2 <= length <= min(size - _LENGTH.size, _MOST_HEADER_BYTES):
+    if begin[-1:] == b"{" and 2 <= length <= min(size - _LENGTH.size, MOST_HEADER_BYTES):
         return length
-    if begin.startswith(_PICKLES):
-        raise PackedFileError("is a pickle (as torch.save writes it), not a packed file; a pickle can run code, so it was not opened")
     raise PackedFileError(f"is not a packed file, or is damaged: its {size} bytes do not begin with the length of a header")
 
 
@@ -225,13 +220,3 @@ def is_integers(value: Any, limit: int, count: int | None = None) -> TypeGuard[l
 def is_shape(value: Any, limit: int) -> TypeGuard[list[int]]:
     """Whether a JSON value is a tensor's shape, each side of it below ``limit``."""
     return is_integers(value, limit) and len(value) <= MOST_SIDES
-
-
-def looks_packed(path: Path) -> bool:
-    """Whether a file begins as a safetensors file does; its contents are not checked."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(_LENGTH.size + 1)
-    except (OSError, ValueError):  # a NUL in its name
-        return False
-    return begin[_LENGTH.size :] == b"{" and _LENGTH.unpack(begin[:-1])[0] <= _MOST_HEADER_BYTES

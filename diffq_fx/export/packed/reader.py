@@ -15,6 +15,7 @@ from diffq_fx.export.packed.dtypes import tensor_of
 from diffq_fx.export.packed.header import Contents, PlainTensor, read_contents
 from diffq_fx.export.packed.shards import DecodedShard, Shard
 from diffq_fx.export.packed.streams import decode_bytes
+from diffq_fx.file_kinds import foreign_kind
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -24,6 +25,8 @@ _Result = TypeVar("_Result")
 def opened(path: str | Path) -> "Iterator[PackedReader]":
     """A packed file for reading; every error of this package that comes up meanwhile names the file."""
     try:
+        if kind := foreign_kind(path):
+            raise PackedFileError(f"{kind}; a packed file is wanted")
         try:
             file = Path(path).open("rb")
         except (OSError, ValueError) as error:  # a NUL in the name, or text that the system cannot encode

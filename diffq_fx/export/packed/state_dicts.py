@@ -1,7 +1,7 @@
 """Float safetensors state dicts to packed files and back, for the command line."""
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -9,21 +9,34 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
-from diffq_fx.atomic import replaced_atomically
+from diffq_fx.atomic import refuse_same_file, replaced_atomically
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.container import FORMAT
 from diffq_fx.export.packed.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import load_packed
 from diffq_fx.export.packed.writer import write_packed
+from diffq_fx.file_kinds import foreign_kind
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What the rounding of a state dict has done."""
+
+    errors: dict[str, float]
+    """Name of each rounded weight -> squared error over the sum of its squares."""
+    overall: float
+    """The same of all rounded weights together; 0 where there are none."""
+    skipped: tuple[str, ...]
+    """Names of the tensors with two dimensions or more that stay as they are."""
+
+
 def pack_state_dict(
     source: Path, target: Path, *, bits: int, group_size: str, grid: Grid = "affine", exclude: Sequence[str] = (), entropy: bool = True
-) -> list[str]:
+) -> Rounding:
     """Round the weights of a float state dict to the nearest level and pack them.
 
     A weight is a floating-point tensor with two dimensions or more; its first one is taken for the output channels.
@@ -38,18 +51,19 @@ def pack_state_dict(
         entropy: False to bit-pack.
 
     Returns:
-        Names of the tensors with two dimensions or more that stay as they are.
+        The errors that the rounding has made, and what stays as it is.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be from 1 to 16, got {bits}.")
     size = _group_size(group_size)
-    _refuse_same_file(source, target)
+    refuse_same_file(target, [source], PackedFileError)
     tensors = _read_state_dict(source)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in tensors):
             raise ValueError(f"the pattern '{pattern}' matches no tensor of '{source}'.")
     stored: list[StoredWeight] = []
     rest: dict[str, Tensor] = {}
+    squares: dict[str, tuple[float, float]] = {}
     for name, tensor in tensors.items():
         excluded = any(fnmatchcase(name, pattern) for pattern in exclude)
         if tensor.dim() < 2 or not tensor.numel() or tensor.dtype not in FLOAT_TYPES.values() or excluded:
@@ -57,20 +71,15 @@ def pack_state_dict(
         else:
             spec = WeightSpec(name=name, shape=tuple(tensor.shape), axis=0, dtype=tensor.dtype, group_size=size, range_size=size, grid=grid)
             stored.append(_rounded(tensor, spec, bits))
+            exact = tensor.double()
+            squares[name] = (exact - stored[-1]().double()).square().sum().item(), exact.square().sum().item()
     try:
         write_packed(stored, [((name,), tensor) for name, tensor in rest.items()], target, entropy=entropy)
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error
-    return [name for name, tensor in rest.items() if tensor.dim() >= 2]
-
-
-def _refuse_same_file(source: Path, target: Path) -> None:
-    try:
-        is_same = os.path.samefile(source, target)
-    except (OSError, ValueError):  # one of them is missing, or can be no file: whoever opens it says so
-        return
-    if is_same:
-        raise PackedFileError(f"'{target}' is the same file as '{source}', which would be lost. Give another name.")
+    errors = {name: error / (whole or 1.0) for name, (error, whole) in squares.items()}
+    error, whole = (sum(each) for each in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
+    return Rounding(errors, error / (whole or 1.0), tuple(name for name, tensor in rest.items() if tensor.dim() >= 2))
 
 
 def _group_size(value: str) -> GroupSize:
@@ -84,6 +93,8 @@ def _group_size(value: str) -> GroupSize:
 def _read_state_dict(source: Path) -> dict[str, Tensor]:
     import safetensors
 
+    if kind := foreign_kind(source):
+        raise PackedFileError(f"{str(source)!r} {kind}; a safetensors file is wanted.")
     try:
         with safetensors.safe_open(source, "pt") as file:
             if (file.metadata() or {}).get("format") == FORMAT:
@@ -108,7 +119,7 @@ def unpack_state_dict(source: Path, target: Path) -> None:
     """Write the float state dict of a packed file as safetensors, with a tied weight under each of its names."""
     from safetensors.torch import save
 
-    _refuse_same_file(source, target)
+    refuse_same_file(target, [source], PackedFileError)
     tensors = load_packed(source)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     untied = {name: tensor if first[id(tensor)] == name else tensor.clone() for name, tensor in tensors.items()}
