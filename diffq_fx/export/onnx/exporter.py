@@ -10,15 +10,13 @@ from torch import nn
 
 from diffq_fx import _compat
 from diffq_fx.errors import DiffQWarning, ExportError
-from diffq_fx.export.onnx.layout.profiles import TARGETS
 from diffq_fx.export.onnx.metadata import ExportResult
+from diffq_fx.export.onnx.options import check_options, layout_and_container
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.weights import not_finite
-
-_CHOICES = {"layout": ("onnxruntime", "qdq"), "activations": ("float", "dynamic", "int8"), "target": TARGETS}
 
 
 def export_onnx(
@@ -26,9 +24,11 @@ def export_onnx(
     example_inputs: Any,
     path: str | Path,
     *,
-    layout: Literal["onnxruntime", "qdq"] = "onnxruntime",
+    runtime: Literal["onnxruntime", "web", "openvino", "ort-format"] | None = None,
+    layout: Literal["onnxruntime", "qdq"] | None = None,
     activations: Literal["float", "dynamic", "int8"] = "float",
     target: Literal["portable", "x86-avx2", "x86-vnni", "arm64", "this-machine"] = "portable",
+    min_container: Literal[2, 4, 8] | None = None,
     calibration: Iterable[Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
@@ -64,6 +64,12 @@ def export_onnx(
     - "this-machine": the forms of every different layer are timed here, in about half a second each and 20 seconds in all, and the fastest
       is kept. Choose it where the file runs on the kind of machine that exports it, and let the machine do nothing else meanwhile.
 
+    ``runtime`` stands for the values of two other options, which a table tells who reads (docs/how-to/runtimes.md):
+
+    - "onnxruntime", "web" (onnxruntime-web): the defaults, layout "onnxruntime" with containers from 2 bits on.
+    - "openvino": ``layout="qdq", min_container=4``.
+    - "ort-format" (files for ``convert_onnx_models_to_ort``): ``layout="qdq", min_container=8``.
+
     Each weight's ``choice`` in the result, in the file and in ``diffq-fx inspect`` says what decided.
 
     The weights keep their learned widths in the file in all three. No integer product of the last two can saturate on any processor:
@@ -74,9 +80,12 @@ def export_onnx(
         converted: from ``convert_diffq``, or a module that holds such models; exported in eval mode, its own mode is restored.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         path: the file to write.
-        layout: see above.
+        runtime: a preset for the options that depend on it, see the table below; None leaves them to you.
+        layout: see above; None for the runtime's, "onnxruntime" without one.
         activations: see above; "float" with layout "qdq".
         target: see above; of no use with layout "qdq", which has one form for every weight.
+        min_container: the smallest container of the file in bits, for runtimes that do not read all types: narrower levels lie in it
+            as they are. 2, 4 or 8; None for the runtime's, 2 without one.
         calibration: for "int8": typical inputs, each in the form of ``example_inputs`` and without labels. Every range is the least and
             the largest number that was seen; some dozens of batches are usual.
         dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
@@ -91,8 +100,8 @@ def export_onnx(
             form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
             fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
         TypeError: ``example_inputs`` is none of the above, ``calibration`` no iterable, or ``opset`` no whole number.
-        ValueError: unknown ``layout``, ``activations`` or ``target``, or they do not go together, or a ``calibration`` is missing or of no
-            use.
+        ValueError: unknown ``runtime``, ``layout``, ``activations``, ``target`` or ``min_container``, or they do not go together, or a
+            ``calibration`` is missing or of no use.
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
@@ -116,7 +125,8 @@ def export_onnx(
         (21, 64, {4: 128})
     """
     _compat.check_torch_translates_operators()
-    _check_choices(layout, activations, target, calibration)
+    layout, min_container = layout_and_container(runtime, layout, min_container)
+    check_options(layout, activations, target, min_container, calibration)
     if opset is not None and not isinstance(opset, int):
         raise TypeError(f"opset must be a whole number or None, got {opset!r}.")
     converted = unwrapped(converted)
@@ -126,7 +136,9 @@ def export_onnx(
     from diffq_fx.export.onnx.measuring import machines_of
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 
-    request = LayoutRequest(layout=layout, activations=activations, target=target, machines=machines_of(target), opset=opset)
+    request = LayoutRequest(
+        layout=layout, activations=activations, target=target, machines=machines_of(target), min_container=min_container, opset=opset
+    )
     with _in_eval(converted):
         result = export_file(
             converted,
@@ -140,22 +152,6 @@ def export_onnx(
     for remark in result.remarks:
         warnings.warn(f"export_onnx: {remark}", DiffQWarning, stacklevel=2)
     return result
-
-
-def _check_choices(layout: str, activations: str, target: str, calibration: Iterable[Any] | None) -> None:
-    for name, value in (("layout", layout), ("activations", activations), ("target", target)):
-        if value not in _CHOICES[name]:
-            raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}.")
-    if layout == "qdq" and activations != "float":
-        raise ValueError(f'layout "qdq" leaves activations in float, got activations={activations!r}: use layout "onnxruntime".')
-    if layout == "qdq" and target != "portable":
-        raise ValueError(f'layout "qdq" has one form for every weight, got target={target!r}: leave it out, or use layout "onnxruntime".')
-    if activations == "int8" and calibration is None:
-        raise ValueError('activations="int8" needs calibration: typical inputs, from which the ranges of the activations are taken.')
-    if activations != "int8" and calibration is not None:
-        raise ValueError(f'calibration is of no use with activations={activations!r}: only "int8" takes ranges from it.')
-    if calibration is not None and not isinstance(calibration, Iterable):
-        raise TypeError(f"calibration must be an iterable of inputs, got {type(calibration).__name__}.")
 
 
 def _check_finite(converted: nn.Module) -> None:

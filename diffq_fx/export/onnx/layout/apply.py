@@ -62,7 +62,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
     for weight, placeholder in placed:
         integers = weight.as_integers() if isinstance(weight, CodebookWeight) else weight
         if isinstance(integers, IntegerWeight):
-            table = read_table(integers)
+            table = read_table(integers, request.min_container)
             uses = find_uses(placeholder, table.spec.axis, model.graph)
             plan = plan_for_qdq(table, uses) if request.layout == "qdq" else _plan(emitter, table, uses, request)
             stored = StoredTable(emitter, plan.storage)
@@ -70,10 +70,11 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             records.append(record_of(plan, stored, rules, weight))
             convolutions |= set(plan.convolutions)
         elif isinstance(weight, CodebookWeight):
-            looked_up, codes = emit_looked_up(emitter, weight)
+            container = max(weight.container_bits, request.min_container)
+            looked_up, codes = emit_looked_up(emitter, weight, container)
             mark_weight(looked_up, weight.spec.name)
             _take_over(placeholder, looked_up)
-            records.append(record_of_codebook(weight, codes))
+            records.append(record_of_codebook(weight, codes, container))
         else:
             raise ExportError(f"weight {weight.spec.name!r} is a {type(weight).__name__}, which has no ONNX form yet.")
     emitter.flush()

@@ -11,10 +11,10 @@ from diffq_fx.export.onnx.layout.stored import restore_rows
 from diffq_fx.storage.codebook import CodebookWeight
 
 
-def emit_looked_up(emit: Emitter, weight: CodebookWeight) -> tuple[ir.Value, ir.Value]:
+def emit_looked_up(emit: Emitter, weight: CodebookWeight, container: int) -> tuple[ir.Value, ir.Value]:
     """Write the codes, the codebook and what makes the float weight of them; gives that, as PyTorch has it, and the codes."""
     spec, codes_OC = weight.spec, weight.codes_OC().cpu().numpy()
-    codes = emit.initializer(f"{spec.name}.codes", integer_tensor(codes_OC, weight.container_bits, signed=False))
+    codes = emit.initializer(f"{spec.name}.codes", integer_tensor(codes_OC, container, signed=False))
     index = emit.cast(codes, ir.DataType.INT32)
     value = emit.op("Gather", [_entries(emit, weight), index], dtype=ir.DataType.FLOAT, axis=0)  # (O, C, D)
     filled = codes_OC.shape[1] * weight.block_size

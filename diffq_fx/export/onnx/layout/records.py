@@ -46,12 +46,12 @@ def record_of(plan: WeightPlan, stored: StoredTable, rules: Sequence[str], weigh
     )
 
 
-def record_of_codebook(weight: CodebookWeight, codes: ir.Value) -> WeightRecord:
+def record_of_codebook(weight: CodebookWeight, codes: ir.Value, container: int) -> WeightRecord:
     """The record of a weight whose ``codes`` are looked up."""
     return _record(
         weight,
         grid="codebook",
-        containers={weight.container_bits: weight.num_codes},
+        containers={container: weight.num_codes},
         rule="codebook",
         choice=_TAKEN["codebook"],
         reason="a codebook: onnxruntime has no kernel for its entries",

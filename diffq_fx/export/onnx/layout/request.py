@@ -22,6 +22,8 @@ class LayoutRequest:
     activations: Literal["float", "dynamic", "int8"] = "float"
     target: str = "portable"
     """What ``machines`` is made of, as the user calls it."""
+    min_container: int = 2
+    """The smallest container in bits."""
     opset: int | None = None
     """What the user asked for; None for the smallest that holds the graph."""
     sizes: Mapping[str, int] = field(default_factory=dict)

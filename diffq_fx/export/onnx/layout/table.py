@@ -44,7 +44,7 @@ class WeightTable:
     zero_point: np.ndarray | None
     """int32, the shape of ``scale``; None on the symmetric grid."""
     widths: np.ndarray
-    """Smallest container of each row as learned, shape (O,)."""
+    """Smallest container that the file may hold each row in as learned, shape (O,)."""
     most_bits: int
     """Of the widest channel, as learned."""
     factor: np.ndarray | None = None
@@ -114,8 +114,8 @@ class WeightTable:
         return self.spec.scale_layout.block
 
 
-def read_table(weight: IntegerWeight) -> WeightTable:
-    """Read an integer weight.
+def read_table(weight: IntegerWeight, min_container: int = CONTAINER_BITS[0]) -> WeightTable:
+    """Read an integer weight, to be held in containers of so many bits or more.
 
     Raises:
         ExportError: The weight is on the paper's float grid, which has no ONNX form, or its zero points have none.
@@ -139,7 +139,7 @@ def read_table(weight: IntegerWeight) -> WeightTable:
         levels=levels.numpy(),
         scale=stored_scale.detach().float().cpu().numpy(),
         zero_point=zero_point,
-        widths=np.array([container_for(int(b)) for b in row_bits]),
+        widths=np.array([container_for(max(int(b), min_container)) for b in row_bits]),
         most_bits=int(bits.max()),
     )
     return _doubled(table, middle, bits.expand(middle.shape)) if middle.is_floating_point() else table

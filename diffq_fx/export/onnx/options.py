@@ -1,0 +1,69 @@
+"""What the options of an export may be, which go together, and the presets by runtime."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffq_fx.export.onnx.layout.profiles import TARGETS
+
+_CHOICES = {
+    "layout": ("onnxruntime", "qdq"),
+    "activations": ("float", "dynamic", "int8"),
+    "target": TARGETS,
+    "min_container": (2, 4, 8),
+}
+_DEFAULTS: Mapping[str, Any] = {"layout": "onnxruntime", "min_container": 2}
+
+RUNTIMES: Mapping[str, Mapping[str, Any]] = {
+    "onnxruntime": _DEFAULTS,
+    "web": _DEFAULTS,  # onnxruntime-web runs the same operators and types
+    "openvino": {"layout": "qdq", "min_container": 4},  # knows no functions of a model and no types of 2 bits
+    "ort-format": {"layout": "qdq", "min_container": 8},  # its converter folds chains of nodes; the format has no types below 8 bits
+}
+"""What ``export_onnx(runtime=...)`` may be -> the options that it stands for."""
+
+
+def layout_and_container(runtime: str | None, layout: str | None, min_container: int | None) -> tuple[Any, int]:
+    """The values of the options that a runtime decides.
+
+    Raises:
+        ValueError: The runtime is unknown, or an option that is given is not the runtime's.
+
+    Example:
+        >>> layout_and_container("openvino", None, None), layout_and_container(None, "qdq", None)
+        (('qdq', 4), ('qdq', 2))
+    """
+    if runtime is not None and runtime not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {tuple(RUNTIMES)} or None, got {runtime!r}.")
+    preset = _DEFAULTS if runtime is None else RUNTIMES[runtime]
+    given = {name: value for name, value in (("layout", layout), ("min_container", min_container)) if value is not None}
+    if runtime is not None and any(value != preset[name] for name, value in given.items()):
+        stands_for = ", ".join(f"{name}={value!r}" for name, value in preset.items())
+        raise ValueError(
+            f"runtime={runtime!r} stands for {stands_for}, got {', '.join(f'{name}={value!r}' for name, value in given.items())}: "
+            "leave one of the two out."
+        )
+    chosen = {**preset, **given}
+    return chosen["layout"], chosen["min_container"]
+
+
+def check_options(layout: str, activations: str, target: str, min_container: int, calibration: Iterable[Any] | None) -> None:
+    """Check the options that are not told by the model.
+
+    Raises:
+        TypeError: The calibration is no iterable.
+        ValueError: A value is unknown, or two of them do not go together.
+    """
+    given = {"layout": layout, "activations": activations, "target": target, "min_container": min_container}
+    for name, value in given.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {value!r}.")
+    if layout == "qdq" and activations != "float":
+        raise ValueError(f'layout "qdq" leaves activations in float, got activations={activations!r}: use layout "onnxruntime".')
+    if layout == "qdq" and target != "portable":
+        raise ValueError(f'layout "qdq" has one form for every weight, got target={target!r}: leave it out, or use layout "onnxruntime".')
+    if activations == "int8" and calibration is None:
+        raise ValueError('activations="int8" needs calibration: typical inputs, from which the ranges of the activations are taken.')
+    if activations != "int8" and calibration is not None:
+        raise ValueError(f'calibration is of no use with activations={activations!r}: only "int8" takes ranges from it.')
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise TypeError(f"calibration must be an iterable of inputs, got {type(calibration).__name__}.")
