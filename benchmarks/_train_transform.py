@@ -8,12 +8,13 @@ from unittest import mock
 
 import diffq
 import torch
+from _noise_of_steps import add_noise
 from _result import markdown_table
 from _train_systems import Step, interleaved, ratio
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
-from diffq_fx.kernels import add_noise, extension
+from diffq_fx.kernels import extension
 
 MILLIONS = 8 * 1024 * 1024 / 1e6
 

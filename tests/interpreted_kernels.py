@@ -8,9 +8,10 @@ from unittest import mock
 
 import torch
 
+from benchmarks._noise_of_steps import add_noise
 from diffq_fx import DiffQConfig
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import RoundInRange, add_noise, extension, gpu
+from diffq_fx.kernels import extension, gpu
 from diffq_fx.weights import WeightSpec
 
 ROWS = 3
@@ -64,7 +65,7 @@ def from_logits(columns, group_size, settings):
     quantizer, weight = quantizer_of(columns, group_size, settings)
     torch.nn.init.normal_(quantizer.logits, std=0.1)
     upstream = torch.randn(ROWS, columns)
-    assert by(True, lambda: quantizer.one_pass.takes(weight, quantizer.logits))
+    assert by(True, lambda: quantizer.noise.in_one_pass(weight, quantizer.logits))
     return apart(lambda: with_gradients(lambda: quantizer(weight), [weight, quantizer.logits], upstream))
 
 
@@ -76,9 +77,8 @@ def rounding(columns, group_size, settings):
         quantizer.range_low.fill_(-1.3)
         quantizer.range_high.fill_(1.3 if settings.get("grid") == "symmetric" else 1.1)
         torch.nn.init.normal_(quantizer.clip, std=0.01)
-    spec, upstream = quantizer.spec, torch.randn(ROWS, columns)
-    round_in_range = RoundInRange(axis=0, groups=spec.scale_layout, ranges=spec.range_layout, grid=spec.grid)
-    assert by(True, lambda: round_in_range.takes(weight, quantizer.width))
+    upstream = torch.randn(ROWS, columns)
+    assert by(True, lambda: quantizer.round_in_range.in_one_pass(weight, quantizer.width))
     return apart(lambda: with_gradients(lambda: quantizer(weight), [weight, quantizer.clip], upstream))
 
 

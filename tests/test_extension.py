@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks._noise_of_steps import add_noise
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import add_noise, extension, native
+from diffq_fx.kernels import extension, native
 
 VARIANTS = extension.variants()
 built = pytest.mark.skipif(not VARIANTS, reason="the kernels are not built")

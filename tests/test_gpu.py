@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks._noise_of_steps import add_noise
 from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, prepare_diffq
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import add_noise, draws, gpu, noise
+from diffq_fx.kernels import draws, gpu, noise
 
 GPUS = [name for name in ("cuda", "mps") if getattr(torch, name, None) is not None and getattr(torch, name).is_available()]
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:convert. the bits never moved")]

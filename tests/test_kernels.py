@@ -7,7 +7,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffq_fx import DiffQConfig, functional
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import (
-    add_noise,
     bits_of_logits,
     extension,
     extremes,
@@ -106,21 +105,6 @@ def test_sums_do_not_depend_on_the_threads(backend):
         assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(("group_size", "axis", "dtype"), [("channel", 0, torch.float32), (8, 0, torch.float32), (8, 1, torch.bfloat16)])
-def test_noise_past_the_dispatcher_is_that_of_the_registered_operator(backend, group_size, axis, dtype):
-    weight = torch.randn(40, 48).to(dtype).requires_grad_()
-    layout = GroupLayout.of(*(weight.shape if axis == 0 else weight.shape[::-1]), group_size)
-    step = torch.rand(layout.shape).requires_grad_()
-    upstream = torch.randn(40, 48).to(dtype)
-    torch.manual_seed(1)
-    direct = add_noise(weight, step, axis=axis, block=layout.block)
-    torch.manual_seed(1)
-    registered = torch.ops.diffq_fx.add_noise(weight, step, axis, layout.block, False)[0]
-    assert torch.equal(direct, registered)
-    for a, b in zip(*(torch.autograd.grad(noisy, [weight, step], upstream) for noisy in (direct, registered)), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("group_size", ["channel", 1, 3, 4, 8, 16, 64, 700, 3000])
 @pytest.mark.parametrize(
     "settings",
@@ -142,7 +126,7 @@ def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypa
     config = DiffQConfig(group_size=group_size, **settings)
     quantizer = config.make_quantizer(_spec(config, 5, columns), weight).train()
     torch.nn.init.normal_(quantizer.logits, std=0.1)
-    assert quantizer.one_pass.takes(weight, quantizer.logits)
+    assert quantizer.noise.in_one_pass(weight, quantizer.logits)
 
     def noisy_and_gradients():
         torch.manual_seed(1)
@@ -151,7 +135,7 @@ def test_one_pass_is_what_its_parts_give(group_size, settings, columns, monkeypa
 
     found = noisy_and_gradients()
     monkeypatch.setattr(native, "takes_logits", lambda logits: False)
-    monkeypatch.setattr(type(quantizer.one_pass), "takes", lambda *tensors: False)
+    monkeypatch.setattr(type(quantizer.noise), "in_one_pass", lambda *tensors: None)
     expected = noisy_and_gradients()
     assert (expected[0] - weight).abs().max() > 1e-3
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
@@ -170,26 +154,30 @@ def test_one_pass_leaves_alone_what_it_cannot_do():
     config = DiffQConfig()
     weight = torch.randn(4, 8)
     quantizer = config.make_quantizer(_spec(config, 4, 8), weight)
-    takes = quantizer.one_pass.takes
+    takes = quantizer.noise.in_one_pass
     assert takes(weight, quantizer.logits)
     assert not takes(weight.double(), quantizer.logits)
     assert not takes(weight.t().contiguous().t(), quantizer.logits)
     assert not takes(weight[:2], quantizer.logits)
     assert not takes(weight, quantizer.logits[:2])
-    assert not takes(weight.as_subclass(Elsewhere), quantizer.logits)
     tensor_wide = DiffQConfig(range_per="tensor")
     other = tensor_wide.make_quantizer(_spec(tensor_wide, 4, 8), weight)
-    assert not other.one_pass.takes(weight, other.logits)
+    assert not other.noise.in_one_pass(weight, other.logits)
 
 
-def test_the_gradient_of_the_weight_is_not_copied_and_little_is_kept(backend):
-    weight, step = torch.randn(256, 512, requires_grad=True), torch.rand(256, 1, requires_grad=True)
-    kept = []
+@pytest.mark.parametrize("group_size", ["channel", 8])
+def test_the_gradient_of_the_weight_is_not_copied_and_little_is_kept(group_size):
+    if extension.kernels() is None:
+        pytest.skip("the kernels are not built")
+    weight, kept = torch.randn(256, 512, requires_grad=True), []
+    config = DiffQConfig(group_size=group_size)
+    quantizer = config.make_quantizer(_spec(config, 256, 512), weight).train()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        noisy = add_noise(weight, step, axis=0, block=512)
-    assert sum(tensor.nbytes for tensor in kept) - step.nbytes == 8
+        noisy = quantizer(weight)
+    seed_and_ranges = 8 + 2 * 256 * 4
+    assert sum(tensor.nbytes for tensor in kept) - quantizer.logits.nbytes == seed_and_ranges
     upstream = torch.randn(256, 512)
-    grad, _ = torch.autograd.grad(noisy, [weight, step], upstream)
+    grad, _ = torch.autograd.grad(noisy, [weight, quantizer.logits], upstream)
     assert grad.data_ptr() == upstream.data_ptr()
 
 

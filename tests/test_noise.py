@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
+from benchmarks._noise_of_steps import add_noise
 from diffq_fx import functional
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import add_noise, extension, memory, release, step_of_logits
+from diffq_fx.kernels import extension, memory, release, step_of_logits
 
 N = 200_000
 
@@ -125,22 +126,6 @@ def test_short_last_block_gets_its_own_step():
     assert noisy[0, 4] != 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize(("axis", "block"), [(0, 6), (0, 4), (0, 1), (1, 3)])
-def test_the_operators_are_registered_as_torch_expects(dtype, contiguous, axis, block):
-    weight = torch.randn(4, 6, dtype=dtype)
-    weight = (weight if contiguous else weight.t().contiguous().t()).requires_grad_()
-    layout = GroupLayout.of(weight.shape[axis], weight.shape[1 - axis], block)
-    step = torch.ones(layout.shape, requires_grad=True)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.diffq_fx.add_noise.default, (weight, step, axis, layout.block, False), test_utils=checks)
-    noisy, kept = torch.ops.diffq_fx.add_noise(weight, step, axis, layout.block, False)
-    grad = torch.randn_like(noisy)
-    of_grad = (grad, kept, step.detach(), axis, layout.block, False)
-    torch.library.opcheck(torch.ops.diffq_fx.reduce_noise.default, of_grad, test_utils=checks)
-
-
 @pytest.mark.parametrize("gaussian", [False, True])
 @pytest.mark.parametrize(
     ("shape", "block"),
@@ -168,10 +153,6 @@ def test_every_weight_gets_its_own_noise_and_step_once(shape, block, gaussian):
     upstream = torch.randn(shape)
     noisy.backward(upstream)
     torch.testing.assert_close(step.grad, layout.sum(upstream * noise), rtol=1e-4, atol=2e-3)
-
-
-def test_a_seed_is_all_that_is_kept_for_the_backward():
-    assert torch.ops.diffq_fx.add_noise(torch.zeros(64, 64), torch.ones(64, 1), 0, 64, False)[1].nbytes == 8
 
 
 def test_the_kernel_does_not_depend_on_the_threads(backend):

@@ -180,7 +180,8 @@ def test_the_gradient_of_a_learned_range(by, grid, monkeypatch):
     low, high = torch.full((6, 1), -1.2), torch.full((6, 1), 1.0)
     params = functional.quant_params(low, high, bits, grid)
     rounded = functional.dequantize(functional.quantize(weight.detach(), params, bits, layout), params, layout)
-    out = RoundInRange(axis=0, groups=layout, ranges=layout)(weight, rounded, torch.zeros(6, 1), clip, params.scale, high - low)
+    out = RoundInRange(axis=0, groups=layout, ranges=layout, grid=grid)(weight, torch.zeros(6, 1), clip, low, high, bits.float())
+    assert torch.equal(out, rounded)
     out.backward(grad)
     assert torch.equal(weight.grad, grad)
     scale, zero = params.scale, params.zero_point

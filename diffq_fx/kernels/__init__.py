@@ -2,21 +2,19 @@
 
 from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope_of_size, step_of_logits
 from diffq_fx.kernels.memory import release
-from diffq_fx.kernels.noise import OnePass, add_noise
-from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, normal_span, rounding_errors, statistics
+from diffq_fx.kernels.noise import Noise
+from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, rounding_errors, statistics
 from diffq_fx.kernels.round_in_range import RoundInRange, learned_factor, round_to_grid
 
 __all__ = [
-    "OnePass",
+    "Noise",
     "RoundInRange",
-    "add_noise",
     "bits_of_logits",
     "extremes",
     "learned_factor",
     "least_error_range",
     "moments",
     "normal_range",
-    "normal_span",
     "release",
     "round_to_grid",
     "rounding_errors",

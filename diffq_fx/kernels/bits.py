@@ -17,34 +17,34 @@ class _StepOfLogits(torch.autograd.Function):
     """``step = span / (2^b - 1)`` with ``b = b_min + sigmoid(gain l) (b_max - b_min)``, and its derivative in closed form."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, span: Tensor, growth: Tensor | None, unmoved: Tensor | None, min_bits: float, max_bits: float, gain: float
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, span: Tensor, growth: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
         ctx.bits = (min_bits, max_bits, gain)
-        ctx.unmoved = None if unmoved is None else unmoved.shape
-        shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
-        dtype = torch.promote_types(logits.dtype, span.dtype)
-        empty = torch.empty if native.recorded() else memory.empty
-        step = empty(shape, dtype=dtype, device=logits.device)
-        for rows in _tiles(shape, logits.device):
-            share = torch.sigmoid_(_rows_of(logits, rows) * gain)
-            levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
-            step[rows] = _rows_of(span, rows) / levels.sub_(1)
+        step = plain_step(logits, span, ctx.bits)
         ctx.save_for_backward(logits, span, step, growth)
         return step
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, growth = ctx.saved_tensors
-        grad_logits = first_alone(partial(_slope_of_step, growth=growth, bits=ctx.bits), grad, *tensors)
-        unmoved = None if ctx.unmoved is None else grad.new_zeros(ctx.unmoved)
-        return grad_logits, None, None, unmoved, None, None, None
+        return first_alone(partial(slope_of_step, growth=growth, bits=ctx.bits), grad, *tensors), None, None, None, None, None
 
 
-def _slope_of_step(
+def plain_step(logits: Tensor, span: Tensor, bits: tuple[float, float, float]) -> Tensor:
+    """:func:`step_of_logits` without autograd; ``bits`` are ``min_bits``, ``max_bits`` and ``gain``."""
+    min_bits, max_bits, gain = bits
+    shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
+    step = memory.empty(shape, torch.promote_types(logits.dtype, span.dtype), logits.device)
+    for rows in _tiles(shape, logits.device):
+        share = torch.sigmoid_(_rows_of(logits, rows) * gain)
+        levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
+        step[rows] = _rows_of(span, rows) / levels.sub_(1)
+    return step
+
+
+def slope_of_step(
     grad: Tensor, logits: Tensor, span: Tensor, step: Tensor, *, growth: Tensor | None, bits: tuple[float, float, float]
 ) -> Tensor:
-    """``d step / d l = -ln 2 step levels / (levels - 1) db/dl`` times ``grad``, where ``levels / (levels - 1) = 1 + step / span``.
+    """``grad`` times ``d step / d l = -ln 2 step levels / (levels - 1) db/dl``, where ``levels / (levels - 1) = 1 + step / span``.
 
     The widest bits of each range lengthen all of its steps: ``ln 2 step growth db/dl``.
     """
@@ -95,20 +95,18 @@ def step_of_logits(
     max_bits: float,
     gain: float,
     growth: Tensor | None = None,
-    unmoved: Tensor | None = None,
 ) -> Tensor:
     """Step of each group from its trainable logit: ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``.
 
     The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
     ``logits`` of shape (R, C) and ``span``, the length of each range, broadcast with each other. ``growth``, of the shape of ``span``, says
-    how fast ``log2(span)`` grows with the widest bits of each range; None for a span that is a constant. ``unmoved`` is a parameter of the
-    weight that has no part in the noise: it gets a gradient of zero, so that DistributedDataParallel meets it.
+    how fast ``log2(span)`` grows with the widest bits of each range; None for a span that is a constant.
 
     Example:
         >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), min_bits=1, max_bits=3, gain=1)
         tensor([[0.3333]])
     """
-    return _StepOfLogits.apply(logits, span, growth, unmoved, min_bits, max_bits, gain)
+    return _StepOfLogits.apply(logits, span, growth, min_bits, max_bits, gain)
 
 
 def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,14 @@
-"""What noise is made of: its settings, one seed a draw, and the bytes that are a hash of it.
+"""What noise is made of: one seed a draw, and the bytes that are a hash of it.
 
 The noise of weight i is byte ``i % 8`` of word ``i // 8``, and a word is splitmix64's finaliser of the seed and the word's own place. So
 C (``noise.c``), Triton (``triton_kernels.py``) and torch's operations (here) draw the same, and a seed is all that the backward needs.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.functional.quantization import Grid
 from diffq_fx.kernels.memory import recorded
 
 GAUSSIAN_STD = 0.5
@@ -22,28 +19,6 @@ SPAN_OF_NORMAL = (1.596, 2.987, 4.102, 5.028, 5.832, 6.556, 7.222, 7.844, 8.431,
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, from the golden ratio: consecutive places, and ranks, land far apart
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _ODD = 0x0101010101010101  # or-ed into each byte: odd bytes are symmetric about zero
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """How noise is made of the logits of one weight; see :class:`~diffq_fx.methods.diffq.DiffQConfig` for the settings."""
-
-    axis: int
-    groups: GroupLayout
-    """The groups that share a number of bits."""
-    ranges: GroupLayout
-    grid: Grid
-    clips: bool
-    """Whether the range is that of normal weights and not that of the extreme ones."""
-    min_bits: float
-    max_bits: float
-    gain: float
-    gaussian: bool
-
-    @functools.cached_property
-    def bits(self) -> tuple[float, float, float]:
-        """Smallest width, what the largest is more, gain: as kernels take them."""
-        return self.min_bits, self.max_bits - self.min_bits, self.gain
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels.draws import NoiseSettings, gaussian_table, span_table
+from diffq_fx.kernels.draws import gaussian_table, span_table
+from diffq_fx.kernels.settings import NoiseSettings
 
 DEVICES = ("cuda",)
 """What torch calls the devices for which Triton compiles: NVIDIA's and AMD's."""

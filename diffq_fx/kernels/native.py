@@ -12,8 +12,9 @@ from diffq_fx import _compat
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.functional.quantization import AROUND_ZERO
 from diffq_fx.kernels import extension, memory
-from diffq_fx.kernels.draws import NoiseSettings, gaussian_table, span_table
+from diffq_fx.kernels.draws import gaussian_table, span_table
 from diffq_fx.kernels.memory import recorded
+from diffq_fx.kernels.settings import NoiseSettings
 
 _MANY = 64
 """Logits from which on the kernel beats torch's own operations."""

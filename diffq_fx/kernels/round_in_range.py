@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
-from diffq_fx.functional.quantization import Grid, QuantParams, dequantize, quantize
+from diffq_fx.functional.quantization import QuantParams, dequantize, quant_params, quantize
 from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
+from diffq_fx.kernels.settings import OF_GROUPS, GroupSettings
 
 _CLIP_GAIN = 10.0
 """How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
@@ -43,7 +44,7 @@ def learned_factor(clip: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RoundInRange:
+class RoundInRange(GroupSettings):
     """Train with a truly rounded weight and, with ``clip``, its range: LSQ's gradient (arXiv:1902.08153) for a range with a zero point.
 
     The rounded weight is on a grid that is proportional to ``e = exp(gain * clip)``. Backward, for the weight: 1; for the range:
@@ -55,92 +56,125 @@ class RoundInRange:
 
     Example:
         >>> layout, clip = GroupLayout.of(1, 2, "channel"), torch.zeros(1, 1, requires_grad=True)
-        >>> weight, rounded = torch.tensor([[0.4, 9.0]], requires_grad=True), torch.tensor([[0.0, 3.0]])  # 9 is clipped
-        >>> round_in_range = RoundInRange(axis=0, groups=layout, ranges=layout)
-        >>> round_in_range(weight, rounded, torch.zeros(1, 1), clip, torch.ones(1, 1), torch.full((1, 1), 3.0)).sum().backward()
-        >>> weight.grad, bool(clip.grad > 0)
-        (tensor([[1., 1.]]), True)
+        >>> weight = torch.tensor([[0.4, 9.0]], requires_grad=True)  # 9 is clipped
+        >>> round_in_range = RoundInRange(axis=0, groups=layout, ranges=layout, grid="affine")
+        >>> kept = torch.zeros(1, 1), torch.full((1, 1), 3.0), torch.full((1, 1), 2.0)  # both ends and the width
+        >>> rounded = round_in_range(weight, torch.zeros(1, 1), clip, *kept)
+        >>> rounded.sum().backward()
+        >>> rounded.detach(), weight.grad, bool(clip.grad > 0)
+        (tensor([[0., 3.]]), tensor([[1., 1.]]), True)
     """
 
-    axis: int
-    """Of the output channels."""
-    groups: GroupLayout
-    """The groups that have a scale."""
-    ranges: GroupLayout
-    """The groups that share a range."""
-    grid: Grid = "affine"
+    def __call__(self, weight: Tensor, logits: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
+        """The rounded weight, differentiable in weight and ``clip`` (None for ranges that are not learned).
 
-    def __call__(self, weight: Tensor, rounded: Tensor, logits: Tensor, clip: Tensor | None, scale: Tensor, span: Tensor) -> Tensor:
-        """The values of ``rounded``, differentiable in weight and ``clip`` (None for ranges that are not learned).
-
-        ``scale`` has the shape of ``groups``, ``span``, the length of each range, that of ``ranges``. ``logits`` get a gradient of zero.
+        ``low`` and ``high`` are the ends of the range where ``clip`` is 0. ``width`` is float32, near whole numbers, one or one for each of
+        the groups that have a width. ``logits`` get a gradient of zero.
         """
-        return _RoundInRange.apply(self, weight, rounded, logits, clip, scale, span)
+        if native.recorded() or not native.is_plain(weight):
+            return torch.ops.diffq_fx.round_in_range(weight, logits, clip, low, high, width, *self.arguments())
+        return _RoundInRange.apply(self, weight, logits, clip, low, high, width)  # as noise does, past the dispatcher
 
-    def takes(self, weight: Tensor, width: Tensor) -> bool:
-        """Whether one kernel can do all of it, from the kept range on, for this weight, here and now."""
-        plain = not native.recorded() and native.is_plain(weight)
-        return plain and gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
+    def in_one_pass(self, weight: Tensor, width: Tensor) -> bool:
+        """Whether one kernel can do all of it, which then makes the rounded weight again in the backward."""
+        return gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
 
-    def in_one_pass(self, weight: Tensor, logits: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
-        """The same from the kept range ``[low, high]`` on, where :meth:`takes` says so.
+    def round(self, weight: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The rounded weight, and what :meth:`slope` takes beside the gradient and the weight; without autograd."""
+        factor = None if clip is None else learned_factor(clip)
+        if self.in_one_pass(weight, width):
+            return gpu.round_in_range(weight, low, high, factor, width, self.groups, self.grid), [None, factor, low, high, width]
+        params, bits, span = self._grid_of(factor, low, high, width)
+        rounded = round_to_grid(weight.detach(), params, bits, self.axis, self.groups)
+        return rounded, [rounded, params.scale, span]
 
-        ``width`` is float32, near whole numbers, one or one for each of the groups that have a width.
-        """
-        return _RoundInOnePass.apply(self, weight, logits, clip, low, high, width)
+    def _grid_of(self, factor: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> tuple[QuantParams, Tensor, Tensor]:
+        low, high = (low, high) if factor is None else (low * factor, high * factor)
+        bits = width.round().to(torch.int32)
+        return quant_params(low, high, bits, self.grid), bits, high - low
 
-    def slope_in_one_pass(self, grad: Tensor, weight: Tensor, factor: Tensor, *kept: Tensor) -> Tensor:
-        """The gradient of ``clip``; the rounded weight is made again."""
-        return gpu.slope_of_clip(grad, weight, factor, kept, self.groups, self.grid, _REACH, _CLIP_GAIN)
-
-    def slope_of_clip(self, grad: Tensor, weight: Tensor, rounded: Tensor, clip: Tensor, scale: Tensor, span: Tensor) -> Tensor:
-        """The gradient of ``clip``, without autograd."""
+    def slope(self, grad: Tensor, weight: Tensor, rounded: Tensor | None, *kept: Tensor) -> Tensor:
+        """The gradient of ``clip``; without autograd."""
+        if rounded is None:
+            factor, *others = kept
+            return gpu.slope_of_clip(grad, weight, factor, others, self.groups, self.grid, _REACH, _CLIP_GAIN)
+        scale, span = kept
         rows = (to_rows(each, self.axis) for each in (grad, weight, rounded))
         slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups), scale
-        for along, size in enumerate(clip.shape):
+        for along, size in enumerate(span.shape):
             if size == 1 < step.shape[along]:
                 slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
         steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
         lsq_scale = (self.ranges.counts_on(step.device) * steps_in_range).rsqrt_()
-        return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).to(clip.dtype)
+        return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).float()
 
 
 class _RoundInRange(torch.autograd.Function):
     """The rounded weight; its gradient goes to the weight as it is and to the range in closed form."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, rounded: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, logits: Tensor, clip: Tensor | None, *others: Tensor) -> Tensor:
+        rounded, kept = kernel.round(weight, clip, *others)
         ctx.kernel = kernel
-        ctx.save_for_backward(weight, rounded, *others)
-        return rounded.view_as(rounded)
+        ctx.save_for_backward(weight, logits, *kept)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, rounded, logits, clip, scale, span = ctx.saved_tensors
-        grad_clip = None
-        if clip is not None and ctx.needs_input_grad[4]:
-            grad_clip = first_alone(ctx.kernel.slope_of_clip, grad, weight, rounded, clip, scale, span)
+        weight, logits, *kept = ctx.saved_tensors
+        grad_clip = first_alone(ctx.kernel.slope, grad, weight, *kept) if ctx.needs_input_grad[3] else None
         # A zero for the bits, which are final, so that DistributedDataParallel meets them.
-        return None, grad, None, torch.zeros_like(logits), grad_clip, None, None
-
-
-class _RoundInOnePass(torch.autograd.Function):
-    """The same from the kept range on, where one kernel does all of it and the backward makes the rounded weight again."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: RoundInRange, weight: Tensor, logits: Tensor, clip: Tensor | None, *kept: Tensor) -> Tensor:
-        factor, (low, high, width) = None if clip is None else learned_factor(clip), kept
-        ctx.kernel = kernel
-        ctx.save_for_backward(weight, logits, factor, low, high, width)
-        return gpu.round_in_range(weight, low, high, factor, width, kernel.groups, kernel.grid)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, logits, factor, *kept = ctx.saved_tensors
-        grad_clip = None
-        if factor is not None and ctx.needs_input_grad[3]:
-            grad_clip = first_alone(ctx.kernel.slope_in_one_pass, grad, weight, factor, *kept)
         return None, grad, torch.zeros_like(logits), grad_clip, None, None, None
+
+
+torch.library.define(
+    "diffq_fx::round_in_range",
+    f"(Tensor weight, Tensor logits, Tensor? clip, Tensor low, Tensor high, Tensor width, {OF_GROUPS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "diffq_fx::slope_of_clip",
+    f"(Tensor grad, Tensor weight, Tensor rounded, Tensor clip, Tensor low, Tensor high, Tensor width, {OF_GROUPS}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("diffq_fx::round_in_range", "default")
+def _(weight, logits, clip, low, high, width, *arguments):  # noqa: ANN001, ANN002, ANN202
+    return RoundInRange.of(weight.shape, *arguments).round(weight.detach(), clip, low, high, width)[0]
+
+
+@torch.library.impl("diffq_fx::slope_of_clip", "default")
+def _(grad, weight, rounded, clip, low, high, width, *arguments):  # noqa: ANN001, ANN002, ANN202
+    kernel, factor = RoundInRange.of(weight.shape, *arguments), learned_factor(clip)
+    if kernel.in_one_pass(weight, width):
+        return kernel.slope(grad, weight, None, factor, low, high, width)
+    params, _, span = kernel._grid_of(factor, low, high, width)
+    return kernel.slope(grad, weight, rounded, params.scale, span)
+
+
+@torch.library.register_fake("diffq_fx::round_in_range")
+def _(weight, *others):  # noqa: ANN001, ANN002, ANN202
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("diffq_fx::slope_of_clip")
+def _(grad, weight, rounded, clip, *others):  # noqa: ANN001, ANN002, ANN202
+    return torch.empty_like(clip, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    weight, logits, clip, low, high, width, *ctx.arguments = inputs
+    ctx.save_for_backward(weight, output, clip, low, high, width)
+    ctx.logits = logits.shape
+
+
+def _backward(ctx, grad: Tensor):  # noqa: ANN001, ANN202
+    slope = torch.ops.diffq_fx.slope_of_clip(grad, *ctx.saved_tensors, *ctx.arguments) if ctx.needs_input_grad[2] else None
+    return grad, grad.new_zeros(ctx.logits, dtype=torch.float32), slope, None, None, None, *(None for _ in ctx.arguments)
+
+
+torch.library.register_autograd("diffq_fx::round_in_range", _backward, setup_context=_setup_context)
 
 
 def _slope_of_range(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: Tensor, groups: GroupLayout) -> Tensor:

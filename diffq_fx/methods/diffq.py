@@ -14,7 +14,7 @@ from diffq_fx import functional
 from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.kernels import OnePass, RoundInRange, add_noise, learned_factor, least_error_range, normal_span, step_of_logits
+from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range, step_of_logits
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
@@ -118,7 +118,7 @@ class DiffQWeight(GridQuantizer):
         self.shared = None
         self.widths_seen = 0  # the pass over the model in which it last asked whether the widths are those of the logits
         self._limits = {"min_bits": config.min_bits, "max_bits": config.max_bits, "gain": GAIN}
-        self.one_pass = OnePass(
+        self.noise = Noise(
             axis=spec.axis,
             groups=spec.bits_layout,
             ranges=spec.range_layout,
@@ -127,6 +127,7 @@ class DiffQWeight(GridQuantizer):
             gaussian=config.noise == "gaussian",
             **self._limits,
         )
+        self.round_in_range = RoundInRange(spec.axis, spec.scale_layout, spec.range_layout, spec.grid)
         like = {"dtype": torch.float32, "device": weight.device}
         bits = torch.full(spec.bits_layout.shape, config.start_bits, **like)
         self.logits = nn.Parameter(functional.logits_from_bits(bits, **self._limits))
@@ -182,34 +183,11 @@ class DiffQWeight(GridQuantizer):
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
         if self.shared is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.shared.trained_since = True
-        return self._rounded_for_training(weight) if self.frozen else self._noisy(weight)
-
-    def _noisy(self, weight: Tensor) -> Tensor:
-        if self.one_pass.takes(weight, self.logits):
-            return self.one_pass(weight, self.logits, self.clip)
-        span, growth = self._span_and_growth(weight)
-        step = step_of_logits(self.logits, span, growth=growth, unmoved=self.clip, **self._limits)
-        return add_noise(weight, step, axis=self.spec.axis, block=self.spec.scale_layout.block, gaussian=self.config.noise == "gaussian")
+        return self._rounded_for_training(weight) if self.frozen else self.noise(weight, self.logits, self.clip)
 
     def span_in_training(self, weight: Tensor) -> Tensor:
         """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""
-        return self._span_and_growth(weight)[0]
-
-    def _span_and_growth(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        spec, rows_OI = self.spec, to_rows(weight, self.spec.axis)
-        if self.clip is not None:
-            return normal_span(rows_OI, spec.range_layout, self._widest_bits(), spec.grid)
-        low, high = super().range_of(rows_OI, self.width)
-        return high - low, None
-
-    @torch.no_grad()
-    def _widest_bits(self) -> Tensor:
-        """The most bits among the groups of each range."""
-        widest = whole(self.logits)
-        for axis, size in enumerate(self.spec.range_layout.shape):
-            if size == 1 < widest.shape[axis]:
-                widest = widest.amax(axis, keepdim=True)
-        return functional.bits_from_logits(widest, **self._limits)
+        return self.noise.span_and_growth(weight, whole(self.logits))[0]
 
     @torch.no_grad()
     def step_in_training(self) -> Tensor:
@@ -218,8 +196,8 @@ class DiffQWeight(GridQuantizer):
 
     def squared_noise(self, logits: Tensor) -> Tensor:
         """Expected sum of the squared noise of each group's weights at these logits, differentiable in them, shape of ``logits``."""
-        spec, (span, growth) = self.spec, self._span_and_growth(whole(self.weight.detach()))
-        step = step_of_logits(logits, span, growth=growth, unmoved=self.clip, **self._limits)
+        spec, (span, growth) = self.spec, self.noise.span_and_growth(whole(self.weight.detach()), whole(self.logits))
+        step = step_of_logits(logits, span, growth=growth, **self._limits)
         squares = spec.scale_layout.counts_on(step.device) * step.square() * _VARIANCE[self.config.noise]
         return squares.sum_to_size(spec.bits_layout.shape)
 
@@ -229,16 +207,11 @@ class DiffQWeight(GridQuantizer):
         return RoundedWeight(self.spec, rows_OI, width, self.params(rows_OI, width))
 
     def _rounded_for_training(self, weight: Tensor) -> Tensor:
-        spec = self.spec
-        round_in_range = RoundInRange(axis=spec.axis, groups=spec.scale_layout, ranges=spec.range_layout, grid=spec.grid)
-        if self.clip is not None and round_in_range.takes(weight, self.width):
-            kept = self.get_buffer("range_low"), self.get_buffer("range_high"), self.width
-            return round_in_range.in_one_pass(weight, self.logits, self.clip, *kept)
-        bits = self.rounded_bits()
-        low, high = self.range_of(to_rows(weight, spec.axis), bits)
-        params = functional.quant_params(low, high, bits, spec.grid)
-        rounded = self.round_to(weight.detach(), params)
-        return round_in_range(weight, rounded, self.logits, self.clip, params.scale, high - low)
+        if self.clip is None:
+            low, high = self.range_of(to_rows(weight, self.spec.axis), self.width)
+        else:
+            low, high = self.get_buffer("range_low"), self.get_buffer("range_high")
+        return self.round_in_range(weight, self.logits, self.clip, low, high, self.width)
 
     def rounded_bits(self) -> Tensor:
         """Bits of each group as the converted model has them."""
