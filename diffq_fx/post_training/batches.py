@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example
+from diffq_fx.training.output_loss import compared
 
 CALLER = "compress"
 _MOST_BATCHES = 1024
@@ -79,8 +80,6 @@ def _read(batches: Any) -> list[Example]:
             raise TypeError(f"{CALLER}: batch {number} holds no torch.Tensor ({str(example)[:_MOST_CHARACTERS]}). Give tensors.")
         if any(tensor.ndim and not tensor.shape[0] for tensor in example.tensors) or not example.tensors:
             raise ValueError(f"{CALLER}: batch {number} is empty ({example}). Leave it out.")
-        if labels := [name for name in example.kwargs if name in _LABELS]:
-            raise ValueError(f"{CALLER}: batch {number} holds {labels[0]!r}, and no labels are wanted: give the model's inputs alone.")
         if examples and (was := _structure(examples[0])) != (found := _structure(example)):
             raise ValueError(f"{CALLER}: batch {number} has another structure than batch 0: expected {was}, got {found}.")
         examples.append(example)
@@ -101,22 +100,30 @@ def _structure(example: Example) -> str:
     return ", ".join([described(value) for value in example.args] + [f"{k}={described(v)}" for k, v in sorted(example.kwargs.items())])
 
 
-def refuse_labels(model: nn.Module, example: Example, error: Exception) -> None:
-    """Say that a batch holds more than the model takes, if that is why the model did not run on it.
+def refuse_labels(model: nn.Module, example: Example) -> None:
+    """Refuse what a model does not need: further positional inputs that it does not take, and what is named as labels are.
 
     Raises:
-        ValueError: the model runs on the first part alone.
+        ValueError: the model runs without it, and with it not at all; or, of what is named so, has the same outputs.
     """
-    if len(example.args) < 2 or not isinstance(error, TypeError):
-        return
+    for name in set(_LABELS) & example.kwargs.keys():
+        without = _outputs(model, Example(example.args, {other: value for other, value in example.kwargs.items() if other != name}))
+        found = _outputs(model, example)
+        if without and (not found or all(torch.equal(each, without[key]) for key, each in found.items() if key in without)):
+            raise ValueError(f"{CALLER}: the batches hold {name!r}, and no labels are wanted: give the model's inputs alone.")
+    if len(example.args) > 1 and not _outputs(model, example) and _outputs(model, Example(example.args[:1], example.kwargs)):
+        raise ValueError(
+            f"{CALLER}: the model takes 1 input and the batches hold {len(example.args)}, labels among them, it seems: "
+            "give the model's inputs alone, such as (x for x, y in loader)."
+        )
+
+
+def _outputs(model: nn.Module, example: Example) -> dict[str, Tensor]:
+    """The outputs to compare; none where the model does not run on the example."""
     try:
-        Example(example.args[:1], {}).outcome(model, "eval without grad")
-    except Exception:  # noqa: BLE001  the user's forward may raise anything: then it is not the labels
-        return
-    raise ValueError(
-        f"{CALLER}: the model takes 1 input and the batches hold {len(example.args)}, labels among them, it seems, and none are wanted: "
-        "give the model's inputs alone, such as (x for x, y in loader)."
-    ) from error
+        return compared(example.outcome(model, "eval without grad")[0])
+    except Exception:  # noqa: BLE001  the user's forward may raise anything: then these are not its inputs
+        return {}
 
 
 def refuse_too_little_memory(needed: int, device: torch.device) -> None:

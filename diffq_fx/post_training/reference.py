@@ -1,5 +1,6 @@
 """What a compressed model has to agree with: the float model's outputs, compared as scores of classes or as features."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -28,19 +29,22 @@ class FloatOutputs:
 
     Raises:
         ValueError: the model does not run on the first batch, its output is a loss, has no float tensor or is not finite, or the teacher's
-            differs from it in structure.
+            differs from it in structure; or it answers differently when it is asked again.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, data: Calibration) -> None:
         first = data.tuned_on[0]
         self._model = _copy(model if teacher is None else teacher)
         self._role = "model" if teacher is None else "teacher"
+        refuse_labels(self._model, first)
         wanted = _run(self._model, first, self._role)
         if teacher is not None:
-            own = _run(_copy(model), first)
+            own = _run(student := _copy(model), first)
+            _refuse_random(student, first, own, "model")
             if (ours := _shapes(own)) != (theirs := _shapes(wanted)):
                 raise ValueError(f"{CALLER}: the teacher's outputs must be those of the model, {ours}; got {theirs}.")
         self._refuse_not_finite(wanted)
+        _refuse_random(self._model, first, wanted, self._role)
         self._names, self._scores = tuple(wanted), scores_among(wanted)
         keeps = int(_KEPT_BYTES / max(sum(tensor.nbytes for tensor in wanted.values()), 1))
         self._to_keep = {id(example) for example in (*data.held_out, *data.tuned_on)[:keeps]}
@@ -92,7 +96,6 @@ def _run(model: nn.Module, example: Example, role: str = "model") -> dict[str, T
     try:
         output, _, _ = example.outcome(model, "eval without grad")
     except Exception as error:  # the user's forward may raise anything
-        refuse_labels(model, example, error)
         raise ValueError(
             f"{CALLER}: the {role}, a {type(model).__name__}, does not run on a batch ({example}).\n  {type(error).__name__}: {error}\n"
             "  A batch is what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments, without labels. "
@@ -108,6 +111,18 @@ def _run(model: nn.Module, example: Example, role: str = "model") -> dict[str, T
         given = ", ".join(str(tensor.dtype) for tensor in tensors_of(output)) or type(output).__name__
         raise ValueError(f"{CALLER}: the {role}, a {type(model).__name__}, returns no real float tensor to imitate, got {given}.")
     return found
+
+
+@torch.no_grad()
+def _refuse_random(model: nn.Module, example: Example, outputs: Mapping[str, Tensor], role: str) -> None:
+    """The ``outputs`` were made with a random state of their own."""
+    again = compared(example.run(model))
+    moved = float(output_loss(again, outputs, scores=())) if _shapes(again) == _shapes(outputs) else math.inf
+    if moved > max(torch.finfo(tensor.dtype).eps for tensor in outputs.values()):
+        raise ValueError(
+            f"{CALLER}: the {role}, a {type(model).__name__}, answers differently when it is asked twice, by {math.sqrt(moved):.2g} of its "
+            "outputs' size, and that cannot be imitated. Have eval() turn off what is random in it, such as dropout."
+        )
 
 
 def _shapes(outputs: Mapping[str, Tensor]) -> str:

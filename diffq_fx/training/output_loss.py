@@ -13,8 +13,9 @@ from diffq_fx.example import Example
 
 _BESIDE = ("loss", "past_key_values", "hidden_states", "attentions", "cross_attentions")
 """Outputs of transformers that are no answer, or repeat what is inside the model."""
-_SURE = 0.5
-"""Scores of classes choose: their entropy is below this part of that of all classes alike, and the choice differs from row to row."""
+_SURE, _LARGEST = 0.5, 1e4
+"""Scores of classes choose: their entropy is below this part of that of all classes alike, and the choice differs from row to row. Larger
+numbers are features, of which softmax would have one alone."""
 _IMAGE_DIMS = 4
 """Scores of so many dimensions have the classes in the second, others in the last."""
 
@@ -67,7 +68,11 @@ def _distance(student: Tensor, teacher: Tensor, is_scores: bool, temperature: fl
         student, teacher = student.where(counts, 0), teacher.where(counts, 0)  # before they are compared: a padded row may be NaN
         rows = (counts.sum() * rows / counts.numel()).clamp(min=1)
     if not is_scores:
-        return (student - teacher).square().sum() / teacher.square().sum().clamp(min=torch.finfo(teacher.dtype).tiny)
+        tiny = torch.finfo(teacher.dtype).tiny
+        largest = teacher.abs().amax().clamp(min=tiny)
+        power = largest.new_ones(()).ldexp(-largest.frexp().exponent)  # of two: squares of 1e20 and of 1e-20 stay in range
+        student, teacher = student * power, teacher * power
+        return (student - teacher).square().sum() / teacher.square().sum().clamp(min=tiny)
     lowest = torch.finfo(teacher.dtype).min  # classes that minus infinity rules out differ by nothing, and not by NaN
     student, teacher = (F.log_softmax(each / temperature, -1).clamp(min=lowest) for each in (student, teacher))
     return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum") / rows
@@ -126,7 +131,7 @@ def _choose(outputs: Tensor) -> bool:
     rows = outputs.float().movedim(_class_axis(outputs), -1).flatten(0, -2)
     log_share = rows.log_softmax(-1)
     entropy = -(log_share.exp() * log_share).sum(-1).mean() / math.log(classes)
-    return bool(entropy < _SURE) and rows.argmax(-1).unique().numel() > 1
+    return bool(entropy < _SURE) and bool(rows.amax() < _LARGEST) and rows.argmax(-1).unique().numel() > 1
 
 
 def _class_axis(outputs: Tensor) -> int:

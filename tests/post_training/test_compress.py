@@ -206,6 +206,21 @@ def test_the_callers_autocast_is_that_of_the_forwards_alone(monkeypatch: pytest.
 
 
 class TestWhatIsCompared:
+    @pytest.mark.parametrize("exponent", [66, -66])
+    def test_features_of_any_size(self, exponent: int) -> None:
+        class Features(Net):
+            power = 0
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).tanh() * 2.0**self.power
+
+        class Scaled(Features):
+            power = exponent
+
+        expected, found = run(make(Features)), run(make(Scaled))
+        assert "squared error of output" in found.compression.notes[-1]
+        assert same_state(found, state_of(expected))
+
     def test_features_by_their_squared_error(self) -> None:
         class Features(Net):
             def forward(self, x: Tensor) -> Tensor:
@@ -366,6 +381,24 @@ class Classes(Net):
         return super().forward(x).argmax(-1)
 
 
+class Random(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1)  # training=True is its default
+
+
+class Counting(Net):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) + self.calls
+
+
+class Conditioned(Net):
+    def forward(self, x: Tensor, target: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x if target is None else x + target)
+
+
 class NotFinite(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).log()
@@ -389,7 +422,16 @@ _BAD = {
     "another structure": ({"data": [_X, (_X, _X)]}, ValueError, "batch 1 has another structure than batch 0: expected .*float32"),
     "another dtype": ({"data": [_X, _X.double()]}, ValueError, "another structure.*float64"),
     "labels beside": ({"data": [(_X, torch.ones(2))]}, ValueError, "takes 1 input and the batches hold 2, labels among them"),
-    "labels by name": ({"data": [{"x": _X, "labels": torch.ones(2)}]}, ValueError, "holds 'labels', and no labels are wanted"),
+    "labels by name": ({"data": [{"x": _X, "labels": torch.ones(2)}]}, ValueError, "hold 'labels', and no labels are wanted"),
+    "labels by name that are taken": (
+        {"model": Conditioned(), "data": [{"x": _X, "target": _X, "labels": _X}]},
+        ValueError,
+        "hold 'labels', and no labels are wanted",
+    ),
+    "a random model": ({"model": Random()}, ValueError, "the model, a Random, answers differently when it is asked twice"),
+    "a model that counts": ({"model": Counting()}, ValueError, "the model, a Counting, answers differently"),
+    "a random teacher": ({"teacher": Random()}, ValueError, "the teacher, a Random, answers differently"),
+    "a random model with a teacher": ({"model": Random(), "teacher": Net()}, ValueError, "the model, a Random, answers differently"),
     "wrong size": ({"data": [torch.ones(2, 5)]}, ValueError, "does not run on a batch"),
     "returns a loss": ({"model": Losing()}, ValueError, "the model, a Losing, returns a loss"),
     "needs labels": ({"model": NeedsLabels()}, ValueError, "A model that needs labels or a loss"),
@@ -413,6 +455,16 @@ _BAD = {
     "steps": ({"steps": -1}, ValueError, "steps must be a whole number of at least 0"),
     "minutes": ({"minutes": 0}, ValueError, "minutes must be a positive number, got 0"),
 }
+
+
+@pytest.mark.parametrize("name", ["target", "label"])
+def test_an_input_with_the_name_of_labels_is_none_where_outputs_depend_on_it(name: str) -> None:
+    class Named(Net):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return super().forward(x + more[name] if name in more else x)
+
+    assert bits_report(run(make(Named), data=[{"x": x, name: x.flip(0)} for x in batches()])).average_bits_in_all <= 4
+    assert bits_report(run(make(Conditioned), data=[{"x": x, "target": x.flip(0)} for x in batches()])).average_bits_in_all <= 4
 
 
 class TestBadInput:

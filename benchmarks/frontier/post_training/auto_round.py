@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from benchmarks.frontier.job import Job, NotApplicableError, Point, System
-from benchmarks.frontier.post_training.matrices import Setting, measured, mib_of, nearest, replace_matrices, score
+from benchmarks.frontier.job import Job, NotApplicableError, Point
+from benchmarks.frontier.post_training.matrices import Setting, by_name, measured, mib_of, nearest, replace_matrices, score
 from benchmarks.frontier.tasks.language import Language
 
 _SETTINGS = [Setting(4, 64, 20), Setting(3, 32, 19), Setting(2, 32, 18)]
@@ -45,12 +45,4 @@ def _values(linear: nn.Module) -> Tensor:
     return (((blocks / scale + zero_point).round() - zero_point) * scale).flatten(1)
 
 
-AUTO_ROUND: dict[str, System] = {
-    "auto-round-e8": System(
-        run=_auto_round,
-        packages=("auto_round",),
-        summary="AutoRound, asymmetric; embeddings at 8 bits, the rest at the budget",
-        trains=False,
-        is_default=False,
-    )
-}
+AUTO_ROUND = {"auto-round-e8": by_name(_auto_round, ("auto_round",), "AutoRound, asymmetric", embedding=False)}

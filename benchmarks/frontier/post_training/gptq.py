@@ -3,8 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from benchmarks.frontier.job import Job, NotApplicableError, Point, System
-from benchmarks.frontier.post_training.matrices import Setting, matrices, measured, mib_of, nearest, replace_matrices, score, size_of
+from benchmarks.frontier.job import Job, NotApplicableError, Point
+from benchmarks.frontier.post_training.matrices import (
+    Setting,
+    by_name,
+    matrices,
+    measured,
+    mib_of,
+    nearest,
+    replace_matrices,
+    score,
+    size_of,
+)
 
 _SETTINGS = [Setting(4, 64, 20), Setting(3, 32, 19), Setting(2, 32, 18)]
 _OBSERVER = "memoryless_mse"
@@ -63,12 +73,4 @@ def _rounded(weight: Tensor, inputs: Tensor, setting: Setting) -> Tensor:
     return quantize_weight(weight[None].clone(), hessian[None], scale[None], zero_point[None], None, asked)[0][0]
 
 
-GPTQ: dict[str, System] = {
-    "gptq-e8": System(
-        run=_gptq,
-        packages=("llmcompressor",),
-        summary="GPTQ by llmcompressor; embeddings at 8 bits, the rest at the budget",
-        trains=False,
-        is_default=False,
-    )
-}
+GPTQ = {"gptq-e8": by_name(_gptq, ("llmcompressor",), "GPTQ by llmcompressor", embedding=False)}

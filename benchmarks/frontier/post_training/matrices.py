@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.frontier.job import Job, NotApplicableError, Point
+from benchmarks.frontier.job import Job, NotApplicableError, Point, System
 
 _NEAR = 0.6
 """Bits a weight that a setting may be from the budget."""
@@ -117,3 +117,9 @@ def _resident(name: str) -> float | None:
         return None
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
+
+
+def by_name(run: Callable[[Job], Point], packages: tuple[str, ...], summary: str, *, embedding: bool) -> System:
+    """A system that runs where it is named; ``embedding`` False says that it keeps embeddings at 8 bits."""
+    beside = "" if embedding else "; embeddings at 8 bits, the rest at the budget"
+    return System(run=run, packages=packages, summary=summary + beside, trains=False, is_default=False)

@@ -11,8 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.frontier.job import Job, Point, System
-from benchmarks.frontier.post_training.matrices import Rounded, Setting, measured, mib_of, nearest, replace_matrices, score, size_of
+from benchmarks.frontier.job import Job, Point
+from benchmarks.frontier.post_training.matrices import (
+    Rounded,
+    Setting,
+    by_name,
+    measured,
+    mib_of,
+    nearest,
+    replace_matrices,
+    score,
+    size_of,
+)
 
 Quantize = Callable[[Tensor, Setting], Rounded]
 _HALF = 16
@@ -151,14 +161,8 @@ _ALL: dict[str, tuple[Quantize, list[Setting], tuple[str, ...], str]] = {
         "Q4_0 by package gguf, which cannot write Q2_K to Q6_K",
     ),
 }
-QUANTIZERS: dict[str, System] = {
-    name + ("" if embedding else "-e8"): System(
-        run=_run(quantize, settings, embedding=embedding),
-        packages=packages,
-        summary=summary + ("" if embedding else "; embeddings at 8 bits, the rest at the budget"),
-        trains=False,
-        is_default=False,
-    )
+QUANTIZERS = {
+    name + ("" if embedding else "-e8"): by_name(_run(quantize, settings, embedding=embedding), packages, summary, embedding=embedding)
     for name, (quantize, settings, packages, summary) in _ALL.items()
     for embedding in (True, False)
 }
