@@ -11,7 +11,6 @@ from diffq_fx.cli import app
 from diffq_fx.demo import race, sentences
 from diffq_fx.export.onnx.inspection import inspect_onnx
 
-
 pytestmark = pytest.mark.slow
 
 

@@ -93,9 +93,7 @@ def export_float(model: nn.Module, inputs: Tensor | tuple[Tensor, ...], path: Pa
     two = tuple(torch.cat([each[:1], each[:1]]) for each in inputs)  # a batch of one would be taken for a constant
     batch = torch.export.Dim("batch")
     with quiet():
-        torch.onnx.export(
-            model, two, path, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in two), external_data=False, verbose=False
-        )
+        torch.onnx.export(model, two, path, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in two), external_data=False, verbose=False)
 
 
 def quantize_to_int8(source: Path, path: Path) -> None:
@@ -127,8 +125,6 @@ def quantize_to_4_bits(source: Path, path: Path) -> None:
     axes = {"MatMul": 0, "Gather": 1}
     settings = {"bits": 4, "block_size": _BLOCK, "is_symmetric": False, "accuracy_level": 4}
     with quiet():
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(source), **settings, op_types_to_quantize=tuple(axes), quant_axes=tuple(axes.items())
-        )
+        quantizer = MatMulNBitsQuantizer(onnx.load(source), **settings, op_types_to_quantize=tuple(axes), quant_axes=tuple(axes.items()))
         quantizer.process()
     quantizer.model.save_model_to_file(str(path), False)

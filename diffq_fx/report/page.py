@@ -91,7 +91,8 @@ class Page:
         """Sensitivity against bits, and the curves of the training."""
         known = [(each.name, each.sensitivity, each.average, each.numel) for each in self.weights]
         named = [(name, asked, bits, numel) for name, asked, bits, numel in known if asked is not None and bits is not None]
-        return [scatter(named)] * bool(named) + [curve(name, points) for name, points in self.curves.items() if len(points) > 1]
+        curves = [curve(name, points) for name, points in self.curves.items() if len(points) > 1]
+        return [scatter(named), *curves] if named else curves
 
     @property
     def histogram(self) -> dict[int, int]:
@@ -107,9 +108,9 @@ class Page:
 
     def save(self, path: str | Path) -> Path:
         """Write the page; an older file survives until the new one is complete."""
-        path = Path(path)
+        path, page = Path(path), self.html().encode()
         with replaced_atomically(path, DiffQError) as file:
-            file.write(self.html().encode())
+            file.write(page)
         return path
 
 

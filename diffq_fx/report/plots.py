@@ -76,7 +76,14 @@ def scatter(named: Sequence[tuple[str, float, float, int]]) -> Plot:
     low, high = max(x.low, y.low), min(x.high, y.high)
     line = [(x.place(each), y.place(each)) for each in (low, high)] if low < high else []
     return Plot(
-        title="Bits against sensitivity", x_title="bits it asks for", y_title="bits it has", x=x, y=y, circles=circles, line=line, is_curve=False
+        title="Bits against sensitivity",
+        x_title="bits it asks for",
+        y_title="bits it has",
+        x=x,
+        y=y,
+        circles=circles,
+        line=line,
+        is_curve=False,
     )
 
 

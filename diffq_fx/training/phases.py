@@ -228,7 +228,8 @@ def _log_bits(compression: Compression, step: int) -> None:
     """Keep how far the bits have moved, and what they are worth, until they are final."""
     if compression.frozen or not compression.history.wants(_SPREAD, step):
         return
-    bits_T, share_T = compression.bit_state().bits_T(), compression.groups().values_T / compression.groups().num_weights
+    bits_T, values_T = compression.bit_state().bits_T(), compression.groups().values_T
+    share_T = values_T / values_T.sum()
     mean = (bits_T * share_T).sum()
     logged: dict[str, float | Tensor] = {_SPREAD: ((bits_T - mean).square() * share_T).sum().sqrt()}
     if not compression.config.has_target:
