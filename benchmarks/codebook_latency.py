@@ -26,7 +26,7 @@ from _train_systems import interleaved, quartiles
 from torch import Tensor, nn
 
 from diffq_fx import convert, prepare
-from diffq_fx.demo import export_float
+from diffq_fx.demo.race import export_float
 from diffq_fx.export import export_onnx, session_options
 from diffq_fx.methods import LC, Method, ProductQuantization
 

@@ -9,7 +9,7 @@ from _result import markdown_table, write_result
 from torch import nn
 
 from diffq_fx import DiffQConfig, bits_report, convert_diffq, prepare_diffq
-from diffq_fx.demo import Task, accuracy, digits, train
+from diffq_fx.demo.digits import Task, accuracy, digits, train
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.inspection import inspect_onnx
 
@@ -30,7 +30,7 @@ def measure(widths: tuple[int, ...] | None, task: Task, example: torch.Tensor, f
     rows = []
     for when in ("before", "after"):
         if when == "after":
-            train(model, task, EPOCHS, RATE, lambda: None)
+            train(model, task, EPOCHS, RATE)
         converted = convert_diffq(model)
         result = export_onnx(converted, example, folder / "model.onnx")
         packed = bits_report(converted).packed_size.total_mib

@@ -9,7 +9,7 @@ from _result import markdown_table, write_result
 from torch import nn
 
 from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
-from diffq_fx.demo import export_float
+from diffq_fx.demo.race import export_float
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.benchmark import compare_latency
 

@@ -19,6 +19,7 @@ from diffq_fx.budget.code_length import expected_code_length
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
+from diffq_fx.budget.sensitivity import asked_on_average
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
 from diffq_fx.errors import DivergenceError, PreparationError
 from diffq_fx.functional.precision import widest_float
@@ -27,6 +28,7 @@ from diffq_fx.methods import predicted_loss
 from diffq_fx.methods.base import Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.methods.diffq_settings import DiffQSettings
+from diffq_fx.methods.history import History
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.training_state import SURELY, TrainingState
 from diffq_fx.parts import CHILD, parts_of
@@ -76,6 +78,7 @@ class Compression(TrainingState):
         self.scope = ""
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
+        self.history = History()
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
         self._groups: FlatGroups | None = None
@@ -129,6 +132,22 @@ class Compression(TrainingState):
     def in_noise(self) -> bool:
         """Whether the training has begun and is before the phase with final bits that the settings ask for."""
         return bool(self.learned) and 0 < self.known.steps and not self.frozen and self.config.freeze_step is not None
+
+    @property
+    def sensitivity(self) -> dict[str, float]:
+        """Name of a weight -> the bits that the first steps showed it to need, but for a constant; empty before."""
+        sums = ((quantizer.spec, quantizer.gradient_sums) for quantizer in self.learned)
+        asked = {spec.name: asked_on_average(spec, own) for spec, own in sums if own is not None}
+        return {name: bits for name, bits in asked.items() if bits is not None}
+
+    @property
+    def curves(self) -> dict[str, list[list[float]]]:
+        """What was logged in training: name -> ``[step, value]`` of up to 256 steps."""
+        return self.history.curves
+
+    def log(self, **values: float | Tensor) -> None:
+        """Keep values of this step (a loss, an accuracy) for the curves of the report; a few hundred of each, however many there are."""
+        self.history.add(self.known.steps, values)
 
     @property
     def is_coded(self) -> bool:

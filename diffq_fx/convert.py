@@ -45,6 +45,10 @@ class CompressionRecord:
     """Which widths became final in training, in words; empty where none did."""
     in_noise: bool
     """Whether the training ended before the bits were final, so that the weights never trained with true rounding."""
+    sensitivity: dict[str, float]
+    """Name of a weight -> the bits that the first steps showed it to need, but for a constant."""
+    curves: dict[str, list[list[float]]]
+    """What was logged in training: name -> ``[step, value]`` of up to 256 steps."""
 
 
 def convert_diffq(model: nn.Module) -> nn.Module:

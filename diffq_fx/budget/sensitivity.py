@@ -75,6 +75,20 @@ def measured_curvature(sums: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(was_measured, sums[2], 0), torch.where(was_measured, sums[0] / sums[3], 0)
 
 
+def asked_on_average(spec: WeightSpec, sums: Tensor) -> float | None:
+    """The bits that a whole weight asks for, but for a constant, from what :func:`measure_curvature` has left; None before that.
+
+    R is in proportion to the root mean square of the noise, since all groups had the same bits.
+    """
+    counts = spec.bits_layout.counts(sums.device)
+    square = without_doubt(spec, sums) * sums[3] / counts
+    known = square > 0
+    if not bool(known.any()):
+        return None
+    counts = counts.expand_as(square)[known]
+    return float((torch.log2(square[known]) * counts).sum() / counts.sum()) / 4
+
+
 def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | None:
     """The bits that all groups ask for, shifted together so that they take a budget; None where no group asks for any, shape (T,)."""
     if not bool(torch.isfinite(asked_T).any()):

@@ -51,13 +51,14 @@ def _options(
 @app.command()
 @command
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the picture.")] = Path("diffq-fx-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer epochs: see it work, not its accuracy.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the report page.")] = Path("diffq-fx-demo"),
+    small: Annotated[bool, typer.Option("--small", help="A small net, trained from scratch: needs no model.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few steps: see it work, not its accuracy.")] = False,
 ) -> Answer:
-    """Train small models on real data, compress them, export them to ONNX and race them against float."""
+    """Compress MiniLM to an eighth, export it to ONNX and race it against float and onnxruntime's own quantizers."""
     from diffq_fx.demo import run
 
-    run(out=out, quick=quick)
+    run(out=out, quick=quick, small=small)
     return Answer({"folder": str(out), "results": json.loads((out / "results.json").read_text())}, ())
 
 

@@ -63,8 +63,13 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
             f"{median} times its speed (quartiles {q1} and {q3} of {race.repeats} pairs of runs in turns, on this machine)",
             f"outputs differ from it by at most {100 * race.worst_output.max_relative:.3g} % of its largest value",
         ]
+    rows = [] if race is None else [(race.path_a, race.size_a_mib, race.a_ms), (race.path_b, race.size_b_mib, race.b_ms)]
+    measurements = [
+        {"file": Path(path).name, "MiB": f"{size:.4g}", "ms, batch 1": f"{ms.median:.3g} [{ms.q1:.3g}, {ms.q3:.3g}]"}
+        for path, size, ms in rows
+    ]
     sizes = [_onnx_size(each) for each in (inspection, other) if each is not None]
-    return Page(title=Path(inspection.path).name, facts=facts, sizes=sizes, weights=_onnx_weights(inspection))
+    return Page(title=Path(inspection.path).name, facts=facts, sizes=sizes, weights=_onnx_weights(inspection), measurements=measurements)
 
 
 def _onnx_size(inspection: "OnnxInspection") -> "PageSize":

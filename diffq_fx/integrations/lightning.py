@@ -6,7 +6,7 @@ from torch import nn
 
 from diffq_fx.convert import convert
 from diffq_fx.integrations import missing
-from diffq_fx.integrations.schedule import begin, progress
+from diffq_fx.integrations.schedule import begin, keep_losses, progress
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
@@ -61,6 +61,7 @@ class DiffQCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log how far the bits are."""
         if batch_idx == 0 or _steps_of(trainer) % max(trainer.log_every_n_steps, 1) == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            keep_losses(pl_module, trainer.callback_metrics)
             for name, value in progress(pl_module).items():
                 pl_module.log(name, value, prog_bar=name in ("diffq/bits", "diffq/mib"))
 

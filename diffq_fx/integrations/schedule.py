@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +64,13 @@ def progress(model: nn.Module) -> dict[str, float]:
         if (worth := learned[0].lambda_per_bit) is not None:
             found["diffq/lambda"] = float(worth) * MIB_BITS
     return found
+
+
+def keep_losses(model: nn.Module, logs: Mapping[str, Any]) -> None:
+    """Keep the losses among what is logged, for the curves of the report."""
+    losses = {name: float(value) for name, value in logs.items() if "loss" in name}
+    for compression in require_compressions(model, "keep_losses"):
+        compression.log(**losses)
 
 
 def _settings(compression: Compression) -> list[Any]:

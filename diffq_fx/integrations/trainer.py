@@ -8,7 +8,7 @@ from torch import nn
 
 from diffq_fx.convert import convert
 from diffq_fx.integrations import missing
-from diffq_fx.integrations.schedule import begin, progress
+from diffq_fx.integrations.schedule import begin, keep_losses, progress
 
 try:
     from transformers import TrainerCallback
@@ -63,6 +63,7 @@ class DiffQTrainerCallback(TrainerCallback, ExportableState):
         if logs is None or self.settings is None:
             return
         found = progress(kwargs["model"])
+        keep_losses(kwargs["model"], logs)
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)

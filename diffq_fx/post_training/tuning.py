@@ -31,6 +31,7 @@ _STEPS_A_LOOK = 2
 """Fewest steps between looks, for each held-out batch: a look is to take a small part of the time."""
 _PATIENCE = 3
 """Looks without an improvement until it ends."""
+_CURVE = "distance to the float outputs, held-out batches"
 
 
 @dataclass
@@ -110,6 +111,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
     entered = limits.share
     best = Best(model, held_out_distance(model, wanted, data))
     before, began = best.distance, limits.share
+    compression.history.add(compression.known.steps, {_CURVE: before})
     last = 1 - (began - entered)  # a look at the held-out batches is the last thing to do
 
     def over(steps: int) -> float:
@@ -143,7 +145,9 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         share = over(steps)
         if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
             looked_at, last_look = share, steps
-            worse = 0 if best.keep(held_out_distance(model, wanted, data)) else worse + 1
+            distance = held_out_distance(model, wanted, data)
+            compression.history.add(compression.known.steps, {_CURVE: distance})
+            worse = 0 if best.keep(distance) else worse + 1
     best.restore()
     return Tuned(steps, before, best.distance, diverged)
 

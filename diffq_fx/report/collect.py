@@ -1,6 +1,7 @@
 """bits_report: read the bits of a prepared or a converted model."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -73,7 +74,8 @@ def _of_part(root: nn.Module) -> BitsReport:
     if any(method.layout[2] == "float" for method in record.method.methods):
         notes += ("ONNX has no form for the float grid: the container size is what memory takes",)
     kind = WeightQuantizer if isinstance(record, Compression) else StoredWeight
-    weights = {child: _row(child) for module in root.modules() for child in module.children() if isinstance(child, kind)}
+    sensitivity = record.sensitivity
+    weights = {child: _row(child, sensitivity) for module in root.modules() for child in module.children() if isinstance(child, kind)}
     learned = next((method for method in record.method.methods if isinstance(method, DiffQConfig)), None)
     penalty = learned.penalty if learned else None
     worth = record.lambda_per_bit if penalty is None else penalty * mib(1)
@@ -96,6 +98,7 @@ def _of_part(root: nn.Module) -> BitsReport:
         settings=tuple(_settings(*entry) for entry in record.method.entries),
         allocation=record.allocation,
         notes=notes,
+        curves=record.curves,
     )
 
 
@@ -105,11 +108,11 @@ def _settings(pattern: str, method: Method) -> str:
     return f"{pattern}: " * (pattern != "*") + f"{type(method).__name__}({', '.join(changed)})"
 
 
-def _row(weight: WeightQuantizer | StoredWeight) -> WeightBits:
+def _row(weight: WeightQuantizer | StoredWeight, sensitivity: Mapping[str, float]) -> WeightBits:
     spec = weight.spec
     float_bits = spec.numel * 8 * spec.dtype.itemsize
     named = {"name": spec.name, "aliases": spec.aliases, "shape": spec.shape, "consumer": spec.consumer, "float_bits": float_bits}
-    return WeightBits(**named, **vars(weight.footprint()))
+    return WeightBits(**named, sensitivity=sensitivity.get(spec.name), **vars(weight.footprint()))
 
 
 def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str, nn.Parameter]) -> BitsReport:
@@ -141,6 +144,7 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
             *(f"target of {path}: {target}" for path, target in targets.items()),
             *(f"{path}: {note}" for path, report in reports.items() for note in report.notes),
         ),
+        curves={f"{path}: {name}": points for path, report in reports.items() for name, points in report.curves.items()},
     )
 
 

@@ -5,8 +5,8 @@ Sizes are kept as whole numbers of bits, so that sums are exact; what is shown i
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,8 @@ class WeightBits(Footprint):
     """What reads it: "linear", "conv2d", "LSTM"."""
     float_bits: int
     """The weight before it was quantized, in its own dtype."""
+    sensitivity: float | None = None
+    """Bits that the first steps of training showed it to need, but for a constant that all weights share; None where not known."""
 
     @property
     def numel(self) -> int:
@@ -84,6 +86,7 @@ class WeightBits(Footprint):
             "container_payload_mib": mib(self.container_payload_bits),
             "container_overhead_mib": mib(self.container_scale_bits),
             "float_mib": mib(self.float_bits),
+            "sensitivity": self.sensitivity,
         }
 
 
@@ -159,6 +162,8 @@ class BitsReport:
     """Which widths became final: the learned ones, or the same for all groups where that was better; empty before they are."""
     notes: tuple[str, ...] = ()
     """What else one should know."""
+    curves: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """What was logged in training (``model.compression.log(loss=...)`` adds to it): name -> (step, value), 256 of each at most."""
 
     @property
     def target(self) -> str:
@@ -236,6 +241,7 @@ class BitsReport:
             "settings": list(self.settings),
             "skipped": [{"name": s.name, "shape": list(s.shape), "reason": s.reason} for s in self.skipped],
             "notes": list(self.notes),
+            "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
         }
 
     def __str__(self) -> str:
@@ -277,18 +283,23 @@ class BitsReport:
             file.write(drawn.getvalue())
         return path
 
-    def save_page(self, path: str | Path) -> Path:
-        """Save the report as one HTML page that needs no other file and no network: sizes, the bits of every weight, what stays in float.
+    def save_page(self, path: str | Path, *, measurements: Sequence[Mapping[str, object]] = ()) -> Path:
+        """Save the report as one HTML page that needs no other file and no network.
+
+        It has sizes, the bits of every weight beside its sensitivity, curves of the training, what stays in float and why.
 
         Args:
             path: the file to write; an older one survives until the new one is complete.
+            measurements: what you measured, such as latency and accuracy, as rows of a table: heading -> text or number, the same
+                headings in each, ``[{"file": "float.onnx", "ms": 9.7}, {"file": "model.onnx", "ms": 4.4}]``.
 
         Returns:
             The path that was written.
 
         Raises:
+            ValueError: two rows of ``measurements`` have other headings.
             DiffQError: the path cannot be written.
         """
         from diffq_fx.report.page import page_of
 
-        return page_of(self).save(path)
+        return page_of(self, measurements).save(path)

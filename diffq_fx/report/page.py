@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
@@ -13,6 +13,7 @@ import jinja2
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
+from diffq_fx.report.plots import HEIGHT, WIDTH, Plot, curve, scatter
 from diffq_fx.report.tables import first_names, named_sizes, skipped_by_reason, summary_lines
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class PageWeight:
     read_by: str
     why: str = ""
     """What decided the form that it has in a file."""
+    sensitivity: float | None = None
+    """Bits that it asked for, but for a constant that all weights share."""
 
     @classmethod
     def of(cls, weight: Any, **facts: Any) -> "PageWeight":
@@ -72,6 +75,24 @@ class Page:
     skipped: Sequence[tuple[str, str]] = ()
     """Why parameters stay in float, and which."""
     settings: Sequence[str] = ()
+    curves: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """What was logged in training -> step and value."""
+    measurements: Sequence[Mapping[str, object]] = ()
+    """Rows of a table: heading -> what was measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse rows that do not make a table."""
+        for row in self.measurements:
+            if list(row) != list(self.measurements[0]):
+                raise ValueError(f"measurements: every row needs the headings {list(self.measurements[0])}, one has {list(row)}.")
+
+    @property
+    def plots(self) -> list[Plot]:
+        """Sensitivity against bits, and the curves of the training."""
+        known = [(each.name, each.sensitivity, each.average, each.numel) for each in self.weights]
+        named = [(name, asked, bits, numel) for name, asked, bits, numel in known if asked is not None and bits is not None]
+        curves = [curve(name, points) for name, points in self.curves.items() if len(points) > 1]
+        return [scatter(named), *curves] if named else curves
 
     @property
     def histogram(self) -> dict[int, int]:
@@ -83,17 +104,17 @@ class Page:
         """The page as text, complete in itself."""
         source = resources.files("diffq_fx.report").joinpath("page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-        return environment.from_string(source).render(page=self, made=_made())
+        return environment.from_string(source).render(page=self, made=_made(), width=WIDTH, height=HEIGHT)
 
     def save(self, path: str | Path) -> Path:
         """Write the page; an older file survives until the new one is complete."""
-        path = Path(path)
+        path, page = Path(path), self.html().encode()
         with replaced_atomically(path, DiffQError) as file:
-            file.write(self.html().encode())
+            file.write(page)
         return path
 
 
-def page_of(report: "BitsReport") -> Page:
+def page_of(report: "BitsReport", measurements: Sequence[Mapping[str, object]] = ()) -> Page:
     """The page of a prepared or converted model."""
     sizes = [
         PageSize(
@@ -103,7 +124,14 @@ def page_of(report: "BitsReport") -> Page:
         for name, size in named_sizes(report).items()
     ]
     weights = [
-        PageWeight.of(weight, histogram=weight.histogram, numel=weight.numel, mib=mib(weight.packed_bits), read_by=weight.consumer)
+        PageWeight.of(
+            weight,
+            histogram=weight.histogram,
+            numel=weight.numel,
+            mib=mib(weight.packed_bits),
+            read_by=weight.consumer,
+            sensitivity=weight.sensitivity,
+        )
         for weight in report.weights
     ]
     return Page(
@@ -113,6 +141,8 @@ def page_of(report: "BitsReport") -> Page:
         weights=weights,
         skipped=[(f"{reason} ({len(names)})", first_names(names)) for reason, names in skipped_by_reason(report).items()],
         settings=report.settings,
+        curves=report.curves,
+        measurements=measurements,
     )
 
 

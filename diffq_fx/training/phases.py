@@ -19,6 +19,7 @@ from diffq_fx.weights import first_not_finite
 _CODING_ROUNDS = 3
 _CODING_EVERY = 50
 """Steps after which it is found again what entropy coding saves, where that is the size to hold; a tenth of a training if that is less."""
+_SPREAD = "bits a weight, standard deviation"
 _LARGEST_STRETCH = 0.1
 """Bits a weight that the steps of all weights may gain or lose at once."""
 
@@ -217,9 +218,25 @@ def _count_step(compression: Compression) -> None:
     """Note a step of the bits; the one that ends the noise freezes them."""
     steps = compression.known.steps + 1
     compression.note(steps=steps)
+    _log_bits(compression, steps)
     freeze_step = compression.config.freeze_step
     if freeze_step is not None and steps >= freeze_step:
         compression.freeze()
+
+
+def _log_bits(compression: Compression, step: int) -> None:
+    """Keep how far the bits have moved, and what they are worth, until they are final."""
+    if compression.frozen or not compression.history.wants(_SPREAD, step):
+        return
+    bits_T, values_T = compression.bit_state().bits_T(), compression.groups().values_T
+    share_T = values_T / values_T.sum()
+    mean = (bits_T * share_T).sum()
+    logged: dict[str, float | Tensor] = {_SPREAD: ((bits_T - mean).square() * share_T).sum().sqrt()}
+    if not compression.config.has_target:
+        logged["bits a weight, mean"] = mean
+    if (worth := compression.lambda_per_bit) is not None:
+        logged["lambda, loss per MiB"] = worth * MIB_BITS
+    compression.history.add(step, logged)
 
 
 def _refuse_what_is_not_finite(held: Held) -> None:

@@ -171,8 +171,11 @@ def test_demo_hands_its_options_on(monkeypatch, tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "results.json").write_text("[]")
     assert invoke("demo").exit_code == 0
-    assert invoke("demo", "--out", tmp_path, "--quick").exit_code == 0
-    assert calls == [{"out": Path("diffq-fx-demo"), "quick": False}, {"out": tmp_path, "quick": True}]
+    assert invoke("demo", "--out", tmp_path, "--quick", "--small").exit_code == 0
+    assert calls == [
+        {"out": Path("diffq-fx-demo"), "quick": False, "small": False},
+        {"out": tmp_path, "quick": True, "small": True},
+    ]
 
 
 def test_a_missing_module_is_named(monkeypatch):

@@ -102,7 +102,10 @@ def test_a_larger_smallest_container_changes_no_number(least, opset, mixed, path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"runtime": "openvino", "layout": "onnxruntime"}, "runtime='openvino' stands for layout='qdq', min_container=4, got layout='onnxr"),
+        (
+            {"runtime": "openvino", "layout": "onnxruntime"},
+            "runtime='openvino' stands for layout='qdq', min_container=4, got layout='onnxr",
+        ),
         ({"runtime": "openvino", "min_container": 2}, "got min_container=2: leave one of the two out"),
         ({"runtime": "openvino", "activations": "dynamic"}, 'layout "qdq" leaves activations in float'),
         ({"runtime": "tflite"}, r"runtime must be one of \('onnxruntime', .*'ort-format'\) or None, got 'tflite'"),
@@ -115,7 +118,9 @@ def test_options_that_contradict_a_runtime(options, says, old_file):
 
 
 def test_the_same_value_as_the_runtimes_is_no_contradiction(path):
-    assert export_onnx(Linear(16, 8, 2).eval(), torch.randn(1, 16), path, runtime="openvino", layout="qdq").weights[0].containers == {4: 128}
+    assert export_onnx(Linear(16, 8, 2).eval(), torch.randn(1, 16), path, runtime="openvino", layout="qdq").weights[0].containers == {
+        4: 128
+    }
 
 
 def test_a_container_that_the_opset_does_not_have(old_file):

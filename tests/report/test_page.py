@@ -1,5 +1,6 @@
 """The report as an HTML page: complete in itself, with every weight, and safe for any name."""
 
+import dataclasses
 from html.parser import HTMLParser
 
 import pytest
@@ -120,3 +121,94 @@ def test_command_never_writes_over_its_input(converted, tmp_path):
     result = invoke(tmp_path / "no.onnx")
     assert result.exit_code == 2
     assert "no.onnx" in result.output
+
+
+class Drawn(Reader):
+    """The pictures of a page: places of circles and of the points of its lines, by the picture's title."""
+
+    def __init__(self, html):
+        self.circles, self.lines, self.title = {}, {}, ""
+        super().__init__(html)
+
+    def handle_starttag(self, tag, attrs):
+        super().handle_starttag(tag, attrs)
+        values = dict(attrs)
+        if tag == "svg":
+            self.title = values["aria-label"]
+        elif tag == "circle":
+            self.circles.setdefault(self.title, []).append(tuple(float(values[name]) for name in ("cx", "cy", "r")))
+        elif tag == "polyline":
+            self.lines[self.title] = [tuple(map(float, point.split(","))) for point in values["points"].split()]
+
+
+class TwoBranches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.first(x) + 0.1 * self.second(x)[:, ::2]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Two weights of which the output needs the first more, after 100 steps; the second is the larger one."""
+    torch.manual_seed(0)
+    prepared = prepare(TwoBranches(), torch.zeros(2, 64), DiffQConfig(target_bits=4, training_steps=400))
+    optimizer = torch.optim.SGD(prepared.parameters(), 1e-3)
+    for _ in range(100):
+        loss = prepared(torch.randn(16, 64)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        prepared.compression.log(loss=loss)
+    return prepared
+
+
+def test_a_page_draws_bits_against_sensitivity_and_the_curves_of_the_training(trained, tmp_path):
+    for model in (trained, convert(trained)):
+        report = bits_report(model)
+        page = Drawn(report.save_page(tmp_path / "report.html").read_text())
+        first, second = page.circles["Bits against sensitivity"]
+        assert report.weights[0].sensitivity > report.weights[1].sensitivity
+        assert report.weights[0].average_bits > report.weights[1].average_bits
+        assert (first[0] > second[0], first[1] < second[1], first[2] < second[2]) == (True, True, True)  # y goes down
+        assert len(page.lines["loss"]) == len(report.curves["loss"]) == 100
+        assert len(page.lines["lambda, loss per MiB"]) == 40  # until the bits are final
+        steps = [x for x, _ in page.lines["loss"]]
+        assert steps == sorted(steps)
+        losses, heights = [value for _, value in report.curves["loss"]], [y for _, y in page.lines["loss"]]
+        assert losses.index(max(losses)) == heights.index(min(heights))
+
+
+def test_bits_spread_when_the_sensitivity_is_known(trained):
+    spread = dict(bits_report(trained).curves["bits a weight, standard deviation"])
+    assert max(spread[step] for step in range(1, 20)) < 0.3 * min(spread[step] for step in range(21, 41))
+
+
+def test_without_a_training_there_is_no_picture(converted, tmp_path):
+    page = Drawn(bits_report(converted).save_page(tmp_path / "report.html").read_text())
+    assert "Sensitivity" not in page.text
+    assert not page.lines
+    assert not page.circles
+
+
+def test_curves_with_values_that_are_not_finite_or_all_the_same_are_drawn(trained, tmp_path):
+    curves = {
+        "same": [[0, 2.0], [5, 2.0]],
+        "none": [[0, float("nan")], [1, float("inf")]],
+        "some": [[0, 1.0], [1, float("nan")], [2, -3.0]],
+    }
+    report = dataclasses.replace(bits_report(trained), curves=curves)
+    page = Drawn(report.save_page(tmp_path / "report.html").read_text())
+    assert {name: len(points) for name, points in page.lines.items() if name in curves} == {"same": 2, "some": 2}
+
+
+def test_measurements_are_a_table_of_literal_text(converted, tmp_path):
+    rows = [{"file": "<float>", "ms": 9.71}, {"file": "ours", "ms": "4.4 [4.3, 4.6]"}]
+    page = Reader(bits_report(converted).save_page(tmp_path / "report.html", measurements=rows).read_text())
+    for expected in ("Measured", "file", "<float>", "9.71", "4.4 [4.3, 4.6]"):
+        assert expected in page.text
+    with pytest.raises(ValueError, match=r"headings \['file', 'ms'\], one has \['file'\]"):
+        bits_report(converted).save_page(tmp_path / "other.html", measurements=[*rows, {"file": "third"}])
+    assert not (tmp_path / "other.html").exists()

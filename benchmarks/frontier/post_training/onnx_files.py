@@ -11,9 +11,9 @@ import torch
 from benchmarks.frontier.job import Job, NotApplicableError, Point, System
 from benchmarks.frontier.sessions import score_file
 from benchmarks.frontier.tasks import Task
+from diffq_fx.demo.race import preprocessed, quantize_to_4_bits, quantize_to_int8
 
 _CALIBRATION = 4
-_BLOCK = 32
 
 
 def _export_float(task: Task, path: Path) -> None:
@@ -36,9 +36,7 @@ def _int8(job: Job) -> Point:
 
 
 def _quantize_dynamic(task: Task, source: Path, result: Path) -> str:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantize_dynamic(_without_shapes(source), result, weight_type=QuantType.QInt8, per_channel=True)
+    quantize_to_int8(source, result)
     return "quantize_dynamic, int8 per channel"
 
 
@@ -55,7 +53,7 @@ def _quantize_static(task: Task, source: Path, result: Path) -> str:
             return None if inputs is None else {name: each.contiguous().numpy() for name, each in zip(names, inputs, strict=True)}
 
     quantize_static(
-        _without_shapes(source),
+        preprocessed(source),
         result,
         Reader(),
         quant_format=QuantFormat.QDQ,
@@ -66,33 +64,15 @@ def _quantize_static(task: Task, source: Path, result: Path) -> str:
     return f"quantize_static, int8 per channel, {_CALIBRATION} batches of {next(task.test_batches())[1].shape[0]} to calibrate"
 
 
-def _without_shapes(source: Path) -> Path:
-    """The preprocessed file; its optimizer leaves shapes of values that it has turned."""
-    import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    path = source.with_name("preprocessed.onnx")
-    quant_pre_process(source, path, skip_symbolic_shape=True)
-    model = onnx.load(path)
-    del model.graph.value_info[:]
-    onnx.save(model, path)
-    return path
-
-
 def _int4(job: Job) -> Point:
     if job.task.has_convolutions:
-        raise NotApplicableError("onnxruntime's 4-bit quantizer takes MatMul alone, and this task's weights are mostly others")
+        raise NotApplicableError("onnxruntime's 4-bit quantizer takes MatMul and Gather alone, and this task's weights are mostly others")
     return _quantized(job, _quantize_4_bits)
 
 
 def _quantize_4_bits(task: Task, source: Path, result: Path) -> str:
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), bits=4, block_size=_BLOCK, is_symmetric=False, accuracy_level=4)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(result), False)
-    return f"MatMulNBits, 4 bits, blocks of {_BLOCK}; embeddings stay float"
+    quantize_to_4_bits(source, result)
+    return "MatMulNBits, 4 bits, blocks of 32, embeddings too"
 
 
 ONNX_FILES: dict[str, System] = {

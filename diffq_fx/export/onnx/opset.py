@@ -31,7 +31,9 @@ def set_opset(model: ir.Model, asked: int | None) -> int:
     if not BASE_OPSET <= target <= MAX_OPSET:
         raise ExportError(f"opset {target} is outside of {BASE_OPSET} to {MAX_OPSET}, which the exporter can write.")
     if target < needed:
-        raise ExportError(f"opset {target} is too low: {reason} needs {needed}. Leave opset out, give {needed} or more, or a larger min_container.")
+        raise ExportError(
+            f"opset {target} is too low: {reason} needs {needed}. Leave opset out, give {needed} or more, or a larger min_container."
+        )
     if target > BASE_OPSET:
         convert_version(model, target)
     if model.opset_imports[""] != target:

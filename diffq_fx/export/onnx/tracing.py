@@ -252,8 +252,8 @@ def _has_dynamic_batch(program: torch.export.ExportedProgram) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch.export and torch.onnx say about themselves: nothing of it is for the user of this library."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    """Silence what exporters and quantizers say about themselves: nothing of it is for the user of this library."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "onnxruntime.quantization")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
