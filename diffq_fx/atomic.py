@@ -60,6 +60,13 @@ def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
             raise error(f"cannot write '{path}': it is no regular file (a device, pipe or socket), which a new file would replace")
         if target.exists() and not os.access(target, os.W_OK):
             raise error(f"cannot write '{path}': the file is read-only")
+    with _drafts_beside(target, path, error) as folder:
+        yield folder
+
+
+@contextmanager
+def _drafts_beside(target: Path, path: Path, error: type[DiffQError]) -> Iterator[Path]:
+    with naming(path, error):
         if not target.parent.exists():
             raise error(f"cannot write '{path}': No such file or directory; make its folder first")
         folder = Path(tempfile.mkdtemp(prefix=".diffq_fx.", dir=target.parent))
@@ -67,6 +74,31 @@ def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
+    """A draft of a folder that takes its place at the end with all that is in it; after an error, or an interrupt, there is none.
+
+    Args:
+        path: the folder to make; there is none yet, or it is empty.
+        error: what to raise.
+
+    Raises:
+        DiffQError: as ``error``: there is a file or a folder that holds something, or its own folder is missing or read-only.
+    """
+    with naming(path, error):
+        if os.path.lexists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise error(f"'{path}' is there already. Give the name of a new folder, or remove it")
+        target = Path(os.path.realpath(path))
+    with _drafts_beside(target, path, error) as drafts:
+        draft = drafts / "draft"
+        draft.mkdir()
+        yield draft
+        with naming(path, error):
+            if target.exists():
+                target.rmdir()
+            os.replace(draft, target)
 
 
 def put_in_place(draft: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The ``diffq-fx`` command line: look into files, report on them, pack and unpack state dicts, race two ONNX files, see the demo.
+"""The ``diffq-fx`` command line.
 
 Commands import onnx and onnxruntime when they run, so that ``diffq-fx --help`` answers at once.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from diffq_fx.cli.bench import bench
+from diffq_fx.cli.compress_command import compress
 from diffq_fx.cli.inspect import inspect
 from diffq_fx.cli.output import EXIT_CODES, Answer, command
 from diffq_fx.cli.packed import pack, unpack
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(compress)
 app.command()(inspect)
 app.command()(pack)
 app.command()(unpack)

@@ -34,6 +34,8 @@ class Answer:
     """For ``--json``."""
     shown: Sequence[RenderableType]
     """For people: tables and lines; a line is taken literally."""
+    failed: str = ""
+    """What could not be done of it: the last message, with the exit code of bad input."""
 
 
 def command(work: Callable[..., Answer]) -> Callable[..., None]:
@@ -45,10 +47,12 @@ def command(work: Callable[..., Answer]) -> Callable[..., None]:
             answer = work(**given)
         if json:
             print_json(answer.data)
-            return
-        console = _standard_output()
-        for each in answer.shown:
-            console.print(each, markup=False, soft_wrap=isinstance(each, str))
+        else:
+            console = _standard_output()
+            for each in answer.shown:
+                console.print(each, markup=False, soft_wrap=isinstance(each, str))
+        if answer.failed:
+            _fail(answer.failed)
 
     option = Annotated[bool, typer.Option("--json", help="Print everything as JSON, alone on stdout.")]
     signature = inspect.signature(work)
@@ -73,7 +77,7 @@ def errors_as_messages() -> Iterator[None]:
         _fail("interrupted.", error, INTERRUPTED)
 
 
-def _fail(message: str, cause: BaseException, code: int = BAD_INPUT) -> None:
+def _fail(message: str, cause: BaseException | None = None, code: int = BAD_INPUT) -> None:
     Console(stderr=True).print(f"diffq-fx: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code) from cause
 
