@@ -127,4 +127,5 @@ def quantize_to_4_bits(source: Path, path: Path) -> None:
     with quiet():
         quantizer = MatMulNBitsQuantizer(onnx.load(source), **settings, op_types_to_quantize=tuple(axes), quant_axes=tuple(axes.items()))
         quantizer.process()
-    quantizer.model.save_model_to_file(str(path), False)
+    wrapped: Any = quantizer.model  # declared as a ModelProto, which it no longer is
+    wrapped.save_model_to_file(str(path), False)
