@@ -64,7 +64,7 @@ def contest(out: Path, quick: bool, tell: Callable[[str], None]) -> Contest:
     export_onnx(converted, inputs[:1], ours)
     tell("exported; two files race")
     return Contest(
-        title="a net for digits in onnxruntime: sizes in MiB, latency in ms, median [quartiles] of runs in turns",
+        title="a net for digits in onnxruntime; ms: median [quartiles] of runs in turns",
         files=files,
         inputs=(inputs,),
         unit="image",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from diffq_fx.export.onnx.benchmark import Quartiles
@@ -46,11 +47,11 @@ class Contest:
 def show(contest: Contest, out: Path, console: Console) -> None:
     """Score and race the files, print one table, and write it into report.html and results.json."""
     rows = measure(contest)
-    table = Table(title=contest.title, title_justify="left")
+    table = Table(title=Text(contest.title), title_justify="left")  # Text: square brackets are markup to rich
     for heading in rows[0]:
         table.add_column(heading, justify="right" if heading != "file" else "left")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(Text, row.values()))
     console.print(table)
     contest.report.save_page(out / "report.html", measurements=rows)
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -127,4 +128,5 @@ def quantize_to_4_bits(source: Path, path: Path) -> None:
     with quiet():
         quantizer = MatMulNBitsQuantizer(onnx.load(source), **settings, op_types_to_quantize=tuple(axes), quant_axes=tuple(axes.items()))
         quantizer.process()
-    quantizer.model.save_model_to_file(str(path), False)
+    wrapped: Any = quantizer.model  # declared as a ModelProto, which it no longer is
+    wrapped.save_model_to_file(str(path), False)

@@ -114,7 +114,7 @@ def contest(out: Path, quick: bool, tell: Callable[[str], None]) -> Contest:
     with torch.no_grad():
         wanted = model(*test)
     return Contest(
-        title=f"MiniLM in onnxruntime, {_TOKENS} tokens a sentence: sizes in MiB, latency in ms, median [quartiles] of runs in turns",
+        title=f"MiniLM in onnxruntime, {_TOKENS} tokens a sentence; ms: median [quartiles] of runs in turns",
         files=files,
         inputs=test,
         unit="sentence",
@@ -129,5 +129,5 @@ def agreement(embeddings: Tensor, wanted: Tensor) -> dict[str, str]:
     similarities = torch.stack([(each @ each.T)[pairs] for each in (embeddings, wanted)])
     return {
         "cosine to float": f"{float((embeddings * wanted).sum(-1).mean()):.4f}",
-        "correlation of pair similarities": f"{float(torch.corrcoef(similarities)[0, 1]):.4f}",
+        "pair correlation": f"{float(torch.corrcoef(similarities)[0, 1]):.4f}",
     }

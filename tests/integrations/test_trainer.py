@@ -92,9 +92,13 @@ def test_the_length_of_the_training_is_taken_over_and_everything_is_logged(tmp_p
     assert logger.seen[-1]["diffq/bits"] == pytest.approx(bits_report(model).average_bits)
     assert logger.seen[-1]["diffq/mib"] == pytest.approx(bits_report(model).packed_size.total_mib)
     assert "diffq/bits" in capsys.readouterr().out, "what Trainer itself prints"
+    curves = bits_report(callback.converted).curves
+    assert [value for _, value in curves["loss"]] == [log["loss"] for log in while_training]
+    assert [step for step, _ in curves["loss"]] == [2, 4, 6, 8, 10, 12]
     callback.converted.save_pretrained(tmp_path / "folder")
     loaded = BertForSequenceClassification.from_pretrained(tmp_path / "folder")
     assert torch.equal(loaded(IDS).logits, model.eval()(input_ids=IDS).logits)
+    assert bits_report(loaded).curves == curves
 
 
 def test_a_schedule_that_does_not_fit_is_warned_of_at_the_start_and_at_the_end(tmp_path):
