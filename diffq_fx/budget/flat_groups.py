@@ -4,7 +4,7 @@ Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffq_fx import _compat
 from diffq_fx.functional import AROUND_ZERO
-from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
 
 _WIDTH_HEADER_BITS = 8
@@ -134,11 +133,6 @@ class Segment:
             _compat.copy_each(own, self._opened[1:])
         elif row_N.data_ptr() != own[0].data_ptr():
             own[0].copy_(row_N.view_as(own[0]))
-
-    def tiles(self) -> Iterator[slice]:
-        """The row in pieces that stay in the cache; on a GPU in one piece."""
-        size = TILE if self.values.device.type == "cpu" else max(len(self.values), 1)
-        return (slice(left, left + size) for left in range(0, len(self.values), size))
 
 
 class FlatGroups:

@@ -20,6 +20,7 @@ from diffq_fx.budget.allocation import Part, common_shift
 from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
 from diffq_fx.budget.size import size_and_growth, slope
+from diffq_fx.functional.groups import tiles
 from diffq_fx.kernels import moments
 
 _GRADIENT_RMS = 1e-3
@@ -96,7 +97,7 @@ def project(state: BitState, rows: OpenRows, sums: Tensor, scale: Tensor | float
 def _tiles(state: BitState, rows: OpenRows) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of the gradients, and the derivative of the size in the same logits."""
     for segment, row, grad in rows:
-        for tile in segment.tiles():
+        for tile in tiles(row.shape, row.device):
             yield grad[tile], slope(state, segment, row, tile)
 
 
@@ -107,6 +108,6 @@ def shift_to(state: BitState, budget: int) -> None:
     size, growth = size_and_growth(state, rows)
     shift = ((budget - size) / growth.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / GAIN, _LARGEST_SHIFT / GAIN)
     for segment, row in zip(segments, rows, strict=True):
-        for tile in segment.tiles():
+        for tile in tiles(row.shape, row.device):
             row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / GAIN, _LOGIT_LIMIT / GAIN)
         segment.close(row, state.logits)

@@ -7,7 +7,8 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 (1, 1) per tensor, (O, 1) per channel, (O, ceil(I / block)) per block. Group values of two layouts broadcast together.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +21,12 @@ TILE = 1 << 18
 GroupKind = Literal["tensor", "channel", "block"]
 GroupSize = int | Literal["tensor", "channel"]
 """What users write: weights that share something, as a block length along the input axis, "channel" or "tensor"."""
+
+
+def tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Rows of (R, C), or of a row its places, in pieces that stay in a CPU's cache; on other devices in one."""
+    height = max(1, TILE // max(math.prod(shape[1:]), 1)) if device.type == "cpu" else max(shape[0], 1)
+    return (slice(top, top + height) for top in range(0, shape[0], height))
 
 
 def to_rows(weight: Tensor, axis: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import TILE
+from diffq_fx.functional.groups import tiles
 from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.kernels import memory, native
 from diffq_fx.kernels.derivatives import first_alone
@@ -34,7 +34,7 @@ def plain_step(logits: Tensor, span: Tensor, bits: tuple[float, float, float]) -
     min_bits, max_bits, gain = bits
     shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
     step = memory.empty(shape, torch.promote_types(logits.dtype, span.dtype), logits.device)
-    for rows in _tiles(shape, logits.device):
+    for rows in tiles(shape, logits.device):
         share = torch.sigmoid_(_rows_of(logits, rows) * gain)
         levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
         step[rows] = _rows_of(span, rows) / levels.sub_(1)
@@ -55,7 +55,7 @@ def slope_of_step(
     if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
         grad = (grad * step).addcmul_(grad * step, step * inverse).sum_to_size(logits.shape)
     grad_logits, one = torch.empty_like(logits), step.new_ones(())
-    for rows in _tiles(logits.shape, logits.device):
+    for rows in tiles(logits.shape, logits.device):
         into = grad[rows]
         if logits.shape == step.shape:
             into = torch.addcmul(one, step[rows], _rows_of(inverse, rows)).mul_(into).mul_(step[rows])
@@ -74,12 +74,6 @@ def _of_widest(per_range: Tensor, logits: Tensor) -> Tensor:
             widest = widest.amax(axis, keepdim=True)
     are_widest = (logits == widest).to(per_range.dtype)
     return are_widest * (per_range / are_widest.sum_to_size(shape).clamp(min=1))
-
-
-def _tiles(shape: torch.Size, device: torch.device) -> list[slice]:
-    """Rows of (R, C), or of a row its places, in pieces that stay in the cache; on a GPU in one."""
-    height = max(1, TILE // max(math.prod(shape[1:]), 1)) if device.type == "cpu" else max(shape[0], 1)
-    return [slice(top, top + height) for top in range(0, shape[0], height)]
 
 
 def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
@@ -139,7 +133,7 @@ def size_of_logits(
         return native.size(values, logits, min_bits, max_bits, gain)
     # sum n b = b_min sum n + (b_max - b_min) sum n s, and sum n db/dl = gain (b_max - b_min) (sum n s - sum n s^2), with s the sigmoid
     total, first, second = (torch.zeros((), dtype=widest_float(logits.device), device=logits.device) for _ in range(3))
-    for tile in _tiles(logits.shape, logits.device):
+    for tile in tiles(logits.shape, logits.device):
         share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
         taken = count * share
         total += count.sum(dtype=total.dtype)
@@ -160,7 +154,7 @@ def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: 
         return native.slope_of_size(values, logits, 1.0 if times is None else float(times), min_bits, max_bits, gain)
     slopes = memory.empty(logits.shape, logits.dtype, logits.device)
     factor = gain * (max_bits - min_bits) * (1.0 if times is None else times)
-    for tile in _tiles(logits.shape, logits.device):
+    for tile in tiles(logits.shape, logits.device):
         share = torch.sigmoid_(logits[tile] * gain)
         torch.mul(torch.ops.aten.sigmoid_backward(values[tile].to(share.dtype), share), factor, out=slopes[tile])
     return slopes

@@ -22,7 +22,7 @@ from diffq_fx.kernels import eager, gpu, native
 from diffq_fx.kernels.bits import plain_step, slope_of_step
 from diffq_fx.kernels.derivatives import first_alone
 from diffq_fx.kernels.draws import draw_seed
-from diffq_fx.kernels.ranges import extremes, normal_span
+from diffq_fx.kernels.ranges import extremes, normal_range
 from diffq_fx.kernels.settings import OF_NOISE, NoiseSettings
 
 
@@ -98,7 +98,8 @@ class Noise(NoiseSettings):
             if size == 1 < widest.shape[axis]:
                 widest = widest.amax(axis, keepdim=True)
         bits = bits_from_logits(widest, self.min_bits, self.max_bits, self.gain)
-        return normal_span(rows_OI, ranges, bits, self.grid)
+        low, high, growth = normal_range(rows_OI, ranges, bits, self.grid)
+        return high - low, growth
 
     def draw(self, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The noisy weight; the length of each range and its growth, (2, R, C); the seed, int64, (1,); the steps if they are at hand."""

@@ -95,12 +95,6 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     return low, high, torch.where(high > low, growth / (high - low), 0)
 
 
-def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The length of :func:`normal_range` and how its logarithm grows."""
-    low, high, growth = normal_range(rows_OI, layout, bits, grid)
-    return high - low, growth
-
-
 def least_error_range(
     rows_OI: Tensor,
     layout: GroupLayout,
