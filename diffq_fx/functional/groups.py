@@ -10,7 +10,7 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,11 @@ def tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
 def to_rows(weight: Tensor, axis: int) -> Tensor:
     """View (or copy, where strides demand it) a weight as rows, shape (O, I)."""
     return (weight.movedim(axis, 0) if axis else weight).reshape(weight.shape[axis], -1)
+
+
+def rows_of(values_RC: Any, rows: slice) -> Any:
+    """Values per group of some of the rows; those that all rows share stay as they are."""
+    return values_RC if values_RC.shape[0] == 1 else values_RC[rows]
 
 
 def from_rows(rows_OI: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:

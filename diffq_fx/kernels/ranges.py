@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupKind, GroupLayout
+from diffq_fx.functional.groups import GroupKind, GroupLayout, rows_of
 from diffq_fx.functional.quantization import AROUND_ZERO, WIDEST_HALF, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
@@ -216,7 +216,7 @@ class _Search(NamedTuple):
         lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
         errors_KRC = torch.zeros_like(lows_KRC)
         for part in self.groups.row_slices(self.rows.device):
-            bits = self.bits if self.bits.shape[0] == 1 else self.bits[part]
+            bits = rows_of(self.bits, part)
             rows = slice(None) if lows_KRC.shape[1] == 1 else part
             params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], bits, self.grid)
             importance = self.importance
@@ -235,8 +235,8 @@ def rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups
         top = 2 ** bits.to(torch.int32) - 1
         return native.rounding_errors(rows_OI, importance, params_K.scale, params_K.zero_point, top, groups)
     errors = []
-    for k, scale in enumerate(params_K.scale):
-        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
+    for k in range(len(params_K.scale)):
+        params = params_K.map(lambda values, k=k: values[k])
         rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
         squares_OI = (rounded_OI - rows_OI).square()
         errors.append(groups.sum(squares_OI if importance is None else squares_OI * importance))
