@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffq_fx.budget.allocation import Part, common_shift
+from diffq_fx.budget.allocation import common_shift, parts_within_limits
 from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
 from diffq_fx.budget.size import size_and_growth, slope
@@ -41,9 +41,7 @@ OpenRows = Sequence[tuple[Segment, Tensor, Tensor]]
 
 def same_bits(groups: FlatGroups, budget: int) -> Tensor:
     """The bits that meet a budget if all groups have the same, as far as their limits allow, shape (T,)."""
-    parts = [(alike.limits, torch.tensor([float(alike.num_values)], dtype=torch.float64)) for alike in groups.alike]
-    zero = torch.zeros(1, dtype=torch.float64)
-    bits = common_shift([Part(values, zero, own.min_bits, own.max_bits) for own, values in parts], budget - groups.fixed_bits)
+    bits = common_shift(parts_within_limits(groups, torch.zeros(groups.num_groups)), budget - groups.fixed_bits)
     bits_T = torch.full((groups.num_groups,), bits, dtype=torch.float32, device=groups.device)
     return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), bits_T)
 

@@ -49,7 +49,7 @@ class QuantParams(NamedTuple):
         return self.zero_point
 
 
-def bits_from_logits(logits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
+def bits_from_logits(logits: Tensor, min_bits: float | Tensor, max_bits: float | Tensor, gain: float = 1.0) -> Tensor:
     """Number of bits of each group: ``b = b_min + sigmoid(gain * l) (b_max - b_min)``, DiffQ (arXiv:2104.09987).
 
     Bits as float, of trainable logits of any shape. ``gain`` is how much faster than the logit its sigmoid's argument moves (paper: 1).

@@ -103,20 +103,6 @@ def step_of_logits(
     return _StepOfLogits.apply(logits, span, growth, min_bits, max_bits, gain)
 
 
-def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """Bits ``b = b_min + sigmoid(gain l) (b_max - b_min)`` and their derivative ``db/dl``, without autograd.
-
-    Example:
-        >>> bits_of_logits(torch.zeros(1), min_bits=2, max_bits=8, gain=1)
-        (tensor([5.]), tensor([1.5000]))
-    """
-    if native.takes_logits(logits):
-        return native.bits(logits, min_bits, max_bits, gain)
-    share = torch.sigmoid_(logits * gain)
-    bits = (share * (max_bits - min_bits)).add_(min_bits)
-    return bits, share.addcmul_(share, share, value=-1).mul_(gain * (max_bits - min_bits))
-
-
 def size_of_logits(
     values: Tensor, logits: Tensor, *, min_bits: float, max_bits: float, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

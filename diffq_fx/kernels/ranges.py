@@ -231,7 +231,7 @@ class _Search(NamedTuple):
 
 def rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout, importance: Tensor | None = None) -> Tensor:
     """Squared rounding error of each group on each of K grids, times the importance, (1, I) or (O, I), shape (K, R, C)."""
-    if params_K.zero_point is not None and native.takes_rows(rows_OI):
+    if params_K.zero_point is not None and native.takes_rows(rows_OI, least=1):
         top = 2 ** bits.to(torch.int32) - 1
         return native.rounding_errors(rows_OI, importance, params_K.scale, params_K.zero_point, top, groups)
     errors = []
