@@ -39,6 +39,19 @@ def rows_of(values_RC: Any, rows: slice) -> Any:
     return values_RC if values_RC.shape[0] == 1 else values_RC[rows]
 
 
+def largest_in(values_RC: Tensor, shape: Sequence[int]) -> Tensor:
+    """The largest of the values of all groups that lie in one group of another layout, of this shape.
+
+    Example:
+        >>> largest_in(torch.tensor([[1, 5], [2, 3]]), (2, 1)).tolist()
+        [[5], [3]]
+    """
+    for axis, size in enumerate(shape):
+        if size == 1 < values_RC.shape[axis]:
+            values_RC = values_RC.amax(axis, keepdim=True)
+    return values_RC
+
+
 def from_rows(rows_OI: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:
     """Undo :func:`to_rows`: rows of shape (O, I) back to a weight of ``shape``."""
     if axis == 0:

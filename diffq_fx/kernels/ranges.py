@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupKind, GroupLayout, rows_of
+from diffq_fx.functional.groups import GroupKind, GroupLayout, largest_in, rows_of
 from diffq_fx.functional.quantization import AROUND_ZERO, WIDEST_HALF, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
@@ -160,17 +160,9 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     if grid == "half" and (on_levels := _on_levels(*best, bits)):
         best = search.best(on_levels)
     if by_size:
-        spans = _fewest(bits, low) >= _SPANS_FROM
+        spans = -largest_in(-bits, low.shape) >= _SPANS_FROM  # the fewest of a range decide
         return torch.where(spans, low, best[0]), torch.where(spans, high, best[1])
     return best
-
-
-def _fewest(bits: Tensor, like: Tensor) -> Tensor:
-    """The fewest bits among the groups of each range, the ranges having the shape of ``like``."""
-    for axis, size in enumerate(like.shape):
-        if size == 1 < bits.shape[axis]:
-            bits = bits.amin(axis, keepdim=True)
-    return bits
 
 
 @_least_error_range_op.register_fake
