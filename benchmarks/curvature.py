@@ -117,9 +117,7 @@ def _curvature(gathered: Gathered) -> Tensor:
         state.set_bits(gathered.start_T)
     sums = [own.clone() for own in gathered.full]
     for quantizer, own in zip(gathered.learned, sums, strict=True):
-        logits = quantizer.logits.detach().requires_grad_()
-        noise = quantizer.squared_noise(logits)
-        sensitivity.measure_curvature(own, noise.detach(), torch.autograd.grad(noise.sum(), logits)[0])
+        sensitivity.measure_curvature(own, *quantizer.squared_noise())
     return curvatures([quantizer.spec for quantizer in gathered.learned], sums)
 
 

@@ -49,7 +49,7 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
     how = {"steps": torch.zeros(()) if important == "large weights" else None}
     found = least_error_range(rows, layout, bits, groups, grid, importance, **how)
     usual = normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2]
-    monkeypatch.setattr(native, "takes_rows", lambda *_: False)
+    monkeypatch.setattr(native, "takes_rows", lambda *_, **__: False)
     torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid, importance, **how))
     torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2])
     widest = functional.weight_range(rows, layout, grid)
@@ -62,7 +62,7 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
 @pytest.mark.parametrize("grid", GRIDS)
 def test_an_important_column_is_not_clipped(grid, by, monkeypatch):
     if by == "torch":
-        monkeypatch.setattr(native, "takes_rows", lambda *_: False)
+        monkeypatch.setattr(native, "takes_rows", lambda *_, **__: False)
     rows = torch.randn(200, 100, generator=torch.Generator().manual_seed(0))
     rows[:, 7] = 9
     layout, bits, importance = GroupLayout.of(200, 100, "channel"), torch.tensor([[2]]), torch.ones(100)
@@ -171,7 +171,7 @@ def test_other_types(dtype):
 def test_the_gradient_of_a_learned_range(by, grid, monkeypatch):
     """Against the derivative of the rounded weights with the levels inside held, which is what LSQ's estimator says."""
     if by == "torch":
-        monkeypatch.setattr(native, "takes_rows", lambda *_: False)
+        monkeypatch.setattr(native, "takes_rows", lambda *_, **__: False)
     torch.manual_seed(0)
     columns = 3000  # enough that the kernel is worth its call
     weight, grad = torch.randn(6, columns, requires_grad=True), torch.randn(6, columns)

@@ -94,6 +94,12 @@ class Part:
         return Part(values[values > 0], bits[values > 0], self.low, self.high)
 
 
+def parts_within_limits(groups: FlatGroups, bits_T: Tensor) -> list[Part]:
+    """The groups with these bits, which move within the limits of training."""
+    values_T, bits_T = groups.values_T.cpu().double(), bits_T.cpu().double()
+    return [Part(each.of(values_T), each.of(bits_T), each.limits.min_bits, each.limits.max_bits) for each in groups.alike]
+
+
 def common_shift(parts: Sequence[Part], payload: float) -> float:
     """The shift of all bits at which the clamped total meets ``payload``, by bisection; of many groups it looks at a fine histogram.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
+from diffq_fx.functional.groups import rows_of
 from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.weights import WeightSpec
 
@@ -108,7 +109,7 @@ def _levels_saved(weight: RoundedWeight) -> float:
     layout, largest = weight.spec.scale_layout, int(width.max())
     counts = torch.zeros((largest + 1) << largest, dtype=widest_float(rows_OI.device), device=rows_OI.device)
     for part in layout.row_slices(rows_OI.device):
-        own, own_width = layout.of_rows(part), width if width.shape[0] == 1 else width[part]
+        own, own_width = layout.of_rows(part), rows_of(width, part)
         of_rows = params.of_rows(part)
         levels_PI = functional.quantize(rows_OI[part].to(params.scale.dtype), of_rows, own_width, own)
         width_PI = own.expand(own_width.expand(of_rows.scale.shape)).expand(levels_PI.shape)

@@ -4,7 +4,7 @@ Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffq_fx import _compat
 from diffq_fx.functional import AROUND_ZERO
-from diffq_fx.functional.groups import TILE
 from diffq_fx.weights import WeightSpec
 
 _WIDTH_HEADER_BITS = 8
@@ -72,11 +71,8 @@ class Alike:
 
     limits: WidthLimits
     weights: tuple[int, ...]
-    index: Tensor
-    """The same on the device."""
     places: tuple[slice, ...]
     """Where their groups are in the row of all groups."""
-    num_values: int
 
     def of(self, row_T: Tensor) -> Tensor:
         """Their part of a row: a view where these are all weights."""
@@ -135,11 +131,6 @@ class Segment:
         elif row_N.data_ptr() != own[0].data_ptr():
             own[0].copy_(row_N.view_as(own[0]))
 
-    def tiles(self) -> Iterator[slice]:
-        """The row in pieces that stay in the cache; on a GPU in one piece."""
-        size = TILE if self.values.device.type == "cpu" else max(len(self.values), 1)
-        return (slice(left, left + size) for left in range(0, len(self.values), size))
-
 
 class FlatGroups:
     """The groups of all weights of a model; with ``in_containers`` as an ONNX file stores them, whose containers say how wide they are."""
@@ -161,14 +152,13 @@ class FlatGroups:
         one_if_equal = (own[:1].expand(len(own)) if bool((own == own[0]).all()) else own for own in values_W)
         self._values = [own.to(device) for own in one_if_equal]
         self.groups_W = torch.tensor(self.counts, dtype=torch.float32, device=device)
+        self.min_bits_W, self.max_bits_W = torch.tensor([(own.min_bits, own.max_bits) for own in self._limits], device=device).float().T
         self.device = device
         self.num_groups = sum(self.counts)
-        num_values = [int(values.sum()) for values, _ in costs]
-        self.num_values = sum(num_values)
         self.fixed_bits = sum(fixed for _, fixed in costs)
         self.num_weights = sum(spec.numel for spec in specs)
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
-        self.alike = [self._alike(own, num_values) for own in dict.fromkeys(self._limits)]
+        self.alike = [self._alike(own) for own in dict.fromkeys(self._limits)]
         few = [i for alike in self.alike for i in alike.weights if self.counts[i] < _LARGE]  # in the order of the segments
         self._few_weights = few
         self._few = torch.tensor(few, dtype=torch.int64, device=device)
@@ -179,15 +169,14 @@ class FlatGroups:
         """Stored values of every group, float32."""
         return torch.cat(self._values)
 
-    def _alike(self, limits: WidthLimits, num_values: Sequence[int]) -> Alike:
+    def _alike(self, limits: WidthLimits) -> Alike:
         weights = [i for i, own in enumerate(self._limits) if own == limits]
         ends = [0, *itertools.accumulate(self.counts)]
         places: list[slice] = []
         for i in weights:
             start = places.pop().start if places and places[-1].stop == ends[i] else ends[i]
             places.append(slice(start, ends[i + 1]))
-        index = torch.tensor(weights, dtype=torch.int64, device=self.device)
-        return Alike(limits, tuple(weights), index, tuple(places), sum(num_values[i] for i in weights))
+        return Alike(limits, tuple(weights), tuple(places))
 
     def by_limits(self, function: Callable[[Tensor, WidthLimits], Tensor], row_T: Tensor) -> Tensor:
         """A function of one value per group, and of the limits, for all groups: one call for all weights with the same limits."""

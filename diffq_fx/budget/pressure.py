@@ -16,10 +16,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from diffq_fx.budget.allocation import Part, common_shift
+from diffq_fx.budget.allocation import common_shift, parts_within_limits
 from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
 from diffq_fx.budget.size import size_and_growth, slope
+from diffq_fx.functional.groups import tiles
 from diffq_fx.kernels import moments
 
 _GRADIENT_RMS = 1e-3
@@ -40,9 +41,7 @@ OpenRows = Sequence[tuple[Segment, Tensor, Tensor]]
 
 def same_bits(groups: FlatGroups, budget: int) -> Tensor:
     """The bits that meet a budget if all groups have the same, as far as their limits allow, shape (T,)."""
-    parts = [(alike.limits, torch.tensor([float(alike.num_values)], dtype=torch.float64)) for alike in groups.alike]
-    zero = torch.zeros(1, dtype=torch.float64)
-    bits = common_shift([Part(values, zero, own.min_bits, own.max_bits) for own, values in parts], budget - groups.fixed_bits)
+    bits = common_shift(parts_within_limits(groups, torch.zeros(groups.num_groups)), budget - groups.fixed_bits)
     bits_T = torch.full((groups.num_groups,), bits, dtype=torch.float32, device=groups.device)
     return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), bits_T)
 
@@ -96,7 +95,7 @@ def project(state: BitState, rows: OpenRows, sums: Tensor, scale: Tensor | float
 def _tiles(state: BitState, rows: OpenRows) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of the gradients, and the derivative of the size in the same logits."""
     for segment, row, grad in rows:
-        for tile in segment.tiles():
+        for tile in tiles(row.shape, row.device):
             yield grad[tile], slope(state, segment, row, tile)
 
 
@@ -107,6 +106,6 @@ def shift_to(state: BitState, budget: int) -> None:
     size, growth = size_and_growth(state, rows)
     shift = ((budget - size) / growth.clamp(min=1e-6)).clamp(-_LARGEST_SHIFT / GAIN, _LARGEST_SHIFT / GAIN)
     for segment, row in zip(segments, rows, strict=True):
-        for tile in segment.tiles():
+        for tile in tiles(row.shape, row.device):
             row[tile].add_(shift).clamp_(-_LOGIT_LIMIT / GAIN, _LOGIT_LIMIT / GAIN)
         segment.close(row, state.logits)

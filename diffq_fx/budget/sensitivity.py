@@ -10,7 +10,7 @@ that ``b = log2(R sqrt(F)) / 2 + c``.
 import torch
 from torch import Tensor
 
-from diffq_fx.budget.allocation import Part, common_shift
+from diffq_fx.budget.allocation import common_shift, parts_within_limits
 from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.weights import WeightSpec
@@ -97,7 +97,5 @@ def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | No
     lowest, centred_T = min(alike.limits.min_bits for alike in groups.alike), asked_T - asked_T.mean()
     guess_T = groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), centred_T + lowest)
     coding = float(groups.coding_bits(guess_T.round()))
-    values_T, bits_T = groups.values_T.cpu().double(), asked_T.cpu().double()
-    parts = [Part(each.of(values_T), each.of(bits_T), each.limits.min_bits, each.limits.max_bits) for each in groups.alike]
-    bits_T = asked_T + common_shift(parts, budget - groups.fixed_bits - coding)
+    bits_T = asked_T + common_shift(parts_within_limits(groups, asked_T), budget - groups.fixed_bits - coding)
     return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits + _INSIDE, limits.max_bits - _INSIDE), bits_T)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.budget.bit_state import BitState
+from diffq_fx import functional
+from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.flat_groups import FlatGroups, Segment
 from diffq_fx.functional.precision import widest_float
-from diffq_fx.kernels import bits_of_logits, size_of_logits, slope_of_size
+from diffq_fx.kernels import size_of_logits, slope_of_size
 
 MIB_BITS = 8 * 2**20
 """Bits in one MiB."""
@@ -51,7 +52,8 @@ def size_and_growth(state: BitState, rows: Sequence[Tensor] | None = None) -> tu
         growth += slope
     few_row = torch.cat(few_rows) if len(few_rows) > 1 else next(iter(few_rows), None)
     low_W, high_W = groups.limits(state.logits, few_row, limits)
-    size += groups.coding_bits_between(*(_bits_of_each(state, limit_W).round() for limit_W in (low_W, high_W)))
+    bits_2W = functional.bits_from_logits(torch.stack([low_W, high_W]), groups.min_bits_W, groups.max_bits_W, GAIN)
+    size += groups.coding_bits_between(*bits_2W.round())
     size += groups.fixed_bits
     return size, growth
 
@@ -59,17 +61,6 @@ def size_and_growth(state: BitState, rows: Sequence[Tensor] | None = None) -> tu
 def slope(state: BitState, segment: Segment, row_N: Tensor, tile: slice = _ALL, times: Tensor | None = None) -> Tensor:
     """Derivative of the size, ``times`` a 0-d tensor, in a piece of a segment's row of logits."""
     return slope_of_size(segment.values[tile], row_N[tile], **state.settings(segment.limits), times=times)
-
-
-def _bits_of_each(state: BitState, logits_W: Tensor) -> Tensor:
-    """The bits of one logit of each weight."""
-    alike = state.groups.alike
-    if len(alike) == 1:
-        return bits_of_logits(logits_W, **state.settings(alike[0].limits))[0]
-    bits_W = torch.empty_like(logits_W)
-    for each in alike:
-        bits_W[each.index] = bits_of_logits(logits_W[each.index], **state.settings(each.limits))[0]
-    return bits_W
 
 
 class _ExpectedBits(torch.autograd.Function):

@@ -152,7 +152,7 @@ class CodeTracer(fx.Tracer):
 def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, _WeightTracer]:
     """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same.
 
-    Tracing runs on copies that share the parameters.
+    Tracing runs on a copy that shares the parameters, and that no trace may change.
 
     Args:
         model: the float model; not changed.
@@ -165,10 +165,10 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     Raises:
         CaptureError: says why a graph would not be faithful.
     """
-    graphs, tracers = [], []
+    graphs, tracers, watched = [], [], reads.watch(copy_sharing_parameters(model))
     for state, training in itertools.product((nullcontext, _other_state), (True, False)):
         tracers.append(_WeightTracer(selection, reads))
-        graphs.append(_traced(reads.watch(copy_sharing_parameters(model).train(training)), tracers[-1], state))
+        graphs.append(_traced(watched.train(training), tracers[-1], state))
     train_code, eval_code, *other_codes = (graph.python_code("self").src for graph in graphs)
     if train_code != eval_code:
         raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")

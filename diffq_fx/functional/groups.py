@@ -7,9 +7,10 @@ Shape legend: O rows (output channels), I columns (inputs of one row), R x C the
 (1, 1) per tensor, (O, 1) per channel, (O, ceil(I / block)) per block. Group values of two layouts broadcast together.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,33 @@ GroupSize = int | Literal["tensor", "channel"]
 """What users write: weights that share something, as a block length along the input axis, "channel" or "tensor"."""
 
 
+def tiles(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """Rows of (R, C), or of a row its places, in pieces that stay in a CPU's cache; on other devices in one."""
+    height = max(1, TILE // max(math.prod(shape[1:]), 1)) if device.type == "cpu" else max(shape[0], 1)
+    return (slice(top, top + height) for top in range(0, shape[0], height))
+
+
 def to_rows(weight: Tensor, axis: int) -> Tensor:
     """View (or copy, where strides demand it) a weight as rows, shape (O, I)."""
     return (weight.movedim(axis, 0) if axis else weight).reshape(weight.shape[axis], -1)
+
+
+def rows_of(values_RC: Any, rows: slice) -> Any:
+    """Values per group of some of the rows; those that all rows share stay as they are."""
+    return values_RC if values_RC.shape[0] == 1 else values_RC[rows]
+
+
+def largest_in(values_RC: Tensor, shape: Sequence[int]) -> Tensor:
+    """The largest of the values of all groups that lie in one group of another layout, of this shape.
+
+    Example:
+        >>> largest_in(torch.tensor([[1, 5], [2, 3]]), (2, 1)).tolist()
+        [[5], [3]]
+    """
+    for axis, size in enumerate(shape):
+        if size == 1 < values_RC.shape[axis]:
+            values_RC = values_RC.amax(axis, keepdim=True)
+    return values_RC
 
 
 def from_rows(rows_OI: Tensor, shape: tuple[int, ...], axis: int) -> Tensor:

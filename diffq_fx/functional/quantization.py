@@ -5,12 +5,13 @@ Everything here works on rows and groups (see :mod:`diffq_fx.functional.groups`)
 Shape legend: O rows (output channels), I columns, R x C grid of groups; (R, C) values broadcast together.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout, rows_of
 
 Grid = Literal["affine", "half", "symmetric", "float"]
 """affine: integer zero_point; half: one that may lie half-way between two levels, up to :data:`WIDEST_HALF` bits; symmetric: zero_point in
@@ -32,14 +33,14 @@ class QuantParams(NamedTuple):
     zero_point: Tensor | None
     offset: Tensor | None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "QuantParams":
+        """A change of each that is there."""
+        scale, *others = self
+        return QuantParams(change(scale), *(None if each is None else change(each) for each in others))
+
     def of_rows(self, rows: slice) -> "QuantParams":
-        """Those of some of the rows; values that all rows share stay as they are."""
-
-        def part(values: Tensor) -> Tensor:
-            return values if values.shape[0] == 1 else values[rows]
-
-        zero_point, offset = self.zero_point, self.offset
-        return QuantParams(part(self.scale), None if zero_point is None else part(zero_point), None if offset is None else part(offset))
+        """Those of some of the rows."""
+        return self.map(lambda values: rows_of(values, rows))
 
     def known_zero_point(self) -> Tensor:
         """The zero point, which the float grid has not."""
@@ -48,7 +49,7 @@ class QuantParams(NamedTuple):
         return self.zero_point
 
 
-def bits_from_logits(logits: Tensor, min_bits: float, max_bits: float, gain: float = 1.0) -> Tensor:
+def bits_from_logits(logits: Tensor, min_bits: float | Tensor, max_bits: float | Tensor, gain: float = 1.0) -> Tensor:
     """Number of bits of each group: ``b = b_min + sigmoid(gain * l) (b_max - b_min)``, DiffQ (arXiv:2104.09987).
 
     Bits as float, of trainable logits of any shape. ``gain`` is how much faster than the logit its sigmoid's argument moves (paper: 1).

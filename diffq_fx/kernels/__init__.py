@@ -1,6 +1,6 @@
 """What training with noise does at every step, at the price of memory bandwidth: noise, ranges, steps and size of the bits, rounding."""
 
-from diffq_fx.kernels.bits import bits_of_logits, moments, size_of_logits, slope_of_size, step_of_logits
+from diffq_fx.kernels.bits import moments, size_of_logits, slope_of_size
 from diffq_fx.kernels.memory import release
 from diffq_fx.kernels.noise import Noise
 from diffq_fx.kernels.ranges import extremes, least_error_range, normal_range, rounding_errors, statistics
@@ -9,7 +9,6 @@ from diffq_fx.kernels.round_in_range import RoundInRange, learned_factor, round_
 __all__ = [
     "Noise",
     "RoundInRange",
-    "bits_of_logits",
     "extremes",
     "learned_factor",
     "least_error_range",
@@ -21,5 +20,4 @@ __all__ = [
     "size_of_logits",
     "slope_of_size",
     "statistics",
-    "step_of_logits",
 ]

@@ -6,16 +6,6 @@
 #include "inline.h"
 #include "kernel.h"
 
-// b and db/dl.
-static void bits_of(const float *logits, float *bits, float *slope, int64_t count, float min_bits, float bits_range, float gain, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count; i++) {
-        float share = sigmoid_of(gain * logits[i]);
-        bits[i] = min_bits + bits_range * share;
-        slope[i] = gain * bits_range * share * (1 - share);
-    }
-}
-
 #define RUN 512    // groups that are summed in single precision
 
 ALWAYS_INLINE void size_of(const float *restrict logits, const float *restrict values, int64_t stride, int64_t count, float min_bits,
@@ -94,13 +84,11 @@ static void moments(const float *grad, const float *slope, double *parts, int64_
     }
 }
 
-CALL(bits_of, P(0), P(1), P(2), N(3), R(4), R(5), R(6), N(7))
 CALL(size, P(0), P(1), N(2), P(3), N(4), R(5), R(6), R(7), N(8))
 CALL(slope_of_size, P(0), P(1), N(2), P(3), N(4), R(5), R(6), R(7), N(8))
 CALL(moments, P(0), P(1), P(2), N(3), N(4))
 
 TABLE(bits) = {
-    {"bits", "iiiifffi", call_bits_of},
     {"size", "iiiiifffi", call_size},
     {"slope_of_size", "iiiiifffi", call_slope_of_size},
     {"moments", "iiiii", call_moments},

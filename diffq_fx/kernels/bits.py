@@ -1,43 +1,32 @@
 """From the trainable logits of the bits to the steps of the grid and to the size of the model, in few passes over memory."""
 
 import math
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import TILE
+from diffq_fx.functional.groups import largest_in, rows_of, tiles
 from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.kernels import memory, native
-from diffq_fx.kernels.derivatives import first_alone
 
 
-class _StepOfLogits(torch.autograd.Function):
-    """``step = span / (2^b - 1)`` with ``b = b_min + sigmoid(gain l) (b_max - b_min)``, and its derivative in closed form."""
+def step_of_logits(logits: Tensor, span: Tensor, bits: tuple[float, float, float]) -> Tensor:
+    """Step of each group from its trainable logit, ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``; without autograd.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, span: Tensor, growth: Tensor | None, min_bits: float, max_bits: float, gain: float) -> Tensor:
-        ctx.bits = (min_bits, max_bits, gain)
-        step = plain_step(logits, span, ctx.bits)
-        ctx.save_for_backward(logits, span, step, growth)
-        return step
+    The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
+    ``logits`` of shape (R, C) and ``span``, the length of each range, broadcast with each other; ``bits`` are b_min, b_max and the gain.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, growth = ctx.saved_tensors
-        return first_alone(partial(slope_of_step, growth=growth, bits=ctx.bits), grad, *tensors), None, None, None, None, None
-
-
-def plain_step(logits: Tensor, span: Tensor, bits: tuple[float, float, float]) -> Tensor:
-    """:func:`step_of_logits` without autograd; ``bits`` are ``min_bits``, ``max_bits`` and ``gain``."""
+    Example:
+        >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), (1, 3, 1))
+        tensor([[0.3333]])
+    """
     min_bits, max_bits, gain = bits
     shape = torch.Size(map(max, logits.shape, span.shape))  # torch.broadcast_shapes takes longer than all the rest of a small weight
     step = memory.empty(shape, torch.promote_types(logits.dtype, span.dtype), logits.device)
-    for rows in _tiles(shape, logits.device):
-        share = torch.sigmoid_(_rows_of(logits, rows) * gain)
+    for rows in tiles(shape, logits.device):
+        share = torch.sigmoid_(rows_of(logits, rows) * gain)
         levels = share.mul_(max_bits - min_bits).add_(min_bits).exp2_()
-        step[rows] = _rows_of(span, rows) / levels.sub_(1)
+        step[rows] = rows_of(span, rows) / levels.sub_(1)
     return step
 
 
@@ -55,10 +44,10 @@ def slope_of_step(
     if logits.shape != step.shape:  # logits that several ranges share, so there are few of them
         grad = (grad * step).addcmul_(grad * step, step * inverse).sum_to_size(logits.shape)
     grad_logits, one = torch.empty_like(logits), step.new_ones(())
-    for rows in _tiles(logits.shape, logits.device):
+    for rows in tiles(logits.shape, logits.device):
         into = grad[rows]
         if logits.shape == step.shape:
-            into = torch.addcmul(one, step[rows], _rows_of(inverse, rows)).mul_(into).mul_(step[rows])
+            into = torch.addcmul(one, step[rows], rows_of(inverse, rows)).mul_(into).mul_(step[rows])
         share = torch.sigmoid_(logits[rows] * gain)
         into = into if grown is None else into - grown[rows]
         torch.mul(torch.ops.aten.sigmoid_backward(into.to(share.dtype), share), factor, out=grad_logits[rows])
@@ -68,59 +57,8 @@ def slope_of_step(
 def _of_widest(per_range: Tensor, logits: Tensor) -> Tensor:
     """What belongs to each range, given to the logits that are largest in it: each of several gets its share."""
     shape = [min(sizes) for sizes in zip(per_range.shape, logits.shape, strict=True)]
-    per_range, widest = per_range.sum_to_size(shape), logits
-    for axis, size in enumerate(shape):
-        if size == 1 < widest.shape[axis]:
-            widest = widest.amax(axis, keepdim=True)
-    are_widest = (logits == widest).to(per_range.dtype)
-    return are_widest * (per_range / are_widest.sum_to_size(shape).clamp(min=1))
-
-
-def _tiles(shape: torch.Size, device: torch.device) -> list[slice]:
-    """Rows of (R, C), or of a row its places, in pieces that stay in the cache; on a GPU in one."""
-    height = max(1, TILE // max(math.prod(shape[1:]), 1)) if device.type == "cpu" else max(shape[0], 1)
-    return [slice(top, top + height) for top in range(0, shape[0], height)]
-
-
-def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
-    """These rows, or the one row that stands for all."""
-    return tensor if tensor.shape[0] == 1 else tensor[rows]
-
-
-def step_of_logits(
-    logits: Tensor,
-    span: Tensor,
-    *,
-    min_bits: float,
-    max_bits: float,
-    gain: float,
-    growth: Tensor | None = None,
-) -> Tensor:
-    """Step of each group from its trainable logit: ``span / (2^b - 1)``, ``b = b_min + sigmoid(gain l) (b_max - b_min)``.
-
-    The same as :func:`diffq_fx.functional.bits_from_logits` and :func:`diffq_fx.functional.step_size` after each other, in fewer passes.
-    ``logits`` of shape (R, C) and ``span``, the length of each range, broadcast with each other. ``growth``, of the shape of ``span``, says
-    how fast ``log2(span)`` grows with the widest bits of each range; None for a span that is a constant.
-
-    Example:
-        >>> step_of_logits(torch.zeros(1, 1), torch.ones(1, 1), min_bits=1, max_bits=3, gain=1)
-        tensor([[0.3333]])
-    """
-    return _StepOfLogits.apply(logits, span, growth, min_bits, max_bits, gain)
-
-
-def bits_of_logits(logits: Tensor, *, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """Bits ``b = b_min + sigmoid(gain l) (b_max - b_min)`` and their derivative ``db/dl``, without autograd.
-
-    Example:
-        >>> bits_of_logits(torch.zeros(1), min_bits=2, max_bits=8, gain=1)
-        (tensor([5.]), tensor([1.5000]))
-    """
-    if native.takes_logits(logits):
-        return native.bits(logits, min_bits, max_bits, gain)
-    share = torch.sigmoid_(logits * gain)
-    bits = (share * (max_bits - min_bits)).add_(min_bits)
-    return bits, share.addcmul_(share, share, value=-1).mul_(gain * (max_bits - min_bits))
+    are_widest = (logits == largest_in(logits, shape)).to(per_range.dtype)
+    return are_widest * (per_range.sum_to_size(shape) / are_widest.sum_to_size(shape).clamp(min=1))
 
 
 def size_of_logits(
@@ -139,7 +77,7 @@ def size_of_logits(
         return native.size(values, logits, min_bits, max_bits, gain)
     # sum n b = b_min sum n + (b_max - b_min) sum n s, and sum n db/dl = gain (b_max - b_min) (sum n s - sum n s^2), with s the sigmoid
     total, first, second = (torch.zeros((), dtype=widest_float(logits.device), device=logits.device) for _ in range(3))
-    for tile in _tiles(logits.shape, logits.device):
+    for tile in tiles(logits.shape, logits.device):
         share, count = torch.sigmoid_(logits[tile] * gain), values[tile]
         taken = count * share
         total += count.sum(dtype=total.dtype)
@@ -160,7 +98,7 @@ def slope_of_size(values: Tensor, logits: Tensor, *, min_bits: float, max_bits: 
         return native.slope_of_size(values, logits, 1.0 if times is None else float(times), min_bits, max_bits, gain)
     slopes = memory.empty(logits.shape, logits.dtype, logits.device)
     factor = gain * (max_bits - min_bits) * (1.0 if times is None else times)
-    for tile in _tiles(logits.shape, logits.device):
+    for tile in tiles(logits.shape, logits.device):
         share = torch.sigmoid_(logits[tile] * gain)
         torch.mul(torch.ops.aten.sigmoid_backward(values[tile].to(share.dtype), share), factor, out=slopes[tile])
     return slopes

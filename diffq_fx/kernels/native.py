@@ -35,9 +35,12 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and not _compat.in_function_transform(unknown=True)
 
 
-def takes_rows(*rows_OI: Tensor) -> bool:
-    """Whether the kernels that are called past torch's dispatcher can work on all these rows here, and whether it pays."""
-    return not recorded() and all(is_plain(rows) and rows.numel() >= _WORTH_THREADS and takes(rows, 0) for rows in rows_OI)
+def takes_rows(*rows_OI: Tensor, least: int = _WORTH_THREADS) -> bool:
+    """Whether the kernels that are called past torch's dispatcher can work on all these rows here, and whether it pays.
+
+    ``least`` is the number of weights from which on it does.
+    """
+    return not recorded() and all(is_plain(rows) and rows.numel() >= least and takes(rows, 0) for rows in rows_OI)
 
 
 def takes_logits(*logits: Tensor) -> bool:
@@ -123,13 +126,6 @@ def range_slope(grad_OI: Tensor, weight_OI: Tensor, rounded_OI: Tensor, scale: T
     pointers, threads = _at(grad_OI, weight_OI, rounded_OI, scale, sums), _threads(grad_OI.numel())
     extension.loaded().range_slope(*pointers, *_sizes(layout), _stride(scale, layout), reach, threads)
     return sums.sum().view(1, 1) if layout.kind == "tensor" else sums
-
-
-def bits(logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor]:
-    """Bits of the logits and their derivative."""
-    bits, slope, count = torch.empty_like(logits), torch.empty_like(logits), logits.numel()
-    extension.loaded().bits(*_at(logits, bits, slope), count, min_bits, max_bits - min_bits, gain, _threads(count))
-    return bits, slope
 
 
 def size(values: Tensor, logits: Tensor, min_bits: float, max_bits: float, gain: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

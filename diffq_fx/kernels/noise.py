@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupLayout, combine, scale_layout_of, to_rows
+from diffq_fx.functional.groups import GroupLayout, combine, largest_in, scale_layout_of, to_rows
 from diffq_fx.functional.quantization import bits_from_logits, grid_range
 from diffq_fx.kernels import eager, gpu, native
-from diffq_fx.kernels.bits import plain_step, slope_of_step
+from diffq_fx.kernels.bits import slope_of_step, step_of_logits
 from diffq_fx.kernels.derivatives import first_alone
-from diffq_fx.kernels.draws import draw_seed
-from diffq_fx.kernels.ranges import extremes, normal_span
+from diffq_fx.kernels.draws import GAUSSIAN_STD, draw_seed
+from diffq_fx.kernels.ranges import extremes, normal_range
 from diffq_fx.kernels.settings import OF_NOISE, NoiseSettings
 
 
@@ -93,12 +93,9 @@ class Noise(NoiseSettings):
         if not self.clips:
             low, high = grid_range(*extremes(rows_OI, ranges), self.grid)
             return high - low, None
-        widest = logits.detach()
-        for axis, size in enumerate(ranges.shape):
-            if size == 1 < widest.shape[axis]:
-                widest = widest.amax(axis, keepdim=True)
-        bits = bits_from_logits(widest, self.min_bits, self.max_bits, self.gain)
-        return normal_span(rows_OI, ranges, bits, self.grid)
+        bits = bits_from_logits(largest_in(logits.detach(), ranges.shape), self.min_bits, self.max_bits, self.gain)
+        low, high, growth = normal_range(rows_OI, ranges, bits, self.grid)
+        return high - low, growth
 
     def draw(self, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The noisy weight; the length of each range and its growth, (2, R, C); the seed, int64, (1,); the steps if they are at hand."""
@@ -106,7 +103,7 @@ class Noise(NoiseSettings):
         if body is not None:
             return *body.noisy(weight, logits, seed, self), seed, None
         length, growth = self.span_and_growth(weight, logits)
-        step = plain_step(logits, length, self._bits())
+        step = step_of_logits(logits, length, self._bits())
         noisy = add(weight, step, seed, self.axis, self._block(), self.gaussian)
         return noisy, torch.stack((length, torch.zeros_like(length) if growth is None else growth)), seed, step
 
@@ -117,9 +114,17 @@ class Noise(NoiseSettings):
         if body is not None:
             return body.noisy_backward(grad, logits, span, seed, self)
         length, growth = span.unbind()
-        step = plain_step(logits, length, self._bits()) if step is None else step
+        step = step_of_logits(logits, length, self._bits()) if step is None else step
         of_step = reduce(grad, seed, step, self.axis, self._block(), self.gaussian)
         return slope_of_step(of_step, logits, length, step, growth=growth if self.clips else None, bits=self._bits())
+
+    def squared(self, weight: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected sum of the squared noise of each group's weights, and how that of all grows with each logit, shape of ``logits``."""
+        length, growth = self.span_and_growth(weight, logits)
+        step = step_of_logits(logits, length, self._bits())
+        variance = combine(self.groups, self.ranges).counts_on(step.device) * (GAUSSIAN_STD**2 if self.gaussian else 1 / 12)
+        slope = slope_of_step(2 * variance * step, logits, length, step, growth=growth, bits=self._bits())
+        return (variance * step.square()).sum_to_size(logits.shape), slope
 
     def _bits(self) -> tuple[float, float, float]:
         return self.min_bits, self.max_bits, self.gain

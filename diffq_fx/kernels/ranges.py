@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupKind, GroupLayout
+from diffq_fx.functional.groups import GroupKind, GroupLayout, largest_in, rows_of
 from diffq_fx.functional.quantization import AROUND_ZERO, WIDEST_HALF, Grid, QuantParams, dequantize, grid_range, quant_params, quantize
 from diffq_fx.kernels import native
 from diffq_fx.kernels.draws import span_table
@@ -95,12 +95,6 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     return low, high, torch.where(high > low, growth / (high - low), 0)
 
 
-def normal_span(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The length of :func:`normal_range` and how its logarithm grows."""
-    low, high, growth = normal_range(rows_OI, layout, bits, grid)
-    return high - low, growth
-
-
 def least_error_range(
     rows_OI: Tensor,
     layout: GroupLayout,
@@ -166,17 +160,9 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     if grid == "half" and (on_levels := _on_levels(*best, bits)):
         best = search.best(on_levels)
     if by_size:
-        spans = _fewest(bits, low) >= _SPANS_FROM
+        spans = -largest_in(-bits, low.shape) >= _SPANS_FROM  # the fewest of a range decide
         return torch.where(spans, low, best[0]), torch.where(spans, high, best[1])
     return best
-
-
-def _fewest(bits: Tensor, like: Tensor) -> Tensor:
-    """The fewest bits among the groups of each range, the ranges having the shape of ``like``."""
-    for axis, size in enumerate(like.shape):
-        if size == 1 < bits.shape[axis]:
-            bits = bits.amin(axis, keepdim=True)
-    return bits
 
 
 @_least_error_range_op.register_fake
@@ -222,7 +208,7 @@ class _Search(NamedTuple):
         lows_KRC, highs_KRC = (torch.stack(ends) for ends in zip(*ranges, strict=True))
         errors_KRC = torch.zeros_like(lows_KRC)
         for part in self.groups.row_slices(self.rows.device):
-            bits = self.bits if self.bits.shape[0] == 1 else self.bits[part]
+            bits = rows_of(self.bits, part)
             rows = slice(None) if lows_KRC.shape[1] == 1 else part
             params = quant_params(lows_KRC[:, rows], highs_KRC[:, rows], bits, self.grid)
             importance = self.importance
@@ -237,12 +223,12 @@ class _Search(NamedTuple):
 
 def rounding_errors(rows_OI: Tensor, params_K: QuantParams, bits: Tensor, groups: GroupLayout, importance: Tensor | None = None) -> Tensor:
     """Squared rounding error of each group on each of K grids, times the importance, (1, I) or (O, I), shape (K, R, C)."""
-    if params_K.zero_point is not None and native.takes_rows(rows_OI):
+    if params_K.zero_point is not None and native.takes_rows(rows_OI, least=1):
         top = 2 ** bits.to(torch.int32) - 1
         return native.rounding_errors(rows_OI, importance, params_K.scale, params_K.zero_point, top, groups)
     errors = []
-    for k, scale in enumerate(params_K.scale):
-        params = QuantParams(scale, *(None if each is None else each[k] for each in (params_K.zero_point, params_K.offset)))
+    for k in range(len(params_K.scale)):
+        params = params_K.map(lambda values, k=k: values[k])
         rounded_OI = dequantize(quantize(rows_OI, params, bits, groups), params, groups)
         squares_OI = (rounded_OI - rows_OI).square()
         errors.append(groups.sum(squares_OI if importance is None else squares_OI * importance))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffq_fx.functional.groups import GroupLayout, from_rows, to_rows
+from diffq_fx.functional.groups import GroupLayout, from_rows, largest_in, to_rows
 from diffq_fx.functional.quantization import QuantParams, dequantize, quant_params, quantize
 from diffq_fx.kernels import gpu, native
 from diffq_fx.kernels.derivatives import first_alone
@@ -100,10 +100,7 @@ class RoundInRange(GroupSettings):
             return gpu.slope_of_clip(grad, weight, factor, others, self.groups, self.grid, _REACH, _CLIP_GAIN)
         scale, span = kept
         rows = (to_rows(each, self.axis) for each in (grad, weight, rounded))
-        slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups), scale
-        for along, size in enumerate(span.shape):
-            if size == 1 < step.shape[along]:
-                slope, step = slope.sum(along, keepdim=True), step.amax(along, keepdim=True)
+        slope, step = _slope_of_range(*rows, scale=scale, groups=self.groups).sum_to_size(span.shape), largest_in(scale, span.shape)
         steps_in_range = (span / step).clamp(min=1)  # a range of no length has a step of 1
         lsq_scale = (self.ranges.counts_on(step.device) * steps_in_range).rsqrt_()
         return slope.mul_(lsq_scale).div_(step.square().mul_(_CLIP_GAIN)).float()

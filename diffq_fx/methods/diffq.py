@@ -14,15 +14,12 @@ from diffq_fx import functional
 from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.functional.groups import to_rows
-from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range, step_of_logits
+from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
 from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
-
-_VARIANCE = {"uniform": 1 / 12, "gaussian": 1 / 4}
-"""Of the noise, in squared steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,12 +191,10 @@ class DiffQWeight(GridQuantizer):
         """The step of each group at the bits of this moment, shape of the spec's ``scale_layout``."""
         return self.span_in_training(whole(self.weight)) / (torch.exp2(self.bits()) - 1)
 
-    def squared_noise(self, logits: Tensor) -> Tensor:
-        """Expected sum of the squared noise of each group's weights at these logits, differentiable in them, shape of ``logits``."""
-        spec, (span, growth) = self.spec, self.noise.span_and_growth(whole(self.weight.detach()), whole(self.logits))
-        step = step_of_logits(logits, span, growth=growth, **self._limits)
-        squares = spec.scale_layout.counts_on(step.device) * step.square() * _VARIANCE[self.config.noise]
-        return squares.sum_to_size(spec.bits_layout.shape)
+    @torch.no_grad()
+    def squared_noise(self) -> tuple[Tensor, Tensor]:
+        """Expected sum of the squared noise of each group's weights, and how that of all grows with each logit, shape of ``logits``."""
+        return self.noise.squared(whole(self.weight), whole(self.logits))
 
     def rounded_at(self, width: Tensor) -> RoundedWeight:
         """The weight and the grid that it would be rounded on with these whole widths."""

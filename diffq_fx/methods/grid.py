@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import to_rows
+from diffq_fx.functional.groups import rows_of, to_rows
 from diffq_fx.kernels import extremes, round_to_grid
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.storage import IntegerWeight
@@ -44,9 +44,9 @@ class GridQuantizer(WeightQuantizer):
         params = self.params(rows_OI, bits)
         levels_OI = torch.empty(rows_OI.shape, dtype=torch.uint8 if int(bits.max()) <= 8 else torch.int32, device=weight.device)
         for part in layout.row_slices(weight.device):  # piece by piece: no other integers as large as the weight
-            part_bits = bits if bits.shape[0] == 1 else bits[part]
-            rows_PI, part_params = rows_OI[part].to(params.scale.dtype), params.of_rows(part)
-            levels_OI[part] = functional.quantize(rows_PI, part_params, part_bits, layout.of_rows(part)).to(levels_OI.dtype)
+            rows_PI = rows_OI[part].to(params.scale.dtype)
+            levels_PI = functional.quantize(rows_PI, params.of_rows(part), rows_of(bits, part), layout.of_rows(part))
+            levels_OI[part] = levels_PI.to(levels_OI.dtype)
         return IntegerWeight(self.spec, levels_OI, params, bits)
 
     def footprint(self) -> Footprint:

@@ -1,4 +1,6 @@
-"""The loss that whole widths are predicted to cost: the curvature that the first steps measured, times squared rounding errors.
+"""The loss that whole widths are predicted to cost: near the float weights it grows by ``H_g |w - Q_b(w)|^2 / 2`` for each group g.
+
+The first steps measured the curvature H. The rounding error is measured too: it is no ``4^-b`` where a grid has two levels or clips.
 
 Shape legend: T groups of all weights in one row, as :class:`~diffq_fx.budget.flat_groups.FlatGroups` has them.
 """
@@ -9,9 +11,41 @@ import torch
 from torch import Tensor
 
 from diffq_fx.budget import sensitivity
+from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.budget.flat_groups import FlatGroups
-from diffq_fx.budget.rounding_loss import squared_errors, surely_less
+from diffq_fx.functional.groups import rows_of
+from diffq_fx.kernels import rounding_errors
 from diffq_fx.methods.diffq import DiffQWeight
+
+_SURE = 2.0
+"""Standard errors from which on a difference is taken for one."""
+
+
+@torch.no_grad()
+def squared_errors(weight: RoundedWeight) -> Tensor:
+    """Squared rounding error of each group that has a width, ``sum_i (w_i - Q(w_i))^2``, shape of the spec's ``bits_layout``."""
+    layout = weight.spec.scale_layout
+    errors_RC = torch.zeros(layout.shape, dtype=torch.float32, device=weight.rows.device)
+    for part in layout.row_slices(weight.rows.device):
+        one = weight.params.of_rows(part).map(lambda values: values[None])
+        found_RC = rounding_errors(weight.rows[part], one, rows_of(weight.width, part), layout.of_rows(part))[0]
+        rows_of(errors_RC, part).add_(found_RC.float())
+    return errors_RC.sum_to_size(weight.spec.bits_layout.shape)
+
+
+def surely_less(curvature_T: Tensor, variance_T: Tensor, errors_T: Tensor, than_T: Tensor) -> bool:
+    """Whether squared errors cost less loss than others, ``sum_g H_g (e_g - f_g) < 0``, by two standard errors of the curvature.
+
+    ``variance_T`` is that of the measured curvature, shape (T,); errors of the groups from :func:`squared_errors`.
+
+    Example:
+        >>> curvature, variance = torch.tensor([1.0, 5.0]), torch.tensor([1.0, 1.0])
+        >>> surely_less(curvature, variance, torch.tensor([4.0, 1.0]), torch.tensor([1.0, 4.0]))
+        True
+    """
+    difference_T = errors_T.double() - than_T.double()
+    total = torch.dot(curvature_T.double(), difference_T)
+    return bool(total < -_SURE * torch.dot(variance_T.double(), difference_T.square()).sqrt())
 
 
 def is_measured(learned: Sequence[DiffQWeight]) -> bool:

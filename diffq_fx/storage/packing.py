@@ -1,6 +1,7 @@
 """Levels and codes in the fewest bytes of a container width, least significant bits first, as ONNX packs them."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +49,16 @@ def tables_once(tensors: Iterable[Tensor]) -> list[Tensor]:
         >>> len(tables_once([torch.arange(300), torch.arange(300), torch.ones(300), torch.ones(300)]))
         3
     """
-    kept: list[Tensor] = []
+    found: dict[Any, Tensor] = {}
     for tensor in tensors:
-        is_table = not tensor.is_floating_point() and not tensor.is_complex() and tensor.nbytes >= SMALL_TABLE_BYTES
-        if not is_table or not any(each.dtype == tensor.dtype and torch.equal(each, tensor) for each in kept):
-            kept.append(tensor)
-    return kept
+        found.setdefault(table_key(tensor), tensor)
+    return list(found.values())
+
+
+def table_key(tensor: Tensor) -> Any:
+    """What large integer tables that are equal have in common; any other tensor is equal to itself alone."""
+    is_table = not tensor.is_floating_point() and not tensor.is_complex() and tensor.nbytes >= SMALL_TABLE_BYTES
+    return (tensor.dtype, tensor.shape, tensor.detach().cpu().numpy().tobytes()) if is_table else id(tensor)
 
 
 def container_for(bits: int) -> int:

@@ -195,11 +195,7 @@ def _move_bits(compression: Compression, budget: int) -> bool:
     spans = [quantizer.span_in_training(whole(quantizer.weight)) for quantizer in compression.learned]
     sums = [quantizer.get_buffer("gradient_sums") for quantizer in compression.learned]
     for quantizer, own in zip(compression.learned, sums, strict=True):
-        with torch.enable_grad():
-            logits = whole(quantizer.logits.detach()).requires_grad_()
-            noise = quantizer.squared_noise(logits)
-            (growth,) = torch.autograd.grad(noise.sum(), logits)
-        sensitivity.measure_curvature(own, noise.detach(), growth)
+        sensitivity.measure_curvature(own, *quantizer.squared_noise())
     asked = [sensitivity.asked_bits(q.spec, *each) for q, *each in zip(compression.learned, sums, spans, strict=True)]
     bits_T = sensitivity.bits_within(compression.groups(), torch.cat([each.reshape(-1) for each in asked]), budget)
     if bits_T is None:

@@ -131,8 +131,8 @@ def test_deflate_streams_are_read_with_isal_and_without(present, monkeypatch):
         pytest.importorskip("isal")
     else:
         monkeypatch.setitem(sys.modules, "isal", None)
-    monkeypatch.setattr(deflate, "_reader", deflate._reader.__wrapped__)
-    assert deflate._reader().__name__ == ("isal.isal_zlib" if present else "zlib")
+    monkeypatch.setattr(deflate, "fast_zlib", deflate.fast_zlib.__wrapped__)
+    assert deflate.fast_zlib().__name__ == ("isal.isal_zlib" if present else "zlib")
     data = np.minimum(np.random.default_rng(0).geometric(0.3, 200_000), 255).astype(np.uint8)
     coded = deflate.encode(data)
     assert np.array_equal(deflate.decode(memoryview(coded), len(data)), data)

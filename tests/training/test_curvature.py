@@ -8,8 +8,8 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, bits_report, convert_diffq, freeze_bits, prepare_diffq
 from diffq_fx.budget import sensitivity
-from diffq_fx.budget.rounding_loss import squared_errors, surely_less
 from diffq_fx.methods import diffq_settings
+from diffq_fx.methods.predicted_loss import squared_errors, surely_less
 
 LOUD = torch.logspace(0, -3, 16).view(16, 1)
 

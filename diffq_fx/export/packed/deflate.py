@@ -3,15 +3,14 @@
 zlib writes it (``Z_HUFFMAN_ONLY``). Streams are read by the library isal where it is installed, about three times as fast as by zlib.
 """
 
-import functools
 import heapq
 import zlib
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffq_fx.errors import PackedFileError
+from diffq_fx.kernels.checksum import fast_zlib
 
 _WINDOW_BITS = -15  # a raw stream, without a head and a checksum of its own
 _MOST_MEMORY = 9  # zlib's longest blocks, each with a table of its own
@@ -28,7 +27,7 @@ def encode(data: NDArray[np.uint8]) -> bytes:
 
 def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
     """Undo :func:`encode`; an error if ``data`` is damaged, or not exactly ``size`` bytes, more of which are never made."""
-    reader, found, at = _reader(), np.empty(size, np.uint8), 0
+    reader, found, at = fast_zlib(), np.empty(size, np.uint8), 0
     coder = reader.decompressobj(_WINDOW_BITS)
     try:
         for first in range(0, len(data), _AT_ONCE):  # a buffer that grows to the whole would be copied, and take twice its room
@@ -44,16 +43,6 @@ def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
     if at != size or not coder.eof:
         raise PackedFileError(f"a coded plane does not hold {size} bytes")
     return found
-
-
-@functools.cache
-def _reader() -> Any:
-    """The module that reads: isal's, or zlib, whose interface is the same."""
-    try:
-        from isal import isal_zlib
-    except ImportError:
-        return zlib
-    return isal_zlib
 
 
 def expected_bits(shares: NDArray[np.float64], size: int) -> float:

@@ -22,7 +22,7 @@ from diffq_fx.export.packed.dtypes import FLOAT_TYPES, bytes_of, tensor_of
 from diffq_fx.export.packed.unpacking import DecodedPart, Grid, unpack
 from diffq_fx.export.packed.weight_kind import PackedWeight, PartCodes, expanded
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout, rows_of
 from diffq_fx.kernels import extension
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.storage.packing import unpack_rows
@@ -106,8 +106,7 @@ class PackedIntegers(PackedWeight):
     def encode(self, stored: IntegerWeight, rows: slice) -> PartCodes:
         """Residues, zero points and scales of some rows."""
         levels = unpack_rows(stored.levels, stored.container_bits, self.spec.columns, rows).cpu().numpy()
-        widths, params = grids.array_of(stored.bits), _params_of(stored).of_rows(rows)
-        widths = widths if len(widths) == 1 else widths[rows]
+        widths, params = rows_of(grids.array_of(stored.bits), rows), _params_of(stored).of_rows(rows)
         each = np.broadcast_to(widths, tuple(params.scale.shape))
         if (levels >> self._expand(each.astype(np.int32))).any():
             raise PackedFileError("a level does not fit the width of its group")
@@ -248,8 +247,7 @@ class PackedIntegers(PackedWeight):
 
 
 def _params_of(stored: IntegerWeight) -> QuantParams:
-    values = (stored.scale, stored.zero_point, stored.offset)
-    return QuantParams(*(None if value is None else value.detach().cpu() for value in values))  # type: ignore[arg-type]
+    return QuantParams(stored.scale, stored.zero_point, stored.offset).map(lambda values: values.detach().cpu())
 
 
 def _by_width(widths: NDArray[np.uint8], values: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffq_fx import functional
 from diffq_fx.atomic import refuse_same_file, replaced_atomically
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.container import FORMAT
@@ -17,7 +16,8 @@ from diffq_fx.export.packed.loading import load_packed
 from diffq_fx.export.packed.writer import write_packed
 from diffq_fx.file_kinds import foreign_kind
 from diffq_fx.functional import Grid
-from diffq_fx.functional.groups import GroupSize, to_rows
+from diffq_fx.functional.groups import GroupSize
+from diffq_fx.methods.ste import STEWeight
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 
@@ -108,11 +108,7 @@ def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
     """A weight at the nearest level of its grid."""
     if not torch.isfinite(weight).all():
         raise PackedFileError(f"weight '{spec.name}' of shape {spec.shape} has values that are not finite.")
-    rows_OI = to_rows(weight, spec.axis)
-    low, high = functional.weight_range(rows_OI, spec.range_layout, spec.grid)
-    widths = torch.full(spec.bits_layout.shape, bits, dtype=torch.int32)
-    params = functional.quant_params(low, high, widths, spec.grid)
-    return IntegerWeight(spec, functional.quantize(rows_OI.to(low.dtype), params, widths, spec.scale_layout), params, widths)
+    return STEWeight(spec, bits, weight.device).store(weight)
 
 
 def unpack_state_dict(source: Path, target: Path) -> None:

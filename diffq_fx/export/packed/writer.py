@@ -21,7 +21,7 @@ from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.export.packed.weight_kind import PackedWeight
 from diffq_fx.parts import parts_of, stored_weights, unwrapped
 from diffq_fx.storage import StoredWeight
-from diffq_fx.storage.packing import SMALL_TABLE_BYTES, in_smallest_type
+from diffq_fx.storage.packing import in_smallest_type, table_key
 
 PackedCompression = Literal["entropy", "bits"]
 NamedTensors = Sequence[tuple[tuple[str, ...], Tensor]]  # tensors, each once with all its names
@@ -175,8 +175,7 @@ def _equal_tables_once(tensors: NamedTensors) -> NamedTensors:
     """Large integer tables that are equal (relative positions, in every layer) as one with several names."""
     found: dict[Any, tuple[tuple[str, ...], Tensor]] = {}
     for names, tensor in tensors:
-        is_table = not tensor.is_floating_point() and not tensor.is_complex() and tensor.nbytes >= SMALL_TABLE_BYTES
-        key = (tensor.dtype, tensor.shape, bytes_of(tensor)) if is_table else names
+        key = table_key(tensor)
         found[key] = found[key][0] + names if key in found else names, tensor
     return list(found.values())
 
