@@ -16,6 +16,7 @@ from diffq_fx import kernels
 from diffq_fx.budget.allocation import allocate_coded_widths, allocate_widths, nearest_widths
 from diffq_fx.budget.bit_state import BitState
 from diffq_fx.budget.code_length import expected_code_length
+from diffq_fx.budget.coded_levels import CodedLevels
 from diffq_fx.budget.entropy import bits_saved, rest_in_file
 from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
@@ -79,6 +80,7 @@ class Compression(TrainingState):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.history = History()
+        self.price = 0.0  # squared steps that a bit is worth where weights are about to be rounded by their code as well
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
         self._groups: FlatGroups | None = None
@@ -187,7 +189,8 @@ class Compression(TrainingState):
         if not self.is_coded:
             return 0
         pairs = zip(self.learned, self.groups().split(width_T.to(torch.int32)), strict=True)
-        return bits_saved(quantizer.rounded_at(width) for quantizer, width in pairs)
+        weights = (quantizer.rounded_at(width) for quantizer, width in pairs)
+        return bits_saved(CodedLevels(each, self.price).cheapest(each) if self.price else each for each in weights)
 
     def code_length(self, among: Sequence[DiffQWeight]) -> Tensor:
         """Expected bits of the code of some of the weights, 0-d, differentiable in them."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffq_fx import functional
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import rows_of
+from diffq_fx.functional.groups import GroupLayout, rows_of
 from diffq_fx.functional.precision import widened, widest_float
 from diffq_fx.weights import WeightSpec
 
@@ -104,7 +104,16 @@ def _code_length(counts: Tensor) -> Tensor:
     return -torch.special.xlogy(counts, counts / counts.sum(-1, keepdim=True).clamp(min=1)).sum() / math.log(2)
 
 
-def _levels_saved(weight: RoundedWeight) -> float:
+def symbols(levels: Tensor, params: QuantParams, width: Tensor, layout: GroupLayout, largest: int) -> Tensor:
+    """What is coded of levels: ``2^largest b + (q - zero_point) mod 2^b``, int64, for widths b up to ``largest``."""
+    width = layout.expand(width.to(torch.int32).expand(params.scale.shape)).expand(levels.shape)
+    if params.zero_point is not None:
+        levels = (levels - layout.expand(params.zero_point.int())) & ((1 << width) - 1)
+    return ((width << largest) + levels).long()
+
+
+def level_counts(weight: RoundedWeight) -> Tensor:
+    """How often each level occurs, a row for each width and a column for each level relative to the zero point."""
     _, rows_OI, width, params = weight
     layout, largest = weight.spec.scale_layout, int(width.max())
     counts = torch.zeros((largest + 1) << largest, dtype=widest_float(rows_OI.device), device=rows_OI.device)
@@ -112,11 +121,11 @@ def _levels_saved(weight: RoundedWeight) -> float:
         own, own_width = layout.of_rows(part), rows_of(width, part)
         of_rows = params.of_rows(part)
         levels_PI = functional.quantize(rows_OI[part].to(params.scale.dtype), of_rows, own_width, own)
-        width_PI = own.expand(own_width.expand(of_rows.scale.shape)).expand(levels_PI.shape)
-        if of_rows.zero_point is not None:
-            levels_PI = (levels_PI - own.expand(of_rows.zero_point.int())) & ((1 << width_PI) - 1)
-        index = ((width_PI << largest) + levels_PI).reshape(-1)
-        counts += torch.bincount(index, minlength=len(counts))
-    counts = counts.view(largest + 1, -1)
-    packed = (counts.sum(1) * torch.arange(largest + 1, device=counts.device)).sum()
+        counts += torch.bincount(symbols(levels_PI, of_rows, own_width, own, largest).reshape(-1), minlength=len(counts))
+    return counts.view(largest + 1, -1)
+
+
+def _levels_saved(weight: RoundedWeight) -> float:
+    counts = level_counts(weight)
+    packed = (counts.sum(1) * torch.arange(len(counts), device=counts.device)).sum()
     return float((packed - _code_length(counts)).clamp(min=0))

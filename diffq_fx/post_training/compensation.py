@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
+from diffq_fx.budget.coded_levels import CodedLevels
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout
 
@@ -33,6 +34,7 @@ def compensate(
     *,
     damping: float = _DAMPING,
     falling: bool = True,
+    code: CodedLevels | None = None,
 ) -> Tensor:
     """Round a weight onto its grid so that the output of its layer changes little.
 
@@ -47,6 +49,7 @@ def compensate(
         layout: that of the scale.
         damping: part of the mean of the diagonal that is added to it; above 0.
         falling: whether columns are rounded in the order of falling moments, not from the first to the last.
+        code: what levels cost beside their error, where that counts (CERWU, arXiv:2505.18758).
 
     Returns:
         Weights of the grid, shape (O, I), in the scale's type: exactly those that :func:`diffq_fx.functional.dequantize` gives, which
@@ -70,15 +73,17 @@ def compensate(
         return nearest_OI
     order_I = moments.diagonal(dim1=-2, dim2=-1).mean(0).argsort(descending=True, stable=True) if falling else None
     ordered = moments if order_I is None else moments[:, order_I][:, :, order_I]
-    spread_GII = _spread(ordered.float(), damping)
+    spread_GII, worth_GI = _spread(ordered.float(), damping)
     rounded_OI = torch.empty_like(rows_OI)
     groups = len(moments)
     height = layout.rows if groups > 1 else max(_PIECE // max(layout.columns, 1), 1)
     for top in range(0, layout.rows, height):
         part = slice(top, min(top + height, layout.rows))
         part_bits = bits if bits.shape[0] == 1 else bits[part]
-        grid = _Columns(params.of_rows(part), part_bits, layout.of_rows(part), order_I)
+        grid = _Columns(params.of_rows(part), part_bits, layout.of_rows(part), order_I, worth_GI, code)
         rounded_OI[part] = _rounded(rows_OI[part], spread_GII, grid)
+        if code is not None:
+            continue
         better = output_error(rounded_OI[part] - rows_OI[part], moments) <= output_error(nearest_OI[part] - rows_OI[part], moments)
         rounded_OI[part] = torch.where(better[:, None], rounded_OI[part], nearest_OI[part])
     return rounded_OI
@@ -115,8 +120,10 @@ def _nearest(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
     return functional.dequantize(functional.quantize(rows_OI, params, bits, layout), params, layout)
 
 
-def _spread(moments_GII: Tensor, damping: float) -> Tensor:
+def _spread(moments_GII: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """``U`` of ``H^-1 = U^T U``, each row divided by its diagonal: how the error of a column goes to the later ones, shape (G, I, I).
+
+    With what is left of the squared error of each column then, ``1 / U_jj^2``, over its mean, shape (G, I).
 
     With the order of columns turned round, ``H = L L^T``; turned back, ``H = R R^T`` with R upper triangular, and ``U = R^-1``.
     Columns that nothing is multiplied with have errors of their own alone.
@@ -132,27 +139,34 @@ def _spread(moments_GII: Tensor, damping: float) -> Tensor:
             continue
         unit = torch.eye(turned.shape[-1], dtype=dtype, device=turned.device).expand_as(turned)
         inverse = torch.linalg.solve_triangular(factor, unit, upper=False).flip(-1, -2)
-        spread = inverse / inverse.diagonal(dim1=-2, dim2=-1)[..., None]
+        own = inverse.diagonal(dim1=-2, dim2=-1)
+        spread, worth = inverse / own[..., None], own.square().reciprocal()
         if bool(torch.isfinite(spread).all()):
-            return spread.float()
+            return spread.float(), (worth / worth.mean(-1, keepdim=True)).float()
     raise ValueError("compensate: the moments are no second moments: they have negative eigenvalues. Gather them anew.")
 
 
 class _Columns:
     """The grid of one column at a time, in the order of rounding."""
 
-    def __init__(self, params: QuantParams, bits: Tensor, layout: GroupLayout, order_I: Tensor | None) -> None:
+    def __init__(
+        self, params: QuantParams, bits: Tensor, layout: GroupLayout, order_I: Tensor | None, worth_GI: Tensor, code: CodedLevels | None
+    ) -> None:
         self.params, self.layout = params, layout
         self.bits = bits.expand_as(params.scale)
-        self.order_I = order_I
+        self.order_I, self.worth_GI, self.code = order_I, worth_GI, code
         self.order = range(layout.columns) if order_I is None else order_I.tolist()
         self.column = GroupLayout(layout.rows, 1, "channel", 1)
 
-    def nearest(self, values_O: Tensor, index: int) -> Tensor:
-        """The levels nearest to values of the column that is rounded as number ``index``, shape (O,)."""
+    def round(self, values_GR: Tensor, index: int) -> Tensor:
+        """The levels for values of the column that is rounded as number ``index``: the nearest ones, or those with the least cost."""
         group = 0 if self.params.scale.shape[1] == 1 else self.order[index] // self.layout.block
-        own = [None if each is None else each[:, group : group + 1] for each in self.params]
-        return _nearest(values_O[:, None], QuantParams(*own), self.bits[:, group : group + 1], self.column)[:, 0]  # pyright: ignore[reportArgumentType]
+        own = QuantParams(*(None if each is None else each[:, group : group + 1] for each in self.params))  # pyright: ignore[reportArgumentType]
+        bits, values_O1 = self.bits[:, group : group + 1], values_GR.reshape(-1, 1)
+        if self.code is None:
+            return _nearest(values_O1, own, bits, self.column).view_as(values_GR)
+        worth_O1 = self.worth_GI[:, index, None].expand_as(values_GR).reshape(-1, 1)
+        return self.code.choose(values_O1, own, bits, self.column, worth_O1).view_as(values_GR)
 
 
 def _rounded(rows_OI: Tensor, spread_GII: Tensor, grid: _Columns) -> Tensor:
@@ -166,7 +180,7 @@ def _rounded(rows_OI: Tensor, spread_GII: Tensor, grid: _Columns) -> Tensor:
         block_GBR, errors_GBR = rest_GIR[:, first:last], torch.empty_like(rest_GIR[:, first:last])
         for index in range(first, last):
             own_GR = rest_GIR[:, index]
-            rounded_GR = grid.nearest(own_GR.reshape(-1), index).view_as(own_GR)
+            rounded_GR = grid.round(own_GR, index)
             rounded_GIR[:, index] = rounded_GR
             error_GR = errors_GBR[:, index - first] = own_GR - rounded_GR
             block_GBR[:, index - first + 1 :] -= spread_GII[:, index, index + 1 : last, None] * error_GR[:, None]

@@ -1,5 +1,6 @@
 """compress: a float model and unlabelled batches in, a converted model of a given size out."""
 
+import gc
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -105,6 +106,7 @@ def compress(
             bar.stage("preparing", 1)
             own = copy_replacing(model, {}).requires_grad_(True)
             prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
+            gc.collect()  # trials of the preparation leave copies of the weights in reference cycles
             compression: Compression = vars(prepared)[CHILD]
             with callers_types:
                 seek_bits(prepared, compression, wanted, data, limits, bar)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from diffq_fx.budget.coded_levels import PRICE, CodedLevels
+from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.compression import Compression
 from diffq_fx.functional.groups import from_rows, to_rows
 from diffq_fx.methods.diffq import DiffQWeight
@@ -13,6 +15,7 @@ from diffq_fx.post_training.compensation import compensate
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
+from diffq_fx.training.phases import hold_coded_size
 
 _RANGE_BATCHES = 8
 """Batches that the diagonals of second moments are gathered from, which ranges need."""
@@ -46,36 +49,46 @@ def round_weights(model: nn.Module, compression: Compression, data: Calibration,
         importance = moments[quantizer.spec.name].importance
         if quantizer.importance is not None and importance is not None:
             quantizer.importance.copy_(importance)
+    compression.price = PRICE if compression.is_coded else 0.0
     compression.freeze()
     bar.stage("rounding", len(compression.learned))
     left: dict[str, list[str]] = {}
     for part in parts:
         moments = second_moments(model, batches, part)
         for quantizer in part:
-            if reason := _round(quantizer, moments.pop(quantizer.spec.name)):
+            if reason := _round(quantizer, moments.pop(quantizer.spec.name), compression.price):
                 left.setdefault(reason, []).append(quantizer.spec.name)
             bar.advance()
+    compression.price = 0.0
+    hold_coded_size(compression)
     return tuple(f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items())
 
 
-def _round(quantizer: DiffQWeight, moments: Moments) -> str:
-    """Round one weight; why it is left to rounding to the nearest levels, if it is."""
-    if quantizer.clip is None:
-        return "the range follows the weights"
-    if moments.matrix is None:
-        return moments.reason or ("rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights")
+def _round(quantizer: DiffQWeight, moments: Moments, price: float) -> str:
+    """Round one weight; why without compensation, if it is."""
     spec, bits = quantizer.spec, quantizer.rounded_bits()
     rows_OI = to_rows(quantizer.weight.detach(), spec.axis).float()
-    params = quantizer.params(rows_OI, bits)
+    weight = RoundedWeight(spec, rows_OI, bits, quantizer.params(rows_OI, bits))
+    code = CodedLevels(weight, price) if price else None
+    reason = ""
     try:
+        if moments.matrix is None:
+            without = "rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights"
+            raise ValueError(moments.reason or without)
         with torch.autocast(rows_OI.device.type, enabled=False):
-            rounded_OI = compensate(rows_OI, moments.matrix, params, bits, spec.scale_layout)
+            rounded_OI = compensate(rows_OI, moments.matrix, weight.params, bits, spec.scale_layout, code=code)
     except ValueError as error:
-        return str(error)
-    cell_OI = spec.scale_layout.expand(params.scale) * _IN_THE_CELL
+        reason = str(error)
+        if code is None:
+            return reason
+        rounded_OI = code.cheapest(weight).rows
+    cell_OI = spec.scale_layout.expand(weight.params.scale) * _IN_THE_CELL
     within_OI = rounded_OI + torch.clamp(rows_OI - rounded_OI, -cell_OI, cell_OI)
+    if quantizer.clip is None:  # the range follows the weights: its ends stay, and no weight goes beyond
+        low_OI, high_OI = (spec.range_layout.expand(end) for end in spec.range_layout.aminmax(rows_OI))
+        within_OI = torch.where((rows_OI == low_OI) | (rows_OI == high_OI), rows_OI, within_OI.clamp(low_OI, high_OI))
     quantizer.weight.copy_(from_rows(within_OI, spec.shape, spec.axis))
-    return ""
+    return reason
 
 
 def _in_parts(quantizers: Sequence[DiffQWeight]) -> Iterator[list[DiffQWeight]]:

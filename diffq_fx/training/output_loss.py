@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from diffq_fx.example import Example
 
@@ -16,6 +17,8 @@ _BESIDE = ("loss", "past_key_values", "hidden_states", "attentions", "cross_atte
 _SURE, _LARGEST = 0.5, 1e4
 """Scores of classes choose: their entropy is below this part of that of all classes alike, and the choice differs from row to row. Larger
 numbers are features, of which softmax would have one alone."""
+_PIECE = 1 << 22
+"""Scores that are compared at a time: what the gradient needs of all scores of 50,000 tokens takes as much as a small model."""
 _IMAGE_DIMS = 4
 """Scores of so many dimensions have the classes in the second, others in the last."""
 
@@ -73,9 +76,18 @@ def _distance(student: Tensor, teacher: Tensor, is_scores: bool, temperature: fl
         power = largest.new_ones(()).ldexp(-largest.frexp().exponent)  # of two: squares of 1e20 and of 1e-20 stay in range
         student, teacher = student * power, teacher * power
         return (student - teacher).square().sum() / teacher.square().sum().clamp(min=tiny)
+    if student.numel() <= _PIECE:
+        return _divergence(student, teacher, temperature) / rows
+    pieces = zip(*(each.flatten(0, -2).split(max(_PIECE // each.shape[-1], 1)) for each in (student, teacher)), strict=True)
+    parts = [checkpoint(_divergence, *piece, temperature, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return torch.stack(parts).sum() / rows
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(t / T) || softmax(s / T))``, the sum over rows."""
     lowest = torch.finfo(teacher.dtype).min  # classes that minus infinity rules out differ by nothing, and not by NaN
     student, teacher = (F.log_softmax(each / temperature, -1).clamp(min=lowest) for each in (student, teacher))
-    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum") / rows
+    return temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 def compared(outputs: Any) -> dict[str, Tensor]:

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from diffq_fx import functional
+from diffq_fx.budget.coded_levels import PRICE, CodedLevels
+from diffq_fx.budget.entropy import RoundedWeight, bits_saved
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.post_training import compensation
 from diffq_fx.post_training.compensation import compensate, output_error
+from diffq_fx.weights import WeightSpec
 
 GRIDS = ["affine", "half", "symmetric", "float"]
 
@@ -86,6 +89,25 @@ def test_it_is_obs(grid):
     better = output_error(expected - rows, moments) <= output_error(plain - rows, moments)
     assert better.sum() > 4
     assert torch.equal(values, torch.where(better[:, None], expected, plain))
+
+
+@pytest.mark.parametrize("case", ["channel", "blocks", "widths in blocks, one range a channel"])
+def test_the_length_of_the_code_counts_where_it_is_asked_for(case):
+    """Less error and code together, in the squared steps that a bit is worth, than the nearest levels and than choosing without moments."""
+    rows, moments = torch.randn(24, 72), second_moments(72)
+    group_size, range_size, bits = CASES[case]
+    params, widths, layout = grid_of(rows, group_size, range_size, bits)
+    spec = WeightSpec(name="w", shape=(24, 72), axis=0, group_size=group_size, range_size=range_size, grid="affine")
+    weight = RoundedWeight(spec, rows, widths, params)
+    code = CodedLevels(weight, PRICE)
+    values = compensate(rows, moments, params, widths, layout, code=code)
+    assert torch.equal(nearest(values, params, widths, layout), values)
+    alone, found = code.cheapest(weight).rows, compensate(rows, moments, params, widths, layout)
+    lengths = [-bits_saved([weight._replace(rows=each)]) for each in (values, alone, found, rows)]
+    errors = [float(output_error(each - rows, moments).sum()) for each in (values, alone)]
+    assert lengths[0] < lengths[2]
+    assert lengths[1] < lengths[3]
+    assert errors[0] < errors[1]
 
 
 def test_falling_order_is_the_same_with_columns_in_that_order():

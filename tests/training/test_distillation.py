@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from diffq_fx import DiffQConfig, Distillation, PreparationError, convert, prepare, prepare_diffq
 from diffq_fx.methods import LSQ
+from diffq_fx.training import output_loss as output_loss_module
 from diffq_fx.training.output_loss import output_loss, scores_among
 
 X = torch.linspace(-1, 1, 16 * 32).view(16, 32).sin()
@@ -297,6 +298,33 @@ def test_what_is_padded_may_be_anything():
         assert torch.isfinite(grad).all()
         assert not grad[1, 1].any()
     assert output_loss(student, teacher, scores={"output"}, mask=torch.zeros(2, 2)) == 0  # a batch of nothing but padding
+
+
+def test_scores_are_compared_in_pieces(monkeypatch):
+    """As in one, to the bit where rows are alone in a piece, and the gradient keeps little beside the scores themselves."""
+    scores, teacher = torch.randn(6, 7, 100, requires_grad=True), torch.randn(6, 7, 100)
+    kept, found = {}, []
+    for piece in (1 << 22, 250):
+        monkeypatch.setattr(output_loss_module, "_PIECE", piece)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.setdefault(each.data_ptr(), each), lambda each: each):
+            loss = output_loss(scores, teacher, scores=("output",), temperature=2.0)
+        found.append((loss.detach(), *torch.autograd.grad(loss, scores)))
+        size = sum(each.numel() for each in kept.values())
+    assert size <= scores.numel() + teacher.numel()
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_features_of_any_size_are_compared_alike():
+    student, teacher = torch.randn(5, 8), torch.randn(5, 8)
+    expected = (student - teacher).square().sum() / teacher.square().sum()
+    for factor in (2.0**66, 2.0**-66):
+        scaled = (student * factor).requires_grad_()
+        loss = output_loss(scaled, teacher * factor, scores=())
+        (grad,) = torch.autograd.grad(loss, scaled)
+        torch.testing.assert_close(loss.detach(), expected)
+        torch.testing.assert_close(grad * factor, 2 * (student - teacher) / teacher.square().sum())
 
 
 def test_classes_that_are_ruled_out_differ_by_nothing():
