@@ -1,16 +1,29 @@
 """The examples of the README and of docs/ run as they stand."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from diffq_fx.cli import app
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def run_examples(path):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
-    exec(compile(code, path.name, "exec"), {"__name__": "examples"})
+    names = {"__name__": "examples"}
+    for kind, block in re.findall(r"```(python|sh)\n(.*?)```", path.read_text(), re.DOTALL):
+        if kind == "python":
+            exec(compile(block, path.name, "exec"), names)
+            continue
+        for line in block.splitlines():
+            command, *arguments = shlex.split(line)
+            assert command == "diffq-fx"
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, (line, result.stderr)
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
@@ -45,6 +58,7 @@ def test_the_examples_of_the_documentation_run(path, tmp_path, monkeypatch, caps
     for package in NEEDED.get(path.name, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     run_examples(path)
     assert PRINTED.get(path.name, "") in capsys.readouterr().out
 
@@ -63,7 +77,9 @@ def test_the_paths_that_texts_name_exist():
     named = set(re.findall(r"`([\w/]+(?:/|\.py|\.c))`", texts))
     assert len(named) > 40
     assert not [
-        name for name in named if not any((root / top / name).exists() for top in (".", "benchmarks", "diffq_fx", "diffq_fx/kernels"))
+        name
+        for name in named
+        if not any((root / top / name).exists() for top in (".", "benchmarks", "diffq_fx", "diffq_fx/kernels", "diffq_fx/post_training"))
     ]
 
 

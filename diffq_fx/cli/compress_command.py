@@ -126,7 +126,7 @@ def _from_function(target: str, data: Path | None) -> _Source:
     if not callable(function):
         raise DiffQError(f"module '{name}' has no function '{attribute}'.")
     with _user_code(f"{target} failed"):
-        made = function()
+        made: Any = function()
     _check_made(target, made)
     batches = _guarded(target, made[1])
     first = next(batches, None)
@@ -149,7 +149,7 @@ def _guarded(target: str, batches: Iterable[Any]) -> Iterator[Any]:
 def _check_made(target: str, made: Any) -> None:
     from torch import Tensor, nn
 
-    pair: Any = made if isinstance(made, tuple | list) else (made,)
+    pair = made if isinstance(made, tuple | list) else (made,)
     right = (
         len(pair) == 2
         and isinstance(pair[0], nn.Module)
