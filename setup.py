@@ -49,7 +49,7 @@ class BuildKernels(build_ext):
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n")
         try:
-            objects = self.compiler.compile([str(probe)], extra_postargs=["-fopenmp"])
+            objects = self.compiler.compile([str(probe)], output_dir=self.build_temp, extra_postargs=["-fopenmp"])
             self.compiler.link_executable(objects, str(probe.with_suffix("")), extra_postargs=["-fopenmp"])
         except (CompileError, LinkError):
             return ["-fopenmp-simd"]
