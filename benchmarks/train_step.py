@@ -6,6 +6,7 @@
     python benchmarks/train_step.py --part eval          # forward in eval(), after the first
     python benchmarks/train_step.py --part memory        # peak memory of training steps
     python benchmarks/train_step.py --part size          # size and pressure on the bits of 300 weights
+    python benchmarks/train_step.py --part compile       # CPU seconds of torch.compile on BERT-base's shape; --quick: 2 layers
     python benchmarks/train_step.py --part growth        # prepare, one transform, convert from 1 M to 300 M weights
     python benchmarks/train_step.py --part step          # whole training steps; with --seconds 100 a part of them at each call
 
@@ -33,6 +34,7 @@ from diffq_fx import prepare_diffq
 from diffq_fx.methods.base import WeightQuantizer
 
 PACKAGES = ("torch", "diffq", "torchao", "brevitas")
+PARTS = ("step", "transform", "kernels", "variants", "eval", "memory", "growth", "size", "compile")
 
 
 def part_eval(quick: bool) -> str:
@@ -160,7 +162,7 @@ def _plot_steps(cells: dict[tuple[str, str], tuple[float, float, float]], names:
 def main() -> None:
     """Run one part and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["step", "transform", "kernels", "variants", "eval", "memory", "growth", "size"], required=True)
+    parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
     parser.add_argument("--systems", default="", help="only those with this in their name; for --part step")
     parser.add_argument("--task", default="", help="only those with this in their name; for --part step")
@@ -190,6 +192,10 @@ def main() -> None:
         from _train_size import part_size
 
         body = part_size(arguments.quick)
+    elif part == "compile":
+        from _train_compile import part_compile
+
+        body = part_compile(arguments.quick)
     else:
         from _train_transform import part_kernels, part_transform
 
@@ -197,7 +203,9 @@ def main() -> None:
     kernels = os.environ.get("DIFFQ_FX_KERNELS", "native")
     name = f"train_{part}" + ("" if kernels == "native" else f"_{kernels}")
     name += "_untrimmed" if os.environ.get("MALLOC_TRIM_THRESHOLD_") else ""
-    path = write_result(name, f"Training with noise: {part}", body, ("torch",) if part == "variants" else PACKAGES)
+    path = write_result(
+        name, f"Training with noise: {part}", body, {"variants": ("torch",), "compile": ("torch", "transformers")}.get(part, PACKAGES)
+    )
     if rows:
         plot(rows, path.with_suffix(".png"))
     print(path.read_text())

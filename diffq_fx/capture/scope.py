@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffq_fx.errors import PreparationError
 from diffq_fx.parts import CHILD
+from diffq_fx.sharded import is_sharded
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, owner_of
 
 HANDED = "handed_weights"
@@ -52,6 +53,18 @@ class ScopedModule:
 
     taken_over: TakenOver
     original_class: Any  # a subclass of nn.Module, whose own methods are called with self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse another kind of tensor as a weight that is quantized here, such as that of another library's quantizer."""
+        if name in self.taken_over.owned and param is not None:
+            state = "converted" if name + STORED_SUFFIX in self.__dict__["_modules"] else "prepared"
+            if state == "converted" or not (type(param) is nn.Parameter or is_sharded(param)):
+                raise PreparationError(
+                    f"{self.original_class.__name__}: its {name} is {state} by diffq_fx and cannot become a "
+                    f"{type(param).__name__}.\n  Give another quantizer the float model; for torchao's tensors call "
+                    "diffq_fx.integrations.torchao.to_torchao(convert(model))."
+                )
+        super().register_parameter(name, param)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the original class and the plain state; Python 3.10 has no ``object.__getstate__``."""

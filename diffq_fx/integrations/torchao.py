@@ -1,25 +1,29 @@
-"""TorchAO: its ``quantize_`` as a way in, its integer tensors as a way out. Needs the package torchao.
+"""TorchAO: quantization-aware training by its ``quantize_``, and its integer tensors as a way out. Needs the package torchao.
 
-Way in: torchao's own ``quantize_``, with its filter functions or its FqnToConfig, says which modules get which method;
-:func:`prepare_marked` is the first of the two steps, ``diffq_fx.convert`` the second. Way out: :func:`to_torchao`.
+:class:`QATConfig` does both for users of torchao; :func:`to_torchao` takes what ``diffq_fx.convert`` gives.
 """
 
 import copy
-import re
-from dataclasses import dataclass, field
-from typing import Any
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.errors import ConversionError, PreparationError
+from diffq_fx.capture.scope import ScopedModule
+from diffq_fx.convert import convert
+from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.functional.groups import from_rows
 from diffq_fx.integrations import missing
 from diffq_fx.methods.base import Method
-from diffq_fx.prepare import Scope, prepare_as
+from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.prepare import prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
+from diffq_fx.weights import STORED_SUFFIX, owner_of
 
 try:
     from torchao.core.config import AOBaseConfig
@@ -28,82 +32,116 @@ try:
 except ImportError as error:
     raise missing("torchao", error) from error
 
-_MARK = "_diffq_fx_method"
 _READERS = frozenset({"linear", "conv2d", "embedding"})
 """What torchao's integer tensor can be read by; any other function would fail on it."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 8
+_WIDEST_BLOCKS, _BLOCK_MULTIPLE = 4, 32
+"""Of weights in blocks that ExecuTorch's XNNPACK multiplies with 8-bit activations."""
+
+Activations = Literal["float", "int8"]
 
 
 @dataclass
-class PrepareConfig(AOBaseConfig):
-    """A config for torchao's ``quantize_``: the modules that its filter lets through are marked for a method of diffq_fx.
+class QATConfig(AOBaseConfig):
+    """Quantization-aware training in the form of torchao's own QATConfig: ``quantize_`` with step "prepare", train, with step "convert".
 
-    Marking changes nothing that a model computes; :func:`prepare_marked` does the work, since only the whole model shows which weights
-    are tied and how large it is.
+    Both steps change the model in place. What the filter lets through is prepared as one part, which meets the size in the method by
+    itself: with :func:`whole_model` as the filter it is the model, and bits move between all layers; with torchao's own filter it is each
+    linear layer. After "convert" layers are of their own classes again, with torchao's integer tensors as weights.
+
+    Args:
+        method: a config of :mod:`diffq_fx.methods`, or a mapping of patterns of state_dict names to configs. "convert" needs none.
+        example_inputs: what the parts are called with, as for ``prepare``. A linear layer by itself needs none.
+        step: "prepare" or "convert".
+        activations: "float", or "int8" for linear layers that round their inputs to 8 bits, one scale a token, when they run. With at most
+            4 bits a weight that is torchao's 8da4w, which ExecuTorch's XNNPACK runs. It takes symmetric grids alone.
+
+    Raises:
+        TypeError: step "prepare" without a method.
+        ValueError: another step or other activations; in ``quantize_``, example inputs that the part does not run on.
+        PreparationError: in ``quantize_``, as for ``prepare``.
+        ConversionError: in ``quantize_``, as for ``convert`` and :func:`to_torchao`.
 
     Example:
         >>> from torchao.quantization import quantize_
         >>> from diffq_fx.methods import LSQ
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
-        >>> quantize_(model, PrepareConfig(LSQ(bits=4)), lambda module, name: name == "2")
-        >>> prepared = prepare_marked(model, torch.zeros(1, 16))
-        >>> [quantizer.spec.name for quantizer in prepared.compression.quantizers]
-        ['2.weight']
+        >>> quantize_(model, QATConfig(LSQ(bits=4), torch.zeros(1, 16), step="prepare"), whole_model)
+        >>> quantize_(model, QATConfig(step="convert"), whole_model)  # after the training
+        >>> type(model[0]).__name__, type(model[0].weight).__name__
+        ('Linear', 'IntxUnpackedToInt8Tensor')
     """
 
-    method: Method
+    method: Method | Mapping[str, Method] | None = None
+    example_inputs: Any = None
+    step: Literal["prepare", "convert"] = field(default="prepare", kw_only=True)
+    activations: Activations = field(default="float", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse what is no method."""
-        if not isinstance(self.method, Method):
-            raise TypeError(f"PrepareConfig: expected a method of diffq_fx.methods (an object such as LSQ()), got {self.method!r}.")
+        """Refuse other settings."""
+        if self.step not in ("prepare", "convert"):
+            raise ValueError(f'QATConfig: step must be "prepare" or "convert", got {self.step!r}.')
+        _check_activations("QATConfig", self.activations)
+        if self.step == "prepare":
+            MethodChoice.of(cast("Method", self.method), "QATConfig")
 
 
-@register_quantize_module_handler(PrepareConfig)
-def _mark(module: nn.Module, config: PrepareConfig) -> nn.Module:
-    setattr(module, _MARK, config.method)
+def whole_model(module: nn.Module, name: str) -> bool:
+    """A filter for ``quantize_`` that lets the model itself through, as one part.
+
+    Example: see :class:`QATConfig`.
+    """
+    return not name
+
+
+def _check_activations(caller: str, activations: str) -> None:
+    if activations not in get_args(Activations):
+        raise ValueError(f'{caller}: activations must be "float" or "int8", got {activations!r}.')
+
+
+@register_quantize_module_handler(QATConfig)
+def _quantize(module: nn.Module, config: QATConfig) -> nn.Module:
+    """What ``quantize_`` does to each module that its filter lets through; it takes no other module for the model itself."""
+    if config.step == "prepare":
+        example = config.example_inputs
+        if example is None and type(module) is nn.Linear:
+            example = module.weight.new_zeros(1, module.in_features)
+        if example is None:
+            raise PreparationError(
+                f"QATConfig: a {type(module).__name__} needs example_inputs: give QATConfig(method, example_inputs) what it is called with."
+            )
+        _become(module, prepare_as("QATConfig", module, example, cast("Method", config.method), "module"))
+    else:
+        result = to_torchao(convert(module), activations=config.activations)
+        if result.kept:
+            why = "; ".join(f"{name}: {reason}" for name, reason in result.kept.items())
+            warnings.warn(
+                f"QATConfig: weights for which torchao has no form stay as diffq_fx stores them. {why}", DiffQWarning, stacklevel=2
+            )
+        _give_classes_back(result.model)
+        _become(module, result.model)
     return module
 
 
-def prepare_marked(model: nn.Module, example_inputs: Any, *, scope: Scope = "auto") -> nn.Module:
-    """The first step for a model that torchao's ``quantize_`` has marked: ``diffq_fx.prepare`` with what the marks say.
-
-    A tied weight is marked by any of its modules and stays one weight.
-
-    Args:
-        model: marked with :class:`PrepareConfig`. Its marks are taken off.
-        example_inputs: what the model is called with, as for ``prepare``.
-        scope: as for ``prepare``.
-
-    Returns:
-        The prepared model; train it, and then call ``diffq_fx.convert`` as the second step.
-
-    Raises:
-        PreparationError: nothing is marked, or a marked module has no weight to quantize.
-
-    Example: see :class:`PrepareConfig`.
-    """
-    marked = [(path, module, vars(module)[_MARK]) for path, module in model.named_modules() if _MARK in vars(module)]
-    if not marked:
-        raise PreparationError(
-            "prepare_marked: no module is marked. Call torchao's quantize_(model, PrepareConfig(method), filter_fn) first, with a filter "
-            "that lets at least one module through."
-        )
-    deepest_first = sorted(marked, key=lambda each: -each[0].count("."))
-    for _, module, _ in marked:
-        delattr(module, _MARK)
-    try:
-        return prepare_as("prepare_marked", model, example_inputs, {_literal(path): method for path, _, method in deepest_first}, scope)
-    except BaseException:
-        for _, module, method in marked:
-            setattr(module, _MARK, method)
-        raise
+def _become(module: nn.Module, other: nn.Module) -> None:
+    vars(module).clear()
+    module.__class__ = type(other)
+    vars(module).update(vars(other))
 
 
-def _literal(path: str) -> str:
-    """A pattern that matches a path, and the root's, which is empty, everything."""
-    return re.sub(r"([*?\[])", r"[\1]", path) or "*"
+def _give_classes_back(model: nn.Module) -> None:
+    """Make torchao's tensors parameters, and the modules that read no other quantized weight what they were before ``prepare``."""
+    for module in list(model.modules()):
+        for name, held in list(module._modules.items()):
+            if isinstance(held, TorchAOWeight) and name.endswith(STORED_SUFFIX) and isinstance(module, ScopedModule):
+                del module._modules[name]
+                module._parameters[name.removesuffix(STORED_SUFFIX)] = held.weight
+    for module in model.modules():
+        if isinstance(module, ScopedModule):
+            read = [owner_of(module, name) for name in (*module.taken_over.weights, *module.taken_over.owned)]
+            if all(attribute in owner._parameters for owner, attribute in read):
+                module.__class__ = module.original_class
 
 
 class TorchAOWeight(StoredWeight):
@@ -115,11 +153,11 @@ class TorchAOWeight(StoredWeight):
 
     weight: nn.Parameter
 
-    def __init__(self, stored: StoredWeight, integers: IntegerWeight) -> None:
+    def __init__(self, stored: StoredWeight, integers: IntegerWeight, activations: Activations = "float") -> None:
         super().__init__()
         self.spec = stored.spec
         self._footprint = stored.footprint()
-        self.weight = nn.Parameter(_integer_tensor(integers), requires_grad=False)
+        self.weight = nn.Parameter(_integer_tensor(integers, activations), requires_grad=False)
 
     def forward(self) -> Tensor:
         """The integer tensor."""
@@ -141,17 +179,20 @@ class TorchAOResult:
     """Weight -> why torchao has no form for it; it stays as diffq_fx stores it, and the model computes the same."""
 
 
-def to_torchao(converted: nn.Module) -> TorchAOResult:
+def to_torchao(converted: nn.Module, *, activations: Activations = "float") -> TorchAOResult:
     """Replace the integer weights of a converted model by torchao's integer tensors, wherever torchao has a form for them.
 
     Args:
         converted: from ``convert``; it is not changed.
+        activations: "float", or "int8" for linear layers that round their inputs to 8 bits; see :class:`QATConfig`.
 
     Returns:
-        A copy that computes the same within float tolerance, and what became of each weight.
+        A copy that computes the same within float tolerance and, with "int8", the rounding of the inputs; and what became of each weight.
 
     Raises:
-        ConversionError: the model holds no stored weight, or torchao has a form for none of them; says why for each.
+        ConversionError: the model holds no stored weight, torchao has a form for none of them, or, with "int8", not for that of a linear
+            layer; says why for each.
+        ValueError: other activations.
 
     Example:
         >>> from diffq_fx import convert, prepare
@@ -164,18 +205,28 @@ def to_torchao(converted: nn.Module) -> TorchAOResult:
         raise ConversionError(
             f"to_torchao: the {type(converted).__name__} holds no stored weight. Call convert on the prepared model first."
         )
+    _check_activations("to_torchao", activations)
     model = copy.deepcopy(converted)
     mapped: dict[nn.Module | None, TorchAOWeight] = {}
     kept: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for stored in [module for module in model.modules() if isinstance(module, StoredWeight)]:
         integers = _integers_or_reason(stored)
         if isinstance(integers, str):
             kept[stored.spec.name] = integers
         else:
-            mapped[stored] = TorchAOWeight(stored, integers)
-    if not mapped:
-        why = "\n  ".join(f"{name}: {reason}" for name, reason in kept.items())
-        raise ConversionError(f"to_torchao: torchao has a form for none of the weights.\n  {why}")
+            form = activations if "linear" in stored.spec.consumer.split(", ") else "float"
+            if form == "int8" and (reason := _reason_against_int8(integers)):
+                refused[stored.spec.name] = reason
+            mapped[stored] = TorchAOWeight(stored, integers, form)
+    if refused or not mapped:
+        why = "\n  ".join(f"{name}: {reason}" for name, reason in (refused or kept).items())
+        what = (
+            "ExecuTorch's XNNPACK cannot multiply these weights with int8 activations"
+            if refused
+            else "torchao has a form for none of the weights"
+        )
+        raise ConversionError(f"to_torchao: {what}.\n  {why}")
     for parent in list(model.modules()):
         parent._modules.update({name: mapped[child] for name, child in parent._modules.items() if child in mapped})
     return TorchAOResult(model, tuple(weight.spec.name for weight in mapped.values()), kept)
@@ -201,18 +252,42 @@ def _integers_or_reason(stored: StoredWeight) -> IntegerWeight | str:
     return integers
 
 
-def _integer_tensor(stored: IntegerWeight) -> IntxUnpackedToInt8Tensor:
-    """Levels shifted to signed ones; zero points that are no integers are float ones, as is what a float grid's offset becomes."""
+def _reason_against_int8(stored: IntegerWeight) -> str:
+    bits, layout = int(stored.bits.max()), stored.spec.scale_layout
+    if stored.spec.grid != "symmetric":
+        return f'a grid with zero points of its own ("{stored.spec.grid}"), which XNNPACK ignores; prepare with grid="symmetric"'
+    if layout.kind == "block" and bits > _WIDEST_BLOCKS:
+        return f"blocks of {bits} bits; XNNPACK has them up to {_WIDEST_BLOCKS}"
+    if layout.kind == "block" and layout.block % _BLOCK_MULTIPLE:
+        return f"blocks of {layout.block}; XNNPACK has multiples of {_BLOCK_MULTIPLE}"
+    return ""
+
+
+def _integer_tensor(stored: IntegerWeight, activations: Activations) -> IntxUnpackedToInt8Tensor:
+    """Levels shifted to signed ones; zero points that are no integers are float ones, as is what a float grid's offset becomes.
+
+    Those of a symmetric grid are zero whatever the width of a group.
+    """
     spec, layout = stored.spec, stored.spec.scale_layout
     bits = int(stored.bits.max())
-    half = 2 ** (bits - 1)
-    qdata = from_rows((stored.levels_OI() - half).to(torch.int8), spec.shape, spec.axis).contiguous()
+    half: int | Tensor = 2 ** (bits - 1)
+    levels_OI, scale = stored.levels_OI(), stored.scale
+    if stored.zero_point is not None and spec.grid == "symmetric":
+        levels_OI, half = levels_OI - layout.expand(stored.zero_point), stored.zero_point
+    else:
+        levels_OI = levels_OI - half
+    qdata = from_rows(levels_OI.to(torch.int8), spec.shape, spec.axis).contiguous()
     if stored.zero_point is not None:
         zero_point = stored.zero_point - half
         zero_point = zero_point if (zero_point % 1).any() else zero_point.to(torch.int8)
     else:
         offset = stored.offset if stored.offset is not None else torch.zeros_like(stored.scale)
-        zero_point = -half - offset / stored.scale
+        zero_point = -half - offset / scale
+    if activations == "int8":
+        bits = _WIDEST_BLOCKS if bits <= _WIDEST_BLOCKS else _WIDEST
+        if layout.kind == "tensor":  # XNNPACK has a scale for each channel
+            layout = replace(layout, kind="channel")
+            scale, zero_point = scale.expand(layout.shape), zero_point.expand(layout.shape)
     shape = [1] * len(spec.shape)
     block = list(spec.shape)
     if layout.kind != "tensor":
@@ -221,10 +296,10 @@ def _integer_tensor(stored: IntegerWeight) -> IntxUnpackedToInt8Tensor:
         block[1], shape[1] = layout.block, layout.shape[1]
     return IntxUnpackedToInt8Tensor(
         qdata=qdata,
-        scale=stored.scale.reshape(shape).float(),
-        zero_point=zero_point.reshape(shape),
+        scale=scale.reshape(shape).float().contiguous(),
+        zero_point=zero_point.reshape(shape).contiguous(),
         target_dtype=getattr(torch, f"int{bits}"),
         block_size=tuple(block),
         dtype=spec.dtype,
-        activation_quantization=None,
+        activation_quantization="int8_asym_per_token" if activations == "int8" else None,
     )

@@ -1,4 +1,4 @@
-"""TorchAO at both ends: marking by its quantize_, and its integer tensors."""
+"""TorchAO at both ends: training by its quantize_, and its integer tensors."""
 
 import shutil
 
@@ -8,11 +8,12 @@ from torch import nn
 
 pytest.importorskip("torchao")
 
-from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, quantize_
+from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis
 
-from diffq_fx import ConversionError, DiffQConfig, PreparationError, bits_report, convert, functional, prepare
-from diffq_fx.integrations.torchao import PrepareConfig, TorchAOWeight, prepare_marked, to_torchao
-from diffq_fx.methods import LC, LSQ, STE, ProductQuantization, QuantNoise
+from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, PreparationError, bits_report, convert, functional, prepare
+from diffq_fx.integrations.torchao import QATConfig, TorchAOWeight, to_torchao, whole_model
+from diffq_fx.methods import LC, LSQ, STE, ProductQuantization
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.weights import WeightSpec
 
@@ -42,60 +43,157 @@ X = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 # Way in
 
 
-def test_quantize_marks_and_prepare_marked_prepares_what_is_marked():
+def linears():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def train(model, x, steps=3):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.train()(x).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_two_steps_around_the_training_of_a_whole_model():
     net = Net()
-    quantize_(net, PrepareConfig(LSQ(bits=4)))  # torchao's default filter: linear layers
-    model = prepare_marked(net, IDS)
-    by_name = {q.spec.names: type(q).__name__ for q in model.compression.quantizers}
-    assert by_name == {("embed.weight", "head.weight"): "LSQWeight", ("mix.weight",): "LSQWeight"}, "tied weights stay tied"
-    assert not any("_diffq_fx_method" in vars(m) for m in [*net.modules(), *model.modules()])
-    model(IDS).sum().backward()
-    assert torch.equal(convert(model)(IDS), model.eval()(IDS))
+    mapping = {"mix.weight": STE(bits=8), "*": DiffQConfig(target_bits=6)}
+    quantize_(net, QATConfig(mapping, IDS, step="prepare"), whole_model)
+    assert {q.spec.names for q in net.compression.learned} >= {("embed.weight", "head.weight")}, "tied weights stay tied"
+    before = train(net, IDS)(IDS).detach()
+    with pytest.warns(DiffQWarning, match=r"stay as diffq_fx stores them.*rnn\.weight_ih_l0: read by"):
+        quantize_(net, QATConfig(step="convert"), whole_model)
+    torch.testing.assert_close(net(IDS), before, rtol=1e-4, atol=1e-5)
+    assert isinstance(net.mix.weight, IntxUnpackedToInt8Tensor)
+    assert net.head.weight is net.embed.weight
+    assert [type(module) for module in (net, net.mix, net.conv)] == [Net, nn.Linear, nn.Conv2d]
 
 
-def test_filters_and_several_methods():
+def test_torchaos_own_filter_prepares_each_linear_layer_by_itself():
+    net = linears()
+    quantize_(net, QATConfig(DiffQConfig(target_bits=5), step="prepare"))
+    assert [net[i].compression.budget_bits() for i in (0, 2)] == [5 * 32 * 32, 5 * 32 * 8]
+    before = train(net, X)(X).detach()
+    quantize_(net, QATConfig(step="convert"))
+    torch.testing.assert_close(net(X), before, rtol=1e-4, atol=1e-5)
+    assert type(net[0]) is nn.Linear
+    assert net.state_dict().keys() == linears().state_dict().keys()
+
+
+def test_fqn_to_config_prepares_parts():
+    net = linears()
+    quantize_(net, FqnToConfig({"0": QATConfig(LSQ(bits=2)), "2": QATConfig(STE())}), filter_fn=None)
+    assert [type(net[i].compression.quantizers[0]).__name__ for i in (0, 2)] == ["LSQWeight", "STEWeight"]
+
+
+def test_a_convolution_needs_an_example():
     net = Net()
-    quantize_(net, PrepareConfig(STE(bits=8)), lambda module, name: isinstance(module, nn.Embedding))
-    quantize_(net, PrepareConfig(QuantNoise(bits=4)), lambda module, name: isinstance(module, nn.Conv2d))
-    model = prepare_marked(net, IDS)
-    assert {q.spec.name: type(q).__name__ for q in model.compression.quantizers} == {
-        "embed.weight": "STEWeight",
-        "conv.weight": "QuantNoiseWeight",
-    }
+    with pytest.raises(PreparationError, match="a Conv2d needs example_inputs"):
+        quantize_(net, QATConfig(STE()), lambda module, name: name == "conv")
+    assert type(net.conv) is nn.Conv2d
 
 
-def test_fqn_to_config():
-    net = Net()
-    quantize_(net, FqnToConfig({"mix": PrepareConfig(LSQ(bits=2)), "rnn": PrepareConfig(STE())}), filter_fn=None)
-    model = prepare_marked(net, IDS)
-    assert {q.spec.name for q in model.compression.quantizers} == {"mix.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}
+def test_convert_of_what_was_not_prepared_with_this_filter():
+    net = linears()
+    with pytest.raises(ConversionError, match="never prepared"):
+        quantize_(net, QATConfig(step="convert"))
+    quantize_(net, QATConfig(STE(), X), whole_model)
+    with pytest.raises(ConversionError, match="is a part of a prepared model"):
+        quantize_(net, QATConfig(step="convert"))
+    quantize_(net, QATConfig(step="convert"), whole_model)
 
 
-def test_a_size_target_is_for_the_whole_model():
-    net = Net()
-    quantize_(net, PrepareConfig(DiffQConfig(target_bits=6)))
-    model = prepare_marked(net, IDS)
-    assert model.compression.budget_bits() == 6 * (24 * 16 + 64 * 16)
+def test_settings_that_are_none():
+    with pytest.raises(TypeError, match="QATConfig"):
+        QATConfig(STE)
+    with pytest.raises(TypeError, match="QATConfig"):
+        QATConfig(step="prepare")
+    with pytest.raises(ValueError, match='step must be "prepare" or "convert"'):
+        QATConfig(STE(), step="train")
+    with pytest.raises(ValueError, match='activations must be "float" or "int8"'):
+        QATConfig(STE(), activations="int4")
 
 
-def test_nothing_marked_is_an_error():
-    net = Net()
-    quantize_(net, PrepareConfig(STE()), lambda module, name: False)
-    with pytest.raises(PreparationError, match="prepare_marked: no module is marked"):
-        prepare_marked(net, IDS)
+@pytest.mark.parametrize("scope", ["model", "module"])
+@pytest.mark.parametrize("state", ["prepared", "converted"])
+def test_torchaos_own_configs_on_our_models_are_refused_in_a_sentence(scope, state):
+    model = prepare(linears(), X, STE(bits=4), scope=scope)
+    model = convert(model) if state == "converted" else model
+    expected = model.eval()(X)
+    with pytest.raises(PreparationError, match=f"its weight is {state} by diffq_fx and cannot become a IntxUnpackedToInt8Tensor"):
+        quantize_(model, IntxWeightOnlyConfig(torch.int4, PerAxis(0)))
+    assert torch.equal(model(X), expected)
+    if state == "prepared":
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())  # a weight of the same kind is no quantizer's
 
 
-def test_a_marked_module_without_a_weight_is_named_and_keeps_its_mark():
-    net = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
-    quantize_(net, PrepareConfig(STE()), lambda module, name: name == "1")
-    for _ in range(2):
-        with pytest.raises(PreparationError, match=r"1\.weight.*1-d"):
-            prepare_marked(net, X)
+# 8-bit activations
 
 
-def test_what_is_no_method():
-    with pytest.raises(TypeError, match="expected a method of diffq_fx.methods"):
-        PrepareConfig(STE)
+ON_EXECUTORCH = {
+    "4 bits": STE(bits=4, grid="symmetric"),
+    "3 bits in blocks": STE(bits=3, group_size=32, grid="symmetric"),
+    "2 bits, one scale": STE(bits=2, group_size="tensor", grid="symmetric"),
+    "6 bits": STE(bits=6, grid="symmetric"),
+    "learned": DiffQConfig(target_bits=3.5, max_bits=4, grid="symmetric"),
+}
+
+
+def with_int8(method):
+    net = linears()
+    quantize_(net, QATConfig(method, X, step="prepare"), whole_model)
+    before = train(net, X)(X).detach()
+    quantize_(net, QATConfig(step="convert", activations="int8"), whole_model)
+    return net, before
+
+
+@pytest.mark.parametrize("name", ON_EXECUTORCH)
+def test_int8_activations_are_the_form_that_xnnpack_reads(name):
+    net, before = with_int8(ON_EXECUTORCH[name])
+    for layer in (net[0], net[2]):
+        weight = layer.weight
+        assert weight.target_dtype == (torch.int8 if name == "6 bits" else torch.int4)
+        assert weight.block_size == (1, 32)
+        assert not weight.zero_point.any()
+        assert weight.activation_quantization == "int8_asym_per_token"
+    apart = (net(X) - before).detach().abs().max()
+    assert 0 < apart < 0.05 * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (STE(bits=4), r'0\.weight: a grid with zero points of its own \("affine"\), which XNNPACK ignores'),
+        (STE(bits=2, grid="half"), r'\("half"\), which XNNPACK ignores'),
+        (STE(bits=6, group_size=16, grid="symmetric"), "blocks of 6 bits; XNNPACK has them up to 4"),
+        (STE(bits=4, group_size=16, grid="symmetric"), "blocks of 16; XNNPACK has multiples of 32"),
+    ],
+    ids=str,
+)
+def test_what_xnnpack_cannot_multiply_is_refused_by_name(method, reason):
+    net = linears()
+    quantize_(net, QATConfig(method, X), whole_model)
+    expected = net.eval()(X)
+    with pytest.raises(ConversionError, match=reason):
+        quantize_(net, QATConfig(step="convert", activations="int8"), whole_model)
+    assert torch.equal(net(X), expected), "a call that fails changes nothing"
+
+
+@pytest.mark.parametrize("name", ON_EXECUTORCH)
+def test_executorch_computes_what_torchao_computes(name):
+    pytest.importorskip("executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    net, _ = with_int8(ON_EXECUTORCH[name])
+    lowered = to_edge_transform_and_lower(torch.export.export(net, (X,)), partitioner=[XnnpackPartitioner()])
+    assert "aten" not in str([node.target for node in lowered.exported_program().graph.nodes]), "XNNPACK takes all of it"
+    (found,) = Runtime.get().load_program(lowered.to_executorch().buffer).load_method("forward").execute((X,))
+    expected = net(X)
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
 
 
 # Way out
@@ -110,6 +208,7 @@ METHODS = {
     "STE half": STE(bits=2, grid="half"),
     "LSQ": LSQ(bits=2),
     "LSQ blocks": LSQ(bits=4, group_size=8),
+    "STE symmetric": STE(bits=3, grid="symmetric"),
     "binary": LC(codebook="scaled_binary"),
     "ternary": LC(codebook="scaled_ternary"),
 }
