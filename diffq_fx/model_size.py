@@ -45,13 +45,12 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
     """
     own = vars(model).get(CHILD)
     compressions = [own] if isinstance(own, Compression) else require_compressions(model, "model_size")
-    other_bits = 0 if compressions == [own] else _bits_outside(model)  # a loss has this in every step: no walk over the model
+    other_bits = 0
+    if compressions != [own]:  # a loss has this in every step: no walk over a prepared model
+        outside = parameters_outside(model, parts_of(model, Compression))
+        other_bits = _FLOAT_BITS * sum(parameter.numel() for parameter in outside.values())
     if exact:
         return mib(sum(compression.exact_bits() for compression in compressions) + other_bits)
     for compression in compressions:
         compression.penalized = compression.penalized or torch.is_grad_enabled()
     return torch.stack([compression.expected_bits() for compression in compressions]).sum().add(other_bits) / MIB_BITS
-
-
-def _bits_outside(model: nn.Module) -> int:
-    return _FLOAT_BITS * sum(parameter.numel() for parameter in parameters_outside(model, parts_of(model, Compression)).values())

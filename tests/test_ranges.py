@@ -58,6 +58,15 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
     assert float(weighted[0].sum()) < float(weighted[1].sum())
 
 
+@pytest.mark.skipif(extension.kernels() is None, reason="the kernels are not built")
+def test_the_kernel_finds_the_range_of_small_weights_too(monkeypatch):
+    kernel, seen = native.rounding_errors, []
+    monkeypatch.setattr(native, "rounding_errors", lambda rows, *others: seen.append(rows.numel()) or kernel(rows, *others))
+    layout = GroupLayout.of(4, 9, "channel")
+    least_error_range(torch.randn(4, 9), layout, torch.tensor([[2]]), layout, "affine")
+    assert set(seen) == {36}
+
+
 @pytest.mark.parametrize("by", ["kernel", "torch"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_an_important_column_is_not_clipped(grid, by, monkeypatch):

@@ -160,7 +160,7 @@ def _least_error_range_op(  # opaque to compilers: its many candidates would eac
     if grid == "half" and (on_levels := _on_levels(*best, bits)):
         best = search.best(on_levels)
     if by_size:
-        spans = -largest_in(-bits, low.shape) >= _SPANS_FROM  # the fewest of a range decide
+        spans = -largest_in(-bits.int(), low.shape) >= _SPANS_FROM  # the fewest of a range decide
         return torch.where(spans, low, best[0]), torch.where(spans, high, best[1])
     return best
 

@@ -228,10 +228,10 @@ def _log_bits(compression: Compression, step: int) -> None:
     share_T = values_T / values_T.sum()
     mean = (bits_T * share_T).sum()
     logged: dict[str, float | Tensor] = {_SPREAD: ((bits_T - mean).square() * share_T).sum().sqrt()}
-    if not compression.config.has_target:
+    if compression.config.has_target:  # no look whether a step has been: on a GPU it would make each step wait
+        logged["lambda, loss per MiB"] = pressure.worth_of_a_bit(compression.pressure_sums.sum(0)) * MIB_BITS
+    else:
         logged["bits a weight, mean"] = mean
-    if (worth := compression.lambda_per_bit) is not None:
-        logged["lambda, loss per MiB"] = worth * MIB_BITS
     compression.history.add(step, logged)
 
 
