@@ -181,7 +181,7 @@ def _build_ours(model: nn.Module, case: Case, folder: Path, batches: list[tuple[
 
 
 def _export_float(model: nn.Module, case: Case, path: Path) -> None:
-    from diffq_fx.export.onnx.tracing import quiet
+    from diffq_fx.export.onnx.translation import quiet
 
     is_dynamic = len(case.batches) > 1
     example = case.example(2 if is_dynamic else 1)

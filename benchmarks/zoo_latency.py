@@ -50,13 +50,13 @@ def _build(entry: Any, folder: Path) -> dict[str, Any]:
     from diffq_fx import DiffQConfig, ExportError, convert_diffq, prepare_diffq
     from diffq_fx.export import export_onnx
     from diffq_fx.export.onnx.examples import ExportExample
-    from diffq_fx.export.onnx.tracing import trace
+    from diffq_fx.export.onnx.tracing import Tracer
 
     args, kwargs = entry.example()
     example = kwargs or args
     model = entry.make().eval()
     try:
-        traced = trace(model, ExportExample.of(example), None)
+        traced = Tracer(model, ExportExample.of(example)).trace()
     except ExportError:
         return {"reason": "torch cannot export the float model"}
     ir.save(traced.model, folder / "float.onnx")

@@ -39,6 +39,7 @@ PRINTED = {
     "tutorial.md": "3 bits: 0.9",
     "tracing.md": "module - ",
     "size.md": "2.",
+    "runtimes.md": "{'batch': 2, 'ids_1': 7} {4: 6400}",
     "method.md": "_quantizer",
     "hugging-face.md": "True",
 }

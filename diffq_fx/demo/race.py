@@ -18,7 +18,7 @@ from diffq_fx.export.onnx.benchmark import Quartiles
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.sessions import open_session, session_entries
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
-from diffq_fx.export.onnx.tracing import quiet
+from diffq_fx.export.onnx.translation import quiet
 from diffq_fx.report import BitsReport
 
 BATCHES = (1, 16)

@@ -67,7 +67,7 @@ def test_a_branch_on_the_batch_makes_it_static(kind, batch, says, path):
     model, x = Branches(kind).eval(), torch.randn(batch, 5, 16)
     with pytest.warns(DiffQWarning, match=says):
         export_onnx(model, x, path)
-    assert sizes_of(path) == [batch, 5, 16]
+    assert sizes_of(path)[0] == batch
     np.testing.assert_allclose(run_exact(path, x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 

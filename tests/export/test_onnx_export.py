@@ -67,7 +67,7 @@ def test_input_without_batch(path):
             return self.layer(x) + mask @ x.new_ones(3, 8)
 
     export_onnx(Masked().eval(), (torch.randn(1, 3, 16), torch.randn(3, 3)), path)
-    assert shapes(path) == [["batch", 3, 16], [3, 3]]
+    assert shapes(path) == [["batch", "x_1", 16], ["x_1", 3]]
 
 
 def test_an_example_that_is_a_view_of_a_larger_tensor(path):

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffq_fx import DiffQWarning, ExportError
 from diffq_fx.export import export_onnx
-from diffq_fx.export.onnx import tracing
+from diffq_fx.export.onnx import tracing, translation
 from diffq_fx.export.onnx.examples import ExportExample
 
 
@@ -347,14 +347,14 @@ def test_a_static_batch_where_a_dynamic_one_cannot_be_translated(path):
 
 def test_without_the_optimizer_where_that_fails(path, monkeypatch):
     """As it does where a chunk's size hangs on the batch; which graphs it fails on is another matter in every version."""
-    to_onnx = tracing._to_onnx
+    to_onnx = translation._to_onnx
 
     def without(program, *, optimize):
         if optimize:
             raise RuntimeError("the optimizer fails")
         return to_onnx(program, optimize=False)
 
-    monkeypatch.setattr(tracing, "_to_onnx", without)
+    monkeypatch.setattr(translation, "_to_onnx", without)
     model, (a, b) = Chunks().eval(), torch.randn(2, 5, 64)
     with pytest.warns(DiffQWarning, match=r"not optimized by torch\.onnx, which fails on it \(RuntimeError: the optimizer fails\)"):
         export_onnx(model, (a[:2], b[:2]), path)

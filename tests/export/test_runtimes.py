@@ -1,13 +1,10 @@
 """Each preset is read by its runtime, which computes what the model computes; and what each offline tool leaves of a file."""
 
-import contextlib
-
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from runtimes import RUNNERS, run_onnxruntime, run_reference, to_ort_format
+from runtimes import RUNNERS, run_onnxruntime, run_reference
 from stored_models import Conv, Linear, store
 from torch import nn
 from torch.nn import functional as F
@@ -75,7 +72,7 @@ def test_each_preset_is_read_by_its_runtime(runtime, mixed, exported):
     path, result = exported(runtime)
     assert narrowest(path) == RUNTIMES[runtime]["min_container"]
     assert result.layout == RUNTIMES[runtime]["layout"]
-    for shape in ((1, 9), (3, 9)):
+    for shape in ((1, 9), (3, 5)):
         ids = torch.randint(20, shape)
         (found,) = RUNNERS[runtime](path, {"ids": ids.numpy()})
         assert_computes(mixed, found, ids, within=0.03 if runtime == "ort-format" else 1e-4)

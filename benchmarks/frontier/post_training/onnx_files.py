@@ -17,7 +17,7 @@ _CALIBRATION = 4
 
 
 def _export_float(task: Task, path: Path) -> None:
-    from diffq_fx.export.onnx.tracing import quiet
+    from diffq_fx.export.onnx.translation import quiet
 
     with quiet():
         torch.onnx.export(task.float_model.eval(), task.test_example, path, dynamo=True, external_data=False, verbose=False)

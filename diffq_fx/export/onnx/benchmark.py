@@ -8,18 +8,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.differences import OutputDifference, difference_of
 from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
+from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
-from diffq_fx.export.onnx.signatures import check_same_signature, resolve_shapes, signature_of
+from diffq_fx.export.onnx.signatures import TensorSignature, check_same_signature, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations, find_constants
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,8 @@ def compare_latency(
         repeats: pairs to time, at least 1.
         threads: threads inside an operator; 0 leaves it to onnxruntime.
         seed: of the inputs.
-        dims: sizes of other open dimensions, by name, or by ``"input.position"`` for one without a name.
+        dims: sizes of other open dimensions, by name, or by ``"input.position"`` for one without a name; those of a file of
+            ``export_onnx`` are by default as in its example.
         on_progress: called after every pair with the pairs done and ``repeats``.
 
     Returns:
@@ -122,7 +127,7 @@ def compare_latency(
     entries = [session_entries(model) for model in models]
     a, b = (open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True))
     signature = signature_of(a.get_inputs())
-    shapes = resolve_shapes(signature, batch, dims)
+    shapes = resolve_shapes(signature, batch, {**_sizes_of_examples(models, signature), **(dims or {})})
     check_same_signature((a, b), paths, shapes)
     inputs = make_inputs(signature, shapes, index_bounds(models), seed)
     try:
@@ -152,3 +157,10 @@ def compare_latency(
         session_a=entries[0],
         session_b=entries[1],
     )
+
+
+def _sizes_of_examples(models: "Sequence[ModelProto]", signature: Sequence[TensorSignature]) -> dict[str, int]:
+    """The sizes but the batch that A's inputs leave open, as they were when one of the files was exported."""
+    known = {name: size for model in models if (metadata := metadata_of(model)) for name, size in metadata.sizes.items()}
+    batches = {entry.shape[0] for entry in signature if entry.shape}
+    return {size: known[size] for entry in signature for size in entry.shape if size in known and size not in batches}

@@ -77,16 +77,16 @@ def _limits(program: torch.export.ExportedProgram) -> dict[str, tuple[Any, Any]]
     return {str(symbol): (bounds.lower, bounds.upper) for symbol, bounds in ranges.items()}
 
 
-def input_values(program: torch.export.ExportedProgram) -> list[torch.Tensor]:
-    """The tensors that a program takes, with symbolic sizes."""
+def input_values(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:
+    """The tensors that a program takes, by the parameters of forward, with symbolic sizes."""
     users = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in users]
+    return {node.name: node.meta["val"] for node in nodes if isinstance(node.meta["val"], torch.Tensor)}
 
 
 def _places(program: torch.export.ExportedProgram, symbol: str) -> list[tuple[int, int]]:
     """(input, axis) of every size that is the symbol."""
-    tensors = enumerate(input_values(program))
+    tensors = enumerate(input_values(program).values())
     return [(number, axis) for number, tensor in tensors for axis, size in enumerate(tensor.shape) if str(size) == symbol]
 
 

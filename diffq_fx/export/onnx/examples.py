@@ -1,5 +1,7 @@
 """Example inputs as an export uses them: read in every form, repeated along the batch, drawn anew, with what their masks hide."""
 
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 from diffq_fx.example import Example
 
+_SEQUENCE_SIZES = 3
+"""Batch, length and features."""
 _HIDES = -1e4
 """What is added to a score of attention to hide it lies below this."""
 
@@ -63,8 +67,8 @@ class ExportExample(Example):
         return found
 
     def run(self, model: nn.Module) -> list[Any]:
-        """Call the model without gradients; the leaves of what it returns."""
-        with torch.no_grad():
+        """Call the model without gradients; the leaves of what it returns. A graph of torch.fx prints what it raises, to nobody here."""
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             return _compat.tree_leaves(model(*self.args, **self.kwargs))
 
     def on_its_own(self) -> "ExportExample":
@@ -85,12 +89,26 @@ class ExportExample(Example):
             return None
         return self.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor)
 
-    def dynamic_batch(self) -> torch.export.ShapesCollection:
-        """Dim 0 of every tensor dynamic where the model allows it, as torch.export's ``dynamic_shapes``."""
+    @staticmethod
+    def dynamic_axes(tensor: Tensor, *, lengths: bool) -> range:
+        """Axes that shall be dynamic where the model allows it: the batch, and all others but the heights and widths of images.
+
+        No image is what has less than four sizes, is integer, or is a mask.
+        """
+        is_image = tensor.dim() > _SEQUENCE_SIZES and tensor.is_floating_point() and not _is_mask(tensor)
+        return range(tensor.dim() if lengths and not is_image else min(tensor.dim(), 1))
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether any axis but the batch shall be dynamic."""
+        return any(len(self.dynamic_axes(tensor, lengths=True)) > 1 for tensor in self.tensors)
+
+    def dynamic_sizes(self, *, lengths: bool) -> torch.export.ShapesCollection:
+        """The axes above, as torch.export's ``dynamic_shapes``."""
         shapes = torch.export.ShapesCollection()
         for tensor in self.tensors:
-            if tensor.dim():
-                shapes[tensor] = {0: torch.export.Dim.AUTO}
+            if axes := self.dynamic_axes(tensor, lengths=lengths):
+                shapes[tensor] = dict.fromkeys(axes, torch.export.Dim.AUTO)
         return shapes
 
     def resized(self, shapes: list[tuple[int, ...]]) -> "ExportExample":
@@ -151,6 +169,9 @@ def _rows_like(mask: Tensor, shape: tuple[int, ...], generator: torch.Generator)
             mask = _without_one(mask, axis)
     if len(shape) > 1:
         order = torch.randperm(mask.shape[0], generator=generator)
+        rows = mask.flatten(1).to(order.device)
+        one_value = (rows == rows[:, :1]).all(1)
+        order = order[one_value[order].sort(stable=True).indices]  # a row that sees nothing is left out first
         mask = mask[order[torch.arange(shape[0]) % len(order)].to(mask.device)]
     return _resized(mask, shape)
 

@@ -1,7 +1,7 @@
 """export_onnx: a converted model in, one ONNX file out, checked against PyTorch before it is put in its place."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,8 @@ def export_onnx(
     target: Literal["portable", "x86-avx2", "x86-vnni", "arm64", "this-machine"] = "portable",
     min_container: Literal[2, 4, 8] | None = None,
     calibration: Iterable[Any] | None = None,
+    input_names: Sequence[str] | Mapping[str, str] | None = None,
+    output_names: Sequence[str] | Mapping[str, str] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
     verify: bool = True,
@@ -88,7 +90,13 @@ def export_onnx(
             as they are. 2, 4 or 8; None for the runtime's, 2 without one.
         calibration: for "int8": typical inputs, each in the form of ``example_inputs`` and without labels. Every range is the least and
             the largest number that was seen; some dozens of batches are usual.
-        dynamic_shapes: as in ``torch.export.export``; None makes the first size of every tensor dynamic where the model allows it.
+        input_names: names of the inputs in their order, or a dict from their default names to others. By default an input is called as
+            the parameter of ``forward`` that takes it.
+        output_names: the same for outputs. By default an output is called by its key where ``forward`` returns a dict, a named tuple or
+            an output of transformers, else "output", or "output_0", "output_1" and so on.
+        dynamic_shapes: as in ``torch.export.export``; None makes every size of an input dynamic that the model allows, but the heights
+            and widths of images (float inputs of four sizes or more). The first size is called "batch", another "<input>_<axis>". The
+            result's ``fixed_sizes`` say of the others why they are fixed.
         opset: None for the smallest that holds the containers (20; 21 for 4 bits; 25 for 2 bits), else at least that.
         verify: run the file in onnxruntime and compare.
 
@@ -99,9 +107,9 @@ def export_onnx(
         ExportError: torch is older than 2.9; the model is not converted, has a parameter that is not finite, holds a weight without ONNX
             form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
             fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
-        TypeError: ``example_inputs`` is none of the above, ``calibration`` no iterable, or ``opset`` no whole number.
+        TypeError: ``example_inputs`` is none of the above, ``calibration`` no iterable, ``opset`` no whole number, or names are no texts.
         ValueError: unknown ``runtime``, ``layout``, ``activations``, ``target`` or ``min_container``, or they do not go together, or a
-            ``calibration`` is missing or of no use.
+            ``calibration`` is missing or of no use, or names are not as many as inputs, or given twice.
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
@@ -134,6 +142,7 @@ def export_onnx(
     _check_finite(converted)
     from diffq_fx.export.onnx.layout.request import LayoutRequest
     from diffq_fx.export.onnx.measuring import machines_of
+    from diffq_fx.export.onnx.naming import InterfaceNames
     from diffq_fx.export.onnx.pipeline import export_file  # onnx and onnxruntime are only loaded to export
 
     request = LayoutRequest(
@@ -147,6 +156,7 @@ def export_onnx(
             request,
             calibration=calibration,
             dynamic_shapes=dynamic_shapes,
+            names=InterfaceNames(input_names, output_names),
             verify=verify,
         )
     for remark in result.remarks:

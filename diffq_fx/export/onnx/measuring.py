@@ -23,7 +23,7 @@ from diffq_fx.export.onnx.layout.table import WeightTable, one_container
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.sessions import open_session, wanted_entries
 from diffq_fx.export.onnx.timing import Clock, Run, runs_per_sample, time_in_turns
-from diffq_fx.export.onnx.tracing import BASE_OPSET
+from diffq_fx.export.onnx.translation import BASE_OPSET
 from diffq_fx.storage.packing import container_for
 from diffq_fx.weights import WeightSpec
 

@@ -12,6 +12,8 @@ diffq_fx.layout      "onnxruntime" or "qdq"
 diffq_fx.activations "float", "dynamic" or "int8"
 diffq_fx.target      the machines that the forms of the products were chosen for; missing in layout "qdq", which has one form
 diffq_fx.session.*   onnxruntime's session entries that the file wants: its own key with ``diffq_fx.`` before it
+diffq_fx.sizes       JSON object, name of a size that inputs leave open -> what it was in the example
+diffq_fx.fixed_sizes JSON object, ``"input.axis"`` of each other size -> why it is fixed
 diffq_fx.weights     JSON object, weight name -> the fields of :class:`WeightRecord` but the name and what is None or empty
 ==================== ==================================================================================================
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 PREFIX = "diffq_fx."
+_SIZES = ("sizes", "fixed_sizes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,10 @@ class ExportMetadata:
     """The machines that the forms of the products were chosen for; None in layout "qdq", which has one form."""
     session: Mapping[str, str] = field(default_factory=dict)
     """The session entries that the file asks for."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Name of each size that inputs leave open -> what it was in the example."""
+    fixed_sizes: Mapping[str, str] = field(default_factory=dict)
+    """``"input.axis"`` of each size that is fixed -> why."""
     weights: tuple[WeightRecord, ...] = ()
     """Per weight: bits, containers, the rule that was applied, why it, and why not a faster one."""
 
@@ -159,6 +166,7 @@ def to_props(metadata: ExportMetadata) -> dict[str, str]:
         f"{PREFIX}activations": metadata.activations,
         **({} if metadata.target is None else {f"{PREFIX}target": metadata.target}),
         **{f"{PREFIX}{key}": value for key, value in metadata.session.items()},
+        **{f"{PREFIX}{name}": json.dumps(sizes) for name in _SIZES if (sizes := dict(getattr(metadata, name)))},
         f"{PREFIX}weights": json.dumps(weights, separators=(",", ":")),
     }
 
@@ -189,6 +197,7 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
             activations=ours.get("activations", "float"),
             target=ours.get("target"),
             session={key: value for key, value in ours.items() if key.startswith("session.")},
+            **{name: json.loads(ours.get(name, "{}")) for name in _SIZES},
             weights=tuple(_record(name, entry) for name, entry in json.loads(ours["weights"]).items()),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -6,7 +6,7 @@ from onnxscript.version_converter import convert_version
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.request import BLOCKED_OPSET
-from diffq_fx.export.onnx.tracing import BASE_OPSET
+from diffq_fx.export.onnx.translation import BASE_OPSET
 
 MAX_OPSET = 25
 """The highest opset that onnxscript converts to; 2-bit types need it."""

@@ -1,7 +1,7 @@
 """What the options of an export may be, which go together, and the presets by runtime."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from diffq_fx.export.onnx.layout.profiles import TARGETS
 
@@ -22,7 +22,9 @@ RUNTIMES: Mapping[str, Mapping[str, Any]] = {
 """What ``export_onnx(runtime=...)`` may be -> the options that it stands for."""
 
 
-def layout_and_container(runtime: str | None, layout: str | None, min_container: int | None) -> tuple[Any, int]:
+def layout_and_container(
+    runtime: str | None, layout: str | None, min_container: int | None
+) -> tuple[Literal["onnxruntime", "qdq"], Literal[2, 4, 8]]:
     """The values of the options that a runtime decides.
 
     Raises:

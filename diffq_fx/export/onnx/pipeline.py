@@ -23,13 +23,15 @@ from diffq_fx.export.onnx.layout.rounding import watch
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, to_props
+from diffq_fx.export.onnx.naming import InterfaceNames, check_names
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
 from diffq_fx.export.onnx.saving import publish, save_draft
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
-from diffq_fx.export.onnx.tracing import TracedModel, trace, weights_by_initializer
+from diffq_fx.export.onnx.tracing import TracedModel, Tracer
+from diffq_fx.export.onnx.translation import weights_by_initializer
 from diffq_fx.storage import IntegerWeight, StoredWeight
 
 _ROUGH = 0.1
@@ -95,6 +97,8 @@ class _Job:
             activations=self.request.activations,
             target=None if layout == "qdq" else self.request.target,
             session=entries,
+            sizes=self.traced.sizes,
+            fixed_sizes=self.traced.fixed,
             weights=applied.records,
         )
         drop_what_is_derived(model)
@@ -129,6 +133,7 @@ def export_file(
     *,
     calibration: Iterable[Any] | None,
     dynamic_shapes: Any,
+    names: InterfaceNames,
     verify: bool,
 ) -> ExportResult:
     """Trace, calibrate, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
@@ -137,6 +142,9 @@ def export_file(
         ExportError: Any of the steps fails; the target is as it was.
     """
     example = ExportExample.of(example_inputs).on_its_own()
+    check_names("input_names", names.inputs, len(example.tensors))
+    check_names("output_names", names.outputs)
+    tracer = Tracer(converted, example, dynamic_shapes, names)
     weights = weights_by_initializer(converted)
     halved = frozenset(halved_names(converted))
     try:
@@ -145,7 +153,7 @@ def export_file(
                 for weight in weights.values():
                     if isinstance(weight, IntegerWeight):
                         read_table(weight)  # a weight without ONNX form is found before the long work begins
-                traced = trace(converted, example, dynamic_shapes)
+                traced = tracer.trace()
                 request = replace(request, sizes=traced.sizes, halved=halved)
                 job = _Job(
                     converted=converted,
@@ -159,19 +167,24 @@ def export_file(
                     verify=verify,
                 )
                 job = job if calibration is None else job.calibrated(calibration)
-                try:
-                    draft = job.draft()
-                except SizeError as error:
-                    if dynamic_shapes is not None:
-                        raise ExportError(f"{error}. {SIZE_ADVICE}") from error
-                    job = job.traced_anew(trace(converted, example, None, static=str(error)))
-                    draft = job.draft()
+                job, draft = _drafted(job, tracer)
             except DiffQError as error:
                 raise ExportError(failure_cause(converted, example, error)) from error
             file_bytes = publish(draft.file, path)
     except DiffQError as error:
         raise ExportError(f"export_onnx: {error}") from error
     return _result(job, draft, file_bytes)
+
+
+def _drafted(job: _Job, tracer: Tracer) -> tuple[_Job, _Draft]:
+    """The file with as many dynamic sizes as it is right with."""
+    try:
+        return job, job.draft()
+    except SizeError as error:
+        if tracer.dynamic_shapes is not None:
+            raise ExportError(f"{error}. {SIZE_ADVICE}") from error
+        reason = str(error)
+    return _drafted(job.traced_anew(tracer.trace(job.traced.fewer, reason)), tracer)
 
 
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
