@@ -90,6 +90,13 @@ class QATConfig(AOBaseConfig):
 def whole_model(module: nn.Module, name: str) -> bool:
     """A filter for ``quantize_`` that lets the model itself through, as one part.
 
+    Args:
+        module: what ``quantize_`` asks about.
+        name: its path in the model.
+
+    Returns:
+        Whether it is the model.
+
     Example: see :class:`QATConfig`.
     """
     return not name
