@@ -22,20 +22,19 @@ _MOST_POINTS = 8
 
 
 def branches(model: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, dynamic_shapes: Any = None) -> list[str]:
-    """The sizes that a trace limits although the model runs beyond the limit too, each in words.
+    """The sizes that a trace limits to a largest one although the model runs beyond it too, each in words.
 
     Where the model does not run beyond it, the limit is the model's own (a table of positions); one in ``dynamic_shapes`` is the user's.
+    Limits from below are among the :func:`turning_points`: torch also makes them where no code asks (nothing has a size of 1).
     """
     stated, found = stated_limits(dynamic_shapes), []
     for symbol, (least, largest) in _limits(program).items():
-        limited = largest < _UNLIMITED
-        beyond = [largest + 1] if limited and largest not in stated else []
-        beyond += [least - 1] if least > _TAKEN_FOR_GRANTED and least not in stated else []
         places = _places(program, symbol)
-        if places and any(_runs(model, example, places, int(size)) for size in beyond):
+        if places and largest < _UNLIMITED and largest not in stated and _runs(model, example, places, int(largest) + 1):
             number, axis = places[0]
-            until = f"to {largest}" if limited else "on"
-            found.append(f"the forward branches on size {axis} of input {number}, and the traced branch holds from {least} {until} alone")
+            found.append(
+                f"the forward branches on size {axis} of input {number}, and the traced branch holds from {least} to {largest} alone"
+            )
     return found
 
 
@@ -57,7 +56,8 @@ def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, in
     limits = {symbol: (_TAKEN_FOR_GRANTED, _UNLIMITED) for symbol in sizes} | _limits(program)
     least = 1 if _TAKEN_FOR_GRANTED in stated else _TAKEN_FOR_GRANTED
     single = [{**sizes, symbol: 1} for symbol, size in sizes.items() if size > 1 and limits[symbol][0] <= least]
-    points = []
+    least_of = {symbol: low for symbol, (low, _) in limits.items() if symbol in sizes and low not in stated}
+    points = [{**sizes, symbol: int(low) - 1} for symbol, low in least_of.items() if low > _TAKEN_FOR_GRANTED]
     for condition in _compat.size_conditions(program):
         named = {symbol: str(symbol) for symbol in sorted(condition.free_symbols, key=str)}
         for symbol, name in named.items():
