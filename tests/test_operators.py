@@ -106,3 +106,15 @@ def test_a_compiler_sees_one_node_of_a_weight(name, phase):
     ((operator, *others),) = graphs
     assert operator == {"noise": "diffq_fx.add_noise", "rounding": "diffq_fx.round_in_range"}[phase]
     assert set(others) <= {"<built-in function getitem>"}
+
+
+@pytest.mark.parametrize("noise", ["uniform", "gaussian"])
+def test_the_first_call_of_a_compiled_function_draws_what_eager_draws(noise):
+    quantizer, weight = quantizer_and_weight({"noise": noise})
+    torch._dynamo.reset()
+    compiled, draws = torch.compile(lambda: quantizer.noise(weight, quantizer.logits), backend="aot_eager", fullgraph=True), []
+    for draw in (lambda: quantizer.noise(weight, quantizer.logits), compiled, compiled):
+        torch.manual_seed(1)
+        draws.append(draw())
+    assert torch.allclose(draws[0], draws[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(draws[1], draws[2])

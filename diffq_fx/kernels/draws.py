@@ -53,19 +53,22 @@ def noise_bytes(seed: Tensor, first: int, count: int) -> Tensor:
     return words.bitwise_or_(_ODD).view(torch.int8)[first % 8 : first % 8 + count]
 
 
-def gaussian_table(device: torch.device) -> Tensor:
-    """Noise of each odd byte from -127 to 127, in steps: 128 normal quantiles, brought to exactly :data:`GAUSSIAN_STD`."""
-    return _table(_normal_quantiles(), device, torch.float32)
+def gaussian_table(device: torch.device, in_memory: bool = False) -> Tensor:
+    """Noise of each odd byte from -127 to 127, in steps: 128 normal quantiles, brought to exactly :data:`GAUSSIAN_STD`.
+
+    ``in_memory`` is for kernels that take its address, and so run on real tensors, even while a compiler makes its first call.
+    """
+    return _table(_normal_quantiles(), device, torch.float32, in_memory)
 
 
-def span_table(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """:data:`SPAN_OF_NORMAL` on the device."""
-    return _table(SPAN_OF_NORMAL, device, dtype)
+def span_table(device: torch.device, dtype: torch.dtype = torch.float32, in_memory: bool = False) -> Tensor:
+    """:data:`SPAN_OF_NORMAL` on the device; see :func:`gaussian_table`."""
+    return _table(SPAN_OF_NORMAL, device, dtype, in_memory)
 
 
-def _table(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _table(values: tuple[float, ...], device: torch.device, dtype: torch.dtype, in_memory: bool) -> Tensor:
     """A constant, copied to each device once; a graph that is being recorded gets its own, since what it makes is no memory."""
-    return torch.tensor(values, dtype=dtype, device=device) if recorded() else _kept_table(values, device, dtype)
+    return torch.tensor(values, dtype=dtype, device=device) if recorded() and not in_memory else _kept_table(values, device, dtype)
 
 
 @functools.cache

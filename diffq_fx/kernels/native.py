@@ -74,7 +74,7 @@ def noisy(weight: Tensor, logits: Tensor, seed: Tensor, settings: NoiseSettings)
     ranges, grid = settings.ranges, settings.grid
     out = memory.empty(weight.shape, weight.dtype, weight.device)
     span = memory.empty((2, *ranges.shape), torch.float32, weight.device)
-    spans = span_table(weight.device).data_ptr() if settings.clips else None
+    spans = span_table(weight.device, in_memory=True).data_ptr() if settings.clips else None
     how = ranges.kind == "block", grid in AROUND_ZERO, grid == "symmetric", *settings.bits
     draw = _draw(seed, settings.gaussian, weight.numel())
     extension.loaded().noisy(*_at(weight, logits), spans, *_at(out, span), *_sizes(settings.groups), *how, *draw)
@@ -188,5 +188,5 @@ def _threads(elements: int) -> int:
 
 
 def _draw(seed: Tensor, gaussian: bool, elements: int) -> tuple[int, int | None, int]:
-    table = gaussian_table(torch.device("cpu")).data_ptr() if gaussian else None
+    table = gaussian_table(torch.device("cpu"), in_memory=True).data_ptr() if gaussian else None
     return int(seed), table, _threads(elements)
