@@ -111,7 +111,7 @@ def rounding_errors(
     """Squared rounding error of each group on each of K grids, times the importance, (1, I) or (O, I), shape (K, R, C)."""
     scale_KRC, zero_point_KRC = scale_KRC.float().contiguous(), zero_point_KRC.float().contiguous()
     top, grids = top.expand(scale_KRC.shape[1:]).float().contiguous(), len(scale_KRC)
-    errors = torch.empty(grids, layout.rows, scale_KRC.shape[2])
+    errors = torch.empty(grids, layout.rows, scale_KRC.shape[2], dtype=torch.float32)
     importance = None if importance is None else importance.float().contiguous()
     pointers, strides = _at(scale_KRC, zero_point_KRC, top, errors), (scale_KRC.stride(0), _stride(top, layout))
     places = *_at(rows_OI), None if importance is None else importance.data_ptr(), *pointers

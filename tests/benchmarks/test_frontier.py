@@ -138,7 +138,7 @@ class TestRunning:
         run(tmp_path, "tiny", "--systems", "ste,diffq,ort-int4", "--bits", "3")
         said = capsys.readouterr().err
         assert "diffq: skipped, diffq is not installed here\n" in said
-        assert "ort-int4: not applicable to tiny: onnxruntime's 4-bit quantizer takes MatMul alone" in said
+        assert "ort-int4: not applicable to tiny: onnxruntime's 4-bit quantizer takes MatMul and Gather alone" in said
         assert [point["system"] for point in read_points(tmp_path, "tiny")] == ["ste"]
 
     def test_a_system_that_does_not_exist_is_refused_with_the_names(self, tmp_path):

@@ -346,14 +346,23 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path):
     last_opset = content.rindex(b"com.microsoft")  # the file ends with this entry and is whole without it
     for length in range(last_opset - 10):
         path.write_bytes(content[:length])
-        with pytest.raises(DiffQError, match="is not an ONNX file, or was cut short"):
+        with pytest.raises(DiffQError, match="is not an ONNX file, or was cut short" if length else "is empty"):
             inspect_onnx(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 64, b"{}", b"PK\x03\x04 a zip file"])
-def test_garbage_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty: it has 0 bytes; an ONNX file is wanted"),
+        (b"garbage", "is not an ONNX file, or was cut short"),
+        (b"\x00" * 64, "is not an ONNX file, or was cut short"),
+        (b"{}", "is not an ONNX file, or was cut short"),
+        (b"PK\x03\x04 a zip file", "is a zip archive that was cut short"),
+    ],
+)
+def test_garbage_is_refused(tmp_path, content, says):
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(DiffQError, match="is not an ONNX file, or was cut short"):
+    with pytest.raises(DiffQError, match=says):
         inspect_onnx(tmp_path / "model.onnx")
 
 

@@ -100,7 +100,7 @@ def read_by_bench(path):
 @pytest.mark.parametrize(
     ("name", "error", "says"),
     [
-        ("", DiffQError, "Is a directory"),
+        ("", DiffQError, "is a folder: give a file in it"),
         ("nul\0.onnx", DiffQError, "null"),
         ("n" * 300, DiffQError, "too long"),
         ("missing/model.onnx", FileNotFoundError, "there is no file"),
