@@ -85,7 +85,7 @@ def test_a_kernel_takes_the_arguments_that_it_has():
     with pytest.raises(TypeError):
         kernels["moments"](1.5, 2, 3, 4, 5)
     with pytest.raises(TypeError):
-        kernels["bits"](1, 2, 3, 4, "5", 6, 7, 8)
+        kernels["size"](1, 2, 3, 4, 5, "6", 7, 8, 9)
 
 
 @built
