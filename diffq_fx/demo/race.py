@@ -47,9 +47,11 @@ class Contest:
 def show(contest: Contest, out: Path, console: Console) -> None:
     """Score and race the files, print one table, and write it into report.html and results.json."""
     rows = measure(contest)
-    table = Table(title=Text(contest.title), title_justify="left")  # Text: square brackets are markup to rich
+    console.print(Text(contest.title), soft_wrap=True)  # Text: square brackets are markup to rich
+    table = Table()
     for heading in rows[0]:
-        table.add_column(heading, justify="right" if heading != "file" else "left")
+        is_name = heading == "file"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*map(Text, row.values()))
     console.print(table)
