@@ -18,6 +18,7 @@ from diffq_fx.export.packed import save_packed
 from diffq_fx.export.packed.dtypes import bytes_of
 from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.methods import diffq_settings
+from diffq_fx.methods.history import History
 from diffq_fx.training.phases import measure_coding
 from diffq_fx.weights import WeightSpec
 
@@ -366,6 +367,7 @@ def test_containers_hold_channels_not_blocks():
 def test_many_weights_cost_few_calls_each(monkeypatch):
     """Size, its gradient, the pressure before a step and the shift after it: worked out for all weights together."""
     monkeypatch.setattr(diffq_settings, "SENSITIVITY_STEPS", 0)  # never
+    monkeypatch.setattr(History, "wants", lambda *_: False)  # a step that is logged looks at all bits; 256 of a training are
 
     def calls_with(count):
         layers = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(count)))
