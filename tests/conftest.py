@@ -28,6 +28,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["native", "torch"])
+def backend(request, monkeypatch):
+    """What holds for the C kernels and for torch's own operations."""
+    from diffq_fx.kernels import extension
+
+    if request.param == "torch":
+        monkeypatch.setattr(extension, "kernels", lambda: None)
+    elif extension.kernels() is None:
+        pytest.skip("the kernels are not built")
+    return request.param
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _torch_looks_up_its_operators_once():
     """Of the export of a small model more than half goes into a table of torch's translations to ONNX, the same every time."""

@@ -22,15 +22,6 @@ ROWS, COLUMNS, GROUPS = 50, 1000, 40_000  # enough for the kernels to be taken a
 BITS = {"min_bits": 2, "max_bits": 8, "gain": 3.0}
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(extension, "kernels", lambda: None)
-    elif extension.kernels() is None:
-        pytest.skip("the kernels are not built")
-    return request.param
-
-
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 7, 64, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_statistics(backend, group_size, dtype):

@@ -15,14 +15,7 @@ from diffq_fx.kernels.bits import slope_of_step, step_of_logits
 N = 200_000
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def backend(request, monkeypatch):
-    """Everything holds for the C kernel and for torch's own operations."""
-    if request.param == "torch":
-        monkeypatch.setattr(extension, "kernels", lambda: None)
-    elif extension.kernels() is None:
-        pytest.skip("the kernels are not built")
-    return request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def noise_of(shape=(100, N // 100), gaussian=False, dtype=torch.float32):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from diffq_fx import DiffQConfig
-from diffq_fx.kernels import extension
 from diffq_fx.weights import WeightSpec
 
 SETTINGS = {
@@ -18,12 +17,7 @@ SETTINGS = {
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(extension, "kernels", lambda: None)
-    elif extension.kernels() is None:
-        pytest.skip("the kernels are not built")
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def quantizer_and_weight(settings, axis=0, dtype=torch.float32):

@@ -4,6 +4,7 @@ Commands import onnx and onnxruntime when they run, so that ``diffq-fx --help`` 
 """
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -66,4 +67,5 @@ def demo(
 
 def main() -> None:
     """Run the command line of this process."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what docker, timeout and schedulers send: tidy up as after Ctrl-C
     app(prog_name="diffq-fx")

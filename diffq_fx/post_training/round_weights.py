@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffq_fx.budget.coded_levels import PRICE, CodedLevels
 from diffq_fx.budget.entropy import RoundedWeight
@@ -70,13 +70,8 @@ def _round(quantizer: DiffQWeight, moments: Moments, price: float) -> str:
     rows_OI = to_rows(quantizer.weight.detach(), spec.axis).float()
     weight = RoundedWeight(spec, rows_OI, bits, quantizer.params(rows_OI, bits))
     code = CodedLevels(weight, price) if price else None
-    reason = ""
     try:
-        if moments.matrix is None:
-            without = "rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights"
-            raise ValueError(moments.reason or without)
-        with torch.autocast(rows_OI.device.type, enabled=False):
-            rounded_OI = compensate(rows_OI, moments.matrix, weight.params, bits, spec.scale_layout, code=code)
+        rounded_OI, reason = _compensated(weight, moments, code), ""
     except ValueError as error:
         reason = str(error)
         if code is None:
@@ -89,6 +84,14 @@ def _round(quantizer: DiffQWeight, moments: Moments, price: float) -> str:
         within_OI = torch.where((rows_OI == low_OI) | (rows_OI == high_OI), rows_OI, within_OI.clamp(low_OI, high_OI))
     quantizer.weight.copy_(from_rows(within_OI, spec.shape, spec.axis))
     return reason
+
+
+def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | None) -> Tensor:
+    if moments.matrix is None:
+        without = "rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights"
+        raise ValueError(moments.reason or without)
+    with torch.autocast(weight.rows.device.type, enabled=False):
+        return compensate(weight.rows, moments.matrix, weight.params, weight.width, weight.spec.scale_layout, code=code)
 
 
 def _in_parts(quantizers: Sequence[DiffQWeight]) -> Iterator[list[DiffQWeight]]:

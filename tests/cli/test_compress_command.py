@@ -34,14 +34,18 @@ def ready():
     return net(), [torch.randn(8, 64) for _ in range(4)]
 
 
-def stopped():
+def stopped(by=signal.SIGINT):
     def batches():
         for _ in range(3):
             yield torch.randn(8, 64)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), by)
         yield torch.randn(8, 64)
 
     return net(), batches()
+
+
+def terminated():
+    return stopped(signal.SIGTERM)
 
 
 class Branching(nn.Module):
@@ -143,8 +147,9 @@ def test_what_cannot_be_exported_does_not_take_the_rest_with_it(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_interrupted_it_leaves_nothing_and_says_so_by_its_code(tmp_path):
-    command = [sys.executable, "-m", "diffq_fx", "compress", "mine:stopped"]
+@pytest.mark.parametrize("how", ["stopped", "terminated"])
+def test_interrupted_it_leaves_nothing_and_says_so_by_its_code(tmp_path, how):
+    command = [sys.executable, "-m", "diffq_fx", "compress", f"mine:{how}"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr == "diffq-fx: interrupted.\n"

@@ -74,7 +74,7 @@ def export_onnx(
 
     Each weight's ``choice`` in the result, in the file and in ``diffq-fx inspect`` says what decided.
 
-    The weights keep their learned widths in the file in all three. No integer product of the last two can saturate on any processor:
+    The weights keep their learned widths in the file whatever ``activations`` is. No integer product can saturate on any processor:
     levels of up to 7 bits lie within +-64 in int8, levels of 8 bits are multiplied as uint8, which is slower on x86 (the record's
     ``products`` tell). Each written file is searched for products that are not exact, with or without ``verify``.
 
@@ -82,7 +82,7 @@ def export_onnx(
         converted: from ``convert_diffq``, or a module that holds such models; exported in eval mode, its own mode is restored.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         path: the file to write.
-        runtime: a preset for the options that depend on it, see the table below; None leaves them to you.
+        runtime: a preset for two options, see above; None leaves them to you.
         layout: see above; None for the runtime's, "onnxruntime" without one.
         activations: see above; "float" with layout "qdq".
         target: see above; of no use with layout "qdq", which has one form for every weight.
