@@ -14,7 +14,7 @@ from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.functional import QuantParams
-from diffq_fx.hub import tell_transformers
+from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.mapping import MethodChoice
@@ -123,7 +123,7 @@ def _convert(model: nn.Module) -> nn.Module:
             f"convert: the {type(model).__name__} cannot be copied: {type(error).__name__}: {error}\n"
             f"  Convert its prepared parts by themselves: {', '.join(parts)}."
         ) from error
-    tell_transformers(result)
+    tell_libraries(result)
     return result
 
 

@@ -18,7 +18,7 @@ from diffq_fx.capture.whole_graph import capture_model
 from diffq_fx.compression import Compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.example import Example
-from diffq_fx.hub import tell_transformers
+from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
@@ -116,7 +116,7 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
         prepared = _first_faithful(model, example, selection, choice, expected, scope, caller)
         compression = prepared.__dict__[CHILD]
         _check_target(compression, caller)
-    tell_transformers(prepared)
+    tell_libraries(prepared)
     if compression.notes:
         warnings.warn(f"{caller}: " + " ".join(compression.notes), DiffQWarning, stacklevel=3)
     return prepared

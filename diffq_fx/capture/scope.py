@@ -57,13 +57,8 @@ class ScopedModule:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse another kind of tensor as a weight that is quantized here, such as that of another library's quantizer."""
         if name in self.taken_over.owned and param is not None:
-            state = "converted" if name + STORED_SUFFIX in self.__dict__["_modules"] else "prepared"
-            if state == "converted" or not (type(param) is nn.Parameter or is_sharded(param)):
-                raise PreparationError(
-                    f"{self.original_class.__name__}: its {name} is {state} by diffq_fx and cannot become a "
-                    f"{type(param).__name__}.\n  Give another quantizer the float model; for torchao's tensors call "
-                    "diffq_fx.integrations.torchao.to_torchao(convert(model))."
-                )
+            if _is_converted(self, name) or not (type(param) is nn.Parameter or is_sharded(param)):
+                raise not_for_others(self, name, type(param).__name__)
         super().register_parameter(name, param)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -71,6 +66,19 @@ class ScopedModule:
         refuse_new_class(type(self), type(self))
         state = self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
         return _bare, (self.original_class, self.taken_over), state
+
+
+def _is_converted(module: ScopedModule, name: str) -> bool:
+    return name + STORED_SUFFIX in module.__dict__["_modules"]
+
+
+def not_for_others(module: ScopedModule, name: str, kind: str) -> PreparationError:
+    """What to raise where another library would put its own ``kind`` of tensor or layer in the place of one that is quantized here."""
+    state = "converted" if _is_converted(module, name) else "prepared"
+    return PreparationError(
+        f"{module.original_class.__name__}: its {name} is {state} by diffq_fx and cannot become a {kind}.\n"
+        "  Give another quantizer the float model; for torchao's tensors call diffq_fx.integrations.torchao.to_torchao(convert(model))."
+    )
 
 
 def refuse_new_class(found: type, made: type) -> None:

@@ -4,7 +4,6 @@ Commands import onnx and onnxruntime when they run, so that ``diffq-fx --help`` 
 """
 
 import json
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from diffq_fx.cli.output import EXIT_CODES, Answer, command
 from diffq_fx.cli.packed import pack, unpack
 from diffq_fx.cli.report import report
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="diffq-fx",
@@ -63,9 +62,3 @@ def demo(
 
     run(out=out, quick=quick, small=small)
     return Answer({"folder": str(out), "results": json.loads((out / "results.json").read_text())}, ())
-
-
-def main() -> None:
-    """Run the command line of this process."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what docker, timeout and schedulers send: tidy up as after Ctrl-C
-    app(prog_name="diffq-fx")

@@ -24,6 +24,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.loading import stored_weights_of
 from diffq_fx.export.packed.reader import in_threads
 from diffq_fx.export.packed.writer import contents_of, packed
+from diffq_fx.hub import tell_libraries
 from diffq_fx.integrations import missing
 from diffq_fx.integrations.method_json import record_of_json, record_to_json
 from diffq_fx.parts import CHILD, parts_of
@@ -168,7 +169,7 @@ class PackedWeightsQuantizer(HfQuantizer):
                 part = model.get_submodule(name)
                 object.__setattr__(part, CHILD, record_of_json(record, part))
         vars(model)["is_quantized"] = False  # for transformers that is: cannot be trained, nor changed to another type
-        tell(model)
+        tell_libraries(model)
         return model
 
 

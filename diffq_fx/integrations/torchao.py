@@ -12,7 +12,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.capture.scope import ScopedModule
+from diffq_fx.capture.scope import ScopedModule, not_for_others
 from diffq_fx.convert import convert
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.functional.groups import from_rows
@@ -28,6 +28,8 @@ from diffq_fx.weights import STORED_SUFFIX, owner_of
 try:
     from torchao.core.config import AOBaseConfig
     from torchao.quantization import IntxUnpackedToInt8Tensor
+    from torchao.quantization.qat import QATConfig as FakeQuantization
+    from torchao.quantization.qat.api import _qat_config_transform as fake_quantized
     from torchao.quantization.transform_module import register_quantize_module_handler
 except ImportError as error:
     raise missing("torchao", error) from error
@@ -129,6 +131,14 @@ def _quantize(module: nn.Module, config: QATConfig) -> nn.Module:
         _give_classes_back(result.model)
         _become(module, result.model)
     return module
+
+
+@register_quantize_module_handler(FakeQuantization)
+def _fake_quantize(module: nn.Module, config: FakeQuantization) -> nn.Module:
+    """torchao's own handler, which would put a layer that computes without our quantizer in the place of one of ours."""
+    if isinstance(module, ScopedModule) and module.taken_over.owned:
+        raise not_for_others(module, module.taken_over.owned[0], "weight of torchao's QATConfig")
+    return fake_quantized(module, config)
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:

@@ -299,6 +299,28 @@ def test_interrupted_is_one_line_and_code_130(monkeypatch):
     assert (result.exit_code, result.stderr) == (130, "diffq-fx: interrupted.\n")
 
 
+WHILE_TORCH_IS_IMPORTED = """
+import os, signal, sys
+number = getattr(signal, sys.argv[1])
+os.kill(os.getpid(), number)
+raise SystemExit("it went on")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupted_while_torch_is_imported_it_is_one_line_too(name, tmp_path):
+    (tmp_path / "torch.py").write_text(WHILE_TORCH_IS_IMPORTED)
+    begin = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from diffq_fx_command import main; "
+
+    def run(before=""):
+        return subprocess.run([sys.executable, "-c", f"{begin}{before}main()", name], capture_output=True, text=True, check=False)
+
+    done = run()
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "diffq-fx: interrupted.\n")
+    ignored = run(f"import signal; signal.signal(signal.{name}, signal.SIG_IGN); ")
+    assert (ignored.returncode, ignored.stderr) == (1, "it went on\n"), "as under nohup"
+
+
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     module = types.ModuleType("diffq_fx.demo")
     module.run = lambda **options: importlib.import_module("sklearn.nothing_of_the_kind")

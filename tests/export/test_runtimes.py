@@ -101,7 +101,7 @@ def test_a_larger_smallest_container_changes_no_number(least, opset, mixed, path
     [
         (
             {"runtime": "openvino", "layout": "onnxruntime"},
-            "runtime='openvino' stands for layout='qdq', min_container=4, got layout='onnxr",
+            "runtime='openvino' stands for layout='qdq', min_container=4 or more, got layout='onnxr",
         ),
         ({"runtime": "openvino", "min_container": 2}, "got min_container=2: leave one of the two out"),
         ({"runtime": "openvino", "activations": "dynamic"}, 'layout "qdq" leaves activations in float'),
@@ -114,10 +114,13 @@ def test_options_that_contradict_a_runtime(options, says, old_file):
         export_onnx(Linear(16, 8, 4).eval(), torch.randn(1, 16), old_file, **options)
 
 
-def test_the_same_value_as_the_runtimes_is_no_contradiction(path):
-    assert export_onnx(Linear(16, 8, 2).eval(), torch.randn(1, 16), path, runtime="openvino", layout="qdq").weights[0].containers == {
-        4: 128
-    }
+@pytest.mark.parametrize(
+    ("runtime", "options", "container"),
+    [("openvino", {"layout": "qdq"}, 4), ("openvino", {"min_container": 8}, 8), ("web", {"min_container": 4}, 4)],
+)
+def test_what_the_runtime_reads_is_no_contradiction(runtime, options, container, path):
+    result = export_onnx(Linear(16, 8, 2).eval(), torch.randn(1, 16), path, runtime=runtime, **options)
+    assert result.weights[0].containers == {container: 128}
 
 
 def test_a_container_that_the_opset_does_not_have(old_file):

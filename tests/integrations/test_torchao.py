@@ -8,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("torchao")
 
-from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
+from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, qat, quantize_
 from torchao.quantization.granularity import PerAxis
 
 from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, PreparationError, bits_report, convert, functional, prepare
@@ -127,6 +127,33 @@ def test_torchaos_own_configs_on_our_models_are_refused_in_a_sentence(scope, sta
     assert torch.equal(model(X), expected)
     if state == "prepared":
         model[0].weight = nn.Parameter(model[0].weight.detach().clone())  # a weight of the same kind is no quantizer's
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+@pytest.mark.parametrize("state", ["prepared", "converted"])
+@pytest.mark.parametrize("step", ["prepare", "convert"])
+def test_torchaos_own_fake_quantization_on_our_models_is_refused_before_anything_is_replaced(step, scope, state):
+    net = nn.Sequential(nn.Embedding(16, 32), *linears())
+    ids = torch.zeros(2, 3, dtype=torch.int64) + 5
+    model = prepare(net, ids, STE(bits=4), scope=scope)
+    model = convert(model) if state == "converted" else model
+    expected, layers = model.eval()(ids), [*model.modules()]
+    for kind, name in ((nn.Linear, "Linear"), (nn.Embedding, "Embedding")):
+        with pytest.raises(
+            PreparationError, match=f"{name}: its weight is {state} by diffq_fx and cannot become a weight of torchao's QAT"
+        ):
+            quantize_(
+                model, qat.QATConfig(IntxWeightOnlyConfig(torch.int4), step=step), lambda each, path, kind=kind: isinstance(each, kind)
+            )
+    assert all(one is other for one, other in zip(layers, model.modules(), strict=True))
+    assert torch.equal(model(ids), expected)
+
+
+def test_torchaos_fake_quantization_of_other_models_is_as_it_was():
+    prepare(linears(), X, STE())
+    other = linears()
+    quantize_(other, qat.QATConfig(IntxWeightOnlyConfig(torch.int4), step="prepare"))
+    assert {type(layer) for layer in other if isinstance(layer, nn.Linear)} == {qat.FakeQuantizedLinear}
 
 
 # 8-bit activations

@@ -66,7 +66,8 @@ def export_onnx(
     - "this-machine": the forms of every different layer are timed here, in about half a second each and 20 seconds in all, and the fastest
       is kept. Choose it where the file runs on the kind of machine that exports it, and let the machine do nothing else meanwhile.
 
-    ``runtime`` stands for the values of two other options, which a table tells who reads (docs/how-to/runtimes.md):
+    ``runtime`` stands for the values of two other options, which a table tells who reads (docs/how-to/runtimes.md). A larger
+    ``min_container`` may be given with it:
 
     - "onnxruntime", "web" (onnxruntime-web): the defaults, layout "onnxruntime" with containers from 2 bits on.
     - "openvino": ``layout="qdq", min_container=4``.

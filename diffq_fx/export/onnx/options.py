@@ -19,7 +19,7 @@ RUNTIMES: Mapping[str, Mapping[str, Any]] = {
     "openvino": {"layout": "qdq", "min_container": 4},  # knows no functions of a model and no types of 2 bits
     "ort-format": {"layout": "qdq", "min_container": 8},  # its converter folds chains of nodes; the format has no types below 8 bits
 }
-"""What ``export_onnx(runtime=...)`` may be -> the options that it stands for."""
+"""What ``export_onnx(runtime=...)`` may be -> the options that it stands for; a larger ``min_container`` suits the runtime too."""
 
 
 def layout_and_container(
@@ -28,23 +28,23 @@ def layout_and_container(
     """The values of the options that a runtime decides.
 
     Raises:
-        ValueError: The runtime is unknown, or an option that is given is not the runtime's.
+        ValueError: The runtime is unknown, or cannot read what an option that is given asks for.
 
     Example:
-        >>> layout_and_container("openvino", None, None), layout_and_container(None, "qdq", None)
-        (('qdq', 4), ('qdq', 2))
+        >>> layout_and_container("openvino", None, None), layout_and_container("openvino", None, 8), layout_and_container(None, "qdq", None)
+        (('qdq', 4), ('qdq', 8), ('qdq', 2))
     """
     if runtime is not None and runtime not in RUNTIMES:
         raise ValueError(f"runtime must be one of {tuple(RUNTIMES)} or None, got {runtime!r}.")
     preset = _DEFAULTS if runtime is None else RUNTIMES[runtime]
     given = {name: value for name, value in (("layout", layout), ("min_container", min_container)) if value is not None}
-    if runtime is not None and any(value != preset[name] for name, value in given.items()):
-        stands_for = ", ".join(f"{name}={value!r}" for name, value in preset.items())
+    chosen = {**preset, **given}
+    if runtime is not None and (chosen["layout"] != preset["layout"] or chosen["min_container"] < preset["min_container"]):
+        asked = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
-            f"runtime={runtime!r} stands for {stands_for}, got {', '.join(f'{name}={value!r}' for name, value in given.items())}: "
+            f"runtime={runtime!r} stands for layout={preset['layout']!r}, min_container={preset['min_container']} or more, got {asked}: "
             "leave one of the two out."
         )
-    chosen = {**preset, **given}
     return chosen["layout"], chosen["min_container"]
 
 
