@@ -31,8 +31,8 @@ docs: .venv/ready
 	rm -rf .site && mkdir -p .site/source/benchmarks/results
 	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs .site/source
 	cp benchmarks/README.md .site/source/benchmarks && cp benchmarks/results/*.md benchmarks/results/*.png .site/source/benchmarks/results
-	mkdir .site/package && cp -r diffq_fx .site/package/diffq_fx # mkdocstrings knows a section of examples by another name
-	find .site/package -name '*.py' -exec sed -i 's/^\( *\)Example:$$/\1Examples:/' {} +
+	mkdir .site/package && cp -r diffq_fx .site/package/diffq_fx # mkdocstrings has another name for examples, and no roles
+	find .site/package -name '*.py' -exec sed -i -e 's/^\( *\)Example:$$/\1Examples:/' -e 's/:[a-z]*:`~\?/`/g' {} +
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Exported files on an x86 of 2013 and on Arm, by qemu-user (apt-get install qemu-user); the first of the two is part of `make test`.
