@@ -1,0 +1,88 @@
+"""What is made of a trained model: scores, a packed file, an ONNX file, and the line of its result."""
+
+import datetime
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import diffq_fx
+from diffq_fx import convert, model_size
+from recipes.common.loop import Training
+
+_KEPT = "method", "model", "bits", "mib", "penalty", "group", "min_size", "epochs", "batch_size", "lr", "start", "distil", "seed"
+
+
+def float_mib(model: nn.Module) -> float:
+    """Parameters as float32, in MiB."""
+    return 4 * sum(each.numel() for each in model.parameters()) / 2**20
+
+
+def finish(training: Training) -> dict[str, Any]:
+    """Convert, score, write the files and ``result.json`` into the folder of the run."""
+    recipe, settings, out = training.recipe, training.settings, training.settings.out
+    result: dict[str, Any] = {"recipe": recipe.name, "score_name": recipe.score_name}
+    out.mkdir(parents=True, exist_ok=True)
+    result |= {name: str(value) if isinstance(value, Path) else value for name in _KEPT if (value := getattr(settings, name)) is not None}
+    if not training.is_prepared:
+        state = {name: each.contiguous() for name, each in training.model.state_dict().items()}
+        save_file(state, out / "float.safetensors")
+        result |= {"mib": float_mib(training.model), **recipe.evaluate(training.model)}
+    else:
+        size = float(model_size(training.model, exact=True))
+        converted = convert(training.model).eval()
+        result |= {"mib": size, **recipe.evaluate(converted)}
+        converted.cpu()
+        result["packed"] = _packed(converted, out / "model.safetensors")
+        if settings.onnx:
+            result["onnx"] = _onnx(converted, training, out / "model.onnx")
+    result |= {
+        "steps": training.steps,
+        "step_ms": round(1e3 * training.seconds / training.steps, 3),
+        "train_seconds": round(training.seconds, 1),
+        "resumed_at": training.resumed_at,
+        "processes": training.processes.count,
+        "device": torch.cuda.get_device_name() if training.processes.device.type == "cuda" else platform.machine(),
+        "versions": f"torch {torch.__version__}, diffq_fx {diffq_fx.__version__}, Python {platform.python_version()}",
+        "date": datetime.date.today().isoformat(),
+    }
+    (out / "result.json").write_text(json.dumps(result) + "\n")
+    return result
+
+
+def _packed(converted: nn.Module, path: Path) -> dict[str, Any] | str:
+    try:
+        from diffq_fx.export import save_packed
+
+        save_packed(converted, path)
+    except ImportError as missing:
+        return f"not written: {missing}. Run the command again where it is installed."
+    return {"mib": path.stat().st_size / 2**20}
+
+
+def _onnx(converted: nn.Module, training: Training, path: Path) -> dict[str, Any] | str:
+    """Export, which compares the file with PyTorch, and score the file on the whole test set."""
+    try:
+        import onnxruntime
+
+        from diffq_fx import ExportError
+        from diffq_fx.export import export_onnx, session_options
+    except ImportError as missing:
+        return f"not written: {missing}. Run the command again where it is installed."
+    example = tuple(each.cpu() for each in next(training.recipe.test_batches())[0])
+    try:
+        written = export_onnx(converted, example, path)
+    except ExportError as error:
+        return f"not written: {str(error).splitlines()[0]}"
+    session = onnxruntime.InferenceSession(path, session_options(path, exact=True))
+    names = [each.name for each in session.get_inputs()]
+
+    def predict(*inputs: torch.Tensor) -> torch.Tensor:
+        fed = dict(zip(names, (each.cpu().numpy() for each in inputs), strict=True))
+        return torch.from_numpy(session.run(None, fed)[0]).to(training.processes.device)
+
+    return {"mib": written.file_bytes / 2**20, **training.recipe.evaluate(predict)}

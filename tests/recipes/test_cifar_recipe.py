@@ -1,0 +1,208 @@
+"""CIFAR: its formats, its nets' sizes, all methods, a resumed training, and the whole of it from a command."""
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from diffq_fx import model_size, prepare
+from diffq_fx.methods import STE
+from recipes import cifar
+from recipes.common.finish import float_mib
+from recipes.common.loop import Training
+from recipes.common.main import main
+from recipes.common.processes import Processes
+from recipes.common.recipe import Lacking
+from recipes.common.settings import parse
+from recipes.data.cifar import load_cifar
+
+METHODS = ("diffq", "diffq-paper", "ste", "lsq", "quant-noise", "pq", "lc")
+
+
+def images(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 3, 32, 32), np.uint8), rng.integers(0, 10, count)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """CIFAR-10's pickles and CIFAR-100's binary files, of a few images."""
+    base = tmp_path_factory.mktemp("cifar")
+    pickles, binary = base / "cifar-10-batches-py", base / "cifar-100-binary"
+    pickles.mkdir()
+    binary.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        x, y = images(8, number)
+        (pickles / name).write_bytes(pickle.dumps({b"data": x.reshape(8, -1), b"labels": y.tolist()}))
+    for name in ("train.bin", "test.bin"):
+        x, y = images(8)
+        (binary / name).write_bytes(np.concatenate([y[:, None] // 2, y[:, None], x.reshape(8, -1)], 1).astype(np.uint8).tobytes())
+    return base
+
+
+class TestFormats:
+    def test_pickles(self, folder):
+        (x, y), (test, _) = load_cifar(folder, 10)
+        assert x.shape == (40, 3, 32, 32)
+        assert len(test) == 8
+        expected = images(8, 1)
+        assert np.array_equal(x[8:16], expected[0])
+        assert np.array_equal(y[8:16], expected[1])
+
+    def test_binary_files_have_the_fine_label_second(self, folder):
+        (x, y), _ = load_cifar(folder / "cifar-100-binary", 100)
+        expected = images(8)
+        assert np.array_equal(x, expected[0])
+        assert np.array_equal(y, expected[1])
+
+    def test_jpegs(self, tmp_path):
+        blobs = []
+        for value in (10, 200, 90):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (value, 0, 255 - value)).save(file, "JPEG", quality=95)
+            blobs.append(file.getvalue())
+        each = {"blob": np.frombuffer(b"".join(blobs), np.uint8), "off": np.cumsum([0, *map(len, blobs)]), "y": np.arange(3)}
+        np.savez(tmp_path / "jpegs.npz", **{f"{part}_{name}": value for part in ("train", "test") for name, value in each.items()})
+        (x, y), _ = load_cifar(tmp_path / "jpegs.npz", 10)
+        assert y.tolist() == [0, 1, 2]
+        assert np.abs(x[:, 0].astype(int).mean((1, 2)) - [10, 200, 90]).max() < 4
+        assert len(load_cifar(tmp_path / "jpegs.npz", 10, 2)[0][0]) == 2
+
+    def test_what_is_missing_says_where_to_get_it(self, tmp_path):
+        with pytest.raises(Lacking, match="no CIFAR-100.*\n.*cifar-100-python.tar.gz at https://www.cs.toronto.edu"):
+            load_cifar(tmp_path, 100)
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (b"", "EOFError"),
+            (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8)}), "KeyError"),
+            (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}), "2 images and 1 labels"),
+            (pickle.dumps(os.getcwd), "it asks for"),
+        ],
+    )
+    def test_what_is_broken_is_named(self, folder, tmp_path, content, says):
+        for file in (folder / "cifar-10-batches-py").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "data_batch_3").write_bytes(content)
+        with pytest.raises(Lacking, match=f"data_batch_3.*{says}"):
+            load_cifar(tmp_path, 10)
+
+    def test_a_cut_binary_file(self, folder, tmp_path):
+        for file in (folder / "cifar-100-binary").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(Lacking, match="24591 bytes, which is no multiple of 3074"):
+            load_cifar(tmp_path, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "float_size", "at_four_bits", "min_size"),
+    [("mobilenet", 12.27, 1.64, 2622), ("resnet18", 42.63, 5.37, 2622), ("wrn28_10", 139.2, 17.50, 2622), ("resnet20", 1.03, 0.13, 0)],
+)
+def test_sizes_are_those_of_the_papers_tables(name, float_size, at_four_bits, min_size):
+    model = cifar.MODELS[name]()
+    assert float_mib(model) == pytest.approx(float_size, abs=0.006)
+    prepared = prepare(model, (torch.zeros(2, 3, 8, 8),), STE(bits=4, group_size="tensor", grid="float", min_size=min_size))
+    assert model_size(prepared, exact=True) == pytest.approx(at_four_bits, abs=0.006)
+
+
+class Small(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Linear(512, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().flatten(1))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(cifar.MODELS, "resnet18", Small)
+
+
+def run(folder, out, *more):
+    options = ("--data", folder, "--out", out, "--epochs", 1, "--batch-size", 8, "--lr", 0.01, "--min-size", 0, *more)
+    return main(cifar.Cifar, [str(each) for each in options])
+
+
+@pytest.mark.usefixtures("small")
+class TestTraining:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_ends_with_a_score_and_a_size(self, folder, tmp_path, method):
+        result = run(folder, tmp_path / "run", "--method", method, "--no-onnx", "--turns", 3)
+        assert 0 < result["mib"] < float_mib(Small())
+        assert (tmp_path / "run" / "model.safetensors").stat().st_size == result["packed"]["mib"] * 2**20
+        assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+    def test_a_float_model_is_where_another_starts(self, folder, tmp_path, monkeypatch):
+        run(folder, tmp_path / "float", "--method", "float")
+        saved = load_file(tmp_path / "float" / "float.safetensors")
+        seen = {}
+        monkeypatch.setattr(Training, "run", lambda self: seen.update(self.model.state_dict()))
+        run(folder, tmp_path / "lsq", "--method", "lsq", "--no-onnx", "--start", tmp_path / "float" / "float.safetensors")
+        assert saved["norm.running_mean"].any()
+        for name, value in saved.items():
+            assert torch.equal(seen[name], value), name
+
+    @pytest.mark.parametrize("method", ["diffq", "lsq", "lc", "float"])
+    def test_resuming_gives_what_the_whole_training_gives(self, folder, tmp_path, method):
+        asked = ["--data", str(folder), "--batch-size", "8", "--lr", "0.01", "--method", method, "--min-size", "0", "--ema", "0.5"]
+
+        def training(out):
+            settings = parse(cifar.CifarSettings, [*asked, "--epochs", "2", "--out", str(tmp_path / out)], "")
+            return Training(cifar.Cifar(settings, torch.device("cpu")), Processes(0, 1, torch.device("cpu")))
+
+        whole = training("whole")
+        whole.run()
+        part = training("parts")
+        for _ in range(3):
+            part.step()
+        part.save()
+        rest = training("parts")
+        assert rest.resumed_at == 3
+        rest.run()
+        for name, value in whole.model.state_dict().items():
+            assert torch.equal(rest.model.state_dict()[name], value), name
+
+    def test_a_checkpoint_of_other_settings_is_refused(self, folder, tmp_path):
+        run(folder, tmp_path, "--method", "float")
+        with pytest.raises(SystemExit, match="--method was float, is ste"):
+            run(folder, tmp_path, "--method", "ste")
+
+    def test_wrong_options(self, folder, tmp_path):
+        with pytest.raises(SystemExit, match="--start: there is no file nowhere"):
+            run(folder, tmp_path, "--start", "nowhere")
+        with pytest.raises(SystemExit, match="--group must be channel, tensor or a number, got 'layer'"):
+            run(folder, tmp_path, "--group", "layer")
+
+
+def test_each_image_is_shifted_and_mirrored_by_itself():
+    picture = torch.arange(1, 1 + 32 * 32, dtype=torch.int16).view(1, 1, 32, 32).expand(64, 3, 32, 32)
+    torch.manual_seed(0)
+    seen = cifar._shifted_and_mirrored(picture)
+    assert seen.shape == picture.shape
+    possible = {}
+    padded = torch.nn.functional.pad(picture[:1], (4, 4, 4, 4))
+    for top in range(9):
+        for left in range(9):
+            crop = padded[0, :, top : top + 32, left : left + 32]
+            possible[crop.numpy().tobytes()] = possible[crop.flip(2).numpy().tobytes()] = True
+    assert all(each.contiguous().numpy().tobytes() in possible for each in seen)
+    assert len({each.contiguous().numpy().tobytes() for each in seen}) > 30
+
+
+@pytest.mark.slow
+def test_the_whole_of_it_from_a_command(folder, tmp_path):
+    result = main(cifar.Cifar, ["--smoke", "--model", "resnet20", "--data", str(folder), "--out", str(tmp_path / "run")])
+    assert result["resumed_at"] == 1
+    assert result["steps"] == 2
+    assert result["onnx"]["score"] == result["score"]
+    assert Path(tmp_path, "run", "model.onnx").exists()
