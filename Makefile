@@ -5,7 +5,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadgroup -q
 KERNELS := diffq_fx/kernels/_kernels.abi3.so
 
-.PHONY: demo test evidence check docs processors matrix format clean
+.PHONY: demo test evidence check docs processors matrix format lock licences sbom audit clean
 
 demo: .venv/demo
 	$(BIN)/diffq-fx demo
@@ -29,7 +29,7 @@ check: $(KERNELS)
 docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	rm -rf .site && mkdir -p .site/source/benchmarks/results
-	cp -r README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs .site/source
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE docs .site/source
 	cp benchmarks/README.md .site/source/benchmarks && cp benchmarks/results/*.md benchmarks/results/*.png .site/source/benchmarks/results
 	mkdir .site/package && cp -r diffq_fx .site/package/diffq_fx # mkdocstrings has another name for examples, and no roles
 	find .site/package -name '*.py' -exec sed -i -e 's/^\( *\)Example:$$/\1Examples:/' -e 's/:[a-z]*:`~\?/`/g' {} +
@@ -50,6 +50,28 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What a release needs (CONTRIBUTING.md). The hashes are those of PyPI's files; this and `audit` need the internet.
+lock: .tools/ready
+	.tools/bin/uv pip compile --no-config --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		--extra dev --constraint constraints.txt --output-file requirements.lock pyproject.toml
+
+# Fails on a licence that would bind those who use the package.
+licences: .venv/ready .tools/ready
+	.tools/bin/pip-licenses --python=$(BIN)/python --from=mixed --with-urls --format=markdown --partial-match --fail-on='GPL;CC-BY-NC'
+
+sbom: .venv/ready .tools/ready
+	mkdir -p dist
+	.tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/diffq_fx.cdx.json $(BIN)/python
+
+# Known vulnerabilities of every pinned version; --strict fails where it cannot ask for one.
+audit: .tools/ready
+	.tools/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
+
+.tools/ready: constraints.txt
+	$(PYTHON) -m venv .tools
+	.tools/bin/python -m pip install --quiet --constraint constraints.txt build cyclonedx-bom pip-audit pip-licenses uv
+	touch $@
+
 # Built with the package; this builds them anew when their sources change, and does nothing for want of a compiler.
 $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -67,4 +89,4 @@ $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .arm .site build *.egg-info $(KERNELS)
+	rm -rf .venv .tools .arm .site build *.egg-info $(KERNELS)

@@ -103,3 +103,14 @@ def test_every_test_that_the_gate_leaves_out_is_there():
     for line in (ROOT.parent / "tests" / "evidence.txt").read_text().splitlines():
         path, name = line.partition("[")[0].split("::")
         assert f"def {name}(" in (ROOT.parent / path).read_text()
+
+
+def test_the_lock_has_the_pins():
+    """`make lock` was run after the last change of a version."""
+    pins, lock = (
+        {re.sub("[-_.]+", "-", name).lower(): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)}
+        for text in ((ROOT.parent / name).read_text() for name in ("constraints.txt", "requirements.lock"))
+    )
+    assert len(lock) > 50
+    assert {name: lock.get(name, version) for name, version in pins.items()} == pins
+    assert (ROOT.parent / "requirements.lock").read_text().count("--hash=sha256:") > len(lock)
