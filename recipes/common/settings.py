@@ -150,8 +150,6 @@ def _texts(cls: type) -> dict[str, str]:
     """What stands below each field, of the class and what it is made of."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__[:-1]):
-        found |= {
-            name: " ".join(text.split())
-            for name, text in re.findall(r'^    (\w+): .*\n    """(.*?)"""$', inspect.getsource(each), re.M | re.S)
-        }
+        below = re.findall(r'^    (\w+): [^\n]*\n    """(.*?)"""$', inspect.getsource(each), re.MULTILINE | re.DOTALL)
+        found |= {name: " ".join(text.split()) for name, text in below}
     return found
