@@ -13,7 +13,6 @@ from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
 from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
-from diffq_fx.functional import QuantParams
 from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.methods.grid import GridQuantizer
@@ -237,7 +236,7 @@ def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, 
     name, *aliases = names
     stored.spec = replace(stored.spec, dtype=weight.dtype, name=name, aliases=tuple(aliases))  # as the model is now
     if isinstance(quantizer, GridQuantizer) and isinstance(stored, IntegerWeight):  # on the same grid: the search for it is not made twice
-        rounded = quantizer.round_to(weight.detach(), QuantParams(stored.scale, stored.zero_point, stored.offset))
+        rounded = quantizer.round_to(weight.detach(), stored.params)
     else:
         rounded = quantizer.rounded_weight(weight.detach())
     if not torch.equal(stored(), rounded):

@@ -80,7 +80,7 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
         if reason or method is None:
             plan.skipped.append(SkippedWeight(name, tuple(parameter.shape), reason))
             continue
-        _check_values(name, parameter, caller)
+        _check_values(name, parameter, caller, method.scale_type)
         group_size, range_size, grid = method.layout
         spec = WeightSpec(
             name=name,
@@ -91,6 +91,7 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
             group_size=group_size,
             range_size=range_size,
             grid=grid,
+            scale_dtype=method.scale_type,
         )
         if spec.range_layout.num_groups >= spec.numel:
             reason = f"shaped {spec.shape}: a range for each weight takes more than its float"
@@ -152,13 +153,18 @@ def _reason_to_skip(owner: nn.Module, names: Sequence[str], parameter: Tensor, m
     return ""
 
 
-def _check_values(name: str, parameter: Tensor, caller: str) -> None:
+def _check_values(name: str, parameter: Tensor, caller: str, scale_type: torch.dtype) -> None:
     if type(parameter.data) is not Tensor:
         raise PreparationError(
             f"{caller}: weight {name!r} is a {type(parameter.data).__name__}, quantized or distributed already. Prepare the float model."
         )
     low, high = torch.aminmax(parameter.detach())
     if bool(torch.isfinite(low) & torch.isfinite(high)):
+        if (largest := float(torch.maximum(-low, high))) > torch.finfo(scale_type).max:
+            raise PreparationError(
+                f"{caller}: weight {name!r} has a value of size {largest:.4g}, and scales of {scale_type} reach "
+                f'{torch.finfo(scale_type).max:.0f}. Use scale_dtype="float32".'
+            )
         return
     bad = ~torch.isfinite(parameter.detach())
     first = [int(i) for i in bad.nonzero()[0]]

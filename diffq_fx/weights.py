@@ -44,6 +44,8 @@ class WeightSpec:
     range_size: GroupSize = "channel"
     """Weights that share a range, in the same terms."""
     grid: Grid = "affine"
+    scale_dtype: torch.dtype = torch.float32
+    """float16 where scales, and offsets of the float grid, are values of that and are kept so; else float32 or better."""
     consumer: str = ""
     """What reads the weight: a function of the graph ("linear", "conv2d") or a module that is called whole ("LSTM")."""
     bits_layout: GroupLayout = field(init=False, repr=False, compare=False)
@@ -58,6 +60,11 @@ class WeightSpec:
         bits, ranges = (GroupLayout.of(self.rows, self.columns, size) for size in (self.group_size, self.range_size))
         for name, layout in (("bits_layout", bits), ("range_layout", ranges), ("scale_layout", combine(bits, ranges))):
             object.__setattr__(self, name, layout)
+
+    @property
+    def scale_bits(self) -> int:
+        """What a scale or an offset takes."""
+        return 16 if self.scale_dtype == torch.float16 else 32
 
     @property
     def names(self) -> tuple[str, ...]:

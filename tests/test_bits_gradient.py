@@ -14,6 +14,7 @@ LAYOUTS = {
     "block with own range": {"group_size": 16, "range_per": "group"},
     "block in tensor": {"group_size": 16, "range_per": "tensor"},
     "tensor": {"group_size": "tensor", "range_per": "tensor"},
+    "blocks in a tensor": {"group_size": "tensor", "range_per": 12},
     "tensor over channels": {"group_size": "tensor"},
     "channel in tensor": {"range_per": "tensor"},
     "unclipped": {"clip_ranges": False},

@@ -12,6 +12,7 @@ SETTINGS = {
     "short last groups": {"group_size": 9, "noise": "gaussian", "grid": "symmetric"},
     "half": {"grid": "half", "range_per": "tensor"},
     "own ranges": {"grid": "float", "group_size": 8, "range_per": "group"},
+    "blocks in a tensor": {"group_size": "tensor", "range_per": 9, "scale_dtype": "float16"},
     "extreme ranges": {"clip_ranges": False, "group_size": "tensor"},
 }
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -24,7 +25,7 @@ def quantizer_and_weight(settings, axis=0, dtype=torch.float32):
     config = DiffQConfig(**settings)
     group, ranges, grid = config.layout
     weight = torch.randn(24, 32).to(dtype)
-    spec = WeightSpec(name="w", shape=(24, 32), axis=axis, group_size=group, range_size=ranges, grid=grid)
+    spec = WeightSpec(name="w", shape=(24, 32), axis=axis, group_size=group, range_size=ranges, grid=grid, scale_dtype=config.scale_type)
     quantizer = config.make_quantizer(spec, weight).train()
     with torch.no_grad():
         quantizer.logits.add_(0.1 * torch.randn_like(quantizer.logits))

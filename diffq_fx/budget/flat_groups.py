@@ -23,8 +23,8 @@ _LARGE = 1 << 14
 def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """What one weight stores: values per group that take the group's width, and bits that no width changes.
 
-    A symmetric range is one float32 (its scale), an affine one a float32 scale and a zero point of the group's width, to which the "half"
-    grid adds a bit. Where a range holds groups of several widths, or has a float offset, both of its ends are stored.
+    A symmetric range is one float (its scale), an affine one a scale and a zero point of the group's width, to which the "half" grid adds
+    a bit. Where a range holds groups of several widths, or has a float offset, both of its ends are stored.
 
     Example:
         >>> values, fixed = bit_costs(WeightSpec(name="w", shape=(2, 8), axis=0))
@@ -33,16 +33,16 @@ def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """
     values, ranges = spec.bits_layout.counts(), spec.range_layout
     if spec.grid == "symmetric":
-        return values, 32 * ranges.num_groups + _WIDTH_HEADER_BITS
+        return values, spec.scale_bits * ranges.num_groups + _WIDTH_HEADER_BITS
     several_widths_in_a_range = spec.bits_layout.num_groups > ranges.num_groups
     if spec.grid == "float" or several_widths_in_a_range:
-        return values, 64 * ranges.num_groups + _WIDTH_HEADER_BITS
-    each = 33 if spec.grid == "half" else 32
+        return values, 2 * spec.scale_bits * ranges.num_groups + _WIDTH_HEADER_BITS
+    each = spec.scale_bits + (spec.grid == "half")
     return values + ranges.num_groups // spec.bits_layout.num_groups, each * ranges.num_groups + _WIDTH_HEADER_BITS
 
 
 def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
-    """What an ONNX file stores of one weight, as :func:`bit_costs`: a float32 scale for each group, a zero point as wide as its levels.
+    """What an ONNX file stores of one weight, as :func:`bit_costs`: a float scale for each group, a zero point as wide as its levels.
 
     On the "half" grid the file has a zero point doubled, in the next container.
 
@@ -53,7 +53,7 @@ def container_costs(spec: WeightSpec) -> tuple[Tensor, int]:
     """
     values, scales = spec.bits_layout.counts(), spec.scale_layout.num_groups
     zero_points = scales // spec.bits_layout.num_groups if spec.grid in AROUND_ZERO else 0
-    return values + (2 if spec.grid == "half" else 1) * zero_points, 32 * scales
+    return values + (2 if spec.grid == "half" else 1) * zero_points, spec.scale_bits * scales
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ class QuantParams(NamedTuple):
         scale, *others = self
         return QuantParams(change(scale), *(None if each is None else change(each) for each in others))
 
+    def widened(self) -> "QuantParams":
+        """The same values in types to compute with: those of 16 bits in float32."""
+        return self.map(lambda values: values.float() if values.dtype in (torch.float16, torch.bfloat16) else values)
+
     def of_rows(self, rows: slice) -> "QuantParams":
         """Those of some of the rows."""
         return self.map(lambda values: rows_of(values, rows))
@@ -113,13 +117,31 @@ def step_size(low: Tensor, high: Tensor, bits: Tensor) -> Tensor:
     return (high - low) / (torch.exp2(bits) - 1)
 
 
-def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantParams:
+@torch.library.custom_op("diffq_fx::half_values", mutates_args=())
+def half_values(values: Tensor) -> Tensor:
+    """The nearest values of float16, in the type of ``values``; opaque to compilers, which leave out a cast that another one undoes.
+
+    Example:
+        >>> half_values(torch.tensor([0.1, 1e6]))
+        tensor([1.0000e-01, 6.5504e+04])
+    """
+    most = torch.finfo(torch.float16).max
+    return values.clamp(-most, most).half().to(values.dtype)
+
+
+@half_values.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid, scale_dtype: torch.dtype = torch.float32) -> QuantParams:
     """Scale and zero point of a grid of ``2^b`` levels over ``[low, high]``.
 
     ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``, which keeps every weight of the range
     within ``scale / 2`` of a level; on the "half" grid up to :data:`WIDEST_HALF` bits it is the nearest multiple of 1/2. A range of length
     zero gets scale 1: its one value is a level. ``bits`` are whole numbers from 1 to 16. The scale is float32 or better, the zero_point
-    int32 ("half": float32) in ``[0, 2^b - 1]``; the "float" grid has a float offset.
+    int32 ("half": float32) in ``[0, 2^b - 1]``; the "float" grid has a float offset. With a ``scale_dtype`` of float16 the values of scale
+    and offset are the nearest that float16 has, and the zero_point is that of this scale.
 
     Example:
         >>> params = quant_params(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), torch.tensor([[2]]), "affine")
@@ -127,6 +149,8 @@ def quant_params(low: Tensor, high: Tensor, bits: Tensor, grid: Grid) -> QuantPa
         (1.0, 1)
     """
     scale = step_size(low, high, bits.to(low.dtype))
+    if scale_dtype == torch.float16:
+        scale, low = half_values(scale), half_values(low)
     scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
     if grid == "float":
         return QuantParams(scale, None, low.expand_as(scale).contiguous())
@@ -169,13 +193,15 @@ def quantize(rows_OI: Tensor, params: QuantParams, bits: Tensor, layout: GroupLa
 def dequantize(levels_OI: Tensor, params: QuantParams, layout: GroupLayout) -> Tensor:
     """Weights of the levels: ``w = (q - zero_point) * scale``, as ONNX's DequantizeLinear computes it.
 
-    On the paper's float grid ``w = q * scale + offset``. The weights have the dtype of ``params.scale``; ``layout`` is its layout.
+    On the paper's float grid ``w = q * scale + offset``. The weights have the dtype of ``params.scale``, float32 where that has 16 bits;
+    ``layout`` is its layout.
 
     Example:
         >>> params = QuantParams(torch.tensor([[0.5]]), torch.tensor([[1]]), None)
         >>> dequantize(torch.tensor([[0, 3]]), params, GroupLayout.of(1, 2, "channel"))
         tensor([[-0.5000,  1.0000]])
     """
+    params = params.widened()
     scale = layout.expand(params.scale)
     if params.offset is not None:
         return levels_OI * scale + layout.expand(params.offset)

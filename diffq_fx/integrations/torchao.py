@@ -288,18 +288,17 @@ def _integer_tensor(stored: IntegerWeight, activations: Activations) -> IntxUnpa
     spec, layout = stored.spec, stored.spec.scale_layout
     bits = int(stored.bits.max())
     half: int | Tensor = 2 ** (bits - 1)
-    levels_OI, scale = stored.levels_OI(), stored.scale
-    if stored.zero_point is not None and spec.grid == "symmetric":
-        levels_OI, half = levels_OI - layout.expand(stored.zero_point), stored.zero_point
+    levels_OI, (scale, zero_point, offset) = stored.levels_OI(), stored.params
+    if zero_point is not None and spec.grid == "symmetric":
+        levels_OI, half = levels_OI - layout.expand(zero_point), zero_point
     else:
         levels_OI = levels_OI - half
     qdata = from_rows(levels_OI.to(torch.int8), spec.shape, spec.axis).contiguous()
-    if stored.zero_point is not None:
-        zero_point = stored.zero_point - half
+    if zero_point is not None:
+        zero_point = zero_point - half
         zero_point = zero_point if (zero_point % 1).any() else zero_point.to(torch.int8)
     else:
-        offset = stored.offset if stored.offset is not None else torch.zeros_like(stored.scale)
-        zero_point = -half - offset / scale
+        zero_point = -half - (torch.zeros_like(scale) if offset is None else offset) / scale
     if activations == "int8":
         bits = _WIDEST_BLOCKS if bits <= _WIDEST_BLOCKS else _WIDEST
         if layout.kind == "tensor":  # XNNPACK has a scale for each channel

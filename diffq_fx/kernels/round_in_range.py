@@ -14,6 +14,7 @@ from diffq_fx.kernels.settings import OF_GROUPS, GroupSettings
 
 _CLIP_GAIN = 10.0
 """How much faster the range moves than ``clip``: 1 % for an optimizer that changes each parameter by 1e-3 in a step, as Adam does."""
+_OF_ROUNDING = f"{OF_GROUPS}, ScalarType scale_dtype"
 _REACH = 0.5 * (1 + 1e-4)
 """Steps between a weight and its rounded value beyond which it is clipped."""
 
@@ -65,6 +66,9 @@ class RoundInRange(GroupSettings):
         (tensor([[0., 3.]]), tensor([[1., 1.]]), True)
     """
 
+    scale_dtype: torch.dtype = torch.float32
+    """float16 where scales are values of that."""
+
     def __call__(self, weight: Tensor, logits: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
         """The rounded weight, differentiable in weight and ``clip`` (None for ranges that are not learned).
 
@@ -75,9 +79,13 @@ class RoundInRange(GroupSettings):
             return torch.ops.diffq_fx.round_in_range(weight, logits, clip, low, high, width, *self.arguments())
         return _RoundInRange.apply(self, weight, logits, clip, low, high, width)  # as noise does, past the dispatcher
 
+    def arguments(self) -> tuple[Any, ...]:
+        """The settings as an operator takes them."""
+        return *super().arguments(), self.scale_dtype
+
     def in_one_pass(self, weight: Tensor, width: Tensor) -> bool:
         """Whether one kernel can do all of it, which then makes the rounded weight again in the backward."""
-        return gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
+        return self.scale_dtype == torch.float32 and gpu.takes_ranges(weight, width, self.groups, self.ranges, self.grid, self.axis)
 
     def round(self, weight: Tensor, clip: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """The rounded weight, and what :meth:`slope` takes beside the gradient and the weight; without autograd."""
@@ -91,7 +99,7 @@ class RoundInRange(GroupSettings):
     def _grid_of(self, factor: Tensor | None, low: Tensor, high: Tensor, width: Tensor) -> tuple[QuantParams, Tensor, Tensor]:
         low, high = (low, high) if factor is None else (low * factor, high * factor)
         bits = width.round().to(torch.int32)
-        return quant_params(low, high, bits, self.grid), bits, high - low
+        return quant_params(low, high, bits, self.grid, self.scale_dtype), bits, high - low
 
     def slope(self, grad: Tensor, weight: Tensor, rounded: Tensor | None, *kept: Tensor) -> Tensor:
         """The gradient of ``clip``; without autograd."""
@@ -126,12 +134,12 @@ class _RoundInRange(torch.autograd.Function):
 
 torch.library.define(
     "diffq_fx::round_in_range",
-    f"(Tensor weight, Tensor logits, Tensor? clip, Tensor low, Tensor high, Tensor width, {OF_GROUPS}) -> Tensor",
+    f"(Tensor weight, Tensor logits, Tensor? clip, Tensor low, Tensor high, Tensor width, {_OF_ROUNDING}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "diffq_fx::slope_of_clip",
-    f"(Tensor grad, Tensor weight, Tensor rounded, Tensor clip, Tensor low, Tensor high, Tensor width, {OF_GROUPS}) -> Tensor",
+    f"(Tensor grad, Tensor weight, Tensor rounded, Tensor clip, Tensor low, Tensor high, Tensor width, {_OF_ROUNDING}) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 

@@ -48,6 +48,11 @@ class Method(ABC):
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:
         """``(group_size, range_size, grid)`` for the weights of this method."""
 
+    @property
+    def scale_type(self) -> torch.dtype:
+        """float16 where scales are to be values of that."""
+        return torch.float32
+
     @abstractmethod
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "WeightQuantizer":
         """Make the quantizer of one weight.
@@ -91,7 +96,7 @@ def check_whole(method: str, setting: str, value: Any, least: int, most: int | N
         raise ValueError(f"{method}: {setting} must be a whole number {limits}, got {value!r}.")
 
 
-def check_group(method: str, setting: str, size: Any) -> None:
+def check_group(method: str, setting: str, size: Any, names: tuple[str, ...] = ("tensor", "channel")) -> None:
     """Refuse a group size that is none.
 
     Example:
@@ -101,8 +106,9 @@ def check_group(method: str, setting: str, size: Any) -> None:
         ValueError: STE: group_size must be at least 1, got 0.
     """
     if isinstance(size, str):
-        if size not in ("tensor", "channel"):
-            raise ValueError(f'{method}: {setting} must be "tensor", "channel" or a number, got {size!r}.')
+        if size not in names:
+            known = ", ".join(f'"{name}"' for name in names)
+            raise ValueError(f"{method}: {setting} must be {known} or a number, got {size!r}.")
     elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{method}: {setting} must be at least 1, got {size}.")
 

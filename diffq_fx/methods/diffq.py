@@ -124,7 +124,7 @@ class DiffQWeight(GridQuantizer):
             gaussian=config.noise == "gaussian",
             **self._limits,
         )
-        self.round_in_range = RoundInRange(spec.axis, spec.scale_layout, spec.range_layout, spec.grid)
+        self.round_in_range = RoundInRange(spec.axis, spec.scale_layout, spec.range_layout, spec.grid, spec.scale_dtype)
         like = {"dtype": torch.float32, "device": weight.device}
         bits = torch.full(spec.bits_layout.shape, config.start_bits, **like)
         self.logits = nn.Parameter(functional.logits_from_bits(bits, **self._limits))

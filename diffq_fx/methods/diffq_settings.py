@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from diffq_fx.budget.flat_groups import WidthLimits
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
@@ -39,8 +41,12 @@ class DiffQSettings(Method):
     "packed_file" the entropy-coded file of ``save_packed`` (no range is clipped then: rare levels cost next to nothing)."""
     group_size: GroupSize = "channel"
     """Weights that share a number of bits: "tensor", "channel" (one output channel), or a block of this many inputs (1: each weight)."""
-    range_per: Literal["tensor", "channel", "group"] = "channel"
-    """Weights that share a range; "group" is the group that shares a number of bits."""
+    range_per: GroupSize | Literal["group"] = "channel"
+    """Weights that share a range, and so a scale: "tensor", "channel", a block of this many inputs, or "group", the group that shares a
+    number of bits. Runtimes of language models want ``group_size="tensor", range_per=32``: one width a weight, a scale for each block."""
+    scale_dtype: Literal["float32", "float16"] = "float32"
+    """Type of scales (and of the float grid's offsets). With "float16" they have such values from training on, take 16 bits each, and
+    are stored so."""
     clip_ranges: bool = True
     """Whether ranges may leave weights outside: they start with the least squared error and are trained. Else they span all weights."""
     grid: Grid | None = None
@@ -112,12 +118,34 @@ class DiffQSettings(Method):
 
     def _check_groups(self) -> None:
         check_group("DiffQConfig", "group_size", self.group_size)
+        check_group("DiffQConfig", "range_per", self.range_per, ("tensor", "channel", "group"))
+        if self.range_per != "group":
+            self._check_ranges(self.range_per)
         if self.range_per == "group" and self.group_size == 1:
             raise ValueError('DiffQConfig: range_per="group" with group_size=1 would store a range for every weight; use "channel".')
         if self.size_of == "onnx_file" and not isinstance(self.group_size, str):
             raise ValueError(
                 f'DiffQConfig: size_of="onnx_file" needs group_size="channel" or "tensor", got {self.group_size}: '
                 "ONNX holds all blocks of a channel in one container."
+            )
+
+    def _check_ranges(self, size: GroupSize) -> None:
+        if size == 1:
+            raise ValueError("DiffQConfig: range_per=1 would store a range for every weight; use a larger block.")
+        if isinstance(size, int) and isinstance(self.group_size, int) and size != self.group_size:
+            raise ValueError(
+                f"DiffQConfig: range_per={size} with group_size={self.group_size} would have blocks across blocks; give both the same "
+                'number, or group_size="tensor" or "channel".'
+            )
+        if self.scale_dtype == "float16" and self.size_of == "packed_file":
+            raise ValueError(
+                'DiffQConfig: scale_dtype="float16" is of no use with size_of="packed_file", whose ranges are scaled: leave it out.'
+            )
+        order = {"tensor": 0, "channel": 1}
+        if self.scale_dtype == "float16" and order.get(str(self.group_size), 2) > order.get(str(size), 2):
+            raise ValueError(
+                f'DiffQConfig: scale_dtype="float16" needs one width in each range, got group_size={self.group_size!r} and '
+                f'range_per={size!r}: use range_per="group".'
             )
 
     @property
@@ -156,6 +184,11 @@ class DiffQSettings(Method):
     def clips(self) -> bool:
         """Whether ranges may leave weights outside."""
         return self.clip_ranges and self.size_of != "packed_file"
+
+    @property
+    def scale_type(self) -> torch.dtype:
+        """Of ``scale_dtype``."""
+        return getattr(torch, self.scale_dtype)
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:

@@ -28,7 +28,7 @@ class GridQuantizer(WeightQuantizer):
     def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
         """Scale and zero point of the grid, shape of the spec's ``scale_layout``."""
         low, high = self.range_of(rows_OI, bits)
-        return functional.quant_params(low, high, bits, self.spec.grid)
+        return functional.quant_params(low, high, bits, self.spec.grid, self.spec.scale_dtype)
 
     def round_to(self, weight: Tensor, params: QuantParams) -> Tensor:
         """The nearest weight on the grid of ``params``."""

@@ -1,7 +1,9 @@
 """Uniform quantization-aware training: round in the forward, pass the gradient straight through (the baseline of all others)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffq_fx.functional import Grid
@@ -29,6 +31,14 @@ class STE(FixedBits):
 
     grid: Grid = "affine"
     """"affine" (integer zero_point), "half" (half-integer ones, too), "symmetric", or "float" (float minimum, which ONNX cannot hold)."""
+
+    scale_dtype: Literal["float32", "float16"] = "float32"
+    """Type of scales, as for :class:`~diffq_fx.DiffQConfig`."""
+
+    @property
+    def scale_type(self) -> torch.dtype:
+        """Of ``scale_dtype``."""
+        return getattr(torch, self.scale_dtype)
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:

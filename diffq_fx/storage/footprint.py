@@ -12,8 +12,6 @@ from diffq_fx.budget.size import exact_bits
 from diffq_fx.storage.packing import container_for
 from diffq_fx.weights import WeightSpec
 
-_SCALE_BITS = 32
-
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
@@ -71,12 +69,12 @@ def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
     container = container_for(max(histogram))
     # What an ONNX file has beside a scale: a zero point as wide as the levels, which are doubled for a half; or the float grid's offset.
     doubled = container_for(max(max(histogram), min(max(histogram), functional.WIDEST_HALF) + 1))
-    second = {"symmetric": 0, "affine": container, "half": doubled, "float": _SCALE_BITS}[spec.grid]
+    second = {"symmetric": 0, "affine": container, "half": doubled, "float": spec.scale_bits}[spec.grid]
     return Footprint(
         grid=spec.grid,
         histogram=histogram,
         scale_bits=exact_bits(FlatGroups([spec], torch.device("cpu")), width) - payload - coding,
         coding_bits=coding,
         container_bits=container,
-        container_scale_bits=spec.scale_layout.num_groups * (_SCALE_BITS + second),
+        container_scale_bits=spec.scale_layout.num_groups * (spec.scale_bits + second),
     )

@@ -55,9 +55,9 @@ class IntegerWeight(StoredWeight):
 
     Buffers:
         levels: uint8, packed levels of the weight's rows, row by row.
-        scale: float, shape of the spec's ``scale_layout``.
+        scale: float, of the spec's ``scale_dtype`` where that is float16, shape of the spec's ``scale_layout``.
         zero_point: int32, the shape of ``scale``; on the grid "half" float32, a multiple of 1/2; absent on the float grid.
-        offset: float, the shape of ``scale``; the float grid alone.
+        offset: the type and shape of ``scale``; the float grid alone.
         bits: uint8, shape of the spec's ``bits_layout``: the learned widths.
     """
 
@@ -72,15 +72,21 @@ class IntegerWeight(StoredWeight):
         self.spec = spec
         self.container_bits = container_for(int(bits.max()))
         self.register_buffer("levels", pack_levels(levels_OI, self.container_bits))
-        self.register_buffer("scale", params.scale)
-        self.register_buffer("zero_point", params.zero_point)
-        self.register_buffer("offset", params.offset)
+        if spec.scale_dtype == torch.float16:
+            params = params._replace(scale=params.scale.half(), offset=None if params.offset is None else params.offset.half())
+        for name, values in params._asdict().items():
+            self.register_buffer(name, values)
         self.register_buffer("bits", bits.to(torch.uint8))
 
     def forward(self) -> Tensor:
         """The float weight: ``(levels - zero_point) * scale``."""
         spec, where = self.spec, (list(self.spec.shape), self.spec.axis, self.spec.scale_layout.block)
         return torch.ops.diffq_fx.dequantize(self.levels, self.scale, self.zero_point, self.offset, self.container_bits, *where, spec.dtype)
+
+    @property
+    def params(self) -> QuantParams:
+        """Scale, zero point and offset, to compute with."""
+        return QuantParams(self.scale, self.zero_point, self.offset).widened()
 
     def levels_OI(self) -> Tensor:
         """The unpacked levels, int32, shape (O, I), each in ``[0, 2^b - 1]``."""

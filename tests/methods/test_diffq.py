@@ -55,6 +55,7 @@ def train_a_little(model, *inputs, steps=3):
         ("channel", "tensor"),
         ("tensor", "tensor"),
         ("tensor", "channel"),
+        ("tensor", 4),
         (4, "channel"),
         (4, "group"),
         (1, "tensor"),

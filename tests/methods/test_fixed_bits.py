@@ -30,6 +30,7 @@ METHODS = {
     "STE 1 bit": STE(bits=1),
     "STE half": STE(bits=2, grid="half"),
     "STE float grid": STE(bits=5, grid="float"),
+    "STE float16 scales": STE(bits=5, group_size=4, grid="float", scale_dtype="float16"),
     "LSQ": LSQ(bits=2),
     "LSQ tensor": LSQ(bits=3, group_size="tensor"),
     "LSQ blocks": LSQ(bits=4, group_size=4),

@@ -41,6 +41,12 @@ def spec(shape=(4, 10), **kw):
         (dict(grid="half"), [[11]] * 4, 4 * 33 + 8),  # a bit more says whether the zero point is a half-integer
         (dict(grid="half", group_size=8), [[8, 2]] * 4, 4 * 64 + 8),
         (dict(grid="float", range_size="tensor", group_size=1), [[1] * 10] * 4, 64 + 8),
+        # one width a weight, a scale (and a zero point or an offset) for each block of 4 inputs of a row: 12 of them
+        (dict(group_size="tensor", range_size=4), [[52]], 12 * 32 + 8),
+        (dict(group_size="tensor", range_size=4, scale_dtype=torch.float16), [[52]], 12 * 16 + 8),
+        (dict(group_size="channel", range_size=4, scale_dtype=torch.float16), [[13]] * 4, 12 * 16 + 8),
+        (dict(group_size="tensor", range_size=4, grid="symmetric", scale_dtype=torch.float16), [[40]], 12 * 16 + 8),
+        (dict(group_size="tensor", range_size=4, grid="float", scale_dtype=torch.float16), [[40]], 12 * 32 + 8),
     ],
 )
 def test_what_a_weight_stores(settings, values, fixed):

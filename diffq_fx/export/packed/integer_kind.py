@@ -7,6 +7,7 @@ hardly anything.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -71,7 +72,7 @@ class PackedIntegers(PackedWeight):
         dtype = FLOAT_TYPES.parse(facts.get("scale_dtype"))
         if scale == "extents" and (zero_point == "plain" or not grids.may_have_extents(spec, dtype)):
             raise PackedFileError("its scales cannot be extents")
-        return cls(spec, dtype, scale, zero_point)
+        return cls(replace(spec, scale_dtype=dtype) if dtype == torch.float16 else spec, dtype, scale, zero_point)
 
     @classmethod
     def of_stored(cls, stored: IntegerWeight) -> "PackedIntegers":

@@ -22,7 +22,7 @@ def emit_dequantized(stored: StoredTable) -> ir.Value:
         (levels,) = stored.parts.values()
     else:
         levels = stored.levels_as(integer_type(max(8, table.kernel_bits), signed=False))
-    inputs = [levels, stored.emit.initializer(f"{stored.name}.scale", _groups(stored, table.scale))]
+    inputs = [levels, stored.scales_as(_groups(stored, table.scale))]
     if table.zero_point is not None and levels.dtype is not None:
         values = integer_tensor(_groups(stored, table.zero_point), stored.storage.zero_point_bits, signed=False)
         inputs.append(stored.emit.cast(stored.emit.initializer(f"{stored.name}.zero_point", values), levels.dtype))

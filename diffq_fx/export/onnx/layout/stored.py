@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 
 from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor
@@ -41,7 +42,14 @@ class StoredTable:
     @cached_property
     def scale(self) -> ir.Value:
         """The scales: broadcastable to the levels where there is one per row, else a matrix with C in place of the inputs."""
-        return self.emit.initializer(f"{self.name}.scale", self.storage.groups(self.table.scale))
+        return self.scales_as(self.storage.groups(self.table.scale))
+
+    def scales_as(self, scales: np.ndarray) -> ir.Value:
+        """Scales in some shape, in float32; the file holds those that were trained as values of float16 in that."""
+        halves = scales.astype(np.float16) if self.table.spec.scale_dtype == torch.float16 else None
+        if halves is None or not (halves == scales).all():
+            return self.emit.initializer(f"{self.name}.scale", scales)
+        return self.emit.cast(self.emit.initializer(f"{self.name}.scale", halves), ir.DataType.FLOAT)
 
     @cached_property
     def zero_point(self) -> ir.Value | None:
