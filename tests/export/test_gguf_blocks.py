@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+
+import gguf
 
 from diffq_fx import ExportError
 from diffq_fx.export.gguf.blocks import TYPES, BlockedWeight
@@ -27,7 +29,9 @@ def stored(bits, grid, *, shape=(6, 96), range_size=32, zero=None, scale=None):
         middle = 2 ** (bits - 1)
         zero_point = torch.full(layout, middle, dtype=torch.int32)
         if grid != "symmetric":
-            zero_point = torch.randint(2**bits, layout, generator=generator, dtype=torch.int32) if zero is None else zero_point - middle + zero
+            zero_point = (
+                torch.randint(2**bits, layout, generator=generator, dtype=torch.int32) if zero is None else zero_point - middle + zero
+            )
         params = QuantParams(scale, zero_point / 2 if grid == "half" else zero_point, None)
     return IntegerWeight(spec, levels, params, torch.full((1, 1), bits))
 
@@ -102,7 +106,10 @@ def test_bytes_of_a_block_are_those_of_the_package():
         (lambda: stored(4, "symmetric", range_size=48), r"has a scale for each 48 inputs"),
         (lambda: stored(4, "symmetric", scale=0.1), r'18 of its 18 scales are no float16 values, first 0.1000.*scale_dtype="float16"'),
         (lambda: stored(4, "symmetric", scale=1e6), r"18 of its 18 scales are no float16 values, first 1000000.0"),
-        (lambda: stored(9, "symmetric"), r"needs integers from -256 to 255 times its scales; Q8_0, .*-128 to 127. Prepare with.*max_bits=8"),
+        (
+            lambda: stored(9, "symmetric"),
+            r"needs integers from -256 to 255 times its scales; Q8_0, .*-128 to 127. Prepare with.*max_bits=8",
+        ),
         (lambda: stored(8, "affine", zero=0), r'needs integers from 0 to 255 .*grid="symmetric"'),
         (lambda: stored(8, "float"), r"integers from 0 to 255 times its scales; Q5_1, .* has 0 to 31"),
     ],
