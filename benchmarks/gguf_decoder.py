@@ -58,9 +58,8 @@ def main():
     converted = convert(prepare(model, ids, {"*embed_tokens*": replace(method, bits=8), "*": method}))
     result = export_gguf(converted, options.out, tokenizer=options.folder)
     print(f"{options.out}: {result.file_bytes:,} bytes, {result.bits_per_weight:.3f} bits a quantized weight")
-    print(
-        f"weights whose bytes give other values than the model: {len(differing(converted, options.out))} of {len(stored_weights(converted))}"
-    )
+    wrong, weights = differing(converted, options.out), stored_weights(converted)
+    print(f"weights whose bytes give other values than the model: {len(wrong)} of {len(weights)}")
 
     read = AutoModelForCausalLM.from_pretrained(options.out.parent, gguf_file=options.out.name, dtype=torch.float32).eval()
     with torch.no_grad():
