@@ -39,3 +39,8 @@ class DivergenceError(DiffQError):
 
 class DiffQWarning(UserWarning):
     """The call worked, but probably not the way it was meant."""
+
+
+def missing(package: str, error: ImportError) -> ImportError:
+    """What to raise where the package of an optional extra cannot be imported: names the extra, which is called as the package."""
+    return ImportError(f"this part of diffq_fx needs the package {package}: pip install 'diffq-fx[{package}]'. {error}")

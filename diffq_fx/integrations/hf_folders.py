@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from diffq_fx.capture.scope import TakenOver, take_over
 from diffq_fx.convert import CompressionRecord
-from diffq_fx.errors import PackedFileError
+from diffq_fx.errors import PackedFileError, missing
 from diffq_fx.export.packed.loading import stored_weights_of
 from diffq_fx.export.packed.reader import in_threads
 from diffq_fx.export.packed.writer import contents_of, packed
 from diffq_fx.hub import tell_libraries
-from diffq_fx.integrations import missing
 from diffq_fx.integrations.method_json import record_of_json, record_to_json
 from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.storage import StoredWeight

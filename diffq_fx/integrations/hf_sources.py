@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq_fx.errors import DiffQError
+from diffq_fx.errors import DiffQError, missing
 from diffq_fx.file_kinds import looks_like_safetensors
-from diffq_fx.integrations import missing
 
 try:
     import transformers

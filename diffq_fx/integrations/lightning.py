@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from diffq_fx.convert import convert
-from diffq_fx.integrations import missing
+from diffq_fx.errors import missing
 from diffq_fx.integrations.schedule import begin, keep_losses, progress
 
 try:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from diffq_fx.capture.scope import ScopedModule, not_for_others
 from diffq_fx.convert import convert
-from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
+from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError, missing
 from diffq_fx.functional.groups import from_rows
-from diffq_fx.integrations import missing
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.prepare import prepare_as

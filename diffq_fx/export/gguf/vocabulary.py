@@ -1,0 +1,112 @@
+"""The tokenizer of a Hugging Face folder as metadata of a GGUF file, so that a runtime cuts texts as transformers does.
+
+What is read is ``tokenizer.json``: byte-level BPE, or the BPE with bytes as a fallback that Llama 2 and Mistral have (SentencePiece's).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+
+from diffq_fx.errors import ExportError
+
+TOKENIZER_FILE = "tokenizer.json"
+READ = (TOKENIZER_FILE, "tokenizer_config.json", "config.json", "chat_template.jinja", "chat_template.json", "merges.txt")
+"""What of a folder is read, if it is there."""
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS % r"\p{N}": "qwen2", _WORDS % r"\p{N}{1,3}": "llama-bpe"}
+"""The expressions that cut a text into words, and what runtimes call them."""
+_PADDING, _NO_SCORE = "[PAD{}]", -1000.0
+
+
+class _Token(NamedTuple):
+    text: str
+    kind: gguf.TokenType
+    score: float = _NO_SCORE
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
+    """Write the tokenizer of a folder.
+
+    Args:
+        writer: whose metadata is not written yet.
+        folder: with tokenizer.json, and what lies beside it.
+        size: tokens that the model's embedding has; a tokenizer may have fewer.
+
+    Raises:
+        ExportError: there is no such file, it is damaged, or it describes a tokenizer that runtimes have no name for.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise ExportError(
+            f"'{folder}' has no {TOKENIZER_FILE}. Give the folder that tokenizer.save_pretrained wrote, or None for the weights alone"
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        pre = _pre_tokenizer_of(described)
+        tokens = _tokens_of(described, size)
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged description leads to
+        raise ExportError(f"'{path}', or a file beside it, is no tokenizer that can be read: {type(error).__name__}: {error}") from error
+    writer.add_tokenizer_model("llama" if pre is None else "gpt2")
+    writer.add_tokenizer_pre(pre or "default")
+    writer.add_token_list([token.text for token in tokens])
+    writer.add_token_types([token.kind for token in tokens])
+    if pre is None:
+        writer.add_token_scores([token.score for token in tokens])
+        writer.add_add_space_prefix("▁" in json.dumps([described.get(key) for key in ("normalizer", "pre_tokenizer")], ensure_ascii=False))
+        special.merges = []  # the scores say it
+        special.load_merges = False
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
+    """What runtimes call the way in which words are cut; None for SentencePiece's."""
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone: give tokenizer=None")
+    if model.get("byte_fallback"):
+        return None
+    steps = described.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    *before, last = [(step.get("type"), step) for step in steps]
+    if last[0] == "ByteLevel" and not last[1].get("add_prefix_space"):
+        if not before and last[1].get("use_regex", True):
+            return "gpt-2"
+        if [kind for kind, _ in before] == ["Digits"] and before[0][1].get("individual_digits") and last[1].get("use_regex", True):
+            return "smollm"
+        if [kind for kind, _ in before] == ["Split"] and (name := _SPLITS.get(before[0][1]["pattern"].get("Regex"))):
+            return name
+    raise ExportError(
+        f"the tokenizer cuts words in a way that has no name here: {json.dumps(steps)[:300]}. Known are those of "
+        f"gpt-2, smollm, {' and '.join(_SPLITS.values())}: give tokenizer=None for a file of weights alone"
+    )
+
+
+def _tokens_of(described: dict[str, Any], size: int) -> list[_Token]:
+    """One token for each row of the embedding; those that the tokenizer lacks are marked as unused."""
+    model = described["model"]
+    tokens = {index: _Token(_PADDING.format(index), gguf.TokenType.UNUSED) for index in range(size)}
+    by_text = {text: index for text, index in model["vocab"].items()}
+    scores = _scores(model) if model.get("byte_fallback") else {}
+    for text, index in by_text.items():
+        is_byte = bool(scores) and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        kind = gguf.TokenType.BYTE if is_byte else gguf.TokenType.UNKNOWN if text == model.get("unk_token") else gguf.TokenType.NORMAL
+        tokens[index] = _Token(text, kind, scores.get(text, _NO_SCORE))
+    for added in described.get("added_tokens") or ():
+        if tokens.get(added["id"], tokens[0]).kind != gguf.TokenType.UNKNOWN:
+            kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+            tokens[added["id"]] = _Token(added["content"], kind)
+    if len(tokens) > size:
+        raise ExportError(f"the tokenizer has {max(tokens) + 1} tokens and the model's embedding {size}: it is another model's tokenizer")
+    return [tokens[index] for index in range(size)]
+
+
+def _scores(model: dict[str, Any]) -> dict[str, float]:
+    """The score of each token that is merged of two: SentencePiece merges the pair of the highest score first, so it is the rank."""
+    scores: dict[str, float] = {}
+    for rank, pair in enumerate(model["merges"]):
+        scores.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), -float(rank))
+    return scores
