@@ -1,5 +1,7 @@
 """Decoders of transformers with the tensors of their cache as inputs and outputs: greedy generation in onnxruntime is PyTorch's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -93,3 +95,90 @@ def test_inputs_and_outputs_are_called_as_optimum_calls_them(path):
         "present.0.key": present,
         "present.0.value": present,
     }
+
+
+class WithoutCache(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(WORDS, 16), Linear(16, WORDS, 4)
+
+    def forward(self, input_ids):
+        return self.head(self.embedding(input_ids))
+
+
+class Stateful(WithoutCache):
+    """Returns whatever its ``layer`` is as the cache of its layers."""
+
+    layer: object = None
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None):
+        cache = self.layer and SimpleNamespace(layers=[self.layer])
+        return SimpleNamespace(logits=super().forward(input_ids), past_key_values=cache)
+
+
+class WithStates(Stateful):
+    layer = SimpleNamespace(conv_states=torch.zeros(2, 16), recurrent_states=torch.zeros(2, 16))
+
+
+class Window(Stateful):
+    layer = SimpleNamespace(keys=torch.zeros(2, 1, 1, 8), values=torch.zeros(2, 1, 1, 8))
+
+
+class Picky(Stateful):
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        raise ValueError("You have to specify decoder_input_ids")
+
+
+IDS = tokens(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "options", "error", "says"),
+    [
+        (WithoutCache, IDS, {}, ExportError, "the WithoutCache has no cache: its forward takes no 'past_key_values'. Leave cache out"),
+        (Stateful, IDS, {}, ExportError, "the Stateful has no cache: use_cache=True makes it return no 'past_key_values'. Leave cache"),
+        (WithStates, IDS, {}, ExportError, "layer 0 of the cache of the WithStates does not hold keys and values of every token"),
+        (Window, IDS, {}, ExportError, "layer 0 of the cache of the Window does not hold keys and values of every token"),
+        (Picky, IDS, {}, ExportError, "the Picky does not run on the first 2 tokens of example_inputs: You have to specify decoder_"),
+        (Stateful, tokens(2, 4), {}, ExportError, r"'input_ids' of shape \(batch, 5 or more\), got \[2, 4\]"),
+        (Stateful, torch.randn(2, 6, 8), {}, ExportError, r"'input_ids' of shape \(batch, 5 or more\), got \[2, 6, 8\]"),
+        (Stateful, {"attention_mask": IDS}, {}, ExportError, "does not take example_inputs: missing a required argument: 'input_ids'"),
+        (
+            Stateful,
+            {"input_ids": IDS, "attention_mask": torch.ones(2, 7)},
+            {},
+            ExportError,
+            r"a value for each token, but 'attention_mask' has shape \[2, 7\] for 'input_ids' of \[2, 6\]",
+        ),
+        (Stateful, {"input_ids": IDS, "past_key_values": IDS}, {}, ExportError, "leave 'past_key_values' out of example_inputs"),
+        (Stateful, IDS, {"dynamic_shapes": ({},)}, ValueError, "cache=True .* does not go together with dynamic_shapes"),
+        (Stateful, IDS, {"activations": "int8", "calibration": [IDS]}, ValueError, "does not go together with activations=\"int8\""),
+        (lambda: decoder("GPT2"), IDS, {"input_names": ["ids", "mask"]}, ValueError, r"input_names has 2 names .* for 5 inputs"),
+        (lambda: decoder("GPT2"), IDS, {"output_names": {"past": "x"}}, ExportError, "renames 'past', .* 'present.0.key', 'present.0.value'"),
+    ],
+)
+def test_bad_input(model, example, options, error, says, old_file):
+    """One sentence each; the old file is as it was, and so is the model."""
+    made = model().eval()
+    with pytest.raises(error, match=says):
+        export_onnx(made, example, old_file, cache=True, **options)
+    assert "forward" not in vars(made)
+
+
+class FixedLength(nn.Module):
+    """A decoder whose code fixes what is new to the four tokens of the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = decoder("GPT2")
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None):
+        returned = self.model(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        if past_key_values is not None:
+            returned.logits = returned.logits + torch.arange(4.0)[:, None]
+        return returned
+
+
+def test_lengths_that_the_model_fixes(old_file):
+    with pytest.raises(ExportError, match="the size input_ids.1 must be dynamic: the model fixes it"):
+        export_onnx(FixedLength().eval(), IDS, old_file, cache=True)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ def in_mid_text(model: nn.Module, example: ExportExample) -> ExportExample:
     name, signature = type(model).__name__, inspect.signature(model.forward)
     if CACHE not in signature.parameters:
         raise ExportError(f"cache=True, but the {name} has no cache: its forward takes no {CACHE!r}. Leave cache out.")
-    given = _by_name(signature, example)
+    try:
+        given = _by_name(signature, example)
+    except TypeError as error:
+        raise ExportError(f"the {name} does not take example_inputs: {error}.") from error
     of_tokens = _values_of_tokens(given)
     ids = of_tokens["input_ids"]
     if ATTENTION_MASK in signature.parameters:
@@ -52,7 +55,7 @@ def in_mid_text(model: nn.Module, example: ExportExample) -> ExportExample:
     if cache is None:
         raise ExportError(f"cache=True, but the {name} has no cache: use_cache=True makes it return no {CACHE!r}. Leave cache out.")
     rest = {key: value if key == ATTENTION_MASK else value[:, _CACHED:] for key, value in of_tokens.items()}
-    return ExportExample((), {**rest, CACHE: _layers_of(cache), **settings}).on_its_own()
+    return ExportExample((), {**rest, CACHE: _layers_of(cache, name), **settings}).on_its_own()
 
 
 def _by_name(signature: inspect.Signature, example: ExportExample) -> dict[str, Any]:
@@ -79,22 +82,19 @@ def _values_of_tokens(given: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": ids, **tensors}
 
 
-def _layers_of(cache: Any) -> _Layers:
+def _layers_of(cache: Any, name: str) -> _Layers:
     """The keys and values of each layer.
 
     Raises:
-        ExportError: a layer keeps something else.
+        ExportError: a layer keeps something else, or not of every token.
     """
-    layers = []
-    for number, layer in enumerate(getattr(cache, "layers", [])):
-        keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-        if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.shape[2] != _CACHED:
-            break
-        layers.append({"key": keys, "value": values})
-    else:
-        if layers:
-            return layers
-    raise ExportError(f"layer {len(layers)} of the {type(cache).__name__} is no layer of keys and values for every token, which alone a file can hold.")
+    layers = [{"key": getattr(layer, "keys", None), "value": getattr(layer, "values", None)} for layer in getattr(cache, "layers", [None])]
+    for number, layer in enumerate(layers):
+        if not all(isinstance(tensor, Tensor) and tensor.shape[2] == _CACHED for tensor in layer.values()):
+            raise ExportError(
+                f"layer {number} of the cache of the {name} does not hold keys and values of every token, which is what cache=True exports."
+            )
+    return cast(_Layers, layers)
 
 
 def sizes_of_text(example: ExportExample) -> tuple[tuple[int, int], ...]:
