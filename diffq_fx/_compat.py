@@ -42,6 +42,7 @@ _forward_pre_hooks = _private("torch.nn.modules.module", "_global_forward_pre_ho
 _forward_hooks = _private("torch.nn.modules.module", "_global_forward_hooks")
 _backward_pre_hooks = _private("torch.nn.modules.module", "_global_backward_pre_hooks")
 _backward_hooks = _private("torch.nn.modules.module", "_global_backward_hooks")
+_check = _private("torch", "_check")
 _graph_task = _private("torch._C", "_current_graph_task_id")
 
 
@@ -127,6 +128,13 @@ def shapes_without_running(shapes: Mapping[Any, Callable[..., Any]]) -> Iterator
             stack.enter_context(mock.patch.dict(kernels, {_dispatch_key.CompositeImplicitAutograd: function}))
             cache.clear()
         yield
+
+
+def check_shape(tensor: Tensor, sizes: Mapping[int, Any]) -> None:
+    """Tell torch.export what these axes measure. Without torch's function: what nothing else ties has a dynamic size of its own."""
+    for axis, size in sizes.items():
+        if _check is not None:
+            _check(tensor.shape[axis] == size)
 
 
 def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:

@@ -43,7 +43,9 @@ def stated_limits(dynamic_shapes: Any) -> set[int | None]:
     return {limit for leaf in _compat.tree_leaves(dynamic_shapes) for limit in (getattr(leaf, "min", None), getattr(leaf, "max", None))}
 
 
-def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, int], stated: Set[int | None]) -> list[dict[str, int]]:
+def turning_points(
+    program: torch.export.ExportedProgram, sizes: Mapping[str, int], stated: Set[int | None], may_be_nothing: Set[str] = frozenset()
+) -> list[dict[str, int]]:
     """Sizes at which a trace may take another branch than the model, within its limits: 1, and where a condition turns.
 
     Whether the model itself has asked (``length != 7``) or torch (for a kernel), only a comparison at these sizes tells.
@@ -52,10 +54,12 @@ def turning_points(program: torch.export.ExportedProgram, sizes: Mapping[str, in
         program: the model's trace with dynamic sizes.
         sizes: symbol -> its size in the example.
         stated: limits that the user gives.
+        may_be_nothing: symbols that may be 0 too: what is cached when a text begins.
     """
     limits = {symbol: (_TAKEN_FOR_GRANTED, _UNLIMITED) for symbol in sizes} | _limits(program)
     least = 1 if _TAKEN_FOR_GRANTED in stated else _TAKEN_FOR_GRANTED
     single = [{**sizes, symbol: 1} for symbol, size in sizes.items() if size > 1 and limits[symbol][0] <= least]
+    single += [{**sizes, symbol: 0} for symbol in may_be_nothing]
     least_of = {symbol: low for symbol, (low, _) in limits.items() if symbol in sizes and low not in stated}
     points = [{**sizes, symbol: int(low) - 1} for symbol, low in least_of.items() if low > _TAKEN_FOR_GRANTED]
     for condition in _compat.size_conditions(program):

@@ -19,11 +19,13 @@ _MOST_CHARACTERS = 300
 _CACHES = (
     (
         r"Found <class '.*Cache'> in output",
-        "it returns a cache of keys and values. Add use_cache=False to example_inputs (a dict of keyword arguments).",
+        "it returns a cache of keys and values. Give cache=True for a file that takes and returns its tensors, "
+        "or add use_cache=False to example_inputs (a dict of keyword arguments).",
     ),
     (
         r"Unsupported input type <class '.*Cache'>",
-        "a cache of keys and values is no tensor. Export a wrapper that takes the cache's tensors and makes the cache in its forward.",
+        "a cache of keys and values is no tensor. Leave it out of example_inputs and give cache=True, if the model is one of transformers; "
+        "else export a wrapper that takes the cache's tensors and makes the cache in its forward.",
     ),
 )
 

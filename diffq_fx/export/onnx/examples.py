@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.example import Example
+from diffq_fx.example import Example, tensors_of
 
 _SEQUENCE_SIZES = 3
 """Batch, length and features."""
+CACHE, ATTENTION_MASK = "past_key_values", "attention_mask"
+"""What decoders call their cache, and the mask over what is cached and what is new."""
 _HIDES = -1e4
 """What is added to a score of attention to hide it lies below this."""
 
@@ -89,13 +91,18 @@ class ExportExample(Example):
             return None
         return self.map(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and tensor.shape[0] == 1 else tensor)
 
-    @staticmethod
-    def dynamic_axes(tensor: Tensor, *, lengths: bool) -> range:
+    @property
+    def cached(self) -> list[Tensor]:
+        """The keys and values that a decoder is given."""
+        return tensors_of(self.kwargs.get(CACHE))
+
+    def dynamic_axes(self, tensor: Tensor, *, lengths: bool) -> range:
         """Axes that shall be dynamic where the model allows it: the batch, and all others but the heights and widths of images.
 
-        No image is what has less than four sizes, is integer, or is a mask.
+        No image is what has less than four sizes, is integer, a mask, or cached.
         """
         is_image = tensor.dim() > _SEQUENCE_SIZES and tensor.is_floating_point() and not _is_mask(tensor)
+        is_image = is_image and not any(tensor is each for each in self.cached)
         return range(tensor.dim() if lengths and not is_image else min(tensor.dim(), 1))
 
     @property
@@ -107,7 +114,7 @@ class ExportExample(Example):
         """The axes above, as torch.export's ``dynamic_shapes``."""
         shapes = torch.export.ShapesCollection()
         for tensor in self.tensors:
-            if axes := self.dynamic_axes(tensor, lengths=lengths):
+            if axes := [axis for axis in self.dynamic_axes(tensor, lengths=lengths) if tensor.shape[axis] != 1]:
                 shapes[tensor] = dict.fromkeys(axes, torch.export.Dim.AUTO)
         return shapes
 
@@ -120,14 +127,18 @@ class ExportExample(Example):
     ) -> "ExportExample":
         """Fresh random inputs like these: floats and integers within the range of the example's, masks of the example's rows.
 
-        Integers in ascending order (offsets, positions) keep their values, since their order means something.
+        Integers in ascending order (offsets, positions) keep their values, since their order means something. A decoder's mask hides
+        nothing of what is new, which would see nothing if all before it were hidden too.
 
         Args:
             generator: the source of randomness, on the CPU.
             shapes: of each tensor.
             keep: which tensors keep their values, the last ones repeated where the shape is larger.
         """
-        return self.replace([_like(t, shape, generator, keep(t)) for t, shape in zip(self.tensors, shapes, strict=True)])
+        drawn = self.replace([_like(t, shape, generator, keep(t)) for t, shape in zip(self.tensors, shapes, strict=True)])
+        if drawn.cached and ATTENTION_MASK in drawn.kwargs:
+            drawn.kwargs[ATTENTION_MASK][:, max(drawn.cached[0].shape[2] - 1, 0) :] = 1
+        return drawn
 
 
 def _like(tensor: Tensor, shape: tuple[int, ...], generator: torch.Generator, keep: bool) -> Tensor:

@@ -34,6 +34,7 @@ def export_onnx(
     output_names: Sequence[str] | Mapping[str, str] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
+    cache: bool = False,
     verify: bool = True,
 ) -> ExportResult:
     """Write a converted model as an ONNX file whose weights stay integers of 2, 4, 8 or 16 bits.
@@ -135,7 +136,9 @@ def export_onnx(
     """
     _compat.check_torch_translates_operators()
     layout, min_container = layout_and_container(runtime, layout, min_container)
-    check_options(layout, activations, target, min_container, calibration)
+    check_options(
+        layout, activations, target, min_container, calibration, cache=cache, sizes_given=dynamic_shapes is not None
+    )
     if opset is not None and not isinstance(opset, int):
         raise TypeError(f"opset must be a whole number or None, got {opset!r}.")
     converted = unwrapped(converted)
@@ -158,6 +161,7 @@ def export_onnx(
             calibration=calibration,
             dynamic_shapes=dynamic_shapes,
             names=InterfaceNames(input_names, output_names),
+            cache=cache,
             verify=verify,
         )
     for remark in result.remarks:

@@ -10,6 +10,10 @@ import onnx_ir as ir
 
 from diffq_fx.errors import ExportError
 
+_FIRST_KEYS = "past_key_values.0.key"
+PAST = "past_sequence_length"
+"""The size of what a decoder has cached."""
+
 Names = Sequence[str] | Mapping[str, str] | None
 
 
@@ -29,7 +33,7 @@ def check_names(option: str, names: Names, count: int | None = None) -> None:
     if twice := [name for name, times in Counter(new).items() if times > 1 or not name]:
         raise ValueError(f"{option} must be names that differ, got {twice[0]!r} in {new}.")
     if count is not None and not isinstance(names, Mapping) and len(names) != count:
-        raise ValueError(f"{option} has {len(names)} names {list(names)} for {count} tensors in example_inputs.")
+        raise ValueError(f"{option} has {len(names)} names {list(names)} for {count} inputs.")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class InterfaceNames:
             ExportError: A name is that of no input or output, of two of them, or of a weight; or there are not as many.
         """
         _own_outputs(graph)
-        inputs = _chosen("input_names", self.inputs, _free(parameters, "_in", set(graph.initializers)))
-        defaults = _free(_output_names(returned, len(graph.outputs)), "_out", {*graph.initializers, *inputs})
+        inputs = _chosen("input_names", self.inputs, _free(_dotted(parameters), "_in", set(graph.initializers)))
+        defaults = _free(_dotted(_output_names(returned, len(graph.outputs))), "_out", {*graph.initializers, *inputs})
         outputs = _chosen("output_names", self.outputs, defaults)
         if clashes := [name for name, times in Counter([*graph.initializers, *inputs, *outputs]).items() if times > 1]:
             raise ExportError(f"the name {clashes[0]!r} is that of two inputs, outputs or parameters: inputs {inputs}, outputs {outputs}.")
@@ -92,6 +96,11 @@ def _output_names(returned: Any, count: int) -> list[str]:
     return [keys.get(number, "output" if count == 1 else f"output_{number}") for number in range(count)]
 
 
+def _dotted(names: list[str]) -> list[str]:
+    """Keys and values of a cache as optimum and onnxruntime-genai call them: "past_key_values.0.key", "present.0.key"."""
+    return [re.sub(r"^(past_key_values|present)_(\d+)_(key|value)$", r"\1.\2.\3", name) for name in names]
+
+
 def _free(names: list[str], ending: str, taken: set[str]) -> list[str]:
     """The names, with endings where one is taken or given before."""
     free: list[str] = []
@@ -118,6 +127,7 @@ def _keys(returned: Any, name: str) -> Iterator[tuple[int, str]]:
 def name_sizes(graph: ir.Graph) -> dict[str, str]:
     """Rename the symbolic sizes in place: the first size of an input is "batch", another "<input>_<axis>".
 
+    Those of a decoder with a cache are "sequence_length" (of what is new) and "past_sequence_length".
     Sizes that are not those of any input, and expressions such as ``2*batch``, follow. A second batch that the model keeps apart
     from the first one is "<input>_0".
 
@@ -125,11 +135,14 @@ def name_sizes(graph: ir.Graph) -> dict[str, str]:
         Old name -> new name.
     """
     names: dict[str, str] = {}
+    of_decoder = {"input_ids_1": "sequence_length", f"{_FIRST_KEYS}_2": PAST}
+    own = of_decoder if any(value.name == _FIRST_KEYS for value in graph.inputs) else {}
     for value in graph.inputs:
         for axis, size in enumerate(value.shape or ()):
             symbol = size.value if isinstance(size, ir.SymbolicDim) else None
             if symbol is not None and symbol.isidentifier() and symbol not in names:
-                names[symbol] = "batch" if axis == 0 and "batch" not in names.values() else f"{value.name}_{axis}"
+                default = "batch" if axis == 0 and "batch" not in names.values() else f"{value.name}_{axis}"
+                names[symbol] = own.get(default, default)
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else re.compile(r"(?!)")
     for value in [*graph.inputs, *graph.initializers.values(), *(output for node in graph.all_nodes() for output in node.outputs)]:
         if value.shape is not None:

@@ -48,7 +48,9 @@ def layout_and_container(
     return chosen["layout"], chosen["min_container"]
 
 
-def check_options(layout: str, activations: str, target: str, min_container: int, calibration: Iterable[Any] | None) -> None:
+def check_options(
+    layout: str, activations: str, target: str, min_container: int, calibration: Iterable[Any] | None, *, cache: bool, sizes_given: bool
+) -> None:
     """Check the options that are not told by the model.
 
     Raises:
@@ -67,5 +69,8 @@ def check_options(layout: str, activations: str, target: str, min_container: int
         raise ValueError('activations="int8" needs calibration: typical inputs, from which the ranges of the activations are taken.')
     if activations != "int8" and calibration is not None:
         raise ValueError(f'calibration is of no use with activations={activations!r}: only "int8" takes ranges from it.')
+    if cache and (sizes_given or activations == "int8"):
+        other = "dynamic_shapes" if sizes_given else 'activations="int8"'
+        raise ValueError(f"cache=True makes the inputs of the file, and does not go together with {other}: leave one of the two out.")
     if calibration is not None and not isinstance(calibration, Iterable):
         raise TypeError(f"calibration must be an iterable of inputs, got {type(calibration).__name__}.")

@@ -1,6 +1,7 @@
 """The steps of an export, in their order. Imports onnx, onnxscript and onnxruntime; :mod:`.exporter` does not."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import calibrate
 from diffq_fx.export.onnx.causes import failure_cause
+from diffq_fx.export.onnx.decoder import in_mid_text, sizes_of_text, tensors_for_cache
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
@@ -134,6 +136,7 @@ def export_file(
     calibration: Iterable[Any] | None,
     dynamic_shapes: Any,
     names: InterfaceNames,
+    cache: bool,
     verify: bool,
 ) -> ExportResult:
     """Trace, calibrate, lay out, write, check, publish (see :func:`diffq_fx.export.onnx.exporter.export_onnx`).
@@ -142,13 +145,18 @@ def export_file(
         ExportError: Any of the steps fails; the target is as it was.
     """
     example = ExportExample.of(example_inputs).on_its_own()
-    check_names("input_names", names.inputs, len(example.tensors))
-    check_names("output_names", names.outputs)
-    tracer = Tracer(converted, example, dynamic_shapes, names)
     weights = weights_by_initializer(converted)
     halved = frozenset(halved_names(converted))
+    needed: tuple[tuple[int, int], ...] = ()
     try:
-        with draft_folder(path, ExportError) as folder:
+        with draft_folder(path, ExportError) as folder, ExitStack() as stack:
+            if cache:
+                example = in_mid_text(converted, example)
+                stack.enter_context(tensors_for_cache(converted, example))
+                needed = sizes_of_text(example)
+            check_names("input_names", names.inputs, len(example.tensors))
+            check_names("output_names", names.outputs)
+            tracer = Tracer(converted, example, dynamic_shapes, names, needed)
             try:
                 for weight in weights.values():
                     if isinstance(weight, IntegerWeight):

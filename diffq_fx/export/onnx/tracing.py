@@ -14,7 +14,7 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
 from diffq_fx.export.onnx.causes import tracing_cause
 from diffq_fx.export.onnx.examples import ExportExample
-from diffq_fx.export.onnx.naming import InterfaceNames, name_sizes
+from diffq_fx.export.onnx.naming import PAST, InterfaceNames, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.translation import TRACING_ERRORS, quiet, translate
 
@@ -65,6 +65,8 @@ class Tracer:
     dynamic_shapes: Any = None
     """As torch.export has them; None for the sizes of :meth:`ExportExample.dynamic_axes` that the model allows."""
     names: InterfaceNames = field(default_factory=InterfaceNames)
+    needed: tuple[tuple[int, int], ...] = ()
+    """(input, axis) of each size that must be dynamic."""
 
     def trace(self, dynamic: Dynamic = "lengths", reason: str = "") -> TracedModel:
         """Trace with torch.export and translate to ONNX; where that fails, with fewer dynamic sizes.
@@ -74,7 +76,8 @@ class Tracer:
             reason: why not with more.
 
         Raises:
-            ExportError: a size that ``dynamic_shapes`` makes dynamic decides a branch; torch.export or torch.onnx cannot follow the model.
+            ExportError: a size that ``dynamic_shapes`` makes dynamic decides a branch, or one that must be is not; torch.export or
+                torch.onnx cannot follow the model.
         """
         with quiet(), recurrent_layers_whole(), torch.no_grad():  # with gradients on, attention is taken apart into other operators
             if self.dynamic_shapes is not None:
@@ -83,7 +86,7 @@ class Tracer:
                     raise ExportError(f"{found[0]}. {SIZE_ADVICE}")
                 return self._translated(program, dynamic, reason)
             failure: ExportError | None = None
-            for level in _LEVELS[_LEVELS.index(dynamic) :]:
+            for level in _LEVELS[_LEVELS.index(dynamic) : 1 if self.needed else None]:
                 if level == "lengths" and not self.example.has_lengths:
                     continue
                 try:
@@ -147,11 +150,16 @@ class Tracer:
         sizes = {names[symbol]: actual for symbol, actual in by_symbol.items()}
         largest = {names.get(str(symbol)): bounds.upper for symbol, bounds in program.range_constraints.items()}
         fixed = self._fixed(model.graph, dynamic, reason)
+        for place in (f"{inputs[number].name}.{axis}" for number, axis in self.needed):
+            if place in fixed:
+                raise ExportError(f"the size {place} must be dynamic: {fixed[place]}")
         if self.dynamic_shapes is None and not _has_dynamic_batch(program):
             remarks = (_static_remark(self.example, reason if dynamic == "nothing" else _FIXED_BATCH), *remarks)
         traced = TracedModel(model, dynamic, sizes, fixed, _other_sizes(sizes, largest), [], remarks)
         stated = stated_limits(self.dynamic_shapes)
-        points = [{names[symbol]: size for symbol, size in point.items()} for point in turning_points(program, by_symbol, stated)]
+        may_be_nothing = {symbol for symbol, name in names.items() if name == PAST}
+        found = turning_points(program, by_symbol, stated, may_be_nothing & by_symbol.keys())
+        points = [{names[symbol]: size for symbol, size in point.items()} for point in found]
         for point in points:  # a second batch that the model keeps apart follows the first
             point.update({name: point["batch"] for name in sizes if name.endswith("_0") and sizes[name] == sizes.get("batch")})
         most = max(_FEW_VALUES, _TIMES_AS_MANY * sum(tensor.numel() for tensor in tensors))
