@@ -9,7 +9,9 @@ from torch import nn
 pytest.importorskip("lightning.pytorch")
 
 import lightning.pytorch as lightning
+from lightning.pytorch import callbacks
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_summary import ModelSummary
 
 from diffq_fx import DiffQConfig, DiffQWarning, PreparationError, bits_report, prepare_diffq
 from diffq_fx.integrations.lightning import DiffQCallback
@@ -50,14 +52,14 @@ class Logger(DummyLogger):
         self.seen.append(metrics)
 
 
-def fit(module, *callbacks, epochs=1, logger=False, checkpoint=None, **settings):
+def fit(module, *given, epochs=1, logger=False, checkpoint=None, **settings):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         trainer = lightning.Trainer(
             max_epochs=epochs,
             accelerator="cpu",
             logger=logger,
-            callbacks=list(callbacks),
+            callbacks=list(given),
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -111,6 +113,57 @@ def test_resume_is_the_same_training(tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(PreparationError, match="another configuration: target_bits=4 for '\\*' there, 5 here"):
         run(target_bits=5, checkpoint=tmp_path / "half.ckpt")
+
+
+class Weights(lightning.Callback):
+    """Keeps the weights after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(pl_module.net.get_parameter("0.weight").detach().clone())
+
+
+def test_an_average_of_the_weights_is_what_is_converted():
+    weights, callback, module = Weights(), DiffQCallback(convert_at_end=True), Lit(target_bits=4)
+    fit(module, callback, weights, callbacks.EMAWeightAveraging(decay=0.8), epochs=2)
+    average = weights.seen[0]
+    for each in weights.seen[1:]:
+        average = 0.8 * average + 0.2 * each
+    assert not torch.allclose(weights.seen[-1], average, atol=1e-3)
+    torch.testing.assert_close(module.net.get_parameter("0.weight").data, average)
+    assert bits_report(callback.converted).average_bits_in_all == pytest.approx(4, abs=0.05)
+    assert torch.equal(callback.converted.net(X), module.net.eval()(X))
+
+
+def test_stochastic_weight_averaging():
+    callback, module = DiffQCallback(convert_at_end=True), Lit(target_bits=4)
+    fit(module, callback, callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2), epochs=4)
+    assert bits_report(callback.converted).average_bits_in_all == pytest.approx(4, abs=0.05)
+    assert torch.equal(callback.converted.net(X), module.net.eval()(X))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precision_plugins(precision):
+    callback, module = DiffQCallback(convert_at_end=True), Lit(target_bits=4)
+    fit(module, callback, epochs=2, precision=precision)
+    weight = module.net.get_parameter("0.weight")
+    assert weight.dtype == {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    x = X.to(weight.dtype)
+    assert torch.equal(callback.converted.net(x), module.net.eval()(x))
+    assert bits_report(callback.converted).average_bits_in_all == pytest.approx(4, abs=0.05)
+
+
+def test_accumulation_and_clipping_count_steps_of_the_optimizer():
+    module = Lit(target_bits=4)
+    fit(module, DiffQCallback(), epochs=4, accumulate_grad_batches=2, gradient_clip_val=0.5)
+    assert int(module.net.compression.steps) == module.net.compression.config.training_steps == 24
+
+
+def test_the_summary_has_the_names_of_the_layers():
+    names = ModelSummary(Lit(target_bits=4), max_depth=3).layer_names
+    assert names == ["net", "net.0", "net.0.weight_quantizer", "net.1", "net.2", "net.2.weight_quantizer"]
 
 
 def test_a_schedule_that_does_not_fit_is_warned_of():

@@ -1,6 +1,8 @@
 """The callback for transformers' Trainer: length of the training, logs, warnings, resume, conversion."""
 
 import json
+import os
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
@@ -141,6 +145,57 @@ def test_resume_is_the_same_training(tmp_path):
     assert kept["DiffQTrainerCallback"]["attributes"]["settings"]
     with pytest.raises(PreparationError, match=r"another configuration: target_bits=4 for '\*' there, 5 here"):
         trainer(prepared(DiffQConfig(target_bits=5)), tmp_path, DiffQTrainerCallback()).train(str(tmp_path / "a" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True, "use_cpu": True},
+        {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+@pytest.mark.filterwarnings("ignore:convert. the forward that was set on:diffq_fx.DiffQWarning")  # autocast ends with the training
+def test_what_else_a_trainer_does(settings, tmp_path):
+    callback = DiffQTrainerCallback(convert_at_end=True)
+    model = prepare_diffq(bert(), {"input_ids": IDS[:2]}, DiffQConfig(target_bits=4))
+    with mock.patch.dict(os.environ):  # where Trainer tells accelerate its settings
+        trainer(model, tmp_path, callback, steps=6, **settings).train()
+    assert int(model.compression.steps) == model.compression.config.training_steps == 6
+    trained = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(callback.converted(input_ids=IDS).logits, trained.eval()(input_ids=IDS).logits)
+    assert bits_report(callback.converted).average_bits_in_all == pytest.approx(4, abs=0.1)
+
+
+def test_a_loop_of_accelerate_is_as_it_is_and_resumes(tmp_path):
+    def run(steps, save=None, load=None):
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = prepared(DiffQConfig(target_bits=4, training_steps=8))
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), 1e-2))
+        if load:
+            accelerator.load_state(load)
+        for step in range(int(accelerator.unwrap_model(model).compression.steps), steps):
+            torch.manual_seed(step)
+            for rows in (IDS[:16], IDS[16:]):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(input_ids=rows, labels=rows[:, 0] % 2)["loss"])
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        if save:
+            accelerator.save_state(save)
+        return accelerator.unwrap_model(model)
+
+    whole = run(8)
+    run(4, save=tmp_path / "half")
+    again = run(8, load=tmp_path / "half")
+    assert int(again.compression.steps) == 8
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert torch.equal(convert(again)(**EXAMPLE)["logits"], again.eval()(**EXAMPLE)["logits"])
 
 
 def test_bad_input(tmp_path):
