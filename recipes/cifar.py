@@ -79,24 +79,18 @@ class Cifar(Recipe[CifarSettings]):
         self.train, self.test = (tuple(torch.from_numpy(each.copy()).to(self.device) for each in part) for part in (train, test))
         mean, std = (torch.tensor(each, device=self.device).view(3, 1, 1) * 255 for each in _STATISTICS[self.settings.normalization])
         self.mean, self.std = mean, std
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def make_model(self) -> nn.Module:
         """The net, in channels_last."""
         return MODELS[self.settings.model](int(self.settings.classes)).to(memory_format=torch.channels_last)
 
     @property
-    def steps_an_epoch(self) -> int:
-        """The last, smaller batch is left out."""
-        return max(len(self.train[1]) // self.settings.batch_size, 1)
+    def examples(self) -> int:
+        """Images to train on."""
+        return len(self.train[1])
 
-    def batch(self, epoch: int, index: int, share: slice) -> Batch:
+    def take(self, pick: Tensor) -> Batch:
         """Images, each shifted by up to 4 pixels and half of them mirrored."""
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.train[1]), generator=generator).to(self.device)
-        size = self.settings.batch_size
-        pick = self._order[1][index * size : (index + 1) * size][share]
         return (self._normalized(_shifted_and_mirrored(self.train[0][pick])),), self.train[1][pick]
 
     def _normalized(self, images: Tensor) -> Tensor:

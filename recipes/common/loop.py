@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from diffq_fx import Distillation, prepare
 from recipes.common.methods import Optimizers, Turns, make_method
 from recipes.common.processes import Processes
-from recipes.common.recipe import Recipe
+from recipes.common.recipe import Batch, Recipe
 from recipes.common.settings import Settings
+from recipes.common.stages import Stages
 
 _STRANGER = "out", "data", "device", "stop_after", "save_every", "evaluate_every", "tensorboard", "onnx", "smoke"
 """Settings that an interrupted training may go on with changed."""
@@ -42,8 +43,9 @@ class Training:
         self.optimizers = Optimizers(settings, self.model, self.is_prepared)
         self.turns = Turns(settings, self.model, self.steps) if settings.method == "lc" else None
         self.average = _Average(self.optimizers.weights, settings.ema) if settings.ema else None
+        self.running = self.wrapped()
+        self.stages = Stages(self) if settings.method == "pq" else None
         self.resumed_at = self._resume()
-        self.running = self._wrapped()
         self.log = _log(settings) if processes.is_first else None
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -55,7 +57,8 @@ class Training:
         self.is_prepared = method is not None
         return model if method is None else prepare(model, self.recipe.example, method)
 
-    def _wrapped(self) -> nn.Module:
+    def wrapped(self) -> nn.Module:
+        """What the training calls: the model itself, compiled or in DistributedDataParallel if so asked."""
         running = self.model
         if self.processes.count > 1:
             on_gpu = self.processes.device.type == "cuda"
@@ -96,16 +99,20 @@ class Training:
             if ends or self.done % each_epoch == 0 or (settings.save_every and self.done % settings.save_every == 0):
                 loss = float(total) / counted  # waits for the device
                 self.seconds += time.monotonic() - began
-                self._tell({"epoch": self.done / each_epoch, "loss": loss, "seconds": self.seconds})
+                self.tell({"epoch": self.done / each_epoch, "loss": loss, "seconds": self.seconds})
                 if evaluate_every and self.done % evaluate_every == 0 and not ends:
-                    self._tell({"epoch": self.done / each_epoch, **self.recipe.evaluate(self.model)})
+                    self.tell({"epoch": self.done / each_epoch, **self.recipe.evaluate(self.model)})
                 self.save()
                 total, began, counted = torch.zeros_like(total), time.monotonic(), 0
             if settings.stop_after and self.done >= settings.stop_after:
                 self.save()
                 os.kill(os.getpid(), signal.SIGKILL)
-        if self.average is not None:
+        if self.average is not None and not (self.stages is not None and self.stages.history()):
             self.average.put_into(self.optimizers.weights)
+        if self.turns is not None:
+            self.tell({"distance": self.turns.finish()})
+        if self.stages is not None:
+            self.stages.run()
 
     def step(self) -> Tensor:
         """One optimizer step; every one is seeded by its number, so that a resumed training draws what the whole one draws."""
@@ -113,22 +120,24 @@ class Training:
         torch.manual_seed((self.settings.seed + 1) * 1_000_003 + self.done)
         if self.turns is not None:
             self.turns.before_step(self.done)
-        batch = self.recipe.batch(epoch, index, self.processes.share)
         self.optimizers.zero_grad()
-        with self.autocast:
-            if self.distillation is None:
-                loss = self.recipe.loss(self.running, batch)
-            else:
-                loss = self.distillation(batch[0], self.running(*batch[0]))
-        extra = loss if self.turns is None else loss + self.turns.loss()
-        extra.backward()
-        self.optimizers.step(self.rate(self.done))
+        loss = self.loss(self.recipe.batch(epoch, index, self.processes.share))
+        (loss if self.turns is None else loss + self.turns.loss()).backward()
+        self.optimizers.step(self.rate(self.done), most=math.inf if self.turns is None else self.turns.largest_rate)
         if self.average is not None:
             self.average.update(self.optimizers.weights)
         self.done += 1
         return loss.detach()
 
-    def _tell(self, values: dict[str, float]) -> None:
+    def loss(self, batch: Batch) -> Tensor:
+        """The recipe's, or the distance from the float model's outputs."""
+        with self.autocast:
+            if self.distillation is None:
+                return self.recipe.loss(self.running, batch)
+            return self.distillation(batch[0], self.running(*batch[0]))
+
+    def tell(self, values: dict[str, float]) -> None:
+        """Print and keep numbers of this moment; the training ends where one is not finite."""
         self.history.append(values)
         if any(isinstance(value, float) and not math.isfinite(value) for value in values.values()):
             raise SystemExit(f"step {self.done}: {values} is not finite. Lower --lr, or set --clip-norm.")
@@ -154,6 +163,7 @@ class Training:
                     "model": self.model.state_dict(),
                     "optimizers": self.optimizers.state_dict(),
                     "average": None if self.average is None else self.average.values,
+                    "stages": None if self.stages is None else self.stages.history(),
                     "done": self.done,
                     "seconds": self.seconds,
                     "history": self.history,
@@ -180,6 +190,8 @@ class Training:
         self.optimizers.load_state_dict(state["optimizers"])
         if self.average is not None:
             self.average.values = state["average"]
+        if self.stages is not None:
+            self.stages.load(state["stages"])
         self.done, self.seconds, self.history = state["done"], state["seconds"], state["history"]
         return self.done
 

