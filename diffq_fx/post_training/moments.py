@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.example import Example
+from diffq_fx.example import Example, in_eval
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.post_training.uses import Given, Product, Uses
 from diffq_fx.weights import WeightSpec, not_finite
@@ -172,7 +172,7 @@ def second_moments(
     """
     gather = _Gather((quantizer.spec for quantizer in quantizers), most_columns)
     runs = 0
-    with torch.no_grad(), _evaluating(model), _operators_in_parts(model), _known_weights(quantizers) as given:
+    with torch.no_grad(), in_eval(model), _operators_in_parts(model), _known_weights(quantizers) as given:
         uses = Uses(given, gather.product, gather.other)
         for batch in batches:
             example = Example.of(batch)
@@ -225,17 +225,6 @@ def _known_weights(quantizers: Sequence[WeightQuantizer]) -> Iterator[list[Given
         given.append(Given(quantizer.spec, weight))
     with _giving([(quantizer, each.tensor) for quantizer, each in zip(quantizers, given, strict=True)]):
         yield given
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

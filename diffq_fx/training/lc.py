@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx.compression import require_compression
-from diffq_fx.errors import DivergenceError, PreparationError
+from diffq_fx.errors import PreparationError
 from diffq_fx.methods.learning_compression import LCWeight, shared_groups
 from diffq_fx.training.safety import LastGoodState
-from diffq_fx.weights import not_finite
+from diffq_fx.weights import refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,7 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")
     quantizers = lc_weights(model, "lc_step")
-    for quantizer in quantizers:
-        if where := not_finite(quantizer.target()):
-            raise DivergenceError(f"lc_step: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
+    refuse_not_finite((f"lc_step: weight {quantizer.spec.name!r}", quantizer.target()) for quantizer in quantizers)
     for group in shared_groups(quantizers):
         values = torch.cat([quantizer.target().flatten() for quantizer in group])
         warm = group[0].entries if float(group[0].started) else None
