@@ -17,6 +17,7 @@ from diffq_fx import _compat
 from diffq_fx.errors import DiffQError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
+from diffq_fx.functional.precision import keeping_dtype
 from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
 from diffq_fx.sharded import is_sharded, refuse_flat
@@ -263,12 +264,7 @@ class WeightQuantizer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightQuantizer":
         """Follow the model to another device, but stay in float32: half precision cannot hold a small step of the bits."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtype(fn), recurse)
         self._kept = None
         return self
 

@@ -8,6 +8,7 @@ lambda held at zero it is the quadratic-penalty method. The paper's baselines ar
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.learning_compression import LCWeight, shared_groups
-from diffq_fx.training.safety import LastGoodState
+from diffq_fx.training.safety import train_or_go_back
 from diffq_fx.weights import refuse_not_finite
 
 
@@ -221,10 +222,9 @@ class LCLoop:
             index = len(self.history)
             mu = self.schedule[index]
             began = time.monotonic()
-            good = LastGoodState(self.model)
-            self.train(self.model, LStep(index, mu, lambda: lc_penalty(self.model)))
+            step = LStep(index, mu, lambda: lc_penalty(self.model))
             advice = f"mu is {mu:.3g}: keep the learning rate below 1/mu = {1 / mu:.3g} (step.largest_rate), or let mu rise more slowly."
-            good.check(f"LCLoop: L step {index}", advice)
+            train_or_go_back(self.model, partial(self.train, self.model, step), f"LCLoop: L step {index}", advice)
             following = self.schedule[min(index + 1, len(self.schedule) - 1)]
             distance = lc_step(self.model, next_mu=following, augmented=self.augmented)
             self.history.append(LCProgress(index, mu, distance, time.monotonic() - began))
