@@ -24,7 +24,7 @@ from _kind import kind_title, processor_kind
 from _result import RESULTS, describe_machine, markdown_table, write_result
 
 from diffq_fx.export.onnx.layout import profiles
-from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose, parts_of
+from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose, often_paid
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 
 SQUARES = [(size, size) for size in (32, 64, 128, 256, 512, 1024, 2048)]
@@ -103,7 +103,7 @@ def fit(name: str, *, write: bool) -> None:
     errors: list[float] = []
     for kernel_name in dict.fromkeys(kernel.name for kernel in KERNELS):
         alike = [kernel for kernel in KERNELS if kernel.name == kernel_name]
-        pairs = [(np.array(parts_of(kernel, *cell["shape"])), cell["us"][_key(kernel)]) for cell in cells for kernel in alike]
+        pairs = [(np.array(often_paid(kernel, *cell["shape"])), cell["us"][_key(kernel)]) for cell in cells for kernel in alike]
         relative = np.array([parts / time for parts, time in pairs])
         found = _non_negative(relative)
         costs[kernel_name] = Cost(*(float(f"{number:.3g}") for number in found))

@@ -22,7 +22,7 @@ from diffq_fx.budget.flat_groups import FlatGroups
 from diffq_fx.budget.pressure import same_bits, worth_of_a_bit
 from diffq_fx.budget.sensitivity import asked_on_average
 from diffq_fx.budget.size import MIB_BITS, exact_bits, expected_bits, size_and_growth
-from diffq_fx.errors import DivergenceError, PreparationError
+from diffq_fx.errors import PreparationError
 from diffq_fx.functional.precision import widest_float
 from diffq_fx.kernels.checksum import device_checksum
 from diffq_fx.methods import predicted_loss
@@ -35,7 +35,7 @@ from diffq_fx.methods.training_state import SURELY, TrainingState
 from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.sharded import gathered, refuse_flat, whole, wholes
 from diffq_fx.storage.packing import in_smallest_type, tables_once
-from diffq_fx.weights import SkippedWeight, first_not_finite
+from diffq_fx.weights import SkippedWeight, refuse_not_finite
 
 live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 """The compressions of all models in this process: optimizers know none of them."""
@@ -313,8 +313,7 @@ class Compression(TrainingState):
             with self.changing_bits() as state:
                 state.set_bits(width_T)
             return width_T
-        if found := first_not_finite((f"logits of weight {q.spec.name!r}", whole(q.logits)) for q in self.learned):
-            raise DivergenceError(f"{found}: its training diverged. Load an earlier state.")
+        refuse_not_finite((f"logits of weight {q.spec.name!r}", whole(q.logits)) for q in self.learned)
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
             return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)

@@ -50,32 +50,6 @@ class CompressionRecord:
     """What was logged in training: name -> ``[step, value]`` of up to 256 steps."""
 
 
-def convert_diffq(model: nn.Module) -> nn.Module:
-    """Round every weight of a prepared model for good and keep the integers: ``w = (q - zero_point) * scale``. The same as :func:`convert`.
-
-    Args:
-        model: from :func:`prepare_diffq`, trained; or what :func:`convert` takes beside.
-
-    Returns:
-        The converted model in eval mode, of the class of the prepared one.
-
-    Raises:
-        ConversionError: as for :func:`convert`.
-        DivergenceError: as for :func:`convert`.
-
-    Example:
-        >>> import warnings
-        >>> from diffq_fx import prepare_diffq
-        >>> prepared = prepare_diffq(torch.nn.Linear(32, 32), torch.zeros(1, 32))
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     converted = convert_diffq(prepared)
-        >>> sorted(name for name, _ in converted.named_parameters())
-        ['bias']
-    """
-    return _convert(model)
-
-
 def convert(model: nn.Module) -> nn.Module:
     """Round every weight of a prepared model for good, each as its method stores it.
 
@@ -103,10 +77,6 @@ def convert(model: nn.Module) -> nn.Module:
         >>> convert(prepared).weight_quantized
         IntegerWeight('weight', shape=(32, 32), container_bits=4)
     """
-    return _convert(model)
-
-
-def _convert(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     parts = _prepared_parts(model)
     for part in parts.values():  # all, before the first is converted
@@ -124,6 +94,10 @@ def _convert(model: nn.Module) -> nn.Module:
         ) from error
     tell_libraries(result)
     return result
+
+
+convert_diffq = convert
+"""The same, beside :func:`~diffq_fx.prepare_diffq`."""
 
 
 def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tuple[str, ...]]) -> nn.Module:
@@ -227,7 +201,7 @@ def _warn_untrained(compression: Compression) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"convert: {message}", DiffQWarning, stacklevel=6)  # the line that calls convert
+    warnings.warn(f"convert: {message}", DiffQWarning, stacklevel=5)  # the line that calls convert
 
 
 def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, ...]) -> StoredWeight:

@@ -96,6 +96,18 @@ class Example:
             return model(*own.args, **own.kwargs), own, leaves
 
 
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval(), and then each of its modules back in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _described(value: Any) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"{value.dtype} {tuple(shape)} on {value.device}"

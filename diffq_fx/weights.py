@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.errors import DivergenceError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupLayout, GroupSize, combine
 
@@ -99,6 +100,16 @@ class SkippedWeight:
 def first_not_finite(values: Iterable[tuple[str, Tensor]]) -> str:
     """What of these is not finite, by its name, and where; empty if all are finite everywhere."""
     return next((f"{name} {where}" for name, tensor in values if (where := not_finite(tensor))), "")
+
+
+def refuse_not_finite(values: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse to go on with what training has spoilt.
+
+    Raises:
+        DivergenceError: names the first of these that is not finite, and where.
+    """
+    if found := first_not_finite(values):
+        raise DivergenceError(f"{found}: its training diverged. Load an earlier state.")
 
 
 def not_finite(tensor: Tensor) -> str:

@@ -19,20 +19,13 @@ ORDER = (
 
 
 def imports():
-    """(importing file, imported module) of every import at the run of the package, types alone left out."""
+    """(importing file, imported module) of every import, those for types alone too."""
     modules = {
         ".".join(("diffq_fx", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")
     }
     for name, path in modules.items():
-        tree = ast.parse(path.read_text())
-        typing = {
-            id(node)
-            for block in ast.walk(tree)
-            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-            for node in ast.walk(block)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("diffq_fx") and id(node) not in typing:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("diffq_fx"):
                 for alias in node.names:
                     longer = f"{node.module}.{alias.name}"
                     yield name, longer if longer in modules else node.module
@@ -65,7 +58,7 @@ def test_the_picture_in_contributing_is_the_order():
 def test_no_two_files_need_each_other():
     needs = {}
     for name, found in imports():
-        if name != found and not name.startswith(f"{found}."):
+        if name != found:
             needs.setdefault(name, set()).add(found)
     try:
         TopologicalSorter(needs).prepare()

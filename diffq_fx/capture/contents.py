@@ -59,7 +59,7 @@ def same(a: Any, b: Any) -> bool:
 
 def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
     """The value and its parts; each object that has parts once, since objects may hold each other."""
-    if isinstance(value, _ATOMS) or (parts := parts_of(value)) is None:
+    if isinstance(value, _ATOMS) or (parts := pieces_of(value)) is None:
         yield value
         return
     if id(value) in seen:
@@ -72,7 +72,7 @@ def _walk(value: Any, seen: set[int]) -> Iterator[Any]:
         yield from _walk(part, seen)
 
 
-def parts_of(value: Any) -> dict[Any, Any] | None:
+def pieces_of(value: Any) -> dict[Any, Any] | None:
     """What an object of any type is made of, by key, no object made for it; None for what cannot be looked into."""
     if isinstance(value, types.FunctionType):
         defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.capture.contents import parts_of
+from diffq_fx.capture.contents import pieces_of
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example
@@ -141,7 +141,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _parts(value: Any) -> dict[Any, Any]:
-    return {} if isinstance(value, type) or callable(value) else parts_of(value) or {}
+    return {} if isinstance(value, type) or callable(value) else pieces_of(value) or {}
 
 
 def _gradient_difference(found: _Gradients | str, expected: _Gradients | str) -> str:

@@ -1,4 +1,6 @@
-"""The most exact float of each device: Apple's GPUs have no float64."""
+"""The most exact float of each device (Apple's GPUs have no float64), and types that a move to another leaves alone."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,3 +26,18 @@ def widened(values: Tensor) -> Tensor:
         tensor([1.], dtype=torch.float64)
     """
     return values.to(widest_float(values.device))
+
+
+def keeping_dtype(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``Module._apply`` is given, without its change of type: tensors follow to another device and keep their own.
+
+    Example:
+        >>> keeping_dtype(Tensor.half)(torch.ones(1)).dtype
+        torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        applied = move(tensor)
+        return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+    return moved

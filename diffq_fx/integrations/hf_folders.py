@@ -23,7 +23,7 @@ from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PackedFileError, missing
 from diffq_fx.export.packed.loading import stored_weights_of
 from diffq_fx.export.packed.reader import in_threads
-from diffq_fx.export.packed.writer import contents_of, packed
+from diffq_fx.export.packed.writer import model_contents, packed
 from diffq_fx.hub import tell_libraries
 from diffq_fx.integrations.method_json import record_of_json, record_to_json
 from diffq_fx.parts import CHILD, parts_of
@@ -97,7 +97,7 @@ class PackedWeightsQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to write: packed weights under their own names, and the rest."""
         try:
-            weights, rest = contents_of(model)
+            weights, rest = model_contents(model)
             specs = [stored for _, stored in weights]
             blobs = [b"".join(packed([stored], [], entropy=True)) for stored in specs]
         except PackedFileError as error:

@@ -5,6 +5,7 @@ variant for each kind of processor; the fastest that this one can run is taken, 
 """
 
 import functools
+import importlib
 import logging
 import os
 from types import SimpleNamespace
@@ -38,8 +39,7 @@ def loaded() -> Any:
 def variants() -> dict[str, dict[str, Any]]:
     """The variants that this processor can run, the fastest first; none where the package was installed without the kernels."""
     try:
-        from diffq_fx.kernels import _kernels  # pyright: ignore[reportAttributeAccessIssue]
+        return importlib.import_module("diffq_fx.kernels._kernels").variants
     except ImportError as error:  # not built, or the OpenMP library that it was built with is gone
         _log.info("torch's slower operations do the work of the kernels in C: %s", error)
         return {}
-    return _kernels.variants

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
-from diffq_fx.errors import DiffQError, DivergenceError, PreparationError
+from diffq_fx.errors import DiffQError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
+from diffq_fx.functional.precision import keeping_dtype
 from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
 from diffq_fx.sharded import is_sharded, refuse_flat
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import WeightSpec, first_not_finite
+from diffq_fx.weights import WeightSpec, refuse_not_finite
 
 Place = tuple[dict[str, Any], str]
 """Where a module keeps a parameter or a buffer, and its name there. Not the tensor: moving a model makes new buffers, and
@@ -204,9 +205,7 @@ class WeightQuantizer(nn.Module, ABC):
         """
         name, needed = f"weight {self.spec.name!r}", {id(tensor) for tensor in (*self.parameters(), *self.state_tensors())}
         own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
-        values = [(name, weight), *((f"{what} of {name}", tensor) for what, tensor in own if id(tensor) in needed)]
-        if found := first_not_finite(values):
-            raise DivergenceError(f"{found}: its training diverged. Load an earlier state.")
+        refuse_not_finite([(name, weight), *((f"{what} of {name}", tensor) for what, tensor in own if id(tensor) in needed)])
 
     def follow(self) -> None:
         """Bring what the rounding is made of up to date with the values that it follows from, before a forward in eval()."""
@@ -271,12 +270,7 @@ class WeightQuantizer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WeightQuantizer":
         """Follow the model to another device, but stay in float32: half precision cannot hold a small step of the bits."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keeping_dtype(fn), recurse)
         self._kept = None
         return self
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.errors import DivergenceError, PreparationError
+from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
@@ -23,7 +23,7 @@ from diffq_fx.methods.fixed import check_rate
 from diffq_fx.methods.quant_noise import noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import WeightSpec, not_finite
+from diffq_fx.weights import WeightSpec, refuse_not_finite
 
 _MOST_ENTRIES = 65536
 _WARM_ITERATIONS = 4
@@ -204,8 +204,7 @@ class ProductWeight(WeightQuantizer):
         Raises:
             DivergenceError: the weight is not finite; nothing has changed.
         """
-        if where := not_finite(weight):
-            raise DivergenceError(f"weight {self.spec.name!r} {where}: its training diverged. Load an earlier state.")
+        refuse_not_finite([(f"weight {self.spec.name!r}", weight)])
         entries, codes = self._clustered(weight)
         self.centroids.copy_(entries)
         self.codes.copy_(codes)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffq_fx.example import Example
+from diffq_fx.example import Example, in_eval
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.post_training.uses import Given, Product, Uses
+from diffq_fx.post_training.uses import Given, WeightProduct, WeightUses
 from diffq_fx.weights import WeightSpec, not_finite
 
 MOST_COLUMNS = 8192
@@ -61,7 +61,7 @@ class _Sums:
     row_count: int = 0
     others: dict[str, None] = field(default_factory=dict)
 
-    def add(self, product: Product, sums: Tensor, count: int) -> None:
+    def add(self, product: WeightProduct, sums: Tensor, count: int) -> None:
         """Add ``sums`` over ``count`` inputs, shape (K, K) or (K,), to the rows and columns of a product."""
         first_row, rows, columns, input_rows, *_ = product
         if input_rows is not None:
@@ -107,18 +107,18 @@ class _Sums:
 
 
 class _Gather:
-    """Sums over what :class:`Uses` finds."""
+    """Sums over what :class:`WeightUses` finds."""
 
     def __init__(self, specs: Iterable[WeightSpec], most_columns: int) -> None:
         self.sums = {spec.name: _Sums(spec, whole=spec.columns <= most_columns) for spec in specs}
         self._last: tuple[Any, Tensor, Tensor, int] | None = None
 
-    def product(self, name: str, product: Product) -> None:
+    def product(self, name: str, product: WeightProduct) -> None:
         """Add the outer products of the inputs."""
         sums = self.sums[name]
         sums.add(product, *self._of_inputs(product, sums.whole and product.input_rows is None))
 
-    def _of_inputs(self, product: Product, whole: bool) -> tuple[Tensor, int]:
+    def _of_inputs(self, product: WeightProduct, whole: bool) -> tuple[Tensor, int]:
         """Sum of ``x x^T`` or of ``x^2`` over the inputs, and their number; made once where neighbours share inputs, as q, k and v do."""
         key, same = product.key, None
         if product.one_hot is not None:
@@ -172,8 +172,8 @@ def second_moments(
     """
     gather = _Gather((quantizer.spec for quantizer in quantizers), most_columns)
     runs = 0
-    with torch.no_grad(), _evaluating(model), _operators_in_parts(model), _known_weights(quantizers) as given:
-        uses = Uses(given, gather.product, gather.other)
+    with torch.no_grad(), in_eval(model), _operators_in_parts(model), _known_weights(quantizers) as given:
+        uses = WeightUses(given, gather.product, gather.other)
         for batch in batches:
             example = Example.of(batch)
             with uses:
@@ -225,17 +225,6 @@ def _known_weights(quantizers: Sequence[WeightQuantizer]) -> Iterator[list[Given
         given.append(Given(quantizer.spec, weight))
     with _giving([(quantizer, each.tensor) for quantizer, each in zip(quantizers, given, strict=True)]):
         yield given
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Given:
     """Of a copy with the same strides: how much earlier it begins in its storage."""
 
 
-class Product(NamedTuple):
+class WeightProduct(NamedTuple):
     """One use of a weight: what some of its rows and columns are multiplied with."""
 
     first_row: int
@@ -61,13 +61,15 @@ class Product(NamedTuple):
     """The inputs, where neighbouring products may share them."""
 
 
-class Uses(TorchDispatchMode):
+class WeightUses(TorchDispatchMode):
     """Tells every use of some weights by what runs under it.
 
-    ``on_product`` is called with a weight's name and a :class:`Product`, ``on_other`` with the name and that of another operator.
+    ``on_product`` is called with a weight's name and a :class:`WeightProduct`, ``on_other`` with the name and that of another operator.
     """
 
-    def __init__(self, given: Sequence[Given], on_product: Callable[[str, Product], None], on_other: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, given: Sequence[Given], on_product: Callable[[str, WeightProduct], None], on_other: Callable[[str, str], None]
+    ) -> None:
         super().__init__()
         self.given = {_address(each.tensor): each for each in given}
         self.known = dict(self.given)
@@ -147,16 +149,16 @@ def rows_and_columns(spec: WeightSpec, elements: Tensor) -> tuple[Tensor, Tensor
 
 def _product(
     given: Given, view: Tensor, free: Sequence[int], summed: Sequence[int], inputs: Callable[[], Iterator[Tensor]], **more: Any
-) -> Product | None:
+) -> WeightProduct | None:
     """The product that sums over some dimensions of a view; None where neither rows nor columns of the weight run along them."""
     rows, one_column = rows_and_columns(given.spec, _elements(given, view, free))
     other_rows, columns = rows_and_columns(given.spec, _elements(given, view, summed))
     if _all_same(rows) and _all_same(columns) and not (_all_same(other_rows) and _all_same(one_column)):
-        return Product(0, given.spec.rows, None, other_rows, inputs, **more)
+        return WeightProduct(0, given.spec.rows, None, other_rows, inputs, **more)
     if not _all_same(other_rows) or not _all_same(one_column) or not _count_up(rows, int(rows[0])):
         return None
     every = len(columns) == given.spec.columns and _count_up(columns, 0)
-    return Product(int(rows[0]), len(rows), None if every else columns, None, inputs, **more)
+    return WeightProduct(int(rows[0]), len(rows), None if every else columns, None, inputs, **more)
 
 
 def _all_same(values: Tensor) -> bool:
@@ -167,7 +169,7 @@ def _count_up(values: Tensor, first: int) -> bool:
     return torch.equal(values, torch.arange(first, first + len(values), device=values.device))
 
 
-def _look_ups(operator: str, given: Given, weight: Tensor, *args: Any) -> list[Product] | None:
+def _look_ups(operator: str, given: Given, weight: Tensor, *args: Any) -> list[WeightProduct] | None:
     """A look-up along the first axis as a product with rows of the unit matrix."""
     indices = args[0]
     if operator == "index_select":
@@ -181,7 +183,7 @@ def _look_ups(operator: str, given: Given, weight: Tensor, *args: Any) -> list[P
     return None if product is None else [product]
 
 
-def _matrix_products(given: Given, weight: Tensor, left: Tensor, right: Tensor) -> list[Product] | None:
+def _matrix_products(given: Given, weight: Tensor, left: Tensor, right: Tensor) -> list[WeightProduct] | None:
     if weight is right:
         inputs, free, summed = left, -1, -2
         if weight.ndim == 1:  # a matrix by a vector
@@ -192,7 +194,7 @@ def _matrix_products(given: Given, weight: Tensor, left: Tensor, right: Tensor) 
         weight, inputs = weight[0], inputs.reshape(-1, inputs.shape[-1])
     pairs = [(weight, inputs)] if weight.ndim == 2 else list(zip(weight, inputs, strict=True))
     products = [_product(given, factor, (free,), (summed,), lambda own=own: iter((own,)), key=own) for factor, own in pairs]
-    return None if None in products else cast("list[Product]", products)
+    return None if None in products else cast("list[WeightProduct]", products)
 
 
 def _convolutions(
@@ -206,7 +208,7 @@ def _convolutions(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> list[Product] | None:
+) -> list[WeightProduct] | None:
     kernel = weight.shape[2:]
     if transposed:
         windows = _windows(*_stuffed(inputs, kernel, stride, padding, dilation, output_padding), kernel, [1] * len(kernel), dilation)

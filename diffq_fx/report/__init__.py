@@ -4,6 +4,7 @@ Importing this needs torch alone; rich and matplotlib are imported by the method
 """
 
 from diffq_fx.report.collect import bits_report
-from diffq_fx.report.numbers import BitsReport, SizeParts, WeightBits
+from diffq_fx.report.numbers import SizeParts, WeightBits
+from diffq_fx.report.views import BitsReport
 
 __all__ = ["BitsReport", "SizeParts", "WeightBits", "bits_report"]

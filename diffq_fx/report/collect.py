@@ -15,7 +15,8 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.parts import CHILD, parameters_outside, parts_of, unwrapped
-from diffq_fx.report.numbers import BitsReport, WeightBits
+from diffq_fx.report.numbers import WeightBits
+from diffq_fx.report.views import BitsReport
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.packing import narrowed, tables_once
 from diffq_fx.weights import SkippedWeight

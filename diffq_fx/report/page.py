@@ -6,18 +6,16 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
+from diffq_fx.report.numbers import BitsNumbers
 from diffq_fx.report.plots import HEIGHT, WIDTH, Plot, curve, scatter
 from diffq_fx.report.tables import first_names, named_sizes, skipped_by_reason, summary_lines
-
-if TYPE_CHECKING:
-    from diffq_fx.report.numbers import BitsReport
 
 _VERSIONS = ("diffq-fx", "torch", "onnxruntime")
 
@@ -114,7 +112,7 @@ class Page:
         return path
 
 
-def page_of(report: "BitsReport", measurements: Sequence[Mapping[str, object]] = ()) -> Page:
+def page_of(report: BitsNumbers, measurements: Sequence[Mapping[str, object]] = ()) -> Page:
     """The page of a prepared or converted model."""
     sizes = [
         PageSize(

@@ -13,12 +13,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from diffq_fx.budget.size import mib
+from diffq_fx.report.numbers import BitsNumbers, WeightBits
 from diffq_fx.report.tables import named_sizes, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from diffq_fx.report.numbers import BitsReport, WeightBits
 
 MOST_ROWS = 80
 """Beyond that the picture shows modules in place of weights."""
@@ -45,7 +44,7 @@ class Row(NamedTuple):
         return sum(self.histogram.values())
 
 
-def picture_rows(weights: "Sequence[WeightBits]") -> list[Row]:
+def picture_rows(weights: Sequence[WeightBits]) -> list[Row]:
     """What to draw a bar for: each weight, or where there are more than ``MOST_ROWS`` what a module holds, else runs of neighbours.
 
     Args:
@@ -67,7 +66,7 @@ def picture_rows(weights: "Sequence[WeightBits]") -> list[Row]:
     return [_row(f"{run[0].name} ... {run[-1].name}", run) for run in runs]
 
 
-def _row(label: str, weights: "Sequence[WeightBits]") -> Row:
+def _row(label: str, weights: Sequence[WeightBits]) -> Row:
     """A bar; a label has its middle left out where it is too long for the margin."""
     label = label if len(weights) > 1 else weights[0].name
     half = (_LONGEST_NAME - 3) // 2
@@ -76,7 +75,7 @@ def _row(label: str, weights: "Sequence[WeightBits]") -> Row:
     return Row(shown if len(weights) == 1 else f"{shown} ({len(weights)} tensors)", histogram)
 
 
-def draw(report: "BitsReport") -> Figure:
+def draw(report: BitsNumbers) -> Figure:
     """Draw the report into a Figure that belongs to no window; its height follows the number of rows."""
     rows = picture_rows(report.weights)
     widths = list(report.histogram)
@@ -99,7 +98,7 @@ def draw(report: "BitsReport") -> Figure:
     return figure
 
 
-def _draw_sizes(axes: "Axes", report: "BitsReport") -> None:
+def _draw_sizes(axes: "Axes", report: BitsNumbers) -> None:
     """The three sizes as bars, each in its parts."""
     sizes = named_sizes(report)
     longest = max(size.total_mib for size in sizes.values())

@@ -4,17 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from diffq_fx.budget.size import mib
-
-if TYPE_CHECKING:
-    from diffq_fx.report.numbers import BitsReport, SizeParts
+from diffq_fx.report.numbers import BitsNumbers, SizeParts
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BOX = box.Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
@@ -41,14 +38,15 @@ class _Column:
         return max(map(len, (self.heading, *self.cells)))
 
 
-def plain_text(report: "BitsReport") -> str:
+def plain_text(report: BitsNumbers) -> str:
     """The whole report in ASCII (but for the names), a line per weight, without a newline at the end."""
     console = Console(width=_NO_LIMIT, color_system=None)
-    segments = console.render(report, replace(console.options, encoding="ascii"))
+    options = replace(console.options, encoding="ascii")
+    segments = console.render(Group(*report_tables(report, options)), options)
     return "\n".join(line.rstrip() for line in "".join(segment.text for segment in segments).splitlines()).rstrip()
 
 
-def report_tables(report: "BitsReport", options: ConsoleOptions) -> Iterator[RenderableType]:
+def report_tables(report: BitsNumbers, options: ConsoleOptions) -> Iterator[RenderableType]:
     """What rich prints of a report; where the console is narrow, the less important columns go, never a row."""
     in_ascii = options.ascii_only
     columns = _weight_columns(report, in_ascii)
@@ -95,7 +93,7 @@ def _columns_that_fit(columns: list[_Column], width: int) -> list[_Column]:
     return shown
 
 
-def _weight_columns(report: "BitsReport", in_ascii: bool) -> list[_Column]:
+def _weight_columns(report: BitsNumbers, in_ascii: bool) -> list[_Column]:
     """One row per quantized weight; sizes in MiB.
 
     Args:
@@ -126,7 +124,7 @@ def _weight_columns(report: "BitsReport", in_ascii: bool) -> list[_Column]:
     ]
 
 
-def _size_columns(report: "BitsReport") -> list[_Column]:
+def _size_columns(report: BitsNumbers) -> list[_Column]:
     """The three sizes of the model, each in its parts."""
     show = _mib_format(report)
     sizes = named_sizes(report).values()
@@ -140,12 +138,12 @@ def _size_columns(report: "BitsReport") -> list[_Column]:
     ]
 
 
-def named_sizes(report: "BitsReport") -> "dict[str, SizeParts]":
+def named_sizes(report: BitsNumbers) -> dict[str, SizeParts]:
     """The three sizes by what to call them."""
     return {"bit-packed (exact)": report.packed_size, "ONNX (estimate)": report.container_size, "float": report.float_size}
 
 
-def skipped_by_reason(report: "BitsReport") -> dict[str, list[str]]:
+def skipped_by_reason(report: BitsNumbers) -> dict[str, list[str]]:
     """Why parameters stay in float -> their names and shapes."""
     by_reason: dict[str, list[str]] = {}
     for each in report.skipped:
@@ -159,7 +157,7 @@ def first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f", and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _skipped_columns(report: "BitsReport") -> list[_Column]:
+def _skipped_columns(report: BitsNumbers) -> list[_Column]:
     """The parameters that stay in float, by reason."""
     by_reason = skipped_by_reason(report)
     return [
@@ -169,7 +167,7 @@ def _skipped_columns(report: "BitsReport") -> list[_Column]:
     ]
 
 
-def summary_lines(report: "BitsReport") -> Iterator[str]:
+def summary_lines(report: BitsNumbers) -> Iterator[str]:
     """What holds for the whole model, a line each."""
     yield (
         f"{report.average_bits:.3f} bits per quantized weight, {report.average_bits_in_all:.3f} with scales and coded widths; "
@@ -192,7 +190,7 @@ def summary_lines(report: "BitsReport") -> Iterator[str]:
         yield f"note: {note}"
 
 
-def _mib_format(report: "BitsReport") -> Callable[[int], str]:
+def _mib_format(report: BitsNumbers) -> Callable[[int], str]:
     """Bits as MiB with one number of decimals for the whole report: enough to see its smallest weights."""
     decimals = 4 if report.float_size.total_mib >= 1 else 6
     return lambda bits: f"{mib(bits):.{decimals}f}"

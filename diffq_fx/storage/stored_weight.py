@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.functional.precision import keeping_dtype
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec
 
@@ -25,14 +26,9 @@ class StoredWeight(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredWeight":
         """Follow the model to another device, and give the float weight in the type that it goes to; what is stored keeps its own."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
-
         buffer = next(self.buffers())
         self.spec = replace(self.spec, dtype=fn(torch.empty(0, dtype=self.spec.dtype, device=buffer.device)).dtype)
-        return super()._apply(keep_dtype, recurse)
+        return super()._apply(keeping_dtype(fn), recurse)
 
     @abstractmethod
     def footprint(self) -> Footprint:

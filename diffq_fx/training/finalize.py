@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffq_fx.compression import require_compressions
-from diffq_fx.example import Example
+from diffq_fx.example import Example, in_eval
 
 
 def freeze_bits(model: nn.Module) -> None:
@@ -57,18 +57,17 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
         True
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    training = {module: module.training for module in model.modules()}
     before = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     count = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
-            norm.training = True
-        for batch in batches:
-            Example.of(batch).run(model)
-            count += 1
+        with in_eval(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over the batches
+                norm.training = True
+            for batch in batches:
+                Example.of(batch).run(model)
+                count += 1
         if not count:
             raise ValueError(
                 "reestimate_batch_norm: there is no batch. Give an iterable of inputs, such as a few batches of the training set."
@@ -81,5 +80,3 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for norm, (momentum, _) in zip(norms, before, strict=True):
             norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode

@@ -7,6 +7,7 @@ make up for the error of earlier ones.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.methods.mapping import matches
 from diffq_fx.methods.product_quantization import ProductWeight
 from diffq_fx.training.distillation import Distillation
-from diffq_fx.training.safety import LastGoodState
+from diffq_fx.training.safety import train_or_go_back
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,8 @@ class IPQ:
                     errors.append(quantizer.assign(quantizer.weight))
                 quantizer.weight.requires_grad_(False).grad = None
             stage = IPQStage(index, patterns, tuple(q.spec.name for q in quantizers), max(errors))
-            good = LastGoodState(self.model)
-            self.finetune(self.model, stage)
-            good.check(f"IPQ: the finetuning of stage {index}", "Lower its learning rate and call run() again.")
+            who, advice = f"IPQ: the finetuning of stage {index}", "Lower its learning rate and call run() again."
+            train_or_go_back(self.model, partial(self.finetune, self.model, stage), who, advice)
             self.history.append(replace(stage, seconds=time.monotonic() - began))
             if self.progress is not None:
                 self.progress(self.history[-1])

@@ -8,16 +8,17 @@ lambda held at zero it is the quadratic-penalty method. The paper's baselines ar
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffq_fx.compression import require_compression
-from diffq_fx.errors import DivergenceError, PreparationError
+from diffq_fx.errors import PreparationError
 from diffq_fx.methods.learning_compression import LCWeight, shared_groups
-from diffq_fx.training.safety import LastGoodState
-from diffq_fx.weights import not_finite
+from diffq_fx.training.safety import train_or_go_back
+from diffq_fx.weights import refuse_not_finite
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")
     quantizers = lc_weights(model, "lc_step")
-    for quantizer in quantizers:
-        if where := not_finite(quantizer.target()):
-            raise DivergenceError(f"lc_step: weight {quantizer.spec.name!r} {where}: its training diverged. Load an earlier state.")
+    refuse_not_finite((f"lc_step: weight {quantizer.spec.name!r}", quantizer.target()) for quantizer in quantizers)
     for group in shared_groups(quantizers):
         values = torch.cat([quantizer.target().flatten() for quantizer in group])
         warm = group[0].entries if float(group[0].started) else None
@@ -223,10 +222,9 @@ class LCLoop:
             index = len(self.history)
             mu = self.schedule[index]
             began = time.monotonic()
-            good = LastGoodState(self.model)
-            self.train(self.model, LStep(index, mu, lambda: lc_penalty(self.model)))
+            step = LStep(index, mu, lambda: lc_penalty(self.model))
             advice = f"mu is {mu:.3g}: keep the learning rate below 1/mu = {1 / mu:.3g} (step.largest_rate), or let mu rise more slowly."
-            good.check(f"LCLoop: L step {index}", advice)
+            train_or_go_back(self.model, partial(self.train, self.model, step), f"LCLoop: L step {index}", advice)
             following = self.schedule[min(index + 1, len(self.schedule) - 1)]
             distance = lc_step(self.model, next_mu=following, augmented=self.augmented)
             self.history.append(LCProgress(index, mu, distance, time.monotonic() - began))

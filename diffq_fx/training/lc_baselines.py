@@ -1,7 +1,7 @@
 """What LC quantization is compared with, and how the paper counts compression (arXiv:1707.04319)."""
 
 import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,7 +10,9 @@ from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.learning_compression import shared_groups
 from diffq_fx.training.lc import LCProgress, LStep, TrainingFunction, lc_penalty, lc_step, lc_weights
-from diffq_fx.training.safety import LastGoodState
+from diffq_fx.training.safety import train_or_go_back
+
+_FLOAT_BITS = 32
 
 
 def direct_compression(model: nn.Module) -> float:
@@ -32,16 +34,13 @@ def direct_compression(model: nn.Module) -> float:
     return lc_step(model, next_mu=0.0, augmented=False)
 
 
-def iterated_direct_compression(
-    model: nn.Module, train: TrainingFunction, *, iterations: int, progress: Callable[[LCProgress], None] | None = None
-) -> list[LCProgress]:
+def iterated_direct_compression(model: nn.Module, train: TrainingFunction, *, iterations: int) -> list[LCProgress]:
     """Compress, train on from the compressed weights, compress again: the paper's baseline iDC. It writes the weights.
 
     Args:
         model: prepared with :class:`~diffq_fx.methods.LC`.
         train: as for :class:`LCLoop`; its penalty is zero.
         iterations: 1 or more.
-        progress: called after each turn.
 
     Returns:
         The turns.
@@ -67,23 +66,19 @@ def iterated_direct_compression(
         with torch.no_grad():
             for quantizer in lc_weights(model, "iterated_direct_compression"):
                 quantizer.weight.copy_(quantizer.compressed)
-        good = LastGoodState(model)
-        train(model, LStep(index, 0.0, lambda: lc_penalty(model)))
-        good.check(f"iterated_direct_compression: step {index}", "Lower the learning rate.")
+        step = LStep(index, 0.0, lambda: lc_penalty(model))
+        train_or_go_back(model, partial(train, model, step), f"iterated_direct_compression: step {index}", "Lower the learning rate.")
         history.append(LCProgress(index, 0.0, direct_compression(model), time.monotonic() - began))
-        if progress is not None:
-            progress(history[-1])
     return history
 
 
-def counted_ratio(model: nn.Module, float_bits: int = 32) -> float:
+def counted_ratio(model: nn.Module) -> float:
     """Compression ratio as the paper counts it: ``(P1 + P0) b / (P1 ceil(log2 K) + (P0 + K) b)`` (arXiv:1707.04319).
 
-    P1 weights are quantized, P0 parameters are not; K counts the learned entries of every codebook once.
+    P1 weights are quantized, P0 parameters are not; K counts the learned entries of every codebook once; b is 32.
 
     Args:
         model: prepared with :class:`~diffq_fx.methods.LC` alone.
-        float_bits: b.
 
     Returns:
         How many times smaller the model is.
@@ -104,4 +99,4 @@ def counted_ratio(model: nn.Module, float_bits: int = 32) -> float:
     codes = sum(sum(q.footprint().histogram.keys()) * q.spec.numel for q in weights)
     learned = sum(group[0].config.learned_floats for group in shared_groups(weights))
     rest = compression.rest_numel
-    return (quantized + rest) * float_bits / (codes + (rest + learned) * float_bits)
+    return (quantized + rest) * _FLOAT_BITS / (codes + (rest + learned) * _FLOAT_BITS)

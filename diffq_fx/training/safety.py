@@ -1,37 +1,27 @@
-"""Keep the last good state of a model while somebody else's code trains it."""
+"""Somebody else's code trains a model, and the model is as it was before where that diverges."""
 
-import torch
+from collections.abc import Callable
+
 from torch import nn
 
 from diffq_fx.errors import DivergenceError
+from diffq_fx.weights import first_not_finite
 
 
-class LastGoodState:
-    """A copy of a model's state, on the CPU, and the way back to it."""
+def train_or_go_back(model: nn.Module, train: Callable[[], None], who: str, advice: str) -> None:
+    """Train, and go back to the state before if a parameter is not finite then; the state is kept on the CPU.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    Args:
+        model: what is trained.
+        train: trains it.
+        who: the step, for the message.
+        advice: what to do about it.
 
-    def restore(self) -> None:
-        """Put the state back."""
-        self._model.load_state_dict(self._state)
-
-    def check(self, who: str, advice: str) -> None:
-        """Go back if training has left a parameter that is not finite.
-
-        Args:
-            who: the step, for the message.
-            advice: what to do about it.
-
-        Raises:
-            DivergenceError: names the first such parameter.
-        """
-        for name, parameter in self._model.named_parameters():
-            bad = int((~torch.isfinite(parameter.detach())).sum())
-            if bad:
-                self.restore()
-                raise DivergenceError(
-                    f"{who} diverged: {bad} of {parameter.numel()} values of {name!r} are not finite. "
-                    f"The model is back in its state before that step.\n  {advice}"
-                )
+    Raises:
+        DivergenceError: names the first such parameter.
+    """
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    train()
+    if found := first_not_finite((repr(name), parameter) for name, parameter in model.named_parameters()):
+        model.load_state_dict(state)
+        raise DivergenceError(f"{who} diverged: {found}. The model is back in its state before that step.\n  {advice}")

@@ -253,7 +253,7 @@ def test_a_diverging_l_step_is_reported_and_the_last_good_state_kept(task):
                 model.get_parameter("0.weight")[0, 3] = float("nan")
 
     loop = LCLoop(model, train, schedule=SCHEDULE)
-    with pytest.raises(DivergenceError, match=r"L step 2 diverged: 1 of 3072 values of '0\.weight' are not finite.*\n.*below 1/mu = 444"):
+    with pytest.raises(DivergenceError, match=r"L step 2 diverged: '0\.weight' is not finite in 1 of 3072 places.*\n.*below 1/mu = 444"):
         loop.run()
     for name, value in model.state_dict().items():
         assert torch.equal(value, states[2][name]), name

@@ -57,7 +57,7 @@ def test_one_symbol_alone_takes_next_to_nothing(coder, only):
 def test_the_expected_length_is_near_the_real_one(coder):
     symbols = values_of(5, 200_000, 0, peaked=True)
     shares = np.bincount(symbols) / len(symbols)
-    assert abs(coder.expected_bits(shares[shares > 0], len(symbols)) / 8 / len(coder.encode(symbols)) - 1) < 0.002
+    assert abs(coder.estimated_bits(shares[shares > 0], len(symbols)) / 8 / len(coder.encode(symbols)) - 1) < 0.002
 
 
 def entropy_bytes(values):

@@ -85,7 +85,7 @@ def test_a_product_is_rounded_before_the_offset_is_added():
     grouping = Grouping(1, 11, 11, np.full((1, 1), 4, np.uint8), np.zeros(1, np.uint8), np.zeros((17, 1), np.uint16))
     out = np.empty((1, 11), np.float32)
     grid = Grid(np.full((1, 1), scale), np.zeros((1, 1), np.int32), None, np.full((1, 1), offset))
-    unpacking.unpack(streams, np.zeros(1, np.int64), grouping, grid, out)
+    unpacking.fill_in_order(streams, np.zeros(1, np.int64), grouping, grid, out)
     assert (out == scale * np.float32(3) + offset).all()
 
 
@@ -100,7 +100,7 @@ def test_codes_of_many_classes_come_in_the_order_of_the_weight(kernel, block):
     of_class = [wanted[(widths == w) & (bins[:, None] == b)].reshape(-1) for w in range(17) for b in range(2)]
     streams = [DecodedStream(i // 2, len(v), planes(pack(v, i // 2), i // 2, len(v))) for i, v in enumerate(of_class)]
     grouping, out = Grouping(rows, groups * block, block, widths, bins, classes), np.empty((rows, groups * block), np.uint16)
-    unpacking.unpack(Streams(streams), np.zeros(34, np.int64), grouping, None, out)
+    unpacking.fill_in_order(Streams(streams), np.zeros(34, np.int64), grouping, None, out)
     assert np.array_equal(out, wanted.reshape(rows, -1))
 
 
@@ -122,7 +122,7 @@ def test_without_a_kernel_nothing_is_called(monkeypatch):
     monkeypatch.setattr(extension, "kernels", extension.kernels.__wrapped__)
     grid = Grid(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32), None, None)
     with pytest.raises(RuntimeError, match="the kernels in C, which this work was begun with, are no longer there"):
-        unpacking.unpack(Streams([]), np.zeros(0, np.int64), None, grid, np.zeros(0))
+        unpacking.fill_in_order(Streams([]), np.zeros(0, np.int64), None, grid, np.zeros(0))
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["isal", "zlib"])

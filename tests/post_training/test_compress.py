@@ -183,7 +183,7 @@ class TestMinutes:
             return ticking
 
         monkeypatch.setattr(limits.time, "monotonic", lambda: now[0])
-        for where, name in ((reference, "output_loss"), (reference, "_run"), (moments.Uses, "forget_copies")):
+        for where, name in ((reference, "output_loss"), (reference, "_run"), (moments.WeightUses, "forget_copies")):
             monkeypatch.setattr(where, name, slow(getattr(where, name)))
         return now
 
@@ -365,7 +365,7 @@ class TestTheModelIsLeftAlone:
             (reference, "output_loss", 5),
             (reference, "output_loss", 25),
             (round_weights, "compensate", 2),
-            (moments.Uses, "forget_copies", 3),
+            (moments.WeightUses, "forget_copies", 3),
         ],
     )
     def test_within_a_stage(self, where: object, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:

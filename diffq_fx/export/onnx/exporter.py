@@ -1,8 +1,7 @@
 """export_onnx: a converted model in, one ONNX file out, checked against PyTorch before it is put in its place."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from diffq_fx import _compat
 from diffq_fx.errors import DiffQWarning, ExportError
+from diffq_fx.example import in_eval
 from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.export.onnx.options import check_options, layout_and_container
 from diffq_fx.methods.base import WeightQuantizer
@@ -152,7 +152,7 @@ def export_onnx(
     request = LayoutRequest(
         layout=layout, activations=activations, target=target, machines=machines_of(target), min_container=min_container, opset=opset
     )
-    with _in_eval(converted):
+    with in_eval(converted):
         result = export_file(
             converted,
             example_inputs,
@@ -191,14 +191,3 @@ def _check_converted(converted: nn.Module) -> None:
             f"export_onnx: the {type(converted).__name__} holds no integer weight. "
             "Call convert_diffq(model) on the prepared model first and export what it returns."
         )
-
-
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

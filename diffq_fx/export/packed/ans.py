@@ -45,7 +45,7 @@ def decode(data: memoryview, count: int) -> NDArray[np.uint8]:
     return symbols
 
 
-def expected_bits(shares: NDArray[np.float64], size: int) -> float:
+def estimated_bits(shares: NDArray[np.float64], size: int) -> float:
     """About how long the code of ``size`` bytes is, whose values have these shares."""
     present = np.flatnonzero(shares)
     some = shares[present]

@@ -45,7 +45,7 @@ def decode(data: memoryview, size: int) -> NDArray[np.uint8]:
     return found
 
 
-def expected_bits(shares: NDArray[np.float64], size: int) -> float:
+def estimated_bits(shares: NDArray[np.float64], size: int) -> float:
     """About how long the code of ``size`` bytes is, whose values have these shares."""
     some = shares[shares > 0]
     return size * _mean_length(some) + -(-size // _BLOCK) * (_HEAD_BITS + _LENGTH_BITS * len(some))

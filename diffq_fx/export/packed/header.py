@@ -93,7 +93,7 @@ def small_size(coded_size: int, size: int) -> int:
     return max(coded_size, -(-size // 128))
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
+def type_in_model(dtype: torch.dtype) -> torch.dtype:
     """The type that a tensor of this stored type has in the model, unless the header says otherwise."""
     return torch.float32 if dtype == torch.float16 else dtype
 
@@ -185,7 +185,7 @@ def _tensor_from_json(name: str, value: Any, entry: Entry, *, is_small: bool) ->
     if not isinstance(value, dict):
         raise PackedFileError(f"tensor '{name}' is described by {str(value)[:100]!r}")
     names, stored = _names(name, value.get("aliases", [])), TENSOR_TYPES.parse(entry.dtype)
-    dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else widened(stored)
+    dtype = TENSOR_TYPES.parse(value["dtype"]) if "dtype" in value else type_in_model(stored)
     if dtype != stored and not can_stand_for(stored, dtype):
         raise PackedFileError(f"tensor '{name}' of {dtype} cannot be stored as {stored}")
     tensor = PlainTensor(names, dtype, stored, entry.shape, entry.start, entry.stop)

@@ -20,7 +20,7 @@ from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed import integer_scales as grids
 from diffq_fx.export.packed.bitplanes import Values, narrow
 from diffq_fx.export.packed.dtypes import FLOAT_TYPES, bytes_of, tensor_of
-from diffq_fx.export.packed.unpacking import DecodedPart, Grid, unpack
+from diffq_fx.export.packed.unpacking import DecodedPart, Grid, fill_in_order
 from diffq_fx.export.packed.weight_kind import PackedWeight, PartCodes, expanded
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout, rows_of
@@ -184,7 +184,7 @@ class PackedIntegers(PackedWeight):
                 levels = torch.from_numpy(self._levels(part, params).astype(np.int32))
                 return functional.dequantize(levels, params, scales.of_rows(slice(0, part.rows)))
             rows = np.empty((part.rows, self.layout.columns), np.float32) if out is None else out
-            unpack(part.streams, part.first, part.grouping, self._grid(part), rows)
+            fill_in_order(part.streams, part.first, part.grouping, self._grid(part), rows)
         return torch.from_numpy(rows) if out is None else None
 
     def _grid(self, part: DecodedPart) -> Grid:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.container import Container
 from diffq_fx.export.packed.reader import PackedReader, in_threads, opened
-from diffq_fx.export.packed.shards import DecodedShard, Part
+from diffq_fx.export.packed.shards import DecodedShard, ShardPart
 from diffq_fx.export.packed.unpacking import DecodedPart
 from diffq_fx.export.packed.weight_kind import PackedWeight
-from diffq_fx.export.packed.writer import NamedTensors, contents_of, grouped_by_storage
+from diffq_fx.export.packed.writer import NamedTensors, grouped_by_storage, model_contents
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import StoredWeight
@@ -133,7 +133,7 @@ def _load_tensors(reader: PackedReader, names: Collection[str] | None) -> dict[s
 def _fill_model(model: nn.Module, reader: PackedReader) -> None:
     """Fill a float model, or put integers in the place of a converted one's; whole or not at all."""
     contents, is_converted = reader.contents, _is_converted(model)
-    weights, tensors = contents_of(model) if is_converted else ([], grouped_by_storage(model.state_dict(keep_vars=True)))
+    weights, tensors = model_contents(model) if is_converted else ([], grouped_by_storage(model.state_dict(keep_vars=True)))
     facts = {tensor.names: (tensor.shape, tensor.dtype) for tensor in contents.tensors}
     if is_converted:
         _refuse_other_weights([stored for _, stored in weights], contents.weights)
@@ -173,7 +173,7 @@ def _filling(targets: Mapping[str, Sequence[Tensor]]) -> Callable[[DecodedShard]
     return fill
 
 
-def _fill_rows(target: Tensor, part: Part, codes: DecodedPart) -> None:
+def _fill_rows(target: Tensor, part: ShardPart, codes: DecodedPart) -> None:
     """Write the weights of a part into the rows of a tensor that they belong to."""
     axis = part.packed.spec.axis
     direct = target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous() and axis == 0

@@ -46,7 +46,7 @@ class Shard(NamedTuple):
     stop: int
 
 
-class Part(NamedTuple):
+class ShardPart(NamedTuple):
     """Rows of a span that are worked on at once, and the weight that they belong to."""
 
     weight: int
@@ -63,11 +63,11 @@ class Part(NamedTuple):
         return Grouping(*self.shape, self.packed.layout.block, widths, bins, table)
 
 
-def _parts_of(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> Iterator[Part]:
+def _parts_of(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> Iterator[ShardPart]:
     for index, first_row, rows in spans:
         step, stop = max(_PART_WEIGHTS // weights[index].spec.columns, 1), first_row + rows
         for first in range(first_row, stop, step):
-            yield Part(index, weights[index], slice(first, min(first + step, stop)))
+            yield ShardPart(index, weights[index], slice(first, min(first + step, stop)))
 
 
 def shard_size(sections: Sequence[int], spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
@@ -135,7 +135,7 @@ def _code_streams(groupings: Sequence[Grouping], parts: Sequence[PartCodes], cla
     return [Stream(each.width, narrow(np.concatenate(piece), each.width)) for each, piece in zip(classes, pieces, strict=True)]
 
 
-def _integer_streams(parts: Sequence[Part], codes: Sequence[PartCodes]) -> list[Stream]:
+def _integer_streams(parts: Sequence[ShardPart], codes: Sequence[PartCodes]) -> list[Stream]:
     """The small integers by their width, from 1 to 16 bits, where there are any."""
     values = np.concatenate([each.integers for each in codes])
     widths = np.concatenate([part.packed.integer_widths(each.widths, part.shape[0]) for part, each in zip(parts, codes, strict=True)])
@@ -189,7 +189,7 @@ class DecodedShard:
             values[each == stream.width] = stream.values()
         return _split(values, [len(of_part) for of_part in widths])
 
-    def parts(self) -> Iterator[tuple[Part, DecodedPart]]:
+    def parts(self) -> Iterator[tuple[ShardPart, DecodedPart]]:
         """The parts in order, each with its codes."""
         first = np.zeros(len(self._classes), np.int64)
         for index, (part, grouping, counts) in enumerate(zip(self._parts, self._groupings, self._counts, strict=True)):

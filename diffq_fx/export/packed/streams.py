@@ -95,7 +95,7 @@ def _cut(coder: int, counts: NDArray[np.int64], width: int, low: int, plane: int
     symbols = high
     for _ in range(8 // plane - 1):  # values far from each other share a byte: take them for independent
         symbols = np.multiply.outer(symbols, high).reshape(-1)
-    bits = _CODERS[coder].expected_bits(symbols, -(-number * plane // 8))
+    bits = _CODERS[coder].estimated_bits(symbols, -(-number * plane // 8))
     return _Cut(coder, low, plane, bits + low * number)
 
 

@@ -110,7 +110,7 @@ class DecodedPart:
     def codes(self) -> Values:
         """The codes, shape (O, I)."""
         out = np.empty((self.rows, self.grouping.columns), np.uint8 if self.present[-1] <= 8 else np.uint16)
-        unpack(self.streams, self.first, self.grouping, None, out)
+        fill_in_order(self.streams, self.first, self.grouping, None, out)
         return out
 
 
@@ -136,7 +136,7 @@ def count_cells(grouping: Grouping, groups: slice) -> NDArray[np.int64]:
     return counts
 
 
-def unpack(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid: Grid | None, out: NDArray[Any]) -> None:
+def fill_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping, grid: Grid | None, out: NDArray[Any]) -> None:
     """Fill rows with codes, or where a grid is given, which takes the kernel, with weights.
 
     The level of a code is ``centre + 0, -1, 1, -2, ... mod 2^b``, its weight ``(level - zero_point) * scale``, or

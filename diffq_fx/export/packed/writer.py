@@ -15,7 +15,7 @@ from diffq_fx.compression import Compression
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed.container import RESERVED, container_of
 from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES, bytes_of
-from diffq_fx.export.packed.header import ITS_OWN, KINDS, SMALL_NAME, common_name, shard_name, small_size, widened
+from diffq_fx.export.packed.header import ITS_OWN, KINDS, SMALL_NAME, common_name, shard_name, small_size, type_in_model
 from diffq_fx.export.packed.shards import FEW_WEIGHTS, encode_shard, plan_shards
 from diffq_fx.export.packed.streams import Effort, encode_bytes
 from diffq_fx.export.packed.weight_kind import PackedWeight
@@ -65,14 +65,14 @@ def save_packed(model: nn.Module, path: str | Path, compression: PackedCompressi
     if not isinstance(path, str | Path):
         raise TypeError(f"save_packed: path must be a str or a Path, got {type(path).__name__}.")
     try:
-        weights, rest = contents_of(model)
+        weights, rest = model_contents(model)
         write_packed([stored for _, stored in weights], rest, path, entropy=compression == "entropy")
     except PackedFileError as error:
         raise PackedFileError(f"save_packed: {error}.") from error
     return Path(path)
 
 
-def contents_of(model: nn.Module) -> tuple[list[tuple[StoredWeight, StoredWeight]], NamedTensors]:
+def model_contents(model: nn.Module) -> tuple[list[tuple[StoredWeight, StoredWeight]], NamedTensors]:
     """What of a converted model goes into a file: the stored weights as :func:`~diffq_fx.parts.stored_weights` gives them, and the rest.
 
     An error if the model is not converted, or holds something that is not a tensor.
@@ -194,7 +194,7 @@ class _Plain(NamedTuple):
         found: dict[str, Any] = {"shape": list(self.shape)} if len(self.data) < SMALL_BYTES else {}
         if found and self.stored != torch.float32:
             found["stored"] = TENSOR_TYPES.name(self.stored)
-        if self.dtype != widened(self.stored):
+        if self.dtype != type_in_model(self.stored):
             found["dtype"] = TENSOR_TYPES.name(self.dtype)
         return found | ({"aliases": list(self.names[1:])} if self.names[1:] else {})
 

@@ -75,10 +75,10 @@ class Cost(NamedTuple):
 
     def microseconds(self, kernel: Kernel, rows: int, inputs: int, outputs: int) -> float:
         """The predicted time of one run."""
-        return sum(cost * often for cost, often in zip(self, parts_of(kernel, rows, inputs, outputs), strict=True))
+        return sum(cost * often for cost, often in zip(self, often_paid(kernel, rows, inputs, outputs), strict=True))
 
 
-def parts_of(kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[float, ...]:
+def often_paid(kernel: Kernel, rows: int, inputs: int, outputs: int) -> tuple[float, ...]:
     """How often each part of a :class:`Cost` is paid, in such units that the sum of ``cost * often`` is in microseconds."""
     blocks = -(-inputs // kernel.block) if kernel.block else 1
     weights = (blocks * kernel.block if kernel.block else inputs) * outputs
