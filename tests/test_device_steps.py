@@ -58,14 +58,14 @@ def with_triton(monkeypatch, counted):
     monkeypatch.setattr(gpu, "launch", lambda name, *arguments, **constants: counted.work.update({name: 1}))
 
 
-def work_of_a_step(counted, weights, config, frozen):
+def work_of_a_step(counted, weights, config, frozen, width):
     """What the third step of training asks for beyond that of the plain model, with an optimizer that works on all parameters at once."""
-    counts = []
-    for model in (layers := nn.Sequential(*[nn.Linear(64, 64) for _ in range(weights)]), prepare_diffq(layers, torch.zeros(1, 64), config)):
+    counts, layers = [], nn.Sequential(*[nn.Linear(width, width) for _ in range(weights)])
+    for model in (layers, prepare_diffq(layers, torch.zeros(1, width), config)):
         model = model.train().to("meta")
         if frozen and model is not layers:
             model.compression.note(frozen=1)
-        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), torch.empty(8, 64, device="meta")
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), torch.empty(8, width, device="meta")
         for _ in range(3):
             counted.forget()
             optimizer.zero_grad()
@@ -76,11 +76,11 @@ def work_of_a_step(counted, weights, config, frozen):
     return counts[1] - counts[0]
 
 
-def per_weight_and_once(counted, frozen=False, **settings):
+def per_weight_and_once(counted, frozen=False, width=64, **settings):
     aim = {} if "penalty" in settings else {"target_bits": 4}
     config = DiffQConfig(**aim, **settings)
     with mock.patch.object(diffq_settings, "SENSITIVITY_STEPS", 0):  # never
-        few, many = (work_of_a_step(counted, weights, config, frozen) for weights in (3, 9))
+        few, many = (work_of_a_step(counted, weights, config, frozen, width) for weights in (3, 9))
     each = (sum(many.values()) - sum(few.values())) / 6
     return each, sum(few.values()) - 3 * each
 
@@ -91,6 +91,13 @@ def per_weight_and_once(counted, frozen=False, **settings):
 )
 def test_six_operations_a_weight_and_no_copy_to_or_from_the_device(settings, frozen, counted, with_triton):
     each, once = per_weight_and_once(counted, frozen, **settings)
+    assert each <= 6
+    assert once <= 150
+    assert counted.crossings == []
+
+
+def test_a_weight_of_many_groups_takes_as_few(counted, with_triton):
+    each, once = per_weight_and_once(counted, width=256, group_size=1)
     assert each <= 6
     assert once <= 150
     assert counted.crossings == []

@@ -17,7 +17,7 @@ from diffq_fx.weights import WeightSpec
 _WIDTH_HEADER_BITS = 8
 """Smallest and largest width of a weight, 4 bits each; the widths are coded relative to them."""
 _LARGE = 1 << 14
-"""Groups from which on a weight is worked on alone, without a copy into one row with others."""
+"""Groups from which on a weight is worked on alone by a CPU, without a copy into one row with others. Elsewhere a call takes longer."""
 
 
 def bit_costs(spec: WeightSpec) -> tuple[Tensor, int]:
@@ -88,15 +88,12 @@ class Segment:
     counts: tuple[int, ...]
     values: Tensor
     """Stored values per group, shape (N,); a view of one number where all groups have as many."""
+    has_few: bool
+    """Whether these are the weights with few groups."""
     columns: int | None = None
     """Groups in a row of each weight, where they all have as many: one call then puts them side by side."""
     _opened: list[Tensor] = field(default_factory=list, repr=False)
     """The row of :meth:`open` and each weight's part of it, made when it is first needed."""
-
-    @property
-    def has_few(self) -> bool:
-        """Whether these are the weights with few groups."""
-        return self.counts[0] < _LARGE
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """One value per group of each weight of the model, as a row: a view where the segment is one weight."""
@@ -159,7 +156,8 @@ class FlatGroups:
         self.num_weights = sum(spec.numel for spec in specs)
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
         self.alike = [self._alike(own) for own in dict.fromkeys(self._limits)]
-        few = [i for alike in self.alike for i in alike.weights if self.counts[i] < _LARGE]  # in the order of the segments
+        self._is_large = [device.type == "cpu" and count >= _LARGE for count in self.counts]
+        few = [i for alike in self.alike for i in alike.weights if not self._is_large[i]]  # in the order of the segments
         self._few_weights = few
         self._few = torch.tensor(few, dtype=torch.int64, device=device)
         self._counts_of_few = torch.tensor([self.counts[i] for i in few], dtype=torch.int64, device=device)
@@ -194,14 +192,15 @@ class FlatGroups:
         key = tuple(range(len(self.counts)) if weights is None else weights)
         if key not in self._segments:
             asked = set(key)
-            few = [tuple(i for i in alike.weights if i in asked and self.counts[i] < _LARGE) for alike in self.alike]
-            runs: list[tuple[int, ...]] = [(i,) for i in key if self.counts[i] >= _LARGE] + [run for run in few if run]
+            few = [tuple(i for i in alike.weights if i in asked and not self._is_large[i]) for alike in self.alike]
+            runs: list[tuple[int, ...]] = [(i,) for i in key if self._is_large[i]] + [run for run in few if run]
             self._segments[key] = [
                 Segment(
                     self._limits[run[0]],
                     run,
                     tuple(self.counts[i] for i in run),
                     self._values[run[0]] if len(run) == 1 else torch.cat([self._values[i] for i in run]),
+                    not self._is_large[run[0]],
                     self._columns[run[0]] if len({self._columns[i] for i in run}) == 1 else None,
                 )
                 for run in runs
@@ -216,8 +215,8 @@ class FlatGroups:
         ``few_row`` is what the small ones gave as a row, ``known`` the limits of large ones, where these are at hand.
         """
         low_W, high_W = torch.empty_like(self.groups_W), torch.empty_like(self.groups_W)
-        for i, count in enumerate(self.counts):
-            if count >= _LARGE:
+        for i, is_large in enumerate(self._is_large):
+            if is_large:
                 low_W[i], high_W[i] = known[i] if known and i in known else torch.aminmax(tensors[i])
         if len(self._few):
             row = (_compat.flatten([tensors[i] for i in self._few_weights]) if few_row is None else few_row).float()

@@ -59,7 +59,8 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
         holder = program.state_dict if name in program.state_dict else program.constants
         if name in tensors:
             number = number_of.setdefault(tensors[name].data_ptr(), len(number_of))
-            holder[name] = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
+            mark = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
+            holder[name] = mark.to(tensors[name].device)  # torch.onnx runs the graph once more, without values
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
