@@ -216,7 +216,7 @@ class Compression(TrainingState):
         """Size of what is not quantized, in bits: parameters, as the paper counts; or what all takes in a file, as last measured."""
         if self.is_coded:
             return self.known.rest_bits
-        return self.rest_numel * (16 if self.method.rest_dtype == "float16" else 32)
+        return self.rest_numel * self.method.rest_width
 
     def rest_bits_now(self) -> int:
         """The same as of now: in training it changes, and so does what it takes in a file.

@@ -84,6 +84,7 @@ def test_what_users_call_is_documented(module):
             signature = inspect.signature(function)
             needed = ["Example:"] + ["Args:"] * bool(signature.parameters) + ["Returns:"] * (signature.return_annotation is not None)
             lacking[name] = [part for part in needed if part not in (function.__doc__ or "")]
+            assert "caller" not in signature.parameters, f"{name}: who calls is for messages, and no argument of what users call"
     assert not any(lacking.values()), lacking
 
 

@@ -67,7 +67,7 @@ def normal_range(rows_OI: Tensor, layout: GroupLayout, bits: Tensor, grid: Grid)
     """The range that suits normal weights of this width: ``mean +- span(b) std / 2``, within the extreme weights (Max, 1960, table II).
 
     ``bits``, from 1 to 16, may be fractional. It makes both ends, and how fast the logarithm to base 2 of what is between them grows with
-    the bits, all of shape (R, C). A few passes over the weights; :class:`~diffq_fx.kernels.OnePass` needs none of its own.
+    the bits, all of shape (R, C). A few passes over the weights; the kernels of :class:`~diffq_fx.kernels.Noise` need none of their own.
 
     Example:
         >>> low, high, _ = normal_range(torch.randn(1, 9999), GroupLayout.of(1, 9999, "channel"), torch.tensor([[2.0]]), "affine")

@@ -85,6 +85,11 @@ class MethodChoice:
         return self.entries[0][1].rest_dtype
 
     @property
+    def rest_width(self) -> int:
+        """Bits of a parameter that is not quantized, whatever its own type: files may keep it so."""
+        return 16 if self.rest_dtype == "float16" else 32
+
+    @property
     def name(self) -> str:
         """The methods' classes, for reports."""
         return " + ".join(dict.fromkeys(type(method).__name__ for method in self.methods))

@@ -107,15 +107,19 @@ def compress(
             own = copy_replacing(model, {}).requires_grad_(True)
             prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
             gc.collect()  # trials of the preparation leave copies of the weights in reference cycles
-            compression: Compression = vars(prepared)[CHILD]
             with callers_types:
-                seek_bits(prepared, compression, wanted, data, limits, bar)
-                failed = round_weights(prepared, compression, data, limits, bar)
-                bar.stage("tuning", limits.steps)
-                tuned = tune(prepared, compression, wanted, data, limits, bar)
+                _compress_prepared(prepared, wanted, data, limits, bar)
             bar.stage("converting", 1)
-            compression.notes += (*_notes(data, wanted, tuned), *failed)
             return convert(prepared)
+
+
+def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:
+    compression: Compression = vars(model)[CHILD]
+    seek_bits(model, compression, wanted, data, limits, bar)
+    failed = round_weights(model, compression, data, limits, bar)
+    bar.stage("tuning", limits.steps)
+    tuned = tune(model, compression, wanted, data, limits, bar)
+    compression.notes += (*_notes(data, wanted, tuned), *failed)
 
 
 def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:

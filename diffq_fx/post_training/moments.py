@@ -28,15 +28,13 @@ MOST_COLUMNS = 8192
 class Moments:
     """What one weight is multiplied with, on average over all its uses in all batches; float32.
 
-    Where nothing is known, all three are None and ``reason`` says why.
+    Where nothing is known, both are None and ``reason`` says why.
     """
 
     matrix: Tensor | None = None
     """``E[x x^T]``, shape (G, I, I), columns in the order of the weight's rows; row o belongs to part ``o // (O / G)``."""
     diagonal: Tensor | None = None
     """``E[x^2]``, shape (G, I); there wherever ``matrix`` is, and alone where rows are too long for it."""
-    rows: Tensor | None = None
-    """Mean square of what each row is multiplied with, where inputs run along rows: how often an embedding's is looked up, shape (O,)."""
     count: float = 0.0
     """Inputs that the means of the columns are over."""
     reason: str = ""
@@ -56,19 +54,13 @@ class _Sums:
     whole: bool
     parts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Sums over products with rows from a first one on, by (first row, rows): shape (I, I), or (I,) of the diagonal."""
-    rows: Tensor | None = None
     count: float = 0.0
-    row_count: int = 0
+    is_looked_up: bool = False
     others: dict[str, None] = field(default_factory=dict)
 
     def add(self, product: WeightProduct, sums: Tensor, count: int) -> None:
         """Add ``sums`` over ``count`` inputs, shape (K, K) or (K,), to the rows and columns of a product."""
-        first_row, rows, columns, input_rows, *_ = product
-        if input_rows is not None:
-            added = sums.new_zeros(self.spec.rows).index_add_(0, input_rows, sums)
-            self.rows = added if self.rows is None else self.rows + added
-            self.row_count += count
-            return
+        first_row, rows, columns, *_ = product
         size = self.spec.columns
         part = self.parts.setdefault((first_row, rows), sums.new_zeros((size, size) if self.whole else (size,)))
         if columns is None:
@@ -92,18 +84,14 @@ class _Sums:
 
     def moments(self) -> Moments:
         """The means."""
-        means, rows = self.matrices(), self.rows
+        means = self.matrices()
         reason = f"read by {', '.join(self.others)}" if self.others else ""
-        if means is None and rows is None:
-            return Moments(reason=reason or "no batch reads it")
-        for each in (means, rows):
-            if each is not None and (where := not_finite(each)):
-                raise ValueError(f"second_moments: what weight {self.spec.name!r} is multiplied with {where}. Look for NaN in the batches.")
-        rows = None if rows is None else rows / max(self.row_count, 1)
         if means is None:
-            return Moments(rows=rows, reason=reason)
+            return Moments(reason=reason or ("rows are looked up" if self.is_looked_up else "no batch reads it"))
+        if where := not_finite(means):
+            raise ValueError(f"second_moments: what weight {self.spec.name!r} is multiplied with {where}. Look for NaN in the batches.")
         diagonal = means.diagonal(dim1=-2, dim2=-1).contiguous() if self.whole else means
-        return Moments(means if self.whole else None, diagonal, rows, self.count, reason)
+        return Moments(means if self.whole else None, diagonal, self.count, reason)
 
 
 class _Gather:
@@ -116,7 +104,10 @@ class _Gather:
     def product(self, name: str, product: WeightProduct) -> None:
         """Add the outer products of the inputs."""
         sums = self.sums[name]
-        sums.add(product, *self._of_inputs(product, sums.whole and product.input_rows is None))
+        if product.along_rows:
+            sums.is_looked_up = True
+        else:
+            sums.add(product, *self._of_inputs(product, sums.whole))
 
     def _of_inputs(self, product: WeightProduct, whole: bool) -> tuple[Tensor, int]:
         """Sum of ``x x^T`` or of ``x^2`` over the inputs, and their number; made once where neighbours share inputs, as q, k and v do."""

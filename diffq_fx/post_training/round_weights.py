@@ -88,8 +88,7 @@ def _round(quantizer: DiffQWeight, moments: Moments, price: float) -> str:
 
 def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | None) -> Tensor:
     if moments.matrix is None:
-        without = "rows are looked up" if moments.diagonal is None else f"rows of more than {MOST_COLUMNS} weights"
-        raise ValueError(moments.reason or without)
+        raise ValueError(moments.reason or f"rows of more than {MOST_COLUMNS} weights")
     with torch.autocast(weight.rows.device.type, enabled=False):
         return compensate(weight.rows, moments.matrix, weight.params, weight.width, weight.spec.scale_layout, code=code)
 

@@ -49,8 +49,8 @@ class WeightProduct(NamedTuple):
     rows: int
     columns: Tensor | None
     """Those that the inputs run along, int64; None for all of them in their order."""
-    input_rows: Tensor | None
-    """Where the inputs run along the rows instead, so that none has more than one of them (a table that is looked up): which, int64."""
+    along_rows: bool
+    """Whether the inputs run along the rows instead, so that none has more than one of them: a table that is looked up."""
     inputs: Callable[[], Iterator[Tensor]]
     """The inputs in pieces of shape (P, K)."""
     one_hot: Tensor | None = None
@@ -154,11 +154,11 @@ def _product(
     rows, one_column = rows_and_columns(given.spec, _elements(given, view, free))
     other_rows, columns = rows_and_columns(given.spec, _elements(given, view, summed))
     if _all_same(rows) and _all_same(columns) and not (_all_same(other_rows) and _all_same(one_column)):
-        return WeightProduct(0, given.spec.rows, None, other_rows, inputs, **more)
+        return WeightProduct(0, given.spec.rows, None, True, inputs, **more)
     if not _all_same(other_rows) or not _all_same(one_column) or not _count_up(rows, int(rows[0])):
         return None
     every = len(columns) == given.spec.columns and _count_up(columns, 0)
-    return WeightProduct(int(rows[0]), len(rows), None if every else columns, None, inputs, **more)
+    return WeightProduct(int(rows[0]), len(rows), None if every else columns, False, inputs, **more)
 
 
 def _all_same(values: Tensor) -> bool:

@@ -22,7 +22,6 @@ from diffq_fx.storage.packing import narrowed, tables_once
 from diffq_fx.weights import SkippedWeight
 
 _FLOAT_BITS = 32
-"""Of a parameter that is not quantized, whatever its own type: files may keep it so."""
 
 
 def bits_report(model: nn.Module) -> BitsReport:
@@ -89,7 +88,7 @@ def _of_part(root: nn.Module) -> BitsReport:
         scope_reason=record.scope_reason or "the default, and faithful for this model" * (record.scope == "model"),
         weights=tuple(weights.values()),
         skipped=tuple(record.skipped),
-        rest_bits=record.rest_numel * (16 if record.method.rest_dtype == "float16" else _FLOAT_BITS),
+        rest_bits=record.rest_numel * record.method.rest_width,
         rest_float_bits=sum(math.prod(each.shape) * 8 * dtypes.get(each.name, torch.float32).itemsize for each in record.skipped),
         buffer_bits=_buffer_bits(root),
         target_bits=learned.target_bits if learned else None,

@@ -144,7 +144,6 @@ def test_a_tied_weight_has_what_both_readers_tell():
     model = Tied()
     found, _ = moments_of(model, ids)
     inputs = model.table(ids).reshape(-1, 16).detach()
-    torch.testing.assert_close(found["table.weight"].rows, torch.bincount(ids.reshape(-1), minlength=10) / 6)
     torch.testing.assert_close(found["table.weight"].matrix[0], inputs.mT @ inputs / 6)
 
 
@@ -162,7 +161,7 @@ def test_tables(look_up):
     ids = torch.tensor([[0, 3], [3, 11]])
     found, _ = moments_of(Reads(LOOK_UPS[look_up]), ids)
     assert found["weight"].importance is None
-    torch.testing.assert_close(found["weight"].rows, torch.bincount(ids.reshape(-1), minlength=12) / 4)
+    assert found["weight"].reason == "rows are looked up"
 
 
 def test_other_readers_are_named():

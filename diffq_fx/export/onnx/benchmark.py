@@ -24,6 +24,7 @@ from diffq_fx.export.onnx.usage import external_locations, find_constants
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +131,7 @@ def compare_latency(
     shapes = resolve_shapes(signature, batch, {**_sizes_of_examples(models, signature), **(dims or {})})
     check_same_signature((a, b), paths, shapes)
     inputs = make_inputs(signature, shapes, index_bounds(models), seed)
-    try:
-        outputs_a, outputs_b = run_session(a, inputs, path_a), run_session(b, inputs, path_b)
-    except DiffQError as error:
-        raise DiffQError(
-            f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
-        ) from error
+    outputs_a, outputs_b = _outputs_of((a, b), inputs, paths)
     outputs = tuple(difference_of(name, value, outputs_b[name]) for name, value in outputs_a.items())
     runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
@@ -157,6 +153,17 @@ def compare_latency(
         session_a=entries[0],
         session_b=entries[1],
     )
+
+
+def _outputs_of(
+    sessions: "Sequence[InferenceSession]", inputs: Mapping[str, np.ndarray], paths: Sequence[str | Path]
+) -> list[dict[str, np.ndarray]]:
+    try:
+        return [run_session(session, inputs, path) for session, path in zip(sessions, paths, strict=True)]
+    except DiffQError as error:
+        raise DiffQError(
+            f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
+        ) from error
 
 
 def _sizes_of_examples(models: "Sequence[ModelProto]", signature: Sequence[TensorSignature]) -> dict[str, int]:

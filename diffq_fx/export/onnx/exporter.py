@@ -118,19 +118,11 @@ def export_onnx(
 
     Example:
         >>> import os, tempfile, torch
-        >>> from diffq_fx import functional
-        >>> from diffq_fx.weights import WeightSpec
-        >>> class Half(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         spec = WeightSpec(name="weight", shape=(8, 16), axis=0)
-        ...         rows, layout, bits = torch.randn(8, 16), spec.scale_layout, torch.full((8, 1), 4)
-        ...         params = functional.quant_params(*functional.weight_range(rows, layout, "affine"), bits, "affine")
-        ...         self.weight = IntegerWeight(spec, functional.quantize(rows, params, bits, layout), params, bits)
-        ...     def forward(self, x):
-        ...         return x @ self.weight().t()
-        >>> path = os.path.join(tempfile.mkdtemp(), "half.onnx")
-        >>> result = export_onnx(Half(), torch.randn(1, 16), path)
+        >>> from diffq_fx import convert, prepare
+        >>> from diffq_fx.methods import STE
+        >>> converted = convert(prepare(nn.Linear(16, 8), torch.zeros(1, 16), STE(bits=4)))
+        >>> path = os.path.join(tempfile.mkdtemp(), "linear.onnx")
+        >>> result = export_onnx(converted, torch.randn(1, 16), path)
         >>> result.opset, result.payload_bytes, result.weights[0].containers
         (21, 64, {4: 128})
     """
