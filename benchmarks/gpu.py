@@ -1,7 +1,11 @@
 """What training with noise costs on a GPU: the kernels beside a copy of the same memory, and whole steps beside plain ones.
 
-    python benchmarks/gpu.py                    # all of it; some minutes
-    python benchmarks/gpu.py --device cpu --quick   # only to see that it runs
+    python benchmarks/gpu.py weights             # one weight; half a minute
+    python benchmarks/gpu.py steps               # whole steps of a transformer; two minutes
+    python benchmarks/gpu.py compiled            # the same by torch.compile; some minutes
+    python benchmarks/gpu.py graphed             # the same captured as a CUDA graph, once the bits are final
+    python benchmarks/gpu.py language            # tokens a second and memory at SmolLM2's size (needs transformers)
+    python benchmarks/gpu.py steps --device cpu --quick   # only to see that it runs
 
 Torch's own operations run in turns with the kernels in Triton. Times are medians between two events of the device.
 """
@@ -11,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -18,10 +23,11 @@ import torch
 from _result import markdown_table, write_result
 from torch import Tensor, nn
 
-from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq
+from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq, recompute_weights
 from diffq_fx.kernels import gpu
 
 BODIES = {"Triton": gpu.DEVICES, "torch": ()}
+STEP_COLUMNS = ("precision", "body", "bits", "phase", "step, ms", "over plain", "host, ms")
 CONFIGS = {"per channel": {}, "in groups of 8": {"group_size": 8}}
 
 
@@ -45,10 +51,10 @@ def milliseconds(call: Callable[[], object], device: torch.device, rounds: int) 
     return statistics.median(times)
 
 
-def weights_table(device: torch.device, sizes: list[tuple[int, int]], rounds: int) -> str:
+def weights_table(device: torch.device, quick: bool, rounds: int) -> str:
     """One weight: forward and backward of noise and of rounding, beside copying it twice."""
     rows = []
-    for shape in sizes:
+    for shape in [(64, 64)] if quick else [(64, 576), (1024, 1024), (4096, 4096), (50_000, 768)]:
         source = torch.randn(shape, device=device)
         target, grad = torch.empty_like(source), torch.randn(shape, device=device)
         copied = 2 * milliseconds(partial(target.copy_, source), device, rounds)
@@ -77,23 +83,100 @@ def weights_table(device: torch.device, sizes: list[tuple[int, int]], rounds: in
 
 
 def steps_table(device: torch.device, quick: bool, rounds: int) -> str:
-    """Whole training steps of a transformer over those of the plain model, compiled by inductor or not."""
+    """Whole training steps of a transformer over those of the plain model."""
+    models, x = transformers_of(device, quick)
+    rows = []
+    for precision, body in ((torch.float32, "Triton"), (torch.bfloat16, "Triton"), (torch.bfloat16, "torch")):
+        with mock.patch.object(gpu, "DEVICES", BODIES[body]):
+            rows += step_rows(models, x, precision, body, rounds)
+    return markdown_table(STEP_COLUMNS, rows)
+
+
+def compiled_table(device: torch.device, quick: bool, rounds: int) -> str:
+    """The same, compiled by inductor."""
+    models, x = transformers_of(device, quick)
+    some = {key: models[key] for key in list(models)[:3]}
+    rows = step_rows(some, x, torch.bfloat16, "compiled", rounds)
+    return markdown_table(STEP_COLUMNS, rows)
+
+
+def graphed_table(device: torch.device, quick: bool, rounds: int) -> str:
+    """The plain model and the one with final bits, as they are and captured as CUDA graphs (torch.cuda.make_graphed_callables)."""
+    models, x = transformers_of(device, quick)
+    rows: list[list[str]] = []
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
+    for key in (("plain", ""), ("per channel", "rounding")):
+        for graphed in (False, True):
+            model = copy.deepcopy(models[key]).train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
+            run = model
+            if graphed:
+                with autocast():
+                    run = torch.cuda.make_graphed_callables(model, (x,), allow_unused_input=True)
+
+            def step(run: nn.Module = run, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                optimizer.zero_grad(set_to_none=False)
+                with autocast():
+                    loss = run(x).float().square().mean()
+                loss.backward()
+                optimizer.step()
+
+            took = milliseconds(step, device, rounds)
+            first = next((float(row[2]) for row in rows if row[0] == ("graph" if graphed else "eager")), took)
+            rows.append(["graph" if graphed else "eager", " ".join(key).strip(), f"{took:.2f}", f"{took / first:.2f}"])
+    return markdown_table(("run", "model", "step, ms", "over plain"), rows)
+
+
+def transformers_of(device: torch.device, quick: bool) -> tuple[dict[tuple[str, str], nn.Module], Tensor]:
+    """A plain encoder, the same with bits of each kind in each phase, and an input."""
     width, layers, tokens = (64, 2, 16) if quick else (1024, 12, 512)
     make = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
     plain = nn.TransformerEncoder(make, layers, enable_nested_tensor=False).to(device)
-    x, rows = torch.randn(8, tokens, width, device=device), []
+    x = torch.randn(8, tokens, width, device=device)
     models = {("plain", ""): plain}
     for name, config in CONFIGS.items():
         models[name, "noise"] = prepare_diffq(copy.deepcopy(plain), x[:1], DiffQConfig(target_bits=4, **config))
         models[name, "rounding"] = copy.deepcopy(models[name, "noise"])
         freeze_bits(models[name, "rounding"])
-    for precision in (torch.float32, torch.bfloat16):
-        for body, devices in BODIES.items():
-            with mock.patch.object(gpu, "DEVICES", devices):
-                rows += step_rows(models, x, precision, body, rounds)
-    if not quick:
-        rows += step_rows({key: models[key] for key in list(models)[:3]}, x, torch.bfloat16, "compiled", rounds)
-    return markdown_table(("precision", "body", "bits", "phase", "step, ms", "over plain", "host, ms"), rows)
+    return models, x
+
+
+def language_table(device: torch.device, quick: bool, rounds: int) -> str:
+    """Tokens a second and the peak of memory of training a decoder of SmolLM2's shape, whose weights are random, in bfloat16's autocast."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    if quick:
+        shape |= {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, use_cache=False, **shape)
+    plain, tokens = LlamaForCausalLM(config).to(device), torch.randint(0, 49152, (2 if quick else 16, 512), device=device)
+    inputs, rows = {"input_ids": tokens[:1, :64]}, []
+    for name in ("float", "noise", "rounding", "rounding, recompute_weights"):
+        model = copy.deepcopy(plain)
+        if name != "float":
+            model = prepare_diffq(model, inputs, DiffQConfig(target_bits=4)).to(device)
+        if name.startswith("rounding"):
+            freeze_bits(model)
+        context = recompute_weights() if name.endswith("recompute_weights") else nullcontext()
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, foreach=True)
+
+        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with context:
+            took = milliseconds(step, device, rounds)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        over = took / float(rows[0][1]) if rows else 1.0
+        rows.append([name, f"{took:.2f}", f"{over:.2f}", f"{1e3 * tokens.numel() / took:.0f}", f"{peak:.2f}"])
+        print(*rows[-1], flush=True)
+        del model, optimizer, step
+    return markdown_table(("model", "step, ms", "over float", "tokens a second", "peak, GiB"), rows)
 
 
 def step_rows(models: dict[tuple[str, str], nn.Module], x: Tensor, precision: torch.dtype, body: str, rounds: int) -> list[list[str]]:
@@ -130,18 +213,21 @@ def host_milliseconds(call: Callable[[], object], device: torch.device, rounds: 
     return statistics.median(times)
 
 
+PARTS = {"weights": weights_table, "steps": steps_table, "compiled": compiled_table, "graphed": graphed_table, "language": language_table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing written")
     asked = parser.parse_args()
-    device, rounds = torch.device(asked.device), 2 if asked.quick else 30
-    sizes = [(64, 64)] if asked.quick else [(64, 576), (1024, 1024), (4096, 4096), (50_000, 768)]
-    body = weights_table(device, sizes, rounds) + "\n\n" + steps_table(device, asked.quick, rounds)
+    device = torch.device(asked.device)
+    body = PARTS[asked.part](device, asked.quick, 2 if asked.quick else 30)
     print(body)
     if not asked.quick:
         card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        print(write_result("gpu", f"Training with noise on {card}", body, ("torch", "triton")))
+        print(write_result(f"gpu_{asked.part}", f"Training on {card}: {asked.part}", body, ("torch", "triton")))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,7 @@ def test_weights_and_gradients_of_a_cpu(settings, final, device, body, monkeypat
         (quantizer,) = own.compression.learned
         weight = quantizer(quantizer.weight)
         moved = quantizer.clip if final else quantizer.logits
-        gradients = torch.autograd.grad(
-            weight, [quantizer.weight, moved], torch.linspace(-1, 1, weight.numel()).view_as(weight).to(each)
-        )
+        gradients = torch.autograd.grad(weight, [quantizer.weight, moved], torch.linspace(-1, 1, weight.numel()).view_as(weight).to(each))
         found.append([weight.detach().cpu(), *(grad.cpu() for grad in gradients)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
@@ -177,7 +175,9 @@ METHODS = {
 
 def make_net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 8))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 8)
+    )
 
 
 IMAGES = torch.linspace(-3, 3, 8 * 3 * 12 * 12).sin().view(8, 3, 12, 12)

@@ -146,10 +146,18 @@ def cluster_vectors(points_ND: Tensor, entries: int, start: Tensor | None = None
             break
         codes = found
         count = torch.bincount(codes, minlength=entries)
-        sums = torch.zeros_like(centres).index_add_(0, codes, points_ND)
+        sums = _sums(points_ND, codes, entries)
         centres = torch.where(count.unsqueeze(1) > 0, sums / count.clamp(min=1).unsqueeze(1), centres)
         distances = (points_ND - centres[codes]).square().sum(1)
         for empty in (count == 0).nonzero().flatten().tolist():
             centres[empty] = points_ND[distances.argmax()]
             distances = torch.minimum(distances, (points_ND - centres[empty]).square().sum(1))  # the next goes elsewhere
     return centres, nearest_vectors(points_ND, centres)[0]
+
+
+def _sums(points_ND: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """The sum of the points of each centre, shape (K, D), added up in the same order every time."""
+    sums = points_ND.new_zeros(entries, points_ND.shape[1])
+    if points_ND.device.type == "cpu":
+        return sums.index_add_(0, codes, points_ND)
+    return sums.index_put_((codes,), points_ND, accumulate=True)  # sorts; a GPU's index_add_ adds as its threads happen to come
