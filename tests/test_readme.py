@@ -42,6 +42,7 @@ PRINTED = {
     "runtimes.md": "{'batch': 2, 'ids_1': 7} {4: 6400}",
     "method.md": "_quantizer",
     "hugging-face.md": "True",
+    "gguf.md": "True\nTrue",
 }
 """A part of what some of them print."""
 
@@ -50,6 +51,7 @@ NEEDED = {
     "methods.md": ("torchao",),
     "tutorial.md": ("sklearn",),
     "hugging-face.md": ("transformers",),
+    "gguf.md": ("transformers", "gguf"),
     "trainers.md": ("accelerate", "lightning"),
 }
 

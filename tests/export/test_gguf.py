@@ -20,6 +20,7 @@ from gguf_models import (
     MODELS,
     PRE_TOKENIZERS,
     READ_BACK,
+    TEXT,
     WORDS,
     decoder,
     llama_cpp,
@@ -113,7 +114,7 @@ def test_llama_cpp_generates_the_same(name, made):
     assert [len(tokens) for tokens in llama_cpp(path, prompts, 12)[0]] == [12] * 3
 
 
-TEXTS = ["Hello world 1234567, it's 5+x\n\n  two", "Größe 10 %", "a"]
+TEXTS = ["Hello world 1234567, it's 5+x\n\n  two", "Größe 10 %", "a", *TEXT.splitlines()]
 
 
 @pytest.mark.parametrize("kind", [*PRE_TOKENIZERS, "sentencepiece"])

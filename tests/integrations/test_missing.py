@@ -1,4 +1,4 @@
-"""An integration whose library is not installed names the extra that brings it."""
+"""A part whose library is not installed names the extra that brings it."""
 
 import importlib
 import sys
@@ -6,9 +6,10 @@ import sys
 import pytest
 
 PARTS = {
-    "transformers": ("transformers", "hf_folders", "trainer"),
-    "lightning": ("lightning",),
-    "torchao": ("torchao",),
+    "transformers": ("integrations.hf_folders", "integrations.trainer", "integrations.transformers"),
+    "lightning": ("integrations.lightning",),
+    "torchao": ("integrations.torchao",),
+    "gguf": ("export.gguf",),
 }
 
 
@@ -19,6 +20,6 @@ def test_a_missing_library_is_named_with_its_extra(package, monkeypatch):
     for name in (package, f"pytorch_{package}"):
         monkeypatch.setitem(sys.modules, name, None)
     for part in PARTS[package]:
-        monkeypatch.delitem(sys.modules, f"diffq_fx.integrations.{part}", raising=False)
+        monkeypatch.delitem(sys.modules, f"diffq_fx.{part}", raising=False)
     with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'diffq-fx\[{package}\]'"):
-        importlib.import_module(f"diffq_fx.integrations.{package}")
+        importlib.import_module(f"diffq_fx.{PARTS[package][-1]}")
