@@ -25,7 +25,13 @@ SETTINGS = {
     "Llama": {**GROUPED, "num_hidden_layers": 2},
     "OPT": {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16},
     "Mistral": {**GROUPED, "sliding_window": 4},
-    "Gemma3Text": {**GROUPED, "num_hidden_layers": 2, "head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "Gemma3Text": {
+        **GROUPED,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "Qwen2": {**GROUPED, "tie_word_embeddings": True},
     "Phi": BODY,
     "GPTNeoX": BODY,
@@ -152,9 +158,15 @@ IDS = tokens(2, 6)
         ),
         (Stateful, {"input_ids": IDS, "past_key_values": IDS}, {}, ExportError, "leave 'past_key_values' out of example_inputs"),
         (Stateful, IDS, {"dynamic_shapes": ({},)}, ValueError, "cache=True .* does not go together with dynamic_shapes"),
-        (Stateful, IDS, {"activations": "int8", "calibration": [IDS]}, ValueError, "does not go together with activations=\"int8\""),
+        (Stateful, IDS, {"activations": "int8", "calibration": [IDS]}, ValueError, 'does not go together with activations="int8"'),
         (lambda: decoder("GPT2"), IDS, {"input_names": ["ids", "mask"]}, ValueError, r"input_names has 2 names .* for 5 inputs"),
-        (lambda: decoder("GPT2"), IDS, {"output_names": {"past": "x"}}, ExportError, "renames 'past', .* 'present.0.key', 'present.0.value'"),
+        (
+            lambda: decoder("GPT2"),
+            IDS,
+            {"output_names": {"past": "x"}},
+            ExportError,
+            "renames 'past', .* 'present.0.key', 'present.0.value'",
+        ),
     ],
 )
 def test_bad_input(model, example, options, error, says, old_file):

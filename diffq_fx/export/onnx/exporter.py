@@ -100,6 +100,10 @@ def export_onnx(
             and widths of images (float inputs of four sizes or more). The first size is called "batch", another "<input>_<axis>". The
             result's ``fixed_sizes`` say of the others why they are fixed.
         opset: None for the smallest that holds the containers (20; 21 for 4 bits; 25 for 2 bits), else at least that.
+        cache: for decoders of transformers: the file takes and returns the keys and values of all layers, as optimum's do for
+            ``ORTModelForCausalLM``. Its inputs are ``input_ids``, ``attention_mask`` over what is cached and what is new, ``position_ids``
+            if the model takes them, ``past_key_values.0.key`` and so on; its outputs ``logits``, ``present.0.key`` and so on. Batch, new
+            and cached length are dynamic. ``example_inputs`` are token ids, five or more, of which the check caches the first two.
         verify: run the file in onnxruntime and compare.
 
     Returns:
@@ -108,10 +112,12 @@ def export_onnx(
     Raises:
         ExportError: torch is older than 2.9; the model is not converted, has a parameter that is not finite, holds a weight without ONNX
             form (the float grid), cannot be traced, does not fit ``opset``; the calibration is empty, does not
-            fit the model, or is not finite; the file cannot be written or does not compute what the model computes.
+            fit the model, or is not finite; with ``cache`` the model has none of keys and values, or fixes a length; the file cannot be
+            written or does not compute what the model computes.
         TypeError: ``example_inputs`` is none of the above, ``calibration`` no iterable, ``opset`` no whole number, or names are no texts.
         ValueError: unknown ``runtime``, ``layout``, ``activations``, ``target`` or ``min_container``, or they do not go together, or a
-            ``calibration`` is missing or of no use, or names are not as many as inputs, or given twice.
+            ``calibration`` is missing or of no use, or names are not as many as inputs, or given twice; ``cache`` does not go together
+            with ``dynamic_shapes`` or "int8".
 
     Warns:
         DiffQWarning: the batch could not be made dynamic, or onnxruntime dequantizes a weight at every run.
