@@ -14,28 +14,26 @@ import diffq_fx
 from diffq_fx import convert, model_size
 from recipes.common.loop import Training
 
-_KEPT = "method", "model", "bits", "mib", "penalty", "group", "min_size", "epochs", "batch_size", "lr", "start", "distil", "seed"
-
-
-def float_mib(model: nn.Module) -> float:
-    """Parameters as float32, in MiB."""
-    return 4 * sum(each.numel() for each in model.parameters()) / 2**20
+_NAMED = "model", "method", "bits", "epochs", "batch_size", "lr", "seed"
+_NOT_NAMED = "data", "out", "device", "onnx", "tensorboard"
 
 
 def finish(training: Training) -> dict[str, Any]:
     """Convert, score, write the files and ``result.json`` into the folder of the run."""
     recipe, settings, out = training.recipe, training.settings, training.settings.out
-    result: dict[str, Any] = {"recipe": recipe.name, "score_name": recipe.score_name}
     out.mkdir(parents=True, exist_ok=True)
-    result |= {name: str(value) if isinstance(value, Path) else value for name in _KEPT if (value := getattr(settings, name)) is not None}
+    plain = type(settings)()
+    told = {name: value for name, value in vars(settings).items() if name in _NAMED or value != getattr(plain, name)}
+    result: dict[str, Any] = {"recipe": recipe.name, "score_name": recipe.score_name, "float_mib": training.float_mib}
+    result |= {name: str(value) if isinstance(value, Path) else value for name, value in told.items() if name not in _NOT_NAMED}
     if not training.is_prepared:
         state = {name: each.contiguous() for name, each in training.model.state_dict().items()}
         save_file(state, out / "float.safetensors")
-        result |= {"mib": float_mib(training.model), **recipe.evaluate(training.model)}
+        result |= {"size_mib": training.float_mib, **recipe.evaluate(training.model)}
     else:
         size = float(model_size(training.model, exact=True))
         converted = convert(training.model).eval()
-        result |= {"mib": size, **recipe.evaluate(converted)}
+        result |= {"size_mib": size, **recipe.evaluate(converted)}
         converted.cpu()
         result["packed"] = _packed(converted, out / "model.safetensors")
         if settings.onnx:

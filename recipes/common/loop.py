@@ -24,6 +24,11 @@ _STRANGER = "out", "data", "device", "stop_after", "save_every", "evaluate_every
 """Settings that an interrupted training may go on with changed."""
 
 
+def float_mib(model: nn.Module) -> float:
+    """Parameters as float32, in MiB."""
+    return 4 * sum(each.numel() for each in model.parameters()) / 2**20
+
+
 class Training:
     """A model on its way through the training of one recipe."""
 
@@ -53,6 +58,7 @@ class Training:
         start = self.settings.start
         if start is not None:
             model.load_state_dict(load_file(start))
+        self.float_mib = float_mib(model)
         method = make_method(self.settings, self.steps)
         self.is_prepared = method is not None
         return model if method is None else prepare(model, self.recipe.example, method)

@@ -16,8 +16,7 @@ from torch import nn
 from diffq_fx import model_size, prepare
 from diffq_fx.methods import STE
 from recipes import cifar
-from recipes.common.finish import float_mib
-from recipes.common.loop import Training
+from recipes.common.loop import Training, float_mib
 from recipes.common.main import main
 from recipes.common.processes import Processes
 from recipes.common.recipe import Lacking
@@ -138,7 +137,7 @@ class TestTraining:
     @pytest.mark.parametrize("method", METHODS)
     def test_every_method_ends_with_a_score_and_a_size(self, folder, tmp_path, method):
         result = run(folder, tmp_path / "run", "--method", method, "--no-onnx", "--turns", 3)
-        assert 0 < result["mib"] < float_mib(Small())
+        assert 0 < result["size_mib"] < float_mib(Small())
         assert (tmp_path / "run" / "model.safetensors").stat().st_size == result["packed"]["mib"] * 2**20
         assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
 

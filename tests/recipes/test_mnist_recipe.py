@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from recipes.common.finish import float_mib
+from recipes.common.loop import float_mib
 from recipes.common.main import main
 from recipes.common.recipe import Lacking
 from recipes.data.mnist import load_mnist
@@ -62,7 +62,22 @@ def test_parameters_are_those_of_the_lc_paper():
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_lc_with_every_codebook(folder, tmp_path, codebook):
-    given = ["--data", folder, "--out", tmp_path / "run", "--method", "lc", "--codebook", codebook, "--bits", 1, "--epochs", 4, "--batch-size", 16]
+    given = [
+        "--data",
+        folder,
+        "--out",
+        tmp_path / "run",
+        "--method",
+        "lc",
+        "--codebook",
+        codebook,
+        "--bits",
+        1,
+        "--epochs",
+        4,
+        "--batch-size",
+        16,
+    ]
     result = main(Mnist, [*map(str, given), "--no-onnx", "--lr", "0.01"])
-    assert result["mib"] < float_mib(MODELS["lenet300"]()) / 6
+    assert result["size_mib"] < float_mib(MODELS["lenet300"]()) / 6
     assert 0 <= result["score"] <= 100

@@ -1,0 +1,215 @@
+"""Language, separation, sentence pairs and ImageNet: their formats, what is missing or broken, and a short training of each."""
+
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from recipes.common.main import main
+from recipes.common.recipe import Lacking
+from recipes.data.glue import read_pairs
+from recipes.data.imagenet import load_pictures
+from recipes.data.stems import MUSDB, load_stems
+from recipes.data.wikitext import numbers, read_words, vocabulary
+from recipes.glue import Glue
+from recipes.imagenet import ImageNet
+from recipes.language import Language
+from recipes.models.language import AdaptiveTransformer
+from recipes.separation import Separation, sdr
+
+TEXT = " = Heading = \n\n the cat sat on the mat . \n the dog , unlike the cat , ran . \n"
+
+
+def wav(path, samples, bits=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(bits // 8)
+        file.setframerate(800)
+        file.writeframes(samples.astype({8: np.uint8, 16: "<i2"}[bits]).tobytes())
+
+
+def make_text(folder):
+    for part, times in (("train", 40), ("test", 8)):
+        (folder / f"wiki.{part}.tokens").write_text(times * TEXT, encoding="utf-8")
+    return ["--context", "8"]
+
+
+def make_stems(folder):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for track in "ab":
+            for source in MUSDB:
+                wav(folder / part / track / f"{source}.wav", rng.integers(-9000, 9000, (2000, 2)))
+    return ["--seconds", "0.3"]
+
+
+def make_pairs(folder):
+    pytest.importorskip("transformers")
+    lines = ["index\tsentence1\tsentence2\tlabel1\tgold_label"]
+    for i in range(24):
+        label = ("entailment", "neutral", "contradiction", "-")[i % 4]
+        lines.append(f'{i}\tA "man number {i} walks .\tSomebody moves {i} times .\t{label}\t{label}')
+    for name in ("train.tsv", "dev_matched.tsv"):
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ["--width", "64", "--layers", "1", "--length", "16", "--words", "300"]
+
+
+def make_pictures(folder):
+    pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for number, name in enumerate(("n01440764", "n01443537")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(6):
+                shape = (40 + i, 50, 3) if i else (40, 50)  # ImageNet has grey ones, too
+                Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / part / name / f"{number}_{i}.JPEG")
+    return ["--tiny", "--size", "32", "--min-size", "0", "--model", "deit_b_distilled", "--distil"]
+
+
+RECIPES = {
+    "language": (Language, make_text),
+    "separation": (Separation, make_stems),
+    "glue": (Glue, make_pairs),
+    "imagenet": (ImageNet, make_pictures),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_whole_of_it_from_a_command(tmp_path, name):
+    recipe, make = RECIPES[name]
+    options = make(tmp_path)
+    result = main(recipe, ["--smoke", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    assert (result["resumed_at"], result["steps"]) == (1, 2)
+    assert result["onnx"]["score"] == pytest.approx(result["score"], rel=1e-3, nan_ok=False)
+    assert result["size_mib"] < result["float_mib"] / 3
+
+
+def test_ipq_rounds_layer_group_by_layer_group_and_resumes(tmp_path, capsys):
+    options = ["--data", str(tmp_path), "--method", "pq", "--bits", "4", "--no-onnx", "--epochs", "0.2", "--finetune-epochs", "0.1"]
+    options += [*make_pairs(tmp_path), "--batch-size", "2", "--out", str(tmp_path / "run")]
+    first = main(Glue, options)
+    told = capsys.readouterr().out
+    assert all(f"stage {i}" in told for i in range(3))
+    again = main(Glue, options)  # all stages are in the checkpoint
+    assert "stage" not in capsys.readouterr().out
+    assert again["score"] == first["score"]
+    assert again["packed"] == first["packed"]
+
+
+class TestText:
+    def test_words_and_their_numbers(self, tmp_path):
+        make_text(tmp_path)
+        words = read_words(tmp_path / "wiki.train.tokens")
+        assert words[:12] == ["=", "Heading", "=", "<eos>", "the", "cat", "sat", "on", "the", "mat", ".", "<eos>"]
+        known = vocabulary(words, least=80)
+        assert list(known) == ["the", "<eos>", ",", ".", "=", "cat", "<unk>"]
+        assert numbers(["cat", "bird"], known).tolist() == [5, 6]
+
+    def test_what_is_missing_or_broken(self, tmp_path):
+        with pytest.raises(Lacking, match=r"there is no .*wiki.train.tokens.*\n.*wikitext-103-v1.zip"):
+            read_words(tmp_path / "wiki.train.tokens")
+        (tmp_path / "cut").write_bytes("é".encode()[:1])
+        with pytest.raises(Lacking, match="cut is no text in UTF-8"):
+            read_words(tmp_path / "cut")
+        (tmp_path / "empty").write_text("\n\n")
+        with pytest.raises(Lacking, match="empty has no words"):
+            read_words(tmp_path / "empty")
+
+    def test_the_adaptive_softmax_is_a_distribution_of_all_words(self):
+        model = AdaptiveTransformer(50, cutoffs=(10, 30), width=32, heads=2, hidden=32, layers=2, context=8).eval()
+        ids = torch.randint(50, (2, 8))
+        logs = model(ids)
+        assert logs.shape == (2, 8, 50)
+        torch.testing.assert_close(logs.exp().sum(-1), torch.ones(2, 8))
+        later = ids.clone()
+        later[:, 5:] = 0
+        torch.testing.assert_close(model(later)[:, :5], logs[:, :5])
+
+
+class TestStems:
+    def test_wav_files_stay_on_disk_and_end_in_zeros(self, tmp_path):
+        make_stems(tmp_path)
+        train, test, rate = load_stems(tmp_path)
+        assert (len(train), len(test), rate, len(train[0])) == (2, 2, 800, 2000)
+        assert isinstance(train[0].sources[1], np.memmap)
+        with wave.open(str(tmp_path / "train" / "a" / "bass.wav")) as file:
+            expected = np.frombuffer(file.readframes(2000), "<i2").reshape(2000, 2)
+        part = train[0].part(1, 1990, 20)
+        assert np.array_equal(part[:, :10] * 32768, expected[1990:].T)
+        assert not part[:, 10:].any()
+
+    def test_what_is_missing_or_broken(self, tmp_path):
+        with pytest.raises(Lacking, match=r"train has no folders of tracks.*\n.*MUSDB18-HQ at"):
+            load_stems(tmp_path)
+        make_stems(tmp_path)
+        bass = tmp_path / "test" / "b" / "bass.wav"
+        content = bass.read_bytes()
+        for broken, says in ((content[:10], "no WAV file"), (content[:-100], "no WAV file"), (None, "there is no .*bass.wav")):
+            bass.unlink()
+            if broken is not None:
+                bass.write_bytes(broken)
+            with pytest.raises(Lacking, match=says):
+                load_stems(tmp_path)
+            bass.write_bytes(content)
+        wav(bass, np.zeros((10, 2)), bits=8)
+        with pytest.raises(Lacking, match="has 8 bits a sample, expected 16"):
+            load_stems(tmp_path)
+
+    def test_sdr_is_that_of_each_second(self):
+        target = torch.randn(1, 2, 2, 20)
+        estimate = target.clone()
+        estimate[..., :10] *= 0.9
+        estimate[..., 10:] *= 0.5
+        target[:, 1, :, 10:] = 0
+        found = sdr(estimate, target, 10, 2)
+        torch.testing.assert_close(found[0, 0], torch.tensor([20.0, 6.0206]), rtol=1e-4, atol=1e-3)
+        assert found[0, 1, 1].isnan()
+
+
+class TestPairs:
+    def test_pairs_without_a_label_are_left_out(self, tmp_path):
+        make_pairs(tmp_path)
+        pairs, labels = read_pairs(tmp_path / "train.tsv")
+        assert labels[:6] == [0, 1, 2, 0, 1, 2]
+        assert pairs[3] == ('A "man number 4 walks .', "Somebody moves 4 times .")
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            (None, r"there is no .*x.tsv.*\n.*MNLI.zip at"),
+            ("index\tsentence1\tsentence2\n", "it lacks gold_label.*test files of GLUE"),
+            ("sentence1\tsentence2\tgold_label\na\tb\n", "line 2 has 2 cells, the first line 3"),
+            ("sentence1\tsentence2\tgold_label\na\tb\tyes\n", "line 2 has the label 'yes'"),
+        ],
+    )
+    def test_what_is_missing_or_broken(self, tmp_path, content, says):
+        if content is not None:
+            (tmp_path / "x.tsv").write_text(content)
+        with pytest.raises(Lacking, match=says):
+            read_pairs(tmp_path / "x.tsv")
+
+
+class TestPictures:
+    def test_folders_are_classes(self, tmp_path):
+        make_pictures(tmp_path)
+        pictures = load_pictures(tmp_path / "train")
+        assert pictures.classes == ["n01440764", "n01443537"]
+        assert pictures.labels.tolist() == [0] * 6 + [1] * 6
+        whole, crop = (pictures.read([0, 7], 16, crops)[1].result() for crops in (None, np.full((2, 4), 0.3)))
+        assert whole.shape == crop.shape == (3, 16, 16)
+        assert load_pictures(tmp_path / "train", 2).labels.tolist() == [0, 1]
+
+    def test_what_is_missing_or_broken(self, tmp_path):
+        with pytest.raises(Lacking, match=r"train has no folders of classes.*\n.*https://image-net.org"):
+            load_pictures(tmp_path / "train")
+        make_pictures(tmp_path)
+        (tmp_path / "train" / "n01440764" / "0_1.JPEG").write_bytes(b"no picture")
+        with pytest.raises(Lacking, match="0_1.JPEG is no picture"):
+            load_pictures(tmp_path / "train").read([1], 16, None)[0].result()
+        (tmp_path / "train" / "n5").mkdir()
+        with pytest.raises(Lacking, match="classes without a picture .*: n5"):
+            load_pictures(tmp_path / "train")
