@@ -4,9 +4,26 @@ A bad argument is a ``ValueError`` or ``TypeError``, as everywhere in Python; a 
 a :class:`DiffQError`. Every message says which weight or node, what was expected against what was found, and what to do.
 """
 
+import re
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Text with its control characters spelled out: what a stranger's file calls its tensors must do nothing to a terminal.
+
+    Example:
+        >>> print(visible("weight\x1b[2J"))
+        weight\x1b[2J
+    """
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class DiffQError(Exception):
     """A model, graph or file that diffq_fx cannot work on."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class CaptureError(DiffQError):

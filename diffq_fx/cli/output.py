@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from diffq_fx.errors import DiffQError
+from diffq_fx.errors import DiffQError, visible
 
 MIB = 2**20
 _PIPE_WIDTH = 160
@@ -50,7 +50,7 @@ def command(work: Callable[..., Answer]) -> Callable[..., None]:
         else:
             console = _standard_output()
             for each in answer.shown:
-                console.print(each, markup=False, soft_wrap=isinstance(each, str))
+                console.print(visible(each) if isinstance(each, str) else each, markup=False, soft_wrap=isinstance(each, str))
         if answer.failed:
             _fail(answer.failed)
 
@@ -78,7 +78,7 @@ def errors_as_messages() -> Iterator[None]:
 
 
 def _fail(message: str, cause: BaseException | None = None, code: int = BAD_INPUT) -> None:
-    Console(stderr=True).print(f"diffq-fx: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(visible(f"diffq-fx: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code) from cause
 
 
@@ -90,7 +90,7 @@ def _standard_output() -> Console:
 
 def new_table(title: str, *, folded: Sequence[str] = (), left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
     """An empty table. Its title is taken literally, square brackets included; columns to fold come first, then those of one line."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(visible(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in folded:
         table.add_column(heading, overflow="fold")
     for heading in (*left, *right):
@@ -99,8 +99,8 @@ def new_table(title: str, *, folded: Sequence[str] = (), left: Sequence[str] = (
 
 
 def add_row(table: Table, *cells: str, style: str | None = None, end_section: bool = False) -> None:
-    """Add a row of literal text: names in a file may hold square brackets, which are markup to rich."""
-    table.add_row(*(Text(cell) for cell in cells), style=style, end_section=end_section)
+    """Add a row of literal text: names in a file may hold square brackets, which are markup to rich, or commands to the terminal."""
+    table.add_row(*(Text(visible(cell)) for cell in cells), style=style, end_section=end_section)
 
 
 def mib(size_bytes: int | None) -> str:

@@ -226,6 +226,8 @@ def test_a_header_that_is_longer_than_the_file_or_nested_without_end(tmp_path):
     refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "its header is not JSON")
     text = b'{"a":' + b"1" * 10**6 + b"}"
     refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "its header is not JSON")
+    text = rb'{"a":["\ud83d\ude00", "\uD83D"]}'
+    refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "its header is not JSON .*surrogates not allowed")
     text = b'{"a":1,"a":2}'
     refuse(tmp_path / "m", struct.pack("<Q", len(text)) + text, "the name 'a' occurs twice")
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from diffq_fx.cli import app
+from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
 
 
@@ -160,3 +161,13 @@ def test_a_file_is_not_written_over_itself(command, kind, packed, tmp_path):
     assert result.exit_code == 2
     assert "is the same file as" in result.stderr
     assert source.read_bytes() == before
+
+
+def test_control_characters_in_names_are_shown_not_obeyed(tmp_path):
+    clear = "\x1b[2J"
+    path = save_packed(converted(store(f"w{clear}", (4, 4)), **{f"b\r{clear}": torch.zeros(3)}), tmp_path / "m")
+    found = CliRunner().invoke(app, ["inspect", str(path), "--all"])
+    assert found.exit_code == 0
+    assert {r"w\x1b[2J", r"b\r\x1b[2J"} <= set(found.output.split())
+    with pytest.raises(PackedFileError, match=r"there is no tensor 'x' in the file; it has 'b\\r\\x1b\[2J', 'w\\x1b\[2J'"):
+        load_packed(path, names=["x"])

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.differences import OutputDifference, difference_of
-from diffq_fx.export.onnx.files import MIB, load_graph, size_bytes
+from diffq_fx.export.onnx.files import MIB, blaming, load_graph, size_bytes
 from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
@@ -124,7 +124,7 @@ def compare_latency(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     paths = (path_a, path_b)
     models = [load_graph(path) for path in paths]
-    sizes = [size_bytes(path, external_locations(find_constants(model))) / MIB for path, model in zip(paths, models, strict=True)]
+    sizes = [_mib(path, model) for path, model in zip(paths, models, strict=True)]
     entries = [session_entries(model) for model in models]
     a, b = (open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True))
     signature = signature_of(a.get_inputs())
@@ -164,6 +164,11 @@ def _outputs_of(
         raise DiffQError(
             f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
         ) from error
+
+
+def _mib(path: str | Path, model: "ModelProto") -> float:
+    with blaming(path):
+        return size_bytes(path, external_locations(find_constants(model))) / MIB
 
 
 def _sizes_of_examples(models: "Sequence[ModelProto]", signature: Sequence[TensorSignature]) -> dict[str, int]:

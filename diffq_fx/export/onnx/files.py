@@ -4,7 +4,8 @@ Nothing here decodes a tensor, so a file is read as fast as protobuf parses it a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,22 @@ MIB = 2**20
 """Bytes in a MiB, the unit of every size that people read."""
 
 _SUB_BYTE_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
+
+
+@contextmanager
+def blaming(path: str | Path) -> Iterator[None]:
+    """Turn what fails because of what a file says into an error that names the file."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:  # protobuf and JSON can say anything
+        raise DiffQError(f"{str(path)!r} is damaged: {error!r}. Export or download it again.") from error
 
 
 def load_graph(path: str | Path) -> "ModelProto":
@@ -108,7 +125,12 @@ def external_region(tensor: "TensorProto") -> Region | None:
         return None
     entries = {entry.key: entry.value for entry in tensor.external_data}
     length = int(entries["length"]) if "length" in entries else payload_bytes(tensor)
-    return Region(entries.get("location", ""), int(entries.get("offset", 0)), length)
+    region = Region(entries.get("location", ""), int(entries.get("offset", 0)), length)
+    if min(region.length, region.offset) < 0:
+        raise ValueError(f"tensor '{tensor.name}' has {length} bytes at {region.offset}")
+    if Path(region.location).is_absolute() or ".." in Path(region.location).parts:
+        raise DiffQError(f"tensor '{tensor.name}' keeps weights outside of its folder, in '{region.location}', which is not looked at.")
+    return region
 
 
 def size_bytes(path: str | Path, locations: Iterable[str]) -> int:

@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffq_fx.export.onnx.files import (
     Region,
+    blaming,
     container_bits,
     dtype_name,
     external_region,
@@ -22,6 +23,9 @@ from diffq_fx.export.onnx.files import (
 )
 from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, metadata_of
 from diffq_fx.export.onnx.usage import Constant, external_locations, find_constants
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Role = Literal["quantized", "scale", "zero_point", "float", "other"]
 
@@ -158,6 +162,11 @@ def inspect_onnx(path: str | Path) -> OnnxInspection:
         (('MatMul',), 32, 32)
     """
     model = load_graph(path)
+    with blaming(path):
+        return _inspected(model, path)
+
+
+def _inspected(model: "ModelProto", path: str | Path) -> OnnxInspection:
     metadata = metadata_of(model)
     constants = find_constants(model)
     total = size_bytes(path, external_locations(constants))
@@ -175,7 +184,7 @@ def inspect_onnx(path: str | Path) -> OnnxInspection:
         path=str(path),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         ir_version=model.ir_version,
-        opsets={"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in model.opset_import},
+        opsets={"" if entry.domain == "ai.onnx" else str(entry.domain): entry.version for entry in model.opset_import},
         file_bytes=total,
         tensors=tuple(reports),
         metadata=metadata,

@@ -185,22 +185,23 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
         >>> from_props({"author": "somebody"}) is None
         True
     """
-    ours = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(PREFIX)}
-    if "schema" not in ours:
-        return None
     try:
+        ours = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(PREFIX)}
+        if "schema" not in ours:
+            return None
         schema = int(ours["schema"])
         if schema > SCHEMA_VERSION:
             raise ExportError(f"diffq_fx metadata of schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade diffq_fx.")
         return ExportMetadata(
-            layout=ours["layout"],
-            activations=ours.get("activations", "float"),
-            target=ours.get("target"),
-            session={key: value for key, value in ours.items() if key.startswith("session.")},
-            **{name: json.loads(ours.get(name, "{}")) for name in _SIZES},
+            layout=_text(ours["layout"]),
+            activations=_text(ours.get("activations", "float")),
+            target=_text(ours["target"]) if "target" in ours else None,
+            session={key: _text(value) for key, value in ours.items() if key.startswith("session.")},
+            sizes={_text(name): _count(size) for name, size in json.loads(ours.get("sizes", "{}")).items()},
+            fixed_sizes={_text(name): _text(why) for name, why in json.loads(ours.get("fixed_sizes", "{}")).items()},
             weights=tuple(_record(name, entry) for name, entry in json.loads(ours["weights"]).items()),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # JSON can say anything
         raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
 
 
@@ -241,7 +242,27 @@ def _record(name: str, entry: dict[str, Any]) -> WeightRecord:
     known = {f.name for f in fields(WeightRecord)} - {"name"}
     values = {key: value for key, value in entry.items() if key in known}
     for key in ("bits", "containers"):
-        values[key] = {int(width): int(count) for width, count in values[key].items()}
-    for key in ("aliases", "shape", "products", "remarks", "initializers"):
-        values[key] = tuple(values.get(key, ()))
-    return WeightRecord(name=name, **values)
+        values[key] = {_count(int(width)): _count(count) for width, count in values[key].items()}
+        if not values[key] or 0 in values[key]:
+            raise ValueError(f"weight {name!r} has {key} {values[key]}")
+    for key, parse in _LISTS.items():
+        values[key] = tuple(map(parse, values.get(key, ())))
+    texts = {key: _text(values[key]) for key in _TEXTS if key in values}
+    return WeightRecord(name=_text(name), **values | texts | {"axis": _count(values["axis"])})
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.100} is not text")
+    value.encode()  # half of a surrogate pair is an error
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r:.100} is not a number of things")
+    return value
+
+
+_TEXTS = ("grid", "rule", "choice", "reason")
+_LISTS = {"aliases": _text, "shape": _count, "products": _text, "remarks": _text, "initializers": _text}

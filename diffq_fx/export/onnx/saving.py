@@ -1,6 +1,7 @@
 """Writes ONNX files: a draft is written and checked in a folder of its own, then takes the place of the target."""
 
 import os
+import re
 from itertools import chain, count
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from diffq_fx.atomic import naming, put_in_place
 from diffq_fx.errors import DiffQError, ExportError
-from diffq_fx.export.onnx.files import load_graph
+from diffq_fx.export.onnx.files import blaming, load_graph
 from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.usage import external_locations, find_constants
 
@@ -82,8 +83,8 @@ def _own_data_of(path: Path) -> list[Path]:
     """The second file of what an earlier export has left under ``path``."""
     try:
         model = load_graph(path)
-        is_ours = metadata_of(model) is not None
+        with blaming(path):
+            names = external_locations(find_constants(model)) if metadata_of(model) is not None else []
     except (OSError, DiffQError):  # no file, or not one of ours
         return []
-    names = external_locations(find_constants(model)) if is_ours else []
-    return [path.with_name(name) for name in names if name.startswith(f"{path.name}.") and name.endswith(".data")]
+    return [path.with_name(name) for name in names if re.fullmatch(rf"{re.escape(path.name)}\.[^/\\\0]*\.data", name)]

@@ -1,6 +1,6 @@
 """onnxruntime sessions with the options that our files want, and that they carry in their metadata.
 
-A file may ask for session entries there: ``diffq_fx.session.disable_quant_qdq = 1`` sets onnxruntime's ``session.disable_quant_qdq``.
+A file may ask for session entries there: ``diffq_fx.session.qdq_matmulnbits_accuracy_level = 4`` sets onnxruntime's entry of that name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,15 @@ def wanted_entries(layout: str) -> dict[str, str]:
 
 
 def session_entries(model: "ModelProto") -> dict[str, str]:
-    """The session entries that a file asks for in its metadata: onnxruntime's key -> value."""
-    return {entry.key.removeprefix(PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(f"{PREFIX}session.")}
+    """The session entries that a file asks for in its metadata: onnxruntime's key -> value.
+
+    An error for any that no file of ours needs: with others onnxruntime reads from elsewhere.
+    """
+    props = {str(entry.key): entry.value for entry in model.metadata_props}  # protobuf gives bytes for what is no text
+    entries = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(f"{PREFIX}session.")}
+    if others := sorted(entries.keys() - {EXACT_LEVEL[0]}):
+        raise ExportError(f"the file asks for the session entry '{others[0]}', which no exported file needs. Export the model again.")
+    return entries
 
 
 def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) -> Any:

@@ -5,8 +5,9 @@ the graphs inside its nodes and of its functions) through the operators that onl
 operator that computes with it. The path of operators is part of the answer: it decides whether onnxruntime fuses.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -36,6 +37,8 @@ _QUANTIZED_INPUTS: dict[str, tuple[_Positions, ...]] = {
 """Positions of values, scale and zero point among the inputs of operators that take, or give, quantized values."""
 
 _SEPARATOR = " > "
+_MOST_WAYS = 200_000
+_MOST_VALUES = 1 << 63
 
 Part = Literal["scale", "zero_point"]
 
@@ -110,7 +113,7 @@ def find_constants(model: "ModelProto") -> list[Constant]:
     Returns:
         The constants in the order of the file: those of the graph, of the graphs inside its nodes, of its functions.
     """
-    walk = _Walk({(function.domain, function.name): function for function in model.functions})
+    walk = _Walk({(function.domain, function.name): function for function in model.functions}, itertools.count())
     walk.graph(model.graph, "", {})
     for function in model.functions:
         walk.nodes(function, f"{function.name}/", {})
@@ -126,8 +129,8 @@ def external_locations(constants: Iterable[Constant]) -> list[str]:
 class _Walk:
     """A walk over a model, and the constants that it finds."""
 
-    def __init__(self, functions: "dict[tuple[str, str], FunctionProto]") -> None:
-        self.functions = functions
+    def __init__(self, functions: "dict[tuple[str, str], FunctionProto]", ways: Iterator[int]) -> None:
+        self.functions, self.ways = functions, ways
         self.found: list[Constant] = []
 
     def graph(self, graph: "GraphProto", scope: str, outer: _Values) -> None:
@@ -144,6 +147,9 @@ class _Walk:
 
     def nodes(self, graph: "GraphProto | FunctionProto", scope: str, values: _Values) -> None:
         for node in graph.node:
+            for _ in range(1 + sum(len(values.get(name, ())) for name in node.input)):
+                if next(self.ways) > _MOST_WAYS:
+                    raise ValueError(f"its constants go more than {_MOST_WAYS} ways through its operators and functions")
             for attribute in node.attribute:
                 inner = {attribute.name: attribute.g} if attribute.HasField("g") else {}
                 inner |= {f"{attribute.name}.{place}": each for place, each in enumerate(attribute.graphs)}
@@ -165,7 +171,8 @@ class _Walk:
         body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
         given = {trace.constant: trace for of_one in body.values() for trace in of_one}
         readers = {constant: dict(constant.readers) for constant in given}
-        _Walk(self.functions).nodes(function, "", body)  # its own constants count once, with the function
+        others = {key: each for key, each in self.functions.items() if each is not function}  # no function may call itself
+        _Walk(others, self.ways).nodes(function, "", body)  # its own constants count once, with the function
         carried = {trace.constant for name in function.output for trace in body.get(name, ())}
         for constant, trace in given.items():
             constant.readers = readers[constant]  # without the operators of the body
@@ -176,6 +183,9 @@ class _Walk:
             values[name] = tuple(replace(trace, path=(*given[trace.constant].path, node.op_type)) for trace in traces)
 
     def _add(self, constant: Constant, name: str, values: _Values) -> None:
+        for sides in (constant.shape, constant.tensor.dims):
+            if min(sides, default=0) < 0 or math.prod(sides) >= _MOST_VALUES:
+                raise ValueError(f"tensor '{constant.name}' has the shape {list(sides)}")
         self.found.append(constant)
         values[name] = (_Trace(constant),)
 

@@ -176,6 +176,8 @@ def _parse(text: bytes) -> dict[str, Any]:
     """JSON that is an object, without double names and without numbers that are none."""
     try:
         value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
+        if b"\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text, and an error
     except (ValueError, RecursionError) as error:
         raise PackedFileError(f"is not a packed file, or is damaged: its header is not JSON ({error})") from error
     if not isinstance(value, dict):

@@ -1,0 +1,78 @@
+"""Any settings at all: refused in a sentence before anything is changed, or a training whose size is met and whose result leaves as a file."""
+
+import copy
+import warnings
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq
+from diffq_fx.errors import PreparationError
+from diffq_fx.export import load_packed, save_packed
+
+ODD = st.sampled_from([0, -1, 1e9, float("nan"), float("inf"), True, "four", None, (3,)])
+SETTINGS = {
+    "target_bits": st.floats(0.3, 17),
+    "target_mib": st.floats(1e-4, 0.02),
+    "penalty": st.floats(1e-6, 1e6),
+    "size_of": st.sampled_from(["widths", "onnx_file", "packed_file"]),
+    "group_size": st.sampled_from(["tensor", "channel", 1, 3, 8, 1000]),
+    "range_per": st.sampled_from(["tensor", "channel", "group"]),
+    "clip_ranges": st.booleans(),
+    "grid": st.sampled_from(["half", "affine", "symmetric", "float"]),
+    "noise": st.sampled_from(["uniform", "gaussian"]),
+    "min_bits": st.floats(1, 9),
+    "max_bits": st.floats(2, 16),
+    "widths": st.lists(st.integers(1, 16), min_size=1, max_size=4).map(lambda each: tuple(sorted(each))),
+    "init_bits": st.floats(1, 16),
+    "training_steps": st.integers(1, 4),
+}
+CONFIGS = st.fixed_dictionaries({}, optional={name: st.one_of(*[values] * 12, ODD) for name, values in SETTINGS.items()})
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5))
+
+
+X = torch.linspace(-1, 1, 64).reshape(2, 2, 4, 4)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(given_settings=CONFIGS)
+def test_any_settings(tmp_path_factory, given_settings):
+    torch.manual_seed(0)
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    try:
+        config = DiffQConfig(**given_settings)
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith("DiffQConfig: ")
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiffQWarning)
+        try:
+            prepared = prepare_diffq(model, X, config)
+        except (PreparationError, ValueError) as error:
+            assert len(str(error)) > 40
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+            return
+        optimizer = torch.optim.Adam(prepared.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimizer.zero_grad()
+            prepared(X).square().mean().backward()
+            assert all(each.grad is None or each.grad.isfinite().all() for each in prepared.parameters())
+            optimizer.step()
+        prepared.eval()
+        wanted, size, compression = prepared(X), model_size(prepared, exact=True), prepared.compression
+        assert set(compression.width_T().tolist()) <= set(config.limits.widths)
+        if config.target_bits is not None:
+            assert size * 2**23 - compression.rest_bits_now() <= config.target_bits * compression.groups().num_weights + 1e-6
+        if config.target_mib is not None:
+            assert size <= config.target_mib
+        converted = convert_diffq(prepared).eval()
+    assert torch.equal(converted(X), wanted)
+    loaded = net()
+    load_packed(loaded, save_packed(converted, tmp_path_factory.mktemp("any") / "m"))
+    torch.testing.assert_close(loaded(X), wanted)
