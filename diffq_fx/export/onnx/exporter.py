@@ -128,9 +128,7 @@ def export_onnx(
     """
     _compat.check_torch_translates_operators()
     layout, min_container = layout_and_container(runtime, layout, min_container)
-    check_options(
-        layout, activations, target, min_container, calibration, cache=cache, sizes_given=dynamic_shapes is not None
-    )
+    check_options(layout, activations, target, min_container, calibration, cache=cache, sizes_given=dynamic_shapes is not None)
     if opset is not None and not isinstance(opset, int):
         raise TypeError(f"opset must be a whole number or None, got {opset!r}.")
     converted = unwrapped(converted)
