@@ -22,6 +22,11 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), attribute
 
 
+def names_of(module: nn.Module, parameter: object) -> list[str]:
+    """All names of a parameter, which may be tied."""
+    return [name for name, each in module.named_parameters(remove_duplicate=False) if each is parameter]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WeightSpec:
     """One weight to quantize: which, its shape, its output channel axis and how it is divided into groups.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffq_fx.errors import PreparationError
 from diffq_fx.parts import CHILD
 from diffq_fx.sharded import is_sharded
-from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, owner_of
+from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, names_of, owner_of
 
 HANDED = "handed_weights"
 """Keyword under which a module that a graph calls whole gets the tensors to use as its weights, by name."""
@@ -199,8 +199,8 @@ def tied_since(model: nn.Module) -> str:
     for registry, name in (*(quantizer.place for quantizer in quantizers), *(compression.rest if quantizers else ())):
         tensor = registry.get(name)
         if id(tensor) in seen:
-            names = [each for each, parameter in model.named_parameters(remove_duplicate=False) if parameter is tensor]
-            return f"weights {' and '.join(map(repr, names))} are one Parameter now, and were not when the model was prepared"
+            names = " and ".join(map(repr, names_of(model, tensor)))
+            return f"weights {names} are one Parameter now, and were not when the model was prepared"
         if isinstance(tensor, nn.Parameter):
             seen.add(id(tensor))
     return ""

@@ -28,7 +28,7 @@ from diffq_fx.hub import tell_libraries
 from diffq_fx.integrations.method_json import record_of_json, record_to_json
 from diffq_fx.parts import CHILD, parts_of
 from diffq_fx.storage import StoredWeight
-from diffq_fx.weights import STORED_SUFFIX, owner_of
+from diffq_fx.weights import STORED_SUFFIX, names_of, owner_of
 
 try:
     from transformers import PreTrainedModel
@@ -128,7 +128,7 @@ class PackedWeightsQuantizer(HfQuantizer):
                 continue
             blob = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
             self._names.append(name)
-            for each in _names_of(model, weight):
+            for each in names_of(model, weight):
                 owner, attribute = owner_of(model, each)
                 owner._parameters[attribute] = blob
 
@@ -149,7 +149,7 @@ class PackedWeightsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Make stored weights of the bytes."""
-        blobs = [(_names_of(model, blob), blob) for blob in map(model.get_parameter, self._names)]
+        blobs = [(names_of(model, blob), blob) for blob in map(model.get_parameter, self._names)]
         owned: dict[nn.Module, list[str]] = {}
         for names, stored in in_threads(lambda each: (each[0], _unpacked(*each)), blobs):
             device = model.get_parameter(names[0]).device
@@ -213,11 +213,6 @@ def _names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str | N
     known = {each for each, _ in (*model.named_parameters(remove_duplicate=False), *model.named_modules(remove_duplicate=False))}
     ways = {name: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) for name in names}
     return {name: next((each for each in candidates if each in known), None) for name, candidates in ways.items()}
-
-
-def _names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
-    """All names of a parameter that may be tied."""
-    return [name for name, each in model.named_parameters(remove_duplicate=False) if each is parameter]
 
 
 def _unpacked(names: list[str], blob: Tensor) -> StoredWeight:

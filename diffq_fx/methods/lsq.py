@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffq_fx import functional
 from diffq_fx.functional import Grid, QuantParams, quant_params
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
-from diffq_fx.kernels import least_error_range
+from diffq_fx.kernels import least_error_range, rounding_errors
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -127,17 +127,11 @@ def least_error_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
     best = quant_params(*least_error_range(rows_OI, layout, width, layout, "symmetric"), width, "symmetric").scale
     # Ranges that span the weights have one level more above zero than LSQ: its largest level may want a larger step than they have.
     most = (2**bits - 1) / (2**bits - 2)
-    least = _rounding_error(rows_OI, best, layout, bits)
-    for factor in torch.arange(1 + _FINENESS, most + _FINENESS, _FINENESS).clamp(max=most).tolist():
-        error = _rounding_error(rows_OI, widest * factor, layout, bits)
-        best, least = torch.where(error < least, widest * factor, best), torch.minimum(error, least)
-    return best
-
-
-def _rounding_error(rows_OI: Tensor, step: Tensor, layout: GroupLayout, bits: int) -> Tensor:
-    """Squared error of each group, shape (R, C)."""
-    step_OI, half = layout.expand(step), 2 ** (bits - 1)
-    return layout.sum(((rows_OI / step_OI).round_().clamp_(-half, half - 1).mul_(step_OI) - rows_OI).square())
+    factors = torch.arange(1 + _FINENESS, most + _FINENESS, _FINENESS).clamp(max=most).tolist()
+    steps_KRC = torch.stack([best, *(widest * factor for factor in factors)])
+    middle_KRC = torch.full_like(steps_KRC, 2 ** (bits - 1), dtype=torch.int32)
+    errors_KRC = rounding_errors(rows_OI, QuantParams(steps_KRC, middle_KRC, None), width, layout)
+    return steps_KRC.gather(0, errors_KRC.argmin(0, keepdim=True))[0]
 
 
 class _LearnedStep(torch.autograd.Function):

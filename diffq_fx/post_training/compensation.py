@@ -13,7 +13,7 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.budget.coded_levels import CodedLevels
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import GroupLayout
+from diffq_fx.functional.groups import GroupLayout, rows_of
 
 _BLOCK = 128
 """Columns whose errors are gathered before they go to all later columns, in one matrix product."""
@@ -79,8 +79,7 @@ def compensate(
     height = layout.rows if groups > 1 else max(_PIECE // max(layout.columns, 1), 1)
     for top in range(0, layout.rows, height):
         part = slice(top, min(top + height, layout.rows))
-        part_bits = bits if bits.shape[0] == 1 else bits[part]
-        grid = _Columns(params.of_rows(part), part_bits, layout.of_rows(part), order_I, worth_GI, code)
+        grid = _Columns(params.of_rows(part), rows_of(bits, part), layout.of_rows(part), order_I, worth_GI, code)
         rounded_OI[part] = _rounded(rows_OI[part], spread_GII, grid)
         if code is not None:
             continue
@@ -161,7 +160,7 @@ class _Columns:
     def round(self, values_GR: Tensor, index: int) -> Tensor:
         """The levels for values of the column that is rounded as number ``index``: the nearest ones, or those with the least cost."""
         group = 0 if self.params.scale.shape[1] == 1 else self.order[index] // self.layout.block
-        own = QuantParams(*(None if each is None else each[:, group : group + 1] for each in self.params))  # pyright: ignore[reportArgumentType]
+        own = self.params.map(lambda values: values[:, group : group + 1])
         bits, values_O1 = self.bits[:, group : group + 1], values_GR.reshape(-1, 1)
         if self.code is None:
             return _nearest(values_O1, own, bits, self.column).view_as(values_GR)

@@ -129,7 +129,6 @@ class _Gather:
         return total, count
 
     def other(self, name: str, operator: str) -> None:
-        """Note another reader."""
         self.sums[name].others[operator] = None
 
 

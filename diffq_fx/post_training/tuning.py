@@ -162,7 +162,7 @@ def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object
         known.update(map(id, parameters))
 
     for quantizer in compression.learned:
-        add([quantizer.weight], _WEIGHT_RATE * _step(quantizer))
+        add([quantizer.weight], _WEIGHT_RATE * _mean_step(quantizer))
         known.update(map(id, quantizer.parameters()))
     add([quantizer.logits for quantizer in compression.learned], 1e-3)  # final: they do not move, and tell whose step it is
     clips = [clip for quantizer in compression.learned if (clip := quantizer.clip) is not None]
@@ -175,7 +175,6 @@ def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object
 
 
 @torch.no_grad()
-def _step(quantizer: DiffQWeight) -> float:
-    """The mean step of a weight's grid."""
+def _mean_step(quantizer: DiffQWeight) -> float:
     rows_OI = to_rows(quantizer.weight.detach(), quantizer.spec.axis)
     return float(quantizer.params(rows_OI, quantizer.rounded_bits()).scale.mean())

@@ -105,7 +105,6 @@ def _read_state_dict(source: Path) -> dict[str, Tensor]:
 
 
 def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
-    """A weight at the nearest level of its grid."""
     if not torch.isfinite(weight).all():
         raise PackedFileError(f"weight '{spec.name}' of shape {spec.shape} has values that are not finite.")
     return STEWeight(spec, bits, weight.device).store(weight)
