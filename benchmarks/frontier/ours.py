@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +35,7 @@ def _finish(job: Job, model: nn.Module, setting: str) -> Point:
     mib = float(model_size(model, exact=True))
     converted = convert(model).eval()
     allocation = converted.compression.allocation
-    point: Point = {"mib": mib, "packed_mib": _packed_mib(converted), "setting": setting, **job.task.evaluate(converted)}
+    point: Point = {"mib": mib, "packed_mib": packed_mib(converted), "setting": setting, **job.task.evaluate(converted)}
     if allocation:
         point["allocation"] = allocation
     if job.through_onnx:
@@ -42,7 +43,7 @@ def _finish(job: Job, model: nn.Module, setting: str) -> Point:
     return point
 
 
-def _packed_mib(converted: nn.Module) -> float:
+def packed_mib(converted: nn.Module) -> float:
     """Size of the entropy-coded file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -97,9 +98,9 @@ def _paper(job: Job) -> Point:
     return _finish(job, model, f"DiffQConfig.paper(penalty={job.chosen_penalty:g}), bits_lr={job.bits_rate:g}")
 
 
-def _lc(job: Job) -> Point:
-    """Adaptive codebooks; the steps are shared out over L steps of one optimizer."""
-    method = LC(entries=2**job.whole_bits)
+def _lc(job: Job, **codebook: object) -> Point:
+    """Adaptive codebooks unless told otherwise; the steps are shared out over L steps of one optimizer."""
+    method = LC(**codebook or {"entries": 2**job.whole_bits})  # pyright: ignore[reportArgumentType]
     model = prepare(job.copy_of_float(), job.task.example, method)
     turns = min(_L_STEPS, job.steps)
     penalty: list[LStep] = []
@@ -112,7 +113,7 @@ def _lc(job: Job) -> Point:
 
     factor = (_MU[1] / _MU[0]) ** (1 / max(turns - 1, 1))
     history = LCLoop(model, l_step, schedule=geometric_schedule(_MU[0], factor, turns), tolerance=0).run()
-    setting = f"LC(entries={method.entries}), {turns} L steps, mu {_MU[0]:g} to {_MU[1]:g}, distance {history[-1].distance:.1e}"
+    setting = f"{_settings(method)}, {turns} L steps, mu {_MU[0]:g} to {_MU[1]:g}, distance {history[-1].distance:.1e}"
     return _finish(job, model, setting)
 
 
@@ -144,6 +145,12 @@ OURS: dict[str, System] = {
     "lsq": System(run=_trained(lambda job: LSQ(bits=job.whole_bits)), summary="learned step size"),
     "quant-noise": System(run=_trained(lambda job: QuantNoise(bits=job.whole_bits, rate=0.5)), summary="Quant-Noise, half of the weights"),
     "lc": System(run=_lc, summary="learning-compression, adaptive codebook"),
+    "lc-binary": System(
+        run=partial(_lc, codebook="scaled_binary"), summary="learning-compression, one scale a weight and its signs", is_default=False
+    ),
+    "lc-ternary": System(
+        run=partial(_lc, codebook="scaled_ternary"), summary="learning-compression, one scale a weight and -1, 0 or 1", is_default=False
+    ),
     "ours-uniform": System(run=_uniform, summary="ours, all groups with the same bits", is_default=False),
     "ours-noise": System(run=_trained(lambda job: _aimed(job, training_steps=10**6)), summary="ours, noise to the end", is_default=False),
     "ours-noise-bn": System(
