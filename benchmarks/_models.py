@@ -39,37 +39,6 @@ class ResNet18(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class _PaddedBlock(nn.Module):
-    """A basic block whose shortcut has no parameters: every second pixel, new channels zero, on both sides."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride, self.padding = (1, 0) if inputs == outputs else (2, outputs // 4)
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding)) if self.stride == 2 else x
-        return F.relu(out + shortcut)
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for images of 32x32 (0.27 M weights)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(_PaddedBlock(16, 16), _PaddedBlock(16, 16), _PaddedBlock(16, 16))
-        self.layer2 = nn.Sequential(_PaddedBlock(16, 32), _PaddedBlock(32, 32), _PaddedBlock(32, 32))
-        self.layer3 = nn.Sequential(_PaddedBlock(32, 64), _PaddedBlock(64, 64), _PaddedBlock(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
-
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, *, activation: bool = True) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(outputs), *([nn.ReLU6()] if activation else [])]

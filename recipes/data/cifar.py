@@ -30,7 +30,7 @@ def load_cifar(path: Path, classes: int, limit: int = 0) -> tuple[Part, Part]:
         limit: 0 for all.
     """
     if path.is_file() and path.suffix == ".npz":
-        return _jpegs(path, "train", limit), _jpegs(path, "test", limit)
+        return load_jpegs(path, "train", limit), load_jpegs(path, "test", limit)
     for kind, read in ((_PICKLES, _pickled), (_BINARY, _binary)):
         name, train, test, extra = kind[classes]
         for folder in (path, path / name):
@@ -84,8 +84,8 @@ def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return labels
 
 
-def _jpegs(path: Path, part: str, limit: int) -> Part:
-    """An npz with ``<part>_blob``, ``<part>_off`` and ``<part>_y``: JPEG files in one row, where each begins, and labels."""
+def load_jpegs(path: Path, part: str, limit: int = 0) -> Part:
+    """Read train or test of an npz with ``<part>_blob``, ``<part>_off`` and ``<part>_y``: JPEGs in one row, where each begins, labels."""
     if importlib.util.find_spec("PIL") is None:
         raise Lacking("Images in JPEG need pillow: pip install pillow.")
     from PIL import Image

@@ -17,9 +17,9 @@ from benchmarks.frontier.job import budget_mib
 from benchmarks.frontier.points import KEY, read_points
 from benchmarks.frontier.report import report_task
 from benchmarks.frontier.tasks import TASKS, Task
-from benchmarks.frontier.tasks.base import Lacking
 from diffq_fx import convert, model_size, prepare
 from diffq_fx.methods import STE
+from recipes.common.recipe import Lacking
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("DIFFQ_FX_DATA", ROOT.parent / "shared" / "data"))

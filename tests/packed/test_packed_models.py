@@ -5,11 +5,11 @@ import torch
 from packed_models import assert_equal
 from torch import nn
 
-from benchmarks._models import ResNet20
 from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq, setup_optimizer
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.storage import IntegerWeight
+from recipes.models.cifar import ResNet20
 
 
 class Net(nn.Module):

@@ -1,15 +1,15 @@
-"""CIFAR: its formats, its nets' sizes, all methods, a resumed training, and the whole of it from a command."""
+"""CIFAR: its formats, its nets' sizes, all methods, and a resumed training."""
 
 import io
 import json
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe_data import images, make_cifar
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,24 +26,10 @@ from recipes.data.cifar import load_cifar
 METHODS = ("diffq", "diffq-paper", "ste", "lsq", "quant-noise", "pq", "lc")
 
 
-def images(count, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (count, 3, 32, 32), np.uint8), rng.integers(0, 10, count)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """CIFAR-10's pickles and CIFAR-100's binary files, of a few images."""
     base = tmp_path_factory.mktemp("cifar")
-    pickles, binary = base / "cifar-10-batches-py", base / "cifar-100-binary"
-    pickles.mkdir()
-    binary.mkdir()
-    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        x, y = images(8, number)
-        (pickles / name).write_bytes(pickle.dumps({b"data": x.reshape(8, -1), b"labels": y.tolist()}))
-    for name in ("train.bin", "test.bin"):
-        x, y = images(8)
-        (binary / name).write_bytes(np.concatenate([y[:, None] // 2, y[:, None], x.reshape(8, -1)], 1).astype(np.uint8).tobytes())
+    make_cifar(base)
     return base
 
 
@@ -196,12 +182,3 @@ def test_each_image_is_shifted_and_mirrored_by_itself():
             possible[crop.numpy().tobytes()] = possible[crop.flip(2).numpy().tobytes()] = True
     assert all(each.contiguous().numpy().tobytes() in possible for each in seen)
     assert len({each.contiguous().numpy().tobytes() for each in seen}) > 30
-
-
-@pytest.mark.slow
-def test_the_whole_of_it_from_a_command(folder, tmp_path):
-    result = main(cifar.Cifar, ["--smoke", "--model", "resnet20", "--data", str(folder), "--out", str(tmp_path / "run")])
-    assert result["resumed_at"] == 1
-    assert result["steps"] == 2
-    assert result["onnx"]["score"] == result["score"]
-    assert Path(tmp_path, "run", "model.onnx").exists()

@@ -1,10 +1,10 @@
 """MNIST: its format, and LC with every codebook."""
 
 import gzip
-import struct
 
 import numpy as np
 import pytest
+from recipe_data import idx, make_mnist
 
 from recipes.common.loop import float_mib
 from recipes.common.main import main
@@ -15,16 +15,9 @@ from recipes.mnist import MODELS, Mnist
 CODEBOOKS = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")
 
 
-def idx(values):
-    return bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape) + values.astype(np.uint8).tobytes()
-
-
 @pytest.fixture
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 64), ("t10k", 20)):
-        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (count, 28, 28))))
-        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
+    make_mnist(tmp_path)
     return tmp_path
 
 

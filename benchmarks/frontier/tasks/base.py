@@ -10,15 +10,12 @@ from torch import Tensor, nn
 
 from benchmarks._result import RESULTS
 from benchmarks.frontier.training import Tell, Training, silent
+from recipes.common.recipe import Lacking
 
 Inputs = tuple[Tensor, ...]
 Batch = tuple[Inputs, Tensor]
 Predict = Callable[..., Tensor]
 """A model, or an onnxruntime session in its place."""
-
-
-class Lacking(SystemExit):
-    """Data or a package that a task needs is not there; the message says how to get it."""
 
 
 class Task(ABC):

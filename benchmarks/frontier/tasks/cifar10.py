@@ -1,19 +1,17 @@
 """CIFAR-10, ResNet-20. The images are JPEG, which costs published models about 10 points."""
 
-import importlib.util
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._models import ResNet20
-from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Task
 from benchmarks.frontier.training import Tell
+from recipes.data.cifar import load_jpegs
+from recipes.models.cifar import ResNet20
 
 
 class Cifar10(Task):
@@ -28,21 +26,12 @@ class Cifar10(Task):
 
     def load(self, folder: Path) -> None:
         """Decode the images."""
-        if importlib.util.find_spec("PIL") is None:
-            raise Lacking("The task cifar10 needs pillow: pip install pillow.")
-        archive = np.load(folder / self.files[0])
-        self.train = self._images(archive, "train", 256 if self.quick else None)
-        self.test = self._images(archive, "test", 100 if self.quick else None)
-
-    @staticmethod
-    def _images(archive: np.lib.npyio.NpzFile, kind: str, count: int | None) -> tuple[Tensor, Tensor]:
-        from PIL import Image
-
-        blob, offsets = archive[f"{kind}_blob"].tobytes(), archive[f"{kind}_off"]
-        edges = offsets if count is None else offsets[: count + 1]
-        pictures = [np.asarray(Image.open(io.BytesIO(blob[a:b]))) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        labels = torch.from_numpy(archive[f"{kind}_y"].astype(np.int64))[:count]
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), labels
+        limits = (256, 100) if self.quick else (0, 0)
+        path = folder / self.files[0]
+        self.train, self.test = (
+            (torch.from_numpy(images).contiguous(), torch.from_numpy(labels))
+            for images, labels in (load_jpegs(path, part, limit) for part, limit in zip(("train", "test"), limits, strict=True))
+        )
 
     def make_float_model(self, folder: Path, tell: Tell) -> nn.Module:
         """Read it."""

