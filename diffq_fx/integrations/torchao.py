@@ -20,7 +20,6 @@ from diffq_fx.methods.base import Method
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.prepare import prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import STORED_SUFFIX, owner_of
 
@@ -255,7 +254,7 @@ def _integers_or_reason(stored: StoredWeight) -> IntegerWeight | str:
         return f"read by {', '.join(others)}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
     if stored.spec.dtype not in _DTYPES:
         return f"{stored.spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
-    integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored
+    integers = stored.as_integers()
     if not isinstance(integers, IntegerWeight):
         return "a codebook that is not integers times one scale"
     bits, layout = int(integers.bits.max()), integers.spec.scale_layout

@@ -96,6 +96,10 @@ class IntegerWeight(StoredWeight):
         """The parts of its sizes."""
         return grid_footprint(self.spec, self.bits)
 
+    def as_integers(self) -> "IntegerWeight":
+        """Itself."""
+        return self
+
     def extra_repr(self) -> str:
         """Name, shape and width for ``print(model)``."""
         return f"{self.spec.name!r}, shape={self.spec.shape}, container_bits={self.container_bits}"

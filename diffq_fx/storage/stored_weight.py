@@ -33,3 +33,7 @@ class StoredWeight(nn.Module, ABC):
     @abstractmethod
     def footprint(self) -> Footprint:
         """The parts of its sizes."""
+
+    def as_integers(self) -> "StoredWeight | None":
+        """The same weight as an :class:`~diffq_fx.storage.IntegerWeight`, which exporters know, where that computes the same bit by bit."""
+        return None

@@ -14,8 +14,7 @@ from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.export.onnx.options import check_options, layout_and_container
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
-from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.storage.codebook import CodebookWeight
+from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import not_finite
 
 
@@ -180,8 +179,6 @@ def _check_converted(converted: nn.Module) -> None:
                 f"export_onnx: {name or type(module).__name__!r} still quantizes {module.spec.name!r} for training. "
                 "Call convert_diffq(model) first and export what it returns."
             )
-        if isinstance(module, StoredWeight) and not isinstance(module, IntegerWeight | CodebookWeight):
-            raise ExportError(f"export_onnx: weight {module.spec.name!r} is a {type(module).__name__}, which has no ONNX form yet.")
     if not any(isinstance(module, StoredWeight) for module in converted.modules()):
         raise ExportError(
             f"export_onnx: the {type(converted).__name__} holds no integer weight. "

@@ -18,11 +18,10 @@ from diffq_fx.export.onnx.causes import failure_cause
 from diffq_fx.export.onnx.decoder import in_mid_text, sizes_of_text, tensors_for_cache
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
-from diffq_fx.export.onnx.layout.apply import Applied, apply_layout
+from diffq_fx.export.onnx.layout.apply import Applied, apply_layout, read_weight
 from diffq_fx.export.onnx.layout.functions import call_functions
 from diffq_fx.export.onnx.layout.request import LayoutRequest
 from diffq_fx.export.onnx.layout.rounding import watch
-from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, to_props
 from diffq_fx.export.onnx.naming import InterfaceNames, check_names
@@ -34,7 +33,7 @@ from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
 from diffq_fx.export.onnx.tracing import TracedModel, Tracer
 from diffq_fx.export.onnx.translation import weights_by_initializer
-from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.storage import StoredWeight
 
 _ROUGH = 0.1
 """A relative error of the rounded activations that is worth a remark."""
@@ -159,8 +158,7 @@ def export_file(
             tracer = Tracer(converted, example, dynamic_shapes, names, needed)
             try:
                 for weight in weights.values():
-                    if isinstance(weight, IntegerWeight):
-                        read_table(weight)  # a weight without ONNX form is found before the long work begins
+                    read_weight(weight)  # one without ONNX form is found before the long work begins
                 traced = tracer.trace()
                 request = replace(request, sizes=traced.sizes, halved=halved)
                 job = _Job(

@@ -28,6 +28,7 @@ from diffq_fx.export.onnx.layout.table import WeightTable, read_table
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
+from diffq_fx.storage.packing import CONTAINER_BITS
 
 PLACEHOLDER_DOMAIN = "diffq_fx"
 """Domain of the nodes that stand for ``diffq_fx::dequantize`` until a rule replaces them."""
@@ -60,23 +61,20 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
     records = []
     convolutions: set[ir.Node] = set()
     for weight, placeholder in placed:
-        integers = weight.as_integers() if isinstance(weight, CodebookWeight) else weight
-        if isinstance(integers, IntegerWeight):
-            table = read_table(integers, request.min_container)
+        table = read_weight(weight, request.min_container)
+        if isinstance(table, WeightTable):
             uses = find_uses(placeholder, table.spec.axis, model.graph)
             plan = plan_for_qdq(table, uses) if request.layout == "qdq" else _plan(emitter, table, uses, request)
             stored = StoredTable(emitter, plan.storage)
             rules = _emit_qdq(plan, stored, placeholder) if request.layout == "qdq" else _emit(plan, stored, placeholder, request)
             records.append(record_of(plan, stored, rules, weight))
             convolutions |= set(plan.convolutions)
-        elif isinstance(weight, CodebookWeight):
-            container = max(weight.container_bits, request.min_container)
-            looked_up, codes = emit_looked_up(emitter, weight, container)
+        else:
+            container = max(table.container_bits, request.min_container)
+            looked_up, codes = emit_looked_up(emitter, table, container)
             mark_weight(looked_up, weight.spec.name)
             _take_over(placeholder, looked_up)
-            records.append(record_of_codebook(weight, codes, container))
-        else:
-            raise ExportError(f"weight {weight.spec.name!r} is a {type(weight).__name__}, which has no ONNX form yet.")
+            records.append(record_of_codebook(table, codes, container))
     emitter.flush()
     rounded = find_rounded(model.graph, convolutions)
     if request.ranges is not None and not request.twin:
@@ -85,6 +83,19 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     return Applied(tuple(records), tuple(rounded))
+
+
+def read_weight(weight: StoredWeight, min_container: int = CONTAINER_BITS[0]) -> WeightTable | CodebookWeight:
+    """What a file holds of a weight: integers wherever they are exact, else codes and their codebook.
+
+    Raises:
+        ExportError: it has no ONNX form.
+    """
+    if isinstance(integers := weight.as_integers(), IntegerWeight):
+        return read_table(integers, min_container)
+    if isinstance(weight, CodebookWeight):
+        return weight
+    raise ExportError(f"weight {weight.spec.name!r} is a {type(weight).__name__}, which has no ONNX form yet")
 
 
 def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) -> list[tuple[StoredWeight, ir.Value]]:
