@@ -316,7 +316,7 @@ class Compression(TrainingState):
         refuse_not_finite((f"logits of weight {q.spec.name!r}", whole(q.logits)) for q in self.learned)
         groups, bits_T, budget = self.groups(), self.bit_state().bits_T(), self.budget_bits(measured=True)
         if budget is None:
-            return groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T)
+            return groups.as_firsts(groups.by_limits(lambda own, limits: nearest_widths(own, limits.widths), bits_T))
         return self._widths_within(lambda bits: allocate_widths(groups, bits_T, bits), budget)
 
     def _widths_within(self, allocate: Callable[[int], Tensor], budget: int) -> Tensor:

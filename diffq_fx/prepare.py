@@ -15,6 +15,7 @@ from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.readers import find_readers
 from diffq_fx.capture.scope import TakenOver, take_over, takeovers
 from diffq_fx.capture.whole_graph import capture_model
+from diffq_fx.capture.width_sets import note_width_sets
 from diffq_fx.compression import Compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
 from diffq_fx.example import Example
@@ -113,6 +114,7 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
         selection = select_weights(model, choice, caller)
         refuse_unfit_names(model, selection, caller)
         expected = _reference(model, example, caller)
+        note_width_sets(model, example, selection, caller)
         prepared = _first_faithful(model, example, selection, choice, expected, scope, caller)
         compression = prepared.__dict__[CHILD]
         _check_target(compression, caller)

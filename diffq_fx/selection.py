@@ -66,9 +66,9 @@ def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selec
         plan.parameters[id(parameter)] = parameter
     known = [name for name, _ in everything]
     for method in choice.methods:
-        _check_patterns(method.exclude, known, "exclude pattern", caller)
+        check_patterns(method.exclude, known, "exclude pattern", caller)
     if known:
-        _check_patterns([pattern for pattern, _ in choice.entries], known, "pattern", caller)
+        check_patterns([pattern for pattern, _ in choice.entries], known, "pattern", caller)
     adapters = _adapter_parameters(model)
     for key, parameter in plan.parameters.items():
         name, *aliases = names[key]
@@ -125,7 +125,8 @@ def _check_answered(choice: MethodChoice, plan: Selection, names: dict[int, list
         )
 
 
-def _check_patterns(patterns: Iterable[str], names: list[str], what: str, caller: str) -> None:
+def check_patterns(patterns: Iterable[str], names: list[str], what: str, caller: str) -> None:
+    """Refuse a pattern that matches none of these names."""
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
             known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

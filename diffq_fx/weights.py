@@ -52,6 +52,8 @@ class WeightSpec:
     grid: Grid = "affine"
     scale_dtype: torch.dtype = torch.float32
     """float16 where scales, and offsets of the float grid, are values of that and are kept so; else float32 or better."""
+    width_set: int | None = field(default=None, compare=False)
+    """The number of the set of weights that share one width, where it belongs to one."""
     consumer: str = ""
     """What reads the weight: a function of the graph ("linear", "conv2d") or a module that is called whole ("LSTM")."""
     bits_layout: GroupLayout = field(init=False, repr=False, compare=False)

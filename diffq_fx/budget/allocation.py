@@ -23,10 +23,11 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Ten
     """Round the bits of all groups so that the exact size comes as close to a budget as it can without exceeding it; int32, shape (T,).
 
     Every group gets the allowed width below its bits; the budget's remainder goes, one allowed width up each, to the groups that are
-    furthest on the way there. Where the trained bits are off the budget they are first shifted together until they meet it.
+    furthest on the way there. Where the trained bits are off the budget they are first shifted together until they meet it. Weights that
+    share a width are one group in this, which takes what all of them take.
     """
     bits = bits_T.cpu().double()
-    values = groups.values_T.cpu().double()
+    values = groups.at_firsts(groups.values_T.cpu().double())
     coding = float(groups.coding_bits(bits_T.round()))
     # What the coding of the widths takes depends on the widths: search the payload that leaves just enough for it.
     most = budget_bits - groups.fixed_bits
@@ -35,7 +36,7 @@ def allocate_widths(groups: FlatGroups, bits_T: Tensor, budget_bits: int) -> Ten
     payload, best = most - coding, groups.by_limits(lambda own, limits: torch.full_like(own, limits.widths[0]), bits)
     for _ in range(_PAYLOAD_ROUNDS):
         shifted = bits + common_shift(parts, payload)
-        width = _largest_remainder(groups, shifted, values, payload)
+        width = groups.as_firsts(_largest_remainder(groups, shifted, values, payload))
         exact = exact_bits(groups, width.to(bits_T.device))
         if exact <= budget_bits:
             least, best = payload, width

@@ -4,6 +4,7 @@ Shape legend: T groups in all, W weights, N groups of one segment.
 """
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -154,6 +155,7 @@ class FlatGroups:
         self.num_groups = sum(self.counts)
         self.fixed_bits = sum(fixed for _, fixed in costs)
         self.num_weights = sum(spec.numel for spec in specs)
+        self._note_sets(specs)
         self._segments: dict[tuple[int, ...], list[Segment]] = {}
         self.alike = [self._alike(own) for own in dict.fromkeys(self._limits)]
         self._is_large = [device.type == "cpu" and count >= _LARGE for count in self.counts]
@@ -161,6 +163,38 @@ class FlatGroups:
         self._few_weights = few
         self._few = torch.tensor(few, dtype=torch.int64, device=device)
         self._counts_of_few = torch.tensor([self.counts[i] for i in few], dtype=torch.int64, device=device)
+
+    def _note_sets(self, specs: Sequence[WeightSpec]) -> None:
+        """Which weights share a width; each of them is one group."""
+        starts = [0, *itertools.accumulate(self.counts)]
+        numbered = sorted((spec.width_set, i) for i, spec in enumerate(specs) if spec.width_set is not None)
+        sets = [[i for _, i in own] for _, own in itertools.groupby(numbered, operator.itemgetter(0))]
+        self.in_sets = [i for own in sets for i in own]
+        self._set_lengths = torch.tensor([len(own) for own in sets], dtype=torch.int64, device=self.device)
+        self._set_places, self._set_firsts = torch.tensor([(starts[i], starts[own[0]]) for own in sets for i in own]).long().view(-1, 2).T
+
+    def as_firsts(self, row_T: Tensor) -> Tensor:
+        """Values per group, of weights that share a width the value of the first of them."""
+        places, firsts = self._set_places.to(row_T.device), self._set_firsts.to(row_T.device)
+        return row_T.index_copy(0, places, row_T[firsts]) if self.in_sets else row_T
+
+    def at_firsts(self, row_T: Tensor) -> Tensor:
+        """Values per group, of weights that share a width their sum at the first of them, and nothing at the others."""
+        places, firsts = self._set_places.to(row_T.device), self._set_firsts.to(row_T.device)
+        return row_T.index_fill(0, places, 0).index_add(0, firsts, row_T[places]) if self.in_sets else row_T
+
+    def even_out(self, tensors: Mapping[int, Tensor]) -> None:
+        """Give all weights that share a width the mean of what there is one of for each of them, by the weight's index, in place."""
+        members = [i for i in self.in_sets if i in tensors]
+        if not members:
+            return
+        lengths = self._set_lengths
+        if len(members) < len(self.in_sets):  # another optimizer has the others
+            of_each = torch.arange(len(lengths)).repeat_interleave(lengths.cpu())[[i in tensors for i in self.in_sets]]
+            lengths = torch.bincount(of_each, minlength=len(lengths)).to(self.device)
+        own = [tensors[i] for i in members]
+        mean = torch.segment_reduce(_compat.flatten(own), "mean", lengths=lengths, unsafe=True)
+        _compat.copy_each(own, _compat.unflatten(mean.repeat_interleave(lengths, output_size=len(own)), own))
 
     @property
     def values_T(self) -> Tensor:

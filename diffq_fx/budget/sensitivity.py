@@ -93,9 +93,18 @@ def bits_within(groups: FlatGroups, asked_T: Tensor, budget: int) -> Tensor | No
     """The bits that all groups ask for, shifted together so that they take a budget; None where no group asks for any, shape (T,)."""
     if not bool(torch.isfinite(asked_T).any()):
         return None
-    asked_T = asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min()))
+    asked_T = _of_sets(groups, asked_T.clamp(min=float(asked_T[torch.isfinite(asked_T)].min())))
     lowest, centred_T = min(alike.limits.min_bits for alike in groups.alike), asked_T - asked_T.mean()
     guess_T = groups.by_limits(lambda own, limits: own.clamp(limits.min_bits, limits.max_bits), centred_T + lowest)
     coding = float(groups.coding_bits(guess_T.round()))
     bits_T = asked_T + common_shift(parts_within_limits(groups, asked_T), budget - groups.fixed_bits - coding)
     return groups.by_limits(lambda own, limits: own.clamp(limits.min_bits + _INSIDE, limits.max_bits - _INSIDE), bits_T)
+
+
+def _of_sets(groups: FlatGroups, asked_T: Tensor) -> Tensor:
+    """The bits that weights with one width ask for together: the loss adds up, so ``4^b`` is the mean of theirs."""
+    if not groups.in_sets:
+        return asked_T
+    values, worth = groups.values_T.cpu().double(), torch.exp2(2 * asked_T.cpu().double())
+    together = groups.as_firsts(groups.at_firsts(values * worth) / groups.at_firsts(values).clamp(min=1)).log2() / 2
+    return together.to(asked_T.device, asked_T.dtype)

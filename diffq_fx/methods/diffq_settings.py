@@ -62,6 +62,11 @@ class DiffQSettings(Method):
     widths: tuple[int, ...] | None = None
     """Widths that rounding may choose; None for every whole number from ``min_bits`` to ``max_bits``. With (2, 4, 8) no bit of an ONNX
     container is wasted."""
+    same_width: Literal["same_input"] | tuple[tuple[str, ...], ...] | None = None
+    """Weights that get one width together, as runtimes that fuse layers want it: sets of patterns, such as
+    ``(("*.q_proj", "*.k_proj", "*.v_proj"), ("*.gate_proj", "*.up_proj"))``, in which weights share a width where the wildcards stand for
+    the same text (in each layer its own); or "same_input", the weights of matrix products with the same input. Needs
+    ``group_size="tensor"``."""
     init_bits: float | None = None
     """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``; None for 6 or the nearest between them."""
     training_steps: int | None = None
@@ -78,6 +83,7 @@ class DiffQSettings(Method):
         self.check_common()
         self._check_limits()
         self._check_groups()
+        self._check_same_width()
         if not isinstance(self.clip_ranges, bool):
             raise TypeError(f"DiffQConfig: clip_ranges must be True or False, got {self.clip_ranges!r}.")
         if self.training_steps is not None:
@@ -147,6 +153,21 @@ class DiffQSettings(Method):
                 f'DiffQConfig: scale_dtype="float16" needs one width in each range, got group_size={self.group_size!r} and '
                 f'range_per={size!r}: use range_per="group".'
             )
+
+    def _check_same_width(self) -> None:
+        asked = self.same_width
+        if asked is None:
+            return
+        if asked != "same_input":
+            is_sets = isinstance(asked, list | tuple) and all(isinstance(own, list | tuple) and own for own in asked)
+            if not is_sets or not all(isinstance(pattern, str) for own in asked for pattern in own):
+                raise TypeError(
+                    'DiffQConfig: same_width must be "same_input" or sets of patterns such as (("*.q_proj", "*.k_proj", "*.v_proj"),), '
+                    f"got {asked!r}."
+                )
+            object.__setattr__(self, "same_width", tuple(tuple(own) for own in asked))
+        if self.group_size != "tensor":
+            raise ValueError(f'DiffQConfig: same_width needs group_size="tensor", one width a weight, got group_size={self.group_size!r}.')
 
     @property
     def start_bits(self) -> float:

@@ -1,5 +1,6 @@
 """Methods that differ per weight: a mapping of name patterns to methods, the first match decides."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -8,6 +9,7 @@ from typing import Literal, TypeVar
 from diffq_fx.methods.base import Method
 
 _Config = TypeVar("_Config")
+_WILDCARD = r"(\*|\?|\[!?\]?[^\]]*\])"
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -18,6 +20,19 @@ def matches(name: str, pattern: str) -> bool:
         (True, True, False)
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+
+
+def captured(name: str, pattern: str) -> tuple[str, ...] | None:
+    """What the wildcards of a pattern stand for in a name; None where it does not match.
+
+    Example:
+        >>> captured("layers.0.q.weight", "layers.*.q"), captured("layers.0.k.weight", "layers.*.q")
+        (('0',), None)
+    """
+    parts = (part if part[:1] in ("*", "?", "[") and part != "[" else re.escape(part) for part in re.split(_WILDCARD, pattern))
+    groups = "".join({"*": "(.*)", "?": "(.)"}.get(part, f"({part.replace('[!', '[^', 1)})" if part[:1] == "[" else part) for part in parts)
+    found = re.fullmatch(rf"{groups}(?:\..*)?", name, re.DOTALL)
+    return found and found.groups()
 
 
 def unique(configs: Iterable[_Config]) -> list[_Config]:

@@ -6,18 +6,17 @@ A layer ``y = W x`` whose rows are rounded to Q is off by ``||(W - Q) x||^2``; i
 Shape legend: O rows (output channels), I columns, G parts of the rows that have inputs of their own.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.capture.uses import Given, WeightProduct, WeightUses, operators_in_parts
 from diffq_fx.example import Example, in_eval
 from diffq_fx.methods.base import WeightQuantizer
-from diffq_fx.post_training.uses import Given, WeightProduct, WeightUses
 from diffq_fx.weights import WeightSpec, not_finite
 
 MOST_COLUMNS = 8192
@@ -162,7 +161,7 @@ def second_moments(
     """
     gather = _Gather((quantizer.spec for quantizer in quantizers), most_columns)
     runs = 0
-    with torch.no_grad(), in_eval(model), _operators_in_parts(model), _known_weights(quantizers) as given:
+    with torch.no_grad(), in_eval(model), operators_in_parts(model), _known_weights(quantizers) as given:
         uses = WeightUses(given, gather.product, gather.other)
         for batch in batches:
             example = Example.of(batch)
@@ -215,20 +214,3 @@ def _known_weights(quantizers: Sequence[WeightQuantizer]) -> Iterator[list[Given
         given.append(Given(quantizer.spec, weight))
     with _giving([(quantizer, each.tensor) for quantizer, each in zip(quantizers, given, strict=True)]):
         yield given
-
-
-@contextmanager
-def _operators_in_parts(model: nn.Module) -> Iterator[None]:
-    """No operator that computes a whole layer: of attention's none, and none of a recurrent layer's where there is one."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="TF32 acceleration")  # which the next line warns of where there is no such GPU
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)

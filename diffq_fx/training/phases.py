@@ -61,7 +61,7 @@ def start(compression: Compression) -> None:
 
 @torch.no_grad()
 def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> None:
-    """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them."""
+    """Project the bits' gradients, or add the penalty's, just before ``optimizer`` uses them; weights that share a width share them."""
     compression = held.compression
     _refuse_what_is_not_finite(held)
     grads = {i: grad for i in held.weights if (grad := held.logits[i].grad) is not None}
@@ -73,18 +73,29 @@ def before_step(optimizer: Optimizer, held: Held, *, is_first_time: bool) -> Non
     config, budget = compression.config, compression.budget_bits()
     if is_first_time and _gathers(compression):
         _observe(held, grads)
-    if not grads or (config.penalty is None and budget is None):
+    presses = config.penalty is not None or budget is not None
+    if not grads or not (presses or compression.groups().in_sets):
         return
-    scale, state = _scale(optimizer), compression.bit_state()
-    with gathered(list(grads.values())) as every, pressure.open_rows(state, dict(zip(grads, every, strict=True))) as rows:
-        if config.penalty is not None:
-            pressure.add_penalty(state, rows, scale * config.penalty / MIB_BITS)
-        else:
-            sums_W6 = compression.pressure_sums
-            for run in _in_runs(held.weights):  # no index that would have to be copied to the device
-                sums_W6[run].zero_()
-            sums_W6[held.weights[0]] = pressure.gradient_sums(state, rows, scale)
-            pressure.project(state, rows, sums_W6.sum(0), scale)
+    with gathered(list(grads.values())) as every:
+        whole_grads = dict(zip(grads, every, strict=True))
+        if presses:
+            _press(held, whole_grads, _scale(optimizer))
+        compression.groups().even_out(whole_grads)
+
+
+def _press(held: Held, grads: Mapping[int, Tensor], scale: Tensor | float) -> None:
+    """Project the gradients of the bits, or add the penalty's; they are still multiplied with ``scale``."""
+    compression = held.compression
+    penalty, state = compression.config.penalty, compression.bit_state()
+    with pressure.open_rows(state, grads) as rows:
+        if penalty is not None:
+            pressure.add_penalty(state, rows, scale * penalty / MIB_BITS)
+            return
+        sums_W6 = compression.pressure_sums
+        for run in _in_runs(held.weights):  # no index that would have to be copied to the device
+            sums_W6[run].zero_()
+        sums_W6[held.weights[0]] = pressure.gradient_sums(state, rows, scale)
+        pressure.project(state, rows, sums_W6.sum(0), scale)
 
 
 def ranges_begin(compression: Compression) -> bool:
@@ -105,9 +116,11 @@ def after_step(held: Held) -> None:
         moved = budget is not None and held.counts and _move_bits(compression, budget)
         if moved or _measures_now(compression):
             measure_coding(compression)
-        if budget is not None:
+        if budget is not None or compression.groups().in_sets:
             with compression.changing_bits() as state:
-                pressure.shift_to(state, compression.budget_bits() or budget)
+                state.groups.even_out(dict(enumerate(state.logits)))
+                if budget is not None:
+                    pressure.shift_to(state, compression.budget_bits() or budget)
     elif held.counts and _measures_now(compression):
         hold_coded_size(compression)
     if held.counts:

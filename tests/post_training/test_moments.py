@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffq_fx import prepare
+from diffq_fx.capture import uses
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods import STE
-from diffq_fx.post_training import uses
 from diffq_fx.post_training.moments import float_weights, second_moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:prepare")

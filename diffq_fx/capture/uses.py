@@ -8,13 +8,15 @@ Shape legend: P products (rows of the input), K inputs of each, G groups.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffq_fx.example import tensors_of
@@ -111,6 +113,23 @@ class WeightUses(TorchDispatchMode):
             self.on_other(name, operator)
         for product in products or ():
             self.on_product(name, product)
+
+
+@contextmanager
+def operators_in_parts(model: nn.Module) -> Iterator[None]:
+    """No operator that computes a whole layer: of attention's none, and none of a recurrent layer's where there is one."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="TF32 acceleration")  # which the next line warns of where there is no such GPU
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _address(tensor: Tensor) -> int:
