@@ -40,13 +40,13 @@ def why_no_llama():
     return "node-llama-cpp is not installed where node finds it (NODE_PATH)" if found.returncode else ""
 
 
-def run_llama(path, prompts=(), count=1, texts=()):
-    """Greedy tokens after each prompt, and the tokens of each text."""
+def run_llama(path, prompts=(), count=1, followed=(), texts=()):
+    """What llama.cpp makes of a file: "generated", greedy tokens after each prompt; "next", the likeliest one after each token that is
+    followed; "tokens" of each text."""
     job = path.with_suffix(".json")
-    job.write_text(json.dumps({"file": str(path), "prompts": [*prompts], "count": count, "texts": [*texts]}))
+    job.write_text(json.dumps({"file": str(path), "prompts": prompts, "count": count, "followed": followed, "texts": texts}))
     ran = subprocess.run(["node", str(SCRIPT), str(job)], check=True, capture_output=True, text=True)
-    found = json.loads(ran.stdout.splitlines()[-1])
-    return found["generated"], found["tokens"]
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 @torch.no_grad()

@@ -70,19 +70,19 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     expected = greedy(read, prompts, options.tokens)
+    followed = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, expected, strict=True)]
     for name, path in (("all tensors as float32", in_float32(options.out)), ("as written", options.out)):
-        generated, tokens = run_llama(path, prompts, options.tokens, TEXTS)
-        if path == options.out:
-            print(f"texts that llama.cpp cuts as the tokenizer does: {count_equal(tokens, prompts)} of {len(TEXTS)}")
-        same = sum(sum(a == b for a, b in zip(*each, strict=True)) for each in zip(generated, expected, strict=True))
+        found = run_llama(path, prompts, options.tokens, followed, TEXTS)
+        after = [tokens[-options.tokens :] for tokens in found["next"]]
         print(
-            f"llama.cpp, {name}: {count_equal(generated, expected)} of {len(TEXTS)} prompts with torch's {options.tokens} tokens, "
-            f"{same} of {len(TEXTS) * options.tokens} tokens in their place"
+            f"llama.cpp, {name}: {count_equal(found['generated'], expected)} of {len(TEXTS)} prompts with torch's {options.tokens} greedy "
+            f"tokens; after torch's tokens so far {sum(map(count_equal, after, expected))} of {len(TEXTS) * options.tokens} next ones; "
+            f"{count_equal(found['tokens'], prompts)} of {len(TEXTS)} texts cut as by the tokenizer"
         )
 
 
 def count_equal(found, expected):
-    return sum(map(lambda a, b: list(a) == list(b), found, expected))
+    return sum(a == b for a, b in zip(found, expected, strict=True))
 
 
 def differing(converted, path):

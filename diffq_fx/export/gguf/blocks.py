@@ -168,11 +168,11 @@ def _packed(each: BlockType, blocks: _Blocks) -> NDArray[np.uint8]:
     parts: list[NDArray[Any]] = [_half_bytes(values_PB) for values_PB in (scale_PB, minimum_PB) if values_PB is not None]
     if each.bits == 8:
         return np.concatenate([*parts, integers_PBK.to(torch.int8).numpy().view(np.uint8)], -1)
-    integers = (integers_PBK - each.lowest).to(torch.uint8).numpy()
+    integers: NDArray[np.uint8] = (integers_PBK - each.lowest).to(torch.uint8).numpy()
     if each.bits == 5:
         parts.append(np.packbits(integers >> 4, axis=-1, bitorder="little"))
     low, high = integers[..., : BLOCK // 2] & 15, integers[..., BLOCK // 2 :] & 15
-    return np.concatenate([*parts, low | high << 4], -1)
+    return np.concatenate([*parts, low | (high << 4).astype(np.uint8)], -1)
 
 
 def _half_bytes(values_PB: Tensor) -> NDArray[np.uint8]:
