@@ -5,6 +5,7 @@ Of each matrix the folder has ``qweight`` (unsigned levels of 2, 4 or 8 bits, pa
 rounded again. Embeddings and norms are floats there; a weight that is embedding and head is written both ways.
 """
 
+import copy
 import json
 import math
 import re
@@ -30,6 +31,8 @@ from diffq_fx.storage.packing import pack_levels
 
 try:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from diffq_fx.integrations.hf_folders import say_nothing
 except ImportError as error:
     raise missing("transformers", error) from error
 
@@ -142,9 +145,10 @@ def save_olive(model: nn.Module, folder: str | Path, tokenizer: Any) -> OliveFol
     _warn_if_larger(held)
     with new_folder(Path(folder), ExportError) as draft:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
-        config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+        described = copy.deepcopy(model.config)
+        say_nothing(described)
+        config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
         config["quantization_config"] = _quantization_config(modules)
-        config.pop("fusion_config", None)  # what it says to those without diffq_fx
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.generation_config is not None:
             model.generation_config.save_pretrained(draft)
