@@ -18,7 +18,8 @@ from torch import nn
 from diffq_fx.atomic import new_folder
 from diffq_fx.errors import ExportError
 from diffq_fx.integrations import missing
-from diffq_fx.integrations.olive import HEAD, OliveFolder, save_olive
+from diffq_fx.integrations.olive import HEAD, OliveFolder, write_olive
+from diffq_fx.integrations.olive_weight import HeldWeight
 
 _FILE = "model.onnx"
 _FULL_FLOAT = "1"
@@ -30,8 +31,8 @@ class GenAIFolder:
     """What :func:`export_genai` wrote."""
 
     path: Path
-    held: dict[str, tuple[int, int, int]]
-    """Module -> bits of its widest group as learned, bits of its container, inputs that share a scale."""
+    held: dict[str, HeldWeight]
+    """By module; a fused one is in parts."""
     in_float: tuple[str, ...]
     """Quantized weights that the runtime has no integers for: their exact values are floats."""
     file_size: int
@@ -60,23 +61,15 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
         ImportError: there is no onnxruntime-genai.
         TypeError: something else than a tokenizer.
 
-    Example:
-        >>> from transformers import AutoModelForCausalLM, AutoTokenizer  # doctest: +SKIP
-        >>> import diffq_fx  # doctest: +SKIP
-        >>> decoder = AutoModelForCausalLM.from_pretrained("SmolLM2-135M-Instruct")  # doctest: +SKIP
-        >>> converted = diffq_fx.convert(diffq_fx.prepare(decoder, {"input_ids": ids}, method))  # doctest: +SKIP
-        >>> export_genai(converted, "smollm2-genai", AutoTokenizer.from_pretrained("SmolLM2-135M-Instruct"))  # doctest: +SKIP
+    Example: docs/how-to/onnxruntime-genai.md has one from a float model to generated tokens.
     """
     builder = _builder()
-    try:
-        with new_folder(Path(folder), ExportError) as draft:
-            olive = save_olive(model, draft.parent / "olive", tokenizer)
-            _build(builder, olive, draft, {"accuracy_level": _FULL_FLOAT} if exact else {}, type(model).__name__)
-            _give_rows_to_embedding(draft / _FILE)
-            _check_levels(draft / _FILE, olive)
-            size = sum(path.stat().st_size for path in draft.glob(f"{_FILE}*"))
-    except ExportError as error:
-        raise ExportError(str(error).replace("save_olive", "export_genai", 1)) from error
+    with new_folder(Path(folder), ExportError) as draft:
+        olive = write_olive(model, draft.parent / "olive", tokenizer, "export_genai")
+        _build(builder, olive, draft, exact, type(model).__name__)
+        _give_rows_to_embedding(draft / _FILE)
+        _check_levels(draft / _FILE, olive)
+        size = sum(path.stat().st_size for path in draft.glob(f"{_FILE}*"))
     return GenAIFolder(Path(folder), olive.held, olive.in_float, size)
 
 
@@ -92,8 +85,10 @@ def _runtime() -> str:
     return f"onnxruntime-genai {version('onnxruntime-genai')}"
 
 
-def _build(builder: Path, olive: OliveFolder, target: Path, options: dict[str, str], architecture: str) -> None:
-    extra = [f"{name}={value}" for name, value in (olive.builder_options | options).items()]
+def _build(builder: Path, olive: OliveFolder, target: Path, exact: bool, architecture: str) -> None:
+    options = olive.builder_options | ({"accuracy_level": _FULL_FLOAT} if exact else {})
+    options.pop("shared_embeddings", None)  # an embedding that is the head too lies in the file once: it is made readable afterwards
+    extra = [f"{name}={value}" for name, value in options.items()]
     folders = ["-i", olive.path, "-o", target, "-c", olive.path.parent / "cache"]
     command = [sys.executable, builder, *folders, "-p", "int4", "-e", "cpu", *(["--extra_options", *extra] if extra else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

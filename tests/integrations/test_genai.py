@@ -105,6 +105,7 @@ def test_learned_bits_lie_in_the_widest_container_and_the_size_is_said(tokenizer
     assert set(result.held) == set(weights) - {"model.embed_tokens"}
     assert torch.equal(unpacked(tensors, "lm_head", result.held["lm_head"][1]), weights["lm_head"])
     assert torch.equal(tensors["model.embed_tokens.weight"], weights["lm_head"]), "a tied weight is both"
+    assert result.builder_options == {"shared_embeddings": "false"}
 
 
 def test_a_fused_projection_is_written_as_its_parts(tokenizer, tmp_path):

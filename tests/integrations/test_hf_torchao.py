@@ -23,7 +23,7 @@ MIXED = {"*embed*": STE(bits=8), "*down_proj*": STE(bits=3, group_size=32), "*k_
 
 def trained(methods, dtype=torch.float32, **settings):
     """A decoder after the two steps of torchao's quantize_ with a step of training between them."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BODY, **settings)).to(dtype)
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**BODY, **settings), dtype=dtype)
     quantize_(model, QATConfig(methods, IDS, step="prepare"), whole_model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     model(**IDS, labels=IDS["input_ids"]).loss.backward()
