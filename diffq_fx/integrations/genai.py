@@ -16,8 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffq_fx.atomic import new_folder
-from diffq_fx.errors import ExportError
-from diffq_fx.integrations import missing
+from diffq_fx.errors import ExportError, missing
 from diffq_fx.integrations.olive import HEAD, OliveFolder, write_olive
 from diffq_fx.integrations.olive_weight import HeldWeight
 
@@ -77,7 +76,7 @@ def _builder() -> Path:
     """The script of the builder. It runs in a process of its own: it changes the logging and the import path of the one that it is in."""
     spec = importlib.util.find_spec("onnxruntime_genai")
     if spec is None or not spec.submodule_search_locations:
-        raise missing("onnxruntime-genai", ImportError("No module named 'onnxruntime_genai'"), part="genai")
+        raise missing("onnxruntime-genai", ImportError("No module named 'onnxruntime_genai'"))
     return Path(spec.submodule_search_locations[0]) / "models" / "builder.py"
 
 

@@ -18,9 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffq_fx.atomic import new_folder
-from diffq_fx.errors import DiffQWarning, ExportError, PackedFileError
+from diffq_fx.errors import DiffQWarning, ExportError, PackedFileError, missing
 from diffq_fx.export.packed.writer import contents_of
-from diffq_fx.integrations import missing
 from diffq_fx.integrations.olive_weight import HeldWeight, olive_weight
 from diffq_fx.storage import StoredWeight
 

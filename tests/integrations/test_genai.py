@@ -257,7 +257,7 @@ def test_inputs_of_8_bits_are_the_default_and_nearly_always_give_the_same_next_t
 
 def test_a_runtime_that_is_not_installed_is_named_with_its_extra(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package onnxruntime-genai: pip install 'diffq-fx\[genai\]'"):
+    with pytest.raises(ImportError, match=r"needs the package onnxruntime-genai: pip install 'diffq-fx\[onnxruntime-genai\]'"):
         export_genai(llama, tmp_path / "folder", tokenizer)
     assert not any(tmp_path.iterdir())
 
