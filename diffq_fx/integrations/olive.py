@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffq_fx.atomic import new_folder
 from diffq_fx.errors import DiffQWarning, ExportError, PackedFileError, missing
-from diffq_fx.export.packed.writer import contents_of
+from diffq_fx.export.packed.writer import model_contents
 from diffq_fx.integrations.olive_weight import HeldWeight, olive_weight
 from diffq_fx.storage import StoredWeight
 
@@ -91,7 +91,7 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
             "the runtime's folder holds one. AutoTokenizer.from_pretrained(the folder that the model came from) gives it."
         )
     try:
-        weights, rest = contents_of(model)
+        weights, rest = model_contents(model)
         _check_names([stored for _, stored in weights], [names[0] for names, _ in rest], type(model).__name__)
         held, tensors, in_float = _matrices([stored for _, stored in weights], model.config, caller)
     except (ExportError, PackedFileError) as error:
@@ -123,13 +123,13 @@ def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[di
             in_float.append(EMBEDDING)
             continue
         weight = olive_weight(stored)
-        learned, here = learned + stored.footprint().packed_bits, here + weight.size
+        learned, here = learned + stored.footprint().payload_bits, here + weight.levels.numel() * weight.container_bits
         for module, rows in _modules_of(stored, config):
             held[module] = weight.held
             tensors |= {f"{module}.{name}": tensor for name, tensor in weight.tensors(rows).items()}
     if here > _MUCH_LARGER * learned:
         warnings.warn(
-            f"{caller}: the matrices take {here / 8 / 2**20:.2f} MiB in containers of 2, 4 or 8 bits, {learned / 8 / 2**20:.2f} MiB as "
+            f"{caller}: the levels take {here / 8 / 2**20:.2f} MiB in containers of 2, 4 or 8 bits, {learned / 8 / 2**20:.2f} MiB as "
             "learned. Widths of 2, 4 and 8 bits, one for each matrix, take no more than they must.",
             DiffQWarning,
             stacklevel=4,

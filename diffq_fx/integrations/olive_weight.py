@@ -15,7 +15,7 @@ from diffq_fx.storage.packing import pack_levels
 
 _FEWEST, _MOST = 16, 128
 """Inputs that share a scale."""
-_WIDEST, _SCALE_BITS = 8, 32
+_WIDEST = 8
 
 
 class HeldWeight(NamedTuple):
@@ -48,11 +48,6 @@ class OliveWeight:
     def held(self) -> HeldWeight:
         """The facts of it."""
         return HeldWeight(self.bits, self.container_bits, self.levels.shape[1] // self.scale.shape[1])
-
-    @property
-    def size(self) -> int:
-        """Bits of levels, scales and zero points."""
-        return self.levels.numel() * self.container_bits + self.scale.numel() * (_SCALE_BITS + self.container_bits)
 
     def tensors(self, rows: slice) -> dict[str, Tensor]:
         """What the folder has of some of the outputs."""

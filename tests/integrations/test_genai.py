@@ -75,6 +75,7 @@ METHODS = {
     "blocks of 48, of which 16 are a block too": (STE(bits=4, group_size=48), 4, 16),
     "2 bits, half zero points": (STE(bits=2, grid="half"), 4, 32),
     "2 bits": (STE(bits=2), 2, 32),
+    "float16 scales": (STE(bits=4, group_size=32, scale_dtype="float16"), 4, 32),
     "6 bits, symmetric": (STE(bits=6, grid="symmetric"), 8, 32),
     "one scale": (STE(bits=8, group_size="tensor"), 8, 32),
     "ternary": (LC(codebook="scaled_ternary"), 2, 32),
@@ -82,7 +83,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.filterwarnings("ignore:save_olive. the matrices take:diffq_fx.DiffQWarning")
+@pytest.mark.filterwarnings("ignore:save_olive. the levels take:diffq_fx.DiffQWarning")
 def test_every_value_is_the_models(name, tokenizer, tmp_path):
     method, bits, group = METHODS[name]
     model = convert(prepare(decoder(tie_word_embeddings=False), IDS, {"*down_proj*": method, "*": HELD}))
@@ -99,13 +100,24 @@ def test_every_value_is_the_models(name, tokenizer, tmp_path):
 def test_learned_bits_lie_in_the_widest_container_and_the_size_is_said(tokenizer, tmp_path):
     with pytest.warns(DiffQWarning, match="never moved"):
         model = convert(prepare_diffq(decoder(tie_word_embeddings=True), IDS, DiffQConfig(target_bits=5)))
-    with pytest.warns(DiffQWarning, match=r"the matrices take 0\.\d\d MiB in containers of 2, 4 or 8 bits, 0\.\d\d MiB as learned"):
+    with pytest.warns(DiffQWarning, match=r"the levels take 0\.\d\d MiB in containers of 2, 4 or 8 bits, 0\.\d\d MiB as learned"):
         result, tensors = written(model, tmp_path / "folder", tokenizer)
     weights = expected(model)
     assert set(result.held) == set(weights) - {"model.embed_tokens"}
     assert torch.equal(unpacked(tensors, "lm_head", result.held["lm_head"][1]), weights["lm_head"])
     assert torch.equal(tensors["model.embed_tokens.weight"], weights["lm_head"]), "a tied weight is both"
     assert result.builder_options == {"shared_embeddings": "false"}
+
+
+def test_one_width_for_each_matrix_takes_no_more_than_it_must(tokenizer, tmp_path):
+    settings = {"widths": (2, 4, 8), "group_size": "tensor", "range_per": 32, "scale_dtype": "float16"}
+    with pytest.warns(DiffQWarning, match="never moved"):
+        model = convert(prepare_diffq(decoder(), IDS, DiffQConfig(target_bits=5.5, **settings)))
+    result, tensors = written(model, tmp_path / "folder", tokenizer)  # a warning would be an error
+    weights = expected(model)
+    for module, (bits, container, group) in result.held.items():
+        assert (bits, group) == (container, 32)
+        assert torch.equal(unpacked(tensors, module, container), weights[module])
 
 
 def test_a_fused_projection_is_written_as_its_parts(tokenizer, tmp_path):
