@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.table import read_table
 from diffq_fx.storage import IntegerWeight, StoredWeight
-from diffq_fx.storage.codebook import CodebookWeight
 from diffq_fx.storage.packing import pack_levels
 
 _FEWEST, _MOST = 16, 128
@@ -61,7 +60,7 @@ class OliveWeight:
 def olive_weight(stored: StoredWeight) -> OliveWeight:
     """A stored weight in this format, computing the same; an error if it has none."""
     name = stored.spec.name
-    integers = stored.as_integers() if isinstance(stored, CodebookWeight) else stored
+    integers = stored.as_integers()
     if not isinstance(integers, IntegerWeight):
         raise ExportError(f"weight {name!r} has a codebook that is not integers times one scale; the format has those alone.")
     spec, table, layout = integers.spec, read_table(integers), integers.spec.scale_layout
