@@ -47,7 +47,7 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
     Args:
         model: from ``convert``: a decoder of transformers in whose layers every matrix is quantized, to at most 8 bits.
         folder: to make; there is none of this name yet, or it is empty. It is there when all is done, or not at all.
-        tokenizer: the model's, of transformers.
+        tokenizer: the model's, of transformers, or a Hugging Face folder with it.
         exact: keep the inputs of products in float32, so that its greedy tokens are PyTorch's; else they are rounded to 8 bits, which is
             the runtime's fast mode.
 
@@ -58,7 +58,7 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
         ExportError: as for :func:`~diffq_fx.integrations.olive.save_olive`; or the builder knows no such architecture, failed, or changed
             a level.
         ImportError: there is no onnxruntime-genai.
-        TypeError: something else than a tokenizer.
+        TypeError: neither a tokenizer nor a folder.
 
     Example: docs/how-to/onnxruntime-genai.md has one from a float model to generated tokens.
     """

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffq_fx.atomic import new_folder
-from diffq_fx.errors import DiffQWarning, ExportError, PackedFileError, missing
+from diffq_fx.errors import DiffQError, DiffQWarning, ExportError, missing
 from diffq_fx.export.packed.writer import model_contents
 from diffq_fx.integrations.olive_weight import HeldWeight, olive_weight
 from diffq_fx.storage import StoredWeight
@@ -27,6 +27,7 @@ try:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from diffq_fx.integrations.hf_folders import say_nothing
+    from diffq_fx.integrations.hf_sources import read_tokenizer
 except ImportError as error:
     raise missing("transformers", error) from error
 
@@ -64,14 +65,14 @@ def save_olive(model: nn.Module, folder: str | Path, tokenizer: Any) -> OliveFol
     Args:
         model: from ``convert``: a decoder of transformers in whose layers every matrix is quantized, to at most 8 bits.
         folder: to make; there is none of this name yet, or it is empty.
-        tokenizer: the model's, of transformers: the builder asks for one.
+        tokenizer: the model's, of transformers, or a Hugging Face folder with it: the builder asks for one.
 
     Returns:
         How each weight is held, and what the builder must be told.
 
     Raises:
         ExportError: the model is not converted or no such decoder, a weight has no exact form there, or the folder cannot be written.
-        TypeError: something else than a tokenizer.
+        TypeError: neither a tokenizer nor a folder.
 
     Example: docs/how-to/onnxruntime-genai.md.
     """
@@ -85,16 +86,18 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
             f"{caller}: a {type(model).__name__} is no decoder of transformers that generates with a cache. "
             "Give the whole converted ...ForCausalLM."
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | str | Path):
         raise TypeError(
-            f"{caller}: tokenizer must be the model's tokenizer of transformers, got {type(tokenizer).__name__}: "
-            "the runtime's folder holds one. AutoTokenizer.from_pretrained(the folder that the model came from) gives it."
+            f"{caller}: tokenizer must be the model's tokenizer of transformers, or a folder with one, got {type(tokenizer).__name__}: "
+            "the runtime's folder holds it. The folder that the model came from has one."
         )
     try:
+        if isinstance(tokenizer, str | Path):
+            tokenizer = read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
         weights, rest = model_contents(model)
         _check_names([stored for _, stored in weights], [names[0] for names, _ in rest], type(model).__name__)
         held, tensors, in_float = _matrices([stored for _, stored in weights], model.config, caller)
-    except (ExportError, PackedFileError) as error:
+    except DiffQError as error:
         raise ExportError(f"{caller}: {error}") from error
     tensors |= {names[0]: tensor for names, tensor in rest}
     described = copy.deepcopy(model.config)
