@@ -41,8 +41,9 @@ PRINTED = {
     "size.md": "2.",
     "runtimes.md": "{'batch': 2, 'ids_1': 7} {4: 6400}",
     "method.md": "_quantizer",
-    "hugging-face.md": "True",
     "gguf.md": "True\nTrue",
+    "hugging-face.md": "True\nTrue",
+    "onnxruntime-genai.md": "HeldWeight(bits=8, container_bits=8, group_size=64)\nTrue\n{'shared_embeddings': 'false'}",
 }
 """A part of what some of them print."""
 
@@ -50,8 +51,9 @@ PRINTED = {
 NEEDED = {
     "methods.md": ("torchao",),
     "tutorial.md": ("sklearn",),
-    "hugging-face.md": ("transformers",),
     "gguf.md": ("transformers", "gguf"),
+    "hugging-face.md": ("transformers", "torchao"),
+    "onnxruntime-genai.md": ("transformers", "onnxruntime_genai"),
     "trainers.md": ("accelerate", "lightning"),
 }
 

@@ -111,8 +111,8 @@ class PackedWeightsQuantizer(HfQuantizer):
         return ours | {names[0]: tensor for names, tensor in rest}, {}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Take the sentence for those without diffq_fx off the config: transformers is about to look at it."""
-        _say(config, "")
+        """Say nothing to those without diffq_fx: transformers is about to look at the config."""
+        say_nothing(config)
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any) -> None:
@@ -195,6 +195,11 @@ def _records_for(module: nn.Module, model: nn.Module) -> dict[str, Any]:
         return own
     around = next(vars(part)[CHILD] for part in parts_of(model, CompressionRecord).values() if module in [*part.modules()])
     return {"": record_to_json(replace(around, skipped=()))}
+
+
+def say_nothing(config: Any) -> None:
+    """Take the sentence for those without diffq_fx off a config."""
+    _say(config, "")
 
 
 def _say(config: Any, sentence: str) -> None:

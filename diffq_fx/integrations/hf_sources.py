@@ -129,7 +129,7 @@ def _rows(count: int) -> int:
 
 
 def _batches_of_texts(lines: Sequence[str], data: Path, model: PreTrainedModel, folder: Path) -> tuple[list[dict[str, Tensor]], str]:
-    config, tokenizer = model.config, _tokenizer(folder)
+    config, tokenizer = model.config, read_tokenizer(folder, "Put the tokenizer's files there, or give --data as .safetensors or .npy")
     if config.is_encoder_decoder:
         raise DiffQError(
             f"a {type(model).__name__} has an encoder and a decoder, and a text does not say what the decoder reads: "
@@ -158,8 +158,8 @@ def _batches_of_texts(lines: Sequence[str], data: Path, model: PreTrainedModel, 
     return [{name: tensor for name, tensor in batch.items() if name in taken} for batch in batches], f"{len(lines)} texts"
 
 
-def _tokenizer(folder: Path) -> Any:
-    how = "Put the tokenizer's files there, or give --data as .safetensors or .npy"
+def read_tokenizer(folder: Path, how: str) -> Any:
+    """The tokenizer of a folder; without one an error that says ``how`` to get on."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # what is missing decides the type

@@ -4,6 +4,7 @@
 """
 
 import copy
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,10 @@ def _quantize(module: nn.Module, config: QATConfig) -> nn.Module:
             )
         _give_classes_back(result.model)
         _become(module, result.model)
+        if "transformers.modeling_utils" in sys.modules:
+            from diffq_fx.integrations.hf_torchao import tell
+
+            tell(module)
     return module
 
 

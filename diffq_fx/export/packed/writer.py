@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.entropy import SMALL_BYTES
@@ -97,8 +98,8 @@ def grouped_by_storage(tensors: Mapping[str, Any]) -> NamedTensors:
 
 
 def _identity(name: str, tensor: Any) -> Any:
-    if not isinstance(tensor, Tensor):
-        raise PackedFileError(f"'{name}' is a {type(tensor).__name__}, not a tensor: a packed file cannot hold it")
+    if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):  # such as torchao's: it has no storage of its own
+        raise PackedFileError(f"'{name}' is a {type(tensor).__name__}, not a plain tensor: a packed file cannot hold it")
     if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         raise PackedFileError(f"'{name}' is not initialized yet: run the model once")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
