@@ -2,7 +2,7 @@
 
     python -m recipes.imagenet --data imagenet --model deit_b --start deit_b.safetensors --method diffq-paper --penalty 1e-2 --out runs/deit
     torchrun --nproc-per-node 8 -m recipes.imagenet --data imagenet --model efficientnet_b3 --bits 4 --ema 0.9999 --out runs/b3
-    python -m recipes.imagenet --data imagenet --model deit_b_distilled --distil --method diffq --bits 3 --out runs/distilled
+    python -m recipes.imagenet --data imagenet --model deit_b_distilled --distil --start FLOAT --method diffq --bits 3 --out runs/distilled
 
 The data are folders, train/CLASS/*.JPEG and val/CLASS/*.JPEG. The nets are those of timm, or transformers, or pytorchcv.
 """

@@ -115,7 +115,7 @@ class Separation(Recipe[SeparationSettings]):
         of_tracks = [values[[i for i, each in enumerate(names) if each == name]] for name in dict.fromkeys(names)]
         medians = torch.stack([each.transpose(0, 1).flatten(1).nanmedian(1).values for each in of_tracks])
         of_sources = medians.nanmedian(0).values
-        return {"score": float(of_sources.mean()), "of_sources": [round(float(each), 3) for each in of_sources]}  # pyright: ignore
+        return {"score": float(of_sources.mean()), **{f"source {i}": float(each) for i, each in enumerate(of_sources)}}
 
 
 def sdr(estimate: Tensor, target: Tensor, rate: int, windows: int) -> Tensor:

@@ -20,19 +20,6 @@ _HEADER = (
     "ms a step",
     "device",
 )
-_OWN_COLUMNS = {"recipe", "model", "method", "epochs", "float_mib", "size_mib", "score", "score_name", "packed", "onnx", "steps", "step_ms"}
-_OWN_COLUMNS |= {
-    "train_seconds",
-    "resumed_at",
-    "processes",
-    "device",
-    "versions",
-    "date",
-    "evaluate_every",
-    "save_every",
-    "of_sources",
-    "words",
-}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -46,12 +33,12 @@ def _cells(result: dict[str, Any]) -> list[str]:
         found = result.get(name)
         return f"{found[what]:.{digits}f}" if isinstance(found, dict) else (found or "")
 
-    setting = ", ".join(f"{name}={value}" for name, value in result.items() if name not in _OWN_COLUMNS)
+    setting = ", ".join(f"{name}={value}" for name, value in result["settings"].items() if name != "epochs")
     sizes = [f"{result['size_mib']:.3f}", f"{result['float_mib']:.2f}", of_file("packed", "mib", 3)]
     scores = [f"{result['score']:.2f} ({result['score_name']})", of_file("onnx", "score", 2)]
     device = result["device"] if result["processes"] == 1 else f"{result['processes']} x {result['device']}"
     first = [str(result[name]) for name in ("recipe", "model", "method")]
-    return [*first, setting, f"{result['epochs']:g}", *sizes, *scores, f"{result['step_ms']:.1f}", device]
+    return [*first, setting, f"{result['settings']['epochs']:g}", *sizes, *scores, f"{result['step_ms']:.1f}", device]
 
 
 if __name__ == "__main__":

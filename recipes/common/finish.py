@@ -14,8 +14,8 @@ import diffq_fx
 from diffq_fx import convert, model_size
 from recipes.common.loop import Training
 
-_NAMED = "model", "method", "bits", "epochs", "batch_size", "lr", "seed"
-_NOT_NAMED = "data", "out", "device", "onnx", "tensorboard"
+_ALWAYS_NAMED = "bits", "epochs", "batch_size", "lr", "seed"
+_NEVER_NAMED = "model", "method", "data", "out", "device", "onnx", "tensorboard", "evaluate_every", "save_every"
 
 
 def finish(training: Training) -> dict[str, Any]:
@@ -23,9 +23,10 @@ def finish(training: Training) -> dict[str, Any]:
     recipe, settings, out = training.recipe, training.settings, training.settings.out
     out.mkdir(parents=True, exist_ok=True)
     plain = type(settings)()
-    told = {name: value for name, value in vars(settings).items() if name in _NAMED or value != getattr(plain, name)}
-    result: dict[str, Any] = {"recipe": recipe.name, "score_name": recipe.score_name, "float_mib": training.float_mib}
-    result |= {name: str(value) if isinstance(value, Path) else value for name, value in told.items() if name not in _NOT_NAMED}
+    told = {name: value for name, value in vars(settings).items() if name in _ALWAYS_NAMED or value != getattr(plain, name)}
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in told.items() if name not in _NEVER_NAMED}
+    result: dict[str, Any] = {"recipe": recipe.name, "model": settings.model, "method": settings.method, "settings": told}
+    result |= {"score_name": recipe.score_name, "float_mib": training.float_mib}
     if not training.is_prepared:
         state = {name: each.contiguous() for name, each in training.model.state_dict().items()}
         save_file(state, out / "float.safetensors")

@@ -20,7 +20,7 @@ from recipes.common.recipe import Batch, Recipe
 from recipes.common.settings import Settings
 from recipes.common.stages import Stages
 
-_STRANGER = "out", "data", "device", "stop_after", "save_every", "evaluate_every", "tensorboard", "onnx", "smoke"
+_MAY_CHANGE = "out", "data", "device", "stop_after", "save_every", "evaluate_every", "tensorboard", "onnx", "smoke"
 """Settings that an interrupted training may go on with changed."""
 
 
@@ -180,7 +180,7 @@ class Training:
         self.processes.wait()
 
     def _that_count(self) -> dict[str, str]:
-        return {name: str(value) for name, value in vars(self.settings).items() if name not in _STRANGER}
+        return {name: str(value) for name, value in vars(self.settings).items() if name not in _MAY_CHANGE}
 
     def _resume(self) -> int:
         """Go on from the checkpoint, if there is one."""
@@ -206,7 +206,7 @@ class _Average:
     """A moving average of the weights; bits and scales keep their own last values, which belong to no weight of an earlier step."""
 
     def __init__(self, weights: list[nn.Parameter], decay: float) -> None:
-        self.decay, self.count = decay, 0
+        self.decay = decay
         self.values = [each.detach().clone() for each in weights]
 
     @torch.no_grad()

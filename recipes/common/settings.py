@@ -121,6 +121,8 @@ class Settings:
             raise SystemExit(f"--group must be channel, tensor or a number, got {self.group!r}.")
         if self.start is not None and not self.start.is_file():
             raise SystemExit(f"--start: there is no file {self.start}. `--method float` leaves one, float.safetensors, in its --out.")
+        if self.distil and (self.start is None or self.method == "float"):
+            raise SystemExit("--distil follows a trained float model: give its weights as --start, and a --method other than float.")
 
 
 def parse(cls: type[S], argv: Sequence[str] | None, description: str) -> S:

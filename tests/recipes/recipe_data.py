@@ -95,7 +95,7 @@ def make_pictures(folder):
             for i in range(10):
                 shape = (40 + i, 50, 3) if i else (40, 50)  # ImageNet has grey ones, too
                 Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / part / name / f"{number}_{i}.JPEG")
-    return ["--tiny", "--size", "32", "--min-size", "0", "--model", "deit_b_distilled", "--distil"]
+    return ["--tiny", "--size", "32", "--min-size", "0", "--model", "deit_b_distilled"]
 
 
 RECIPES = {

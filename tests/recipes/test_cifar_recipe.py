@@ -137,6 +137,14 @@ class TestTraining:
         for name, value in saved.items():
             assert torch.equal(seen[name], value), name
 
+    def test_distillation_follows_the_float_model_and_no_labels(self, folder, tmp_path, monkeypatch):
+        run(folder, tmp_path / "float", "--method", "float")
+        monkeypatch.setattr(cifar.Cifar, "criterion", lambda *args: pytest.fail("labels were used"))
+        result = run(
+            folder, tmp_path / "run", "--distil", "--method", "ste", "--no-onnx", "--start", tmp_path / "float" / "float.safetensors"
+        )
+        assert result["settings"]["distil"]
+
     @pytest.mark.parametrize("method", ["diffq", "lsq", "lc", "float"])
     def test_resuming_gives_what_the_whole_training_gives(self, folder, tmp_path, method):
         asked = ["--data", str(folder), "--batch-size", "8", "--lr", "0.01", "--method", method, "--min-size", "0", "--ema", "0.5"]
@@ -165,6 +173,8 @@ class TestTraining:
     def test_wrong_options(self, folder, tmp_path):
         with pytest.raises(SystemExit, match="--start: there is no file nowhere"):
             run(folder, tmp_path, "--start", "nowhere")
+        with pytest.raises(SystemExit, match="--distil follows a trained float model"):
+            run(folder, tmp_path, "--distil")
         with pytest.raises(SystemExit, match="--group must be channel, tensor or a number, got 'layer'"):
             run(folder, tmp_path, "--group", "layer")
 
