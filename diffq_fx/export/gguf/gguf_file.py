@@ -18,7 +18,7 @@ from diffq_fx.errors import ExportError, PackedFileError
 from diffq_fx.export.gguf.architectures import HEAD, Architecture, add_sizes, architecture_of, file_names, rope_factors, row_order
 from diffq_fx.export.gguf.blocks import BLOCK, BlockedWeight
 from diffq_fx.export.gguf.vocabulary import READ, add_vocabulary
-from diffq_fx.export.packed.writer import contents_of
+from diffq_fx.export.packed.writer import model_contents
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.packing import in_smallest_type
@@ -153,7 +153,7 @@ def _file_type(entries: list[_Entry]) -> gguf.LlamaFileType:
 
 def _entries(model: nn.Module, architecture: Architecture, config: Any) -> list[_Entry]:
     """The tensors of the file; an error if one has no place or no type there."""
-    weights, rest = contents_of(model)
+    weights, rest = model_contents(model)
     if where := first_not_finite((f"tensor {names[0]!r}", tensor) for names, tensor in rest):
         raise ExportError(where)
     from transformers.pytorch_utils import Conv1D
