@@ -89,6 +89,19 @@ def test_what_users_call_is_documented(module):
     assert not any(lacking.values()), lacking
 
 
+def test_functions_have_70_lines_at_most():
+    """Their docstrings left out."""
+    long = {}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                described = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                long[f"{path.name}: {node.name}"] = node.end_lineno - node.lineno + 1 - described
+    assert len(long) > 1000
+    assert not {name: lines for name, lines in long.items() if lines > 70}
+
+
 def test_no_two_files_have_one_name():
     names = Counter(path.name for path in ROOT.rglob("*.py"))
     assert [name for name, count in names.items() if count > 1] == ["__init__.py"]
