@@ -44,6 +44,7 @@ PRINTED = {
     "gguf.md": "True\nTrue",
     "hugging-face.md": "True\nTrue",
     "onnxruntime-genai.md": "HeldWeight(bits=8, container_bits=8, group_size=64)\nTrue\n{'shared_embeddings': 'false'}",
+    "language-models.md": "True True",
 }
 """A part of what some of them print."""
 
@@ -54,6 +55,7 @@ NEEDED = {
     "gguf.md": ("transformers", "gguf"),
     "hugging-face.md": ("transformers", "torchao"),
     "onnxruntime-genai.md": ("transformers", "onnxruntime_genai"),
+    "language-models.md": ("transformers",),
     "trainers.md": ("accelerate", "lightning"),
 }
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from diffq_fx import functional
 from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.budget.entropy import RoundedWeight
+from diffq_fx.errors import PreparationError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
+from diffq_fx.runtimes import reason_against, runtime_named
 from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
 
@@ -77,8 +79,40 @@ class DiffQConfig(DiffQSettings):
             min_size=2622,  # 0.01 MiB of float32
         )
 
+    @staticmethod
+    def for_runtime(runtime: str, **settings: Any) -> "DiffQConfig":
+        """Settings whose weights a runtime holds as they are learned, without a second rounding: one width a weight and block scales.
+
+        Args:
+            runtime: "onnxruntime", "web", "openvino", "onnxruntime-genai" or "gguf".
+            **settings: other settings, such as a target, or of the preset: ``widths``, ``range_per``, ``grid``, ...
+
+        Returns:
+            A config; it refuses what the runtime cannot hold, and so do configs made of it with :func:`dataclasses.replace`.
+
+        Raises:
+            ValueError: the runtime is unknown, has one width alone, or cannot hold what the settings ask for.
+            TypeError: there is no such setting.
+
+        Example:
+            >>> config = DiffQConfig.for_runtime("gguf", target_bits=5)
+            >>> config.widths, config.range_per, config.grid, config.scale_dtype
+            ((4, 5, 8), 32, 'symmetric', 'float16')
+            >>> DiffQConfig.for_runtime("gguf", widths=(3, 4))
+            Traceback (most recent call last):
+            ...
+            ValueError: DiffQConfig: the runtime 'gguf' has widths of (4, 5, 8) on the symmetric grid, got (3, 4).
+        """
+        preset = runtime_named(runtime).preset(settings.get("grid"))
+        if len(preset["widths"]) == 1:
+            (bits,) = preset["widths"]
+            raise ValueError(f"DiffQConfig: the runtime {runtime!r} has {bits} bits alone and no width to learn. Use STE(bits={bits}).")
+        return DiffQConfig(**{**preset, "runtime": runtime, **settings})
+
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
         """Make the noise node of one weight."""
+        if self.runtime is not None and (reason := reason_against(self.runtime, spec)):
+            raise PreparationError(f"weight {spec.name!r} of shape {spec.shape}: {reason}. Leave it in float by exclude=({spec.name!r},).")
         return DiffQWeight(spec, self, weight)
 
 

@@ -10,6 +10,7 @@ from diffq_fx.budget.flat_groups import WidthLimits
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
 from diffq_fx.methods.base import Method, check_group, check_whole
+from diffq_fx.runtimes import refuse_settings
 from diffq_fx.storage.packing import CONTAINER_BITS
 
 _DEFAULT_TARGET_BITS = 4.0
@@ -67,6 +68,8 @@ class DiffQSettings(Method):
     ``(("*.q_proj", "*.k_proj", "*.v_proj"), ("*.gate_proj", "*.up_proj"))``, in which weights share a width where the wildcards stand for
     the same text (in each layer its own); or "same_input", the weights of matrix products with the same input. Needs
     ``group_size="tensor"``."""
+    runtime: str | None = None
+    """The runtime that has to hold the weights as they are learned; see :meth:`~diffq_fx.DiffQConfig.for_runtime`."""
     init_bits: float | None = None
     """Width at the start where no target says it, above ``min_bits`` and at most ``max_bits``; None for 6 or the nearest between them."""
     training_steps: int | None = None
@@ -84,6 +87,17 @@ class DiffQSettings(Method):
         self._check_limits()
         self._check_groups()
         self._check_same_width()
+        if self.runtime is not None:
+            _, ranges, grid = self.layout
+            refuse_settings(
+                self.runtime,
+                grid=grid,
+                widths=self.limits.widths,
+                group_size=self.group_size,
+                range_size=ranges,
+                scale_dtype=self.scale_dtype,
+                size_of=self.size_of,
+            )
         if not isinstance(self.clip_ranges, bool):
             raise TypeError(f"DiffQConfig: clip_ranges must be True or False, got {self.clip_ranges!r}.")
         if self.training_steps is not None:

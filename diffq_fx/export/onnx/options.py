@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from diffq_fx import runtimes
 from diffq_fx.export.onnx.layout.profiles import TARGETS
 
 _CHOICES = {
@@ -11,15 +12,10 @@ _CHOICES = {
     "target": TARGETS,
     "min_container": (2, 4, 8),
 }
-_DEFAULTS: Mapping[str, Any] = {"layout": "onnxruntime", "min_container": 2}
 
-RUNTIMES: Mapping[str, Mapping[str, Any]] = {
-    "onnxruntime": _DEFAULTS,
-    "web": _DEFAULTS,  # onnxruntime-web runs the same operators and types
-    "openvino": {"layout": "qdq", "min_container": 4},  # knows no functions of a model and no types of 2 bits
-    "ort-format": {"layout": "qdq", "min_container": 8},  # its converter folds chains of nodes; the format has no types below 8 bits
-}
+RUNTIMES: Mapping[str, Mapping[str, Any]] = {name: each.onnx_options for name, each in runtimes.RUNTIMES.items() if each.onnx_options}
 """What ``export_onnx(runtime=...)`` may be -> the options that it stands for; a larger ``min_container`` suits the runtime too."""
+_DEFAULTS = RUNTIMES["onnxruntime"]
 
 
 def layout_and_container(
@@ -35,7 +31,8 @@ def layout_and_container(
         (('qdq', 4), ('qdq', 8), ('qdq', 2))
     """
     if runtime is not None and runtime not in RUNTIMES:
-        raise ValueError(f"runtime must be one of {tuple(RUNTIMES)} or None, got {runtime!r}.")
+        other = f" Its files are written by {runtimes.RUNTIMES[runtime].writer}." if runtime in runtimes.RUNTIMES else ""
+        raise ValueError(f"runtime must be one of {tuple(RUNTIMES)} or None, got {runtime!r}.{other}")
     preset = _DEFAULTS if runtime is None else RUNTIMES[runtime]
     given = {name: value for name, value in (("layout", layout), ("min_container", min_container)) if value is not None}
     chosen = {**preset, **given}

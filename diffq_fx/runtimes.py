@@ -1,0 +1,131 @@
+"""The one table of runtimes: which weights each of them holds as they are learned, and how an ONNX file is laid out for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffq_fx.functional import Grid
+from diffq_fx.functional.groups import GroupSize
+from diffq_fx.weights import WeightSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What a runtime can hold without a second rounding and without a wasted bit."""
+
+    widths: Mapping[Grid, tuple[int, ...]]
+    """Grid -> the widths of its containers; the first grid is that of :meth:`preset`."""
+    blocks: tuple[GroupSize, ...]
+    """What may share a scale: numbers of inputs, "channel", "tensor"."""
+    block: GroupSize = 32
+    """What shares a scale in :meth:`preset`."""
+    whole_blocks: bool = False
+    """Whether blocks must divide the inputs of a weight."""
+    matrices_alone: bool = False
+    """Whether it has weights of two dimensions alone."""
+    one_width: bool = False
+    """Whether all of a weight has one width."""
+    scale_dtypes: tuple[str, ...] = ("float16", "float32")
+    same_width: str | None = None
+    """Weights that it fuses where they have one width."""
+    onnx_options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of ``export_onnx`` that it stands for; none where another function writes its files."""
+    writer: str = "diffq_fx.export.export_onnx"
+    """The function that writes its files."""
+
+    def preset(self, grid: Any = None) -> dict[str, Any]:
+        """Settings of :class:`~diffq_fx.DiffQConfig` whose weights it holds as they are learned: one width a weight, block scales."""
+        first, widths = next((each for each in self.widths.items() if grid == each[0]), next(iter(self.widths.items())))
+        own: dict[str, Any] = {"group_size": "tensor", "range_per": self.block, "scale_dtype": self.scale_dtypes[0]}
+        return {**own, "grid": first, "widths": widths, "same_width": self.same_width}
+
+
+_CONTAINERS: Mapping[Grid, tuple[int, ...]] = {"affine": (2, 4, 8), "symmetric": (2, 4, 8)}
+_WIDER: Mapping[Grid, tuple[int, ...]] = {"affine": (4, 8), "symmetric": (4, 8)}
+_BLOCKS = (16, 32, 64, 128)
+_ONNXRUNTIME = Runtime(
+    widths=_CONTAINERS, blocks=(*_BLOCKS, 256, "channel", "tensor"), onnx_options={"layout": "onnxruntime", "min_container": 2}
+)
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "onnxruntime": _ONNXRUNTIME,
+    "web": _ONNXRUNTIME,  # onnxruntime-web runs the same operators and types
+    "openvino": Runtime(  # knows no functions of a model and no types of 2 bits
+        widths=_WIDER, blocks=_ONNXRUNTIME.blocks, onnx_options={"layout": "qdq", "min_container": 4}
+    ),
+    "ort-format": Runtime(  # its converter folds chains of nodes; the format has no types below 8 bits
+        widths={"affine": (8,), "symmetric": (8,)}, blocks=_ONNXRUNTIME.blocks, onnx_options={"layout": "qdq", "min_container": 8}
+    ),
+    "onnxruntime-genai": Runtime(
+        widths=_CONTAINERS,
+        blocks=_BLOCKS,
+        whole_blocks=True,
+        matrices_alone=True,
+        one_width=True,
+        same_width="same_input",
+        writer="diffq_fx.integrations.genai.export_genai",
+    ),
+    "gguf": Runtime(  # Q4_0, Q5_0, Q8_0; on the float grid Q4_1, Q5_1
+        widths={"symmetric": (4, 5, 8), "float": (4, 5)},
+        blocks=(32,),
+        whole_blocks=True,
+        matrices_alone=True,
+        one_width=True,
+        scale_dtypes=("float16",),
+        writer="diffq_fx.export.gguf.export_gguf",
+    ),
+}
+"""Name of a runtime, as ``DiffQConfig.for_runtime`` and ``export_onnx(runtime=...)`` take it -> what it holds."""
+
+
+def runtime_named(name: str) -> Runtime:
+    """A runtime of the table.
+
+    Raises:
+        ValueError: there is none of this name.
+
+    Example:
+        >>> runtime_named("gguf").preset()["widths"]
+        (4, 5, 8)
+    """
+    if name not in RUNTIMES:
+        raise ValueError(f"DiffQConfig: runtime must be one of {tuple(RUNTIMES)}, got {name!r}.")
+    return RUNTIMES[name]
+
+
+def refuse_settings(
+    name: str, *, grid: Grid, widths: tuple[int, ...], group_size: GroupSize, range_size: GroupSize, scale_dtype: str, size_of: str
+) -> None:
+    """Refuse settings of which a runtime cannot hold the weights as they are learned.
+
+    Raises:
+        ValueError: says the runtime, what it has, and what was found.
+    """
+    runtime = runtime_named(name)
+    allowed = {
+        "grid": (grid, tuple(runtime.widths)),
+        "group_size": (group_size, ("tensor",) if runtime.one_width else ("tensor", "channel")),
+        "range_per": (range_size, runtime.blocks),
+        "scale_dtype": (scale_dtype, runtime.scale_dtypes),
+        "size_of": (size_of, ("widths", "onnx_file") if runtime.onnx_options else ("widths",)),
+    }
+    for setting, (found, has) in allowed.items():
+        if found not in has:
+            raise ValueError(f"DiffQConfig: the runtime {name!r} has {setting} of {' or '.join(map(repr, has))}, got {found!r}.")
+    if not set(widths) <= set(has := runtime.widths[grid]):
+        raise ValueError(f"DiffQConfig: the runtime {name!r} has widths of {has} on the {grid} grid, got {widths}.")
+
+
+def reason_against(name: str, spec: WeightSpec) -> str:
+    """Why a runtime cannot hold this weight; empty if it can.
+
+    Example:
+        >>> reason_against("gguf", WeightSpec(name="w", shape=(8, 100), axis=0, group_size="tensor", range_size=32))
+        "the runtime 'gguf' has whole blocks of 32 inputs, and its rows have 100"
+    """
+    runtime, block = RUNTIMES[name], spec.range_layout.block
+    if runtime.matrices_alone and len(spec.shape) != 2:
+        return f"the runtime {name!r} has matrices alone"
+    if runtime.whole_blocks and (spec.columns % block or (spec.range_layout.kind != "block" and spec.columns not in runtime.blocks)):
+        return f"the runtime {name!r} has whole blocks of {spec.range_size} inputs, and its rows have {spec.columns}"
+    return ""
