@@ -14,12 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks._gguf import greedy, in_float32, run_llama, why_no_llama
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import convert, prepare
 from diffq_fx.export.gguf import export_gguf
 from diffq_fx.export.gguf.architectures import architecture_of, row_order
 from diffq_fx.methods import STE
 from diffq_fx.parts import stored_weights
 
+COMMAND = "python -m benchmarks.gguf_decoder FOLDER  # llama.cpp by node-llama-cpp"
 TEXTS = (
     "The capital of France is",
     "Water boils at a temperature of",
@@ -57,28 +59,40 @@ def main():
     ids = {"input_ids": torch.arange(8)[None]}
     converted = convert(prepare(model, ids, {"*embed_tokens*": replace(method, bits=8), "*": method}))
     result = export_gguf(converted, options.out, tokenizer=options.folder)
-    print(f"{options.out}: {result.file_bytes:,} bytes, {result.bits_per_weight:.3f} bits a quantized weight")
-    wrong, weights = differing(converted, options.out), stored_weights(converted)
-    print(f"weights whose bytes give other values than the model: {len(wrong)} of {len(weights)}")
-
     read = AutoModelForCausalLM.from_pretrained(options.out.parent, gguf_file=options.out.name, dtype=torch.float32).eval()
     with torch.no_grad():
-        print(f"logits of transformers from the file, largest difference: {(read(**ids).logits - converted(**ids).logits).abs().max():g}")
-    if why := why_no_llama():
-        print(f"llama.cpp: {why}")
-        return
+        difference = (read(**ids).logits - converted(**ids).logits).abs().max().item()
+    wrong, weights = differing(converted, options.out), stored_weights(converted)
+    rows = [
+        ("file, bytes", f"{result.file_bytes:,}"),
+        ("bits of a quantized weight, with scales", f"{result.bits_per_weight:.3f}"),
+        ("weights with other values in the file than in the model", f"{len(wrong)} of {len(weights)}"),
+        ("largest difference of the logits that transformers computes from the file", f"{difference:g}"),
+        *(beside_torch(read, options) if not (why := why_no_llama()) else [("llama.cpp", why)]),
+    ]
+    title = f"{options.folder.resolve().name} at {options.bits} bits (embedding 8), rounded without training, as GGUF"
+    table = markdown_table(("", "found"), rows)
+    print(table, write_result("gguf_decoder", title, table, ("torch", "transformers", "gguf"), command=COMMAND), sep="\n")
+
+
+def beside_torch(read, options):
+    """What llama.cpp generates of the file, and of the same in float32, beside torch's greedy tokens."""
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
-    expected = greedy(read, prompts, options.tokens)
+    expected, total = greedy(read, prompts, options.tokens), len(TEXTS) * options.tokens
     followed = [[*prompt, *tokens[:-1]] for prompt, tokens in zip(prompts, expected, strict=True)]
     for name, path in (("all tensors as float32", in_float32(options.out)), ("as written", options.out)):
         found = run_llama(path, prompts, options.tokens, followed, TEXTS)
         after = [tokens[-options.tokens :] for tokens in found["next"]]
-        print(
-            f"llama.cpp, {name}: {count_equal(found['generated'], expected)} of {len(TEXTS)} prompts with torch's {options.tokens} greedy "
-            f"tokens; after torch's tokens so far {sum(map(count_equal, after, expected))} of {len(TEXTS) * options.tokens} next ones; "
-            f"{count_equal(found['tokens'], prompts)} of {len(TEXTS)} texts cut as by the tokenizer"
+        yield (
+            f"llama.cpp, {name}: prompts with torch's {options.tokens} greedy tokens",
+            f"{count_equal(found['generated'], expected)} of {len(TEXTS)}",
         )
+        yield (
+            f"llama.cpp, {name}: next tokens that are torch's, after torch's so far",
+            f"{sum(map(count_equal, after, expected))} of {total}",
+        )
+    yield "texts that llama.cpp cuts as the tokenizer does", f"{count_equal(found['tokens'], prompts)} of {len(TEXTS)}"
 
 
 def count_equal(found, expected):

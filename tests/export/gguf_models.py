@@ -74,12 +74,20 @@ PRE_TOKENIZERS = {
 }
 
 
+METASPACES = {"sentencepiece": None, "metaspace": "first", "no-space": "never"}
+"""Ways in which a tokenizer of SentencePiece's kind is described: by a normalizer, or by a pre-tokenizer."""
+
+
 def tokenizer_of(kind, folder):
     """A tokenizer of 400 tokens in a folder: byte-level BPE of a kind, or SentencePiece's as Llama 2 has it."""
-    end = "</s>" if kind == "sentencepiece" else "<|end|>"
-    if kind == "sentencepiece":
+    bytes_alone = kind not in METASPACES
+    end = "<|end|>" if bytes_alone else "</s>"
+    if not bytes_alone:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if scheme := METASPACES[kind]:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        else:
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special = ["<unk>", end, *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
@@ -87,7 +95,7 @@ def tokenizer_of(kind, folder):
         steps = PRE_TOKENIZERS[kind]
         tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
         tokenizer.decoder, special = decoders.ByteLevel(), [end]
-    options = {"limit_alphabet": 80} if kind == "sentencepiece" else {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()} if bytes_alone else {"limit_alphabet": 80}
     trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, show_progress=False, **options)
     tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
     described = json.loads(tokenizer.to_str())

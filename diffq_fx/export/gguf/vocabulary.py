@@ -56,28 +56,36 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     writer.add_token_types([token.kind for token in tokens])
     if pre is None:
         writer.add_token_scores([token.score for token in tokens])
-        writer.add_add_space_prefix("▁" in json.dumps([described.get(key) for key in ("normalizer", "pre_tokenizer")], ensure_ascii=False))
+        writer.add_add_space_prefix(_begins_with_space(described))
         special.merges = []  # the scores say it
         special.load_merges = False
     special.add_to_gguf(writer, quiet=True)
 
 
+def _steps(described: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """The steps of a tokenizer's normalizer or pre_tokenizer."""
+    whole = described.get(part) or {}
+    return whole.get("normalizers") or whole.get("pretokenizers") or [whole] * bool(whole)
+
+
 def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
     """What runtimes call the way in which words are cut; None for SentencePiece's."""
-    model = described["model"]
+    model, steps = described["model"], _steps(described, "pre_tokenizer")
     if model["type"] != "BPE":
         raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone: give tokenizer=None")
+    allowed = {"Prepend", "Replace"} if model.get("byte_fallback") else {"NFC"}
+    if changes := {step["type"] for step in _steps(described, "normalizer")} - allowed:
+        raise ExportError(f"the tokenizer changes texts by {', '.join(sorted(changes))}, which runtimes do not: give tokenizer=None")
     if model.get("byte_fallback"):
         return None
-    steps = described.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    *before, last = [(step.get("type"), step) for step in steps]
-    if last[0] == "ByteLevel" and not last[1].get("add_prefix_space"):
-        if not before and last[1].get("use_regex", True):
+    *before, last = steps or [{}]
+    cuts, kinds = last.get("use_regex", True), [step["type"] for step in before]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if cuts and not before:
             return "gpt-2"
-        if [kind for kind, _ in before] == ["Digits"] and before[0][1].get("individual_digits") and last[1].get("use_regex", True):
+        if cuts and kinds == ["Digits"] and before[0]["individual_digits"]:
             return "smollm"
-        if [kind for kind, _ in before] == ["Split"] and (name := _SPLITS.get(before[0][1]["pattern"].get("Regex"))):
+        if not cuts and kinds == ["Split"] and (name := _SPLITS.get(before[0]["pattern"].get("Regex"))):
             return name
     raise ExportError(
         f"the tokenizer cuts words in a way that has no name here: {json.dumps(steps)[:300]}. Known are those of "
@@ -85,18 +93,23 @@ def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
     )
 
 
+def _begins_with_space(described: dict[str, Any]) -> bool:
+    """Whether SentencePiece's tokenizer puts a space in front of a text."""
+    spaces = [step.get("prepend_scheme") != "never" for step in _steps(described, "pre_tokenizer") if step["type"] == "Metaspace"]
+    return any(spaces) or any(step["type"] == "Prepend" for step in _steps(described, "normalizer"))
+
+
 def _tokens_of(described: dict[str, Any], size: int) -> list[_Token]:
     """One token for each row of the embedding; those that the tokenizer lacks are marked as unused."""
     model = described["model"]
     tokens = {index: _Token(_PADDING.format(index), gguf.TokenType.UNUSED) for index in range(size)}
-    by_text = {text: index for text, index in model["vocab"].items()}
     scores = _scores(model) if model.get("byte_fallback") else {}
-    for text, index in by_text.items():
+    for text, index in model["vocab"].items():
         is_byte = bool(scores) and re.fullmatch("<0x[0-9A-F]{2}>", text)
         kind = gguf.TokenType.BYTE if is_byte else gguf.TokenType.UNKNOWN if text == model.get("unk_token") else gguf.TokenType.NORMAL
         tokens[index] = _Token(text, kind, scores.get(text, _NO_SCORE))
     for added in described.get("added_tokens") or ():
-        if tokens.get(added["id"], tokens[0]).kind != gguf.TokenType.UNKNOWN:
+        if (known := tokens.get(added["id"])) is None or known.kind != gguf.TokenType.UNKNOWN:
             kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
             tokens[added["id"]] = _Token(added["content"], kind)
     if len(tokens) > size:
