@@ -21,6 +21,7 @@ from diffq_fx.integrations.olive import HEAD, OliveFolder, write_olive
 from diffq_fx.integrations.olive_weight import HeldWeight
 
 _FILE = "model.onnx"
+_TENSORS = ("qweight", "scales", "qzeros")
 _FULL_FLOAT = "1"
 """MatMulNBits: accuracy_level of inputs that stay float32."""
 
@@ -116,14 +117,15 @@ def _check_levels(path: Path, olive: OliveFolder) -> None:
         for node in ir.load(path).graph:
             if node.op_type != "MatMulNBits":
                 continue
-            base = str(node.inputs[1].name).removesuffix(".MatMulNBits.qweight").replace(".attn.", ".self_attn.")
+            held = [value for value in node.inputs[1:] if value is not None]
+            base = str(held[0].name).removesuffix(".MatMulNBits.qweight").replace(".attn.", ".self_attn.")
             modules = [base.replace("qkv_proj", f"{part}_proj") for part in "qkv"] if base.endswith(".qkv_proj") else [base]
             settings = {left.pop(module, (0, 0, 0))[1:] for module in modules}
-            same = settings == {(node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())}
-            for value, kind in zip(node.inputs[1:], ("qweight", "scales", "qzeros"), strict=True):
-                if same:  # else the modules may not be ours at all
+            same = len(held) == len(_TENSORS) and settings == {(node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())}
+            for value, kind in zip(held, _TENSORS, strict=False):
+                if same:  # else it may be no module of ours, such as a head in float that was rounded
                     expected = np.concatenate([ours.get_tensor(f"{module}.{kind}").ravel() for module in modules])
-                    same = np.array_equal(value.const_value.numpy().ravel(), expected)
+                    same = np.array_equal(np.asarray(value.const_value).ravel(), expected)
             if not same:
                 raise ExportError(f"export_genai: {_runtime()} made other levels or scales of {base!r} than the model has.")
     if left:

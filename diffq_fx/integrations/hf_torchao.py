@@ -1,5 +1,6 @@
 """Models of transformers whose weights are torchao's tensors: what is to be known for ``save_pretrained``, ``from_pretrained`` and vLLM."""
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ def tell(model: nn.Module) -> None:
             continue
         named = module.named_parameters(remove_duplicate=False)
         weights = {name.removesuffix(".weight"): weight for name, weight in named if isinstance(weight, IntxUnpackedToInt8Tensor)}
-        types = FqnToConfig({name: _config_of(weight) for name, weight in weights.items()})
+        types = FqnToConfig(OrderedDict((name, _config_of(weight)) for name, weight in weights.items()))
         config = TorchAoConfig(types, include_input_output_embeddings=True)
         say_nothing(module.config)
         module.config.quantization_config = config

@@ -253,10 +253,11 @@ def test_greedy_tokens_are_ours_with_every_container_and_an_embedding_that_is_th
 
 
 @pytest.mark.slow
-def test_another_architecture_with_biases_and_a_head_of_its_own(runtime, tokenizer, tmp_path):
-    model = convert(prepare(decoder("Qwen2", tie_word_embeddings=False), IDS, {"*v_proj*": STE(bits=8), "*": HELD}))
+def test_another_architecture_with_biases_a_head_of_its_own_and_projections_that_the_builder_joins(runtime, tokenizer, tmp_path):
+    model = convert(prepare(decoder("Qwen2", tie_word_embeddings=False), IDS, {"*lm_head*": STE(bits=8), "*": HELD}))
     result = export_genai(model, tmp_path / "folder", tokenizer, exact=True)
     assert result.in_float == ("model.embed_tokens.weight",)
+    assert b"attn/qkv_proj/MatMulNBits" in (tmp_path / "folder" / "model.onnx").read_bytes()
     assert greedy_of(runtime, tmp_path / "folder") == greedy(model)
 
 
