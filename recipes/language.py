@@ -74,10 +74,10 @@ class Language(Recipe[LanguageSettings]):
     def load(self) -> None:
         """The texts as numbers, in windows."""
         settings = self.settings
-        limit = settings.limit * (settings.context + 1)
-        train, test = (read_words(settings.data / name, limit) for name in (settings.train_file, settings.test_file))
-        self.known = vocabulary(train, settings.least_count)
-        self.train, self.test = (self._windows(numbers(words, self.known)) for words in (train, test))
+        train, test = (settings.data / name for name in (settings.train_file, settings.test_file))
+        lines = settings.limit * settings.context  # a line with words has two of them at least
+        self.known = vocabulary(read_words(train, lines), settings.least_count)
+        self.train, self.test = (self._windows(numbers(read_words(path, lines), self.known)) for path in (train, test))
 
     def _windows(self, words: Any) -> Tensor:
         """Rows of ``context + 1`` words, of which the last is the first of the next row: every word but the first is predicted once."""
@@ -85,6 +85,7 @@ class Language(Recipe[LanguageSettings]):
         count = (len(words) - 1) // context
         if not count:
             raise SystemExit(f"--context {context}: a text of {len(words)} words has no such window.")
+        count = min(count, self.settings.limit or count)
         return torch.from_numpy(words[: count * context + 1]).unfold(0, context + 1, context).contiguous().to(self.device)
 
     def make_model(self) -> nn.Module:

@@ -126,6 +126,17 @@ def test_nearest_is_nearest():
     assert torch.equal(nearest(values, entries), (values.unsqueeze(1) - entries).abs().argmin(1))
 
 
+def test_nearest_warns_of_no_layout(recwarn):
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        values = torch.randn(3, 5).t()
+        assert torch.equal(nearest(values, torch.tensor([-1.0, 1.0])), (values >= 0).long())
+    finally:
+        torch.set_warn_always(before)
+    assert not recwarn.list
+
+
 def test_nearest_vectors_in_pieces(monkeypatch):
     points, centres = torch.randn(100, 3), torch.randn(9, 3)
     monkeypatch.setattr("diffq_fx.functional.clustering._CHUNK", 50)

@@ -110,7 +110,7 @@ def nearest(values: Tensor, entries_K: Tensor) -> Tensor:
         tensor([0, 1, 1])
     """
     middles = (entries_K[1:] + entries_K[:-1]) / 2
-    return torch.bucketize(values, middles.to(values.dtype), right=True)
+    return torch.bucketize(values.contiguous(), middles.to(values.dtype), right=True)
 
 
 def nearest_vectors(points_ND: Tensor, centres_KD: Tensor) -> tuple[Tensor, Tensor]:

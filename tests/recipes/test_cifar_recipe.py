@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,8 @@ class TestTraining:
 
         whole = training("whole")
         whole.run()
+        for weight, average in zip(whole.optimizers.weights, whole.average.values, strict=True):
+            assert torch.equal(weight, average)
         part = training("parts")
         for _ in range(3):
             part.step()
@@ -177,6 +180,20 @@ class TestTraining:
             run(folder, tmp_path, "--distil")
         with pytest.raises(SystemExit, match="--group must be channel, tensor or a number, got 'layer'"):
             run(folder, tmp_path, "--group", "layer")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 1, 59: 1, 60: 0.2, 119: 0.2, 120: 0.04, 180: 0.008, 199: 0.008}),
+        ({"schedule": "cosine"}, {0: 1, 100: 0.5, 150: 0.14645}),
+        ({"schedule": "cosine", "warm_up": 0.1}, {0: 1 / 21, 19: 20 / 21, 20: 1, 110: 0.5}),
+        ({"schedule": "constant"}, {0: 1, 199: 1}),
+    ],
+)
+def test_the_rate_falls_as_in_the_paper_or_along_a_cosine(settings, expected):
+    training = SimpleNamespace(settings=cifar.CifarSettings(**settings), steps=200)
+    assert {step: round(Training.rate(training, step), 5) for step in expected} == pytest.approx(expected, abs=1e-5)
 
 
 def test_each_image_is_shifted_and_mirrored_by_itself():

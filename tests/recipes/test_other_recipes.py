@@ -33,7 +33,7 @@ def test_ipq_rounds_layer_group_by_layer_group_and_resumes(tmp_path, capsys):
 class TestText:
     def test_words_and_their_numbers(self, tmp_path):
         make_text(tmp_path)
-        words = read_words(tmp_path / "wiki.train.tokens")
+        words = list(read_words(tmp_path / "wiki.train.tokens"))
         assert words[:12] == ["=", "Heading", "=", "<eos>", "the", "cat", "sat", "on", "the", "mat", ".", "<eos>"]
         known = vocabulary(words, least=80)
         assert list(known) == ["the", "<eos>", ",", ".", "=", "cat", "<unk>"]
@@ -41,13 +41,13 @@ class TestText:
 
     def test_what_is_missing_or_broken(self, tmp_path):
         with pytest.raises(Lacking, match=r"there is no .*wiki.train.tokens.*\n.*wikitext-103-v1.zip"):
-            read_words(tmp_path / "wiki.train.tokens")
+            next(read_words(tmp_path / "wiki.train.tokens"))
         (tmp_path / "cut").write_bytes("é".encode()[:1])
         with pytest.raises(Lacking, match="cut is no text in UTF-8"):
-            read_words(tmp_path / "cut")
+            next(read_words(tmp_path / "cut"))
         (tmp_path / "empty").write_text("\n\n")
         with pytest.raises(Lacking, match="empty has no words"):
-            read_words(tmp_path / "empty")
+            next(read_words(tmp_path / "empty"))
 
     def test_the_adaptive_softmax_is_a_distribution_of_all_words(self):
         model = AdaptiveTransformer(50, cutoffs=(10, 30), width=32, heads=2, hidden=32, layers=2, context=8).eval()
