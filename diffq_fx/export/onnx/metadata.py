@@ -247,8 +247,9 @@ def _record(name: str, entry: dict[str, Any]) -> WeightRecord:
             raise ValueError(f"weight {name!r} has {key} {values[key]}")
     for key, parse in _LISTS.items():
         values[key] = tuple(map(parse, values.get(key, ())))
-    texts = {key: _text(values[key]) for key in _TEXTS if key in values}
-    return WeightRecord(name=_text(name), **values | texts | {"axis": _count(values["axis"])})
+    values |= {key: _text(values[key]) for key in _TEXTS if key in values}
+    values["axis"] = _count(values["axis"])
+    return WeightRecord(name=_text(name), **values)
 
 
 def _text(value: Any) -> str:
