@@ -45,6 +45,8 @@ PRINTED = {
     "hugging-face.md": "True\nTrue",
     "onnxruntime-genai.md": "HeldWeight(bits=8, container_bits=8, group_size=64)\nTrue\n{'shared_embeddings': 'false'}",
     "language-models.md": "True True",
+    "onnx-layouts.md": "0.weight {4: 1048576} linear - fused, 4 bits",
+    "decoders.md": "(1, 10, 256)",
 }
 """A part of what some of them print."""
 
@@ -56,6 +58,7 @@ NEEDED = {
     "hugging-face.md": ("transformers", "torchao"),
     "onnxruntime-genai.md": ("transformers", "onnxruntime_genai"),
     "language-models.md": ("transformers",),
+    "decoders.md": ("transformers",),
     "trainers.md": ("accelerate", "lightning"),
 }
 
