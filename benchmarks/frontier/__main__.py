@@ -3,6 +3,7 @@
     python -m benchmarks.frontier run cifar10 --data DIR --systems ours,lsq,diffq --bits 4,3,2 --seeds 0,1
     python -m benchmarks.frontier report
     python -m benchmarks.frontier wins ours ours-uniform
+    python -m benchmarks.frontier picture cifar10 OUT.png --systems ours,lsq,float
     python -m benchmarks.frontier budgets cifar10 --data DIR
 
 From the root of the repository. DIR holds the files that the task names if they are missing. Every point is one line of
@@ -18,7 +19,7 @@ from typing import TypeVar
 from benchmarks._result import RESULTS
 from benchmarks.frontier.budgets import budgets
 from benchmarks.frontier.points import SYSTEMS
-from benchmarks.frontier.report import report
+from benchmarks.frontier.report import picture, report
 from benchmarks.frontier.running import run
 from benchmarks.frontier.tasks import TASKS
 from benchmarks.frontier.wins import wins
@@ -76,6 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
     budget.add_argument("--threads", type=int, help="torch's")
     budget.add_argument("--quick", action="store_true", help="next to no data, into a folder of its own (--results)")
     budget.set_defaults(call=budgets)
+    drawing = commands.add_parser("picture", help="draw the points of some systems")
+    drawing.add_argument("task", choices=TASKS)
+    drawing.add_argument("out", type=Path, help="PNG to write")
+    drawing.add_argument("--systems", type=_list_of(str), required=True)
+    drawing.add_argument(
+        "--results", type=_list_of(Path), default=[RESULTS], help="folders; a system's points are of the last that has them"
+    )
+    drawing.add_argument("--title")
+    drawing.set_defaults(call=picture)
     for each in (runs, reports, win, budget):
         each.add_argument("--results", type=Path, default=RESULTS, help="folder of the points and reports")
     asked = parser.parse_args(arguments)

@@ -14,6 +14,24 @@ from benchmarks.frontier.tasks import TASKS, Task
 
 Groups = dict[tuple, list[Point]]
 _MARKERS = "osD^vP*Xp<>hd8"
+_NAMES = {
+    "ours": "diffq_fx",
+    "ours-distilled": "diffq_fx, Distillation",
+    "ours-uniform": "diffq_fx, same bits for all",
+    "ours-widths": "diffq_fx, widths 2, 4, 8",
+    "ours-paper": "diffq_fx, the paper's settings",
+    "lsq": "LSQ",
+    "lc": "LC",
+    "ste": "STE-QAT",
+    "quant-noise": "Quant-Noise",
+    "brevitas-fixed": "Brevitas, fixed width",
+    "brevitas-learned": "Brevitas, learned width",
+    "diffq": "diffq",
+    "diffq-aimed": "diffq, penalty above the budget",
+    "ort-int8": "onnxruntime, int8",
+    "float-trained": "float, trained on as long",
+}
+"""What systems are called in a picture, if not as they are."""
 _SHOWN = 0.13
 """How far from the best score a picture reaches, as a part of it."""
 
@@ -25,6 +43,18 @@ def report(asked: argparse.Namespace) -> None:
         raise SystemExit(f"{asked.results} has no points yet: run first.")
     for name in names:
         print(report_task(asked.results, TASKS[name]).read_text(encoding="utf-8"))
+
+
+def picture(asked: argparse.Namespace) -> None:
+    """Draw the points of some systems, from several folders; a system's points are those of the last folder that has them."""
+    latest: dict[str, list[Point]] = {}
+    for folder in asked.results:
+        found: dict[str, list[Point]] = {}
+        for point in read_points(folder, asked.task):
+            if point["system"] in asked.systems and "bits_a_weight" not in point:
+                found.setdefault(point["system"], []).append(point)
+        latest |= found
+    _draw(grouped(point for name in asked.systems for point in latest.get(name, [])), TASKS[asked.task], asked.out, asked.title)
 
 
 def report_task(results: Path, kind: type[Task]) -> Path:
@@ -117,7 +147,7 @@ def _note(points: list[Point]) -> str:
     return f"Seconds are training and scoring of one point with {' or '.join(map(str, threads))} threads.{quick}"
 
 
-def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
+def _draw(groups: Groups, kind: type[Task], path: Path, title: str | None = None) -> None:
     """Default systems at the number of steps that most have, near float's score; what lies further off is an arrow at the edge."""
     import matplotlib
 
@@ -140,16 +170,19 @@ def _draw(groups: Groups, kind: type[Task], path: Path) -> None:
         near = [point for point in sorted(lines[name]) if sign * (point[1] - edge) > 0]
         style = {"marker": _MARKERS[number % len(_MARKERS)], "color": f"C{number % 10}", "linewidth": 2.2 if name == "ours" else 1}
         sizes, scores, spreads = zip(*near, strict=True) if near else ((), (), ())
-        axes.errorbar(sizes, scores, spreads, label=name, capsize=2, markersize=5, **style)
+        axes.errorbar(sizes, scores, spreads, label=_NAMES.get(name, name), capsize=2, markersize=5, **style)
         for mib, score, _ in (point for point in lines[name] if point not in near):
             axes.annotate(f"{score:.1f}", (mib, edge), (0, 10), textcoords="offset points", rotation=60, color=style["color"], fontsize=8)
             axes.plot([mib], [edge], marker=11, color=style["color"], clip_on=False)
     for name in (name for name in lines if name.startswith("float")):
-        axes.axhline(lines[name][0][1], color="grey", linestyle=":" if name == "float-trained" else "--", label=name)
-    axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=f"{kind.name}, {usual} steps", xscale="log")
-    axes.set_ylim(
-        *((edge, None) if sign > 0 else (edge, min(score for line in lines.values() for _, score, _ in line) - 0.05 * best * sign))
-    )
+        axes.axhline(lines[name][0][1], color="grey", linestyle=":" if name == "float-trained" else "--", label=_NAMES.get(name, name))
+    axes.set(xlabel="exact size in MiB", ylabel=kind.score_name, title=title or f"{kind.name}, {usual} steps", xscale="log")
+    if all(sign * (score - edge) > 0 for line in lines.values() for _, score, _ in line):
+        axes.margins(y=0.1)
+    else:
+        axes.set_ylim(
+            *((edge, None) if sign > 0 else (edge, min(score for line in lines.values() for _, score, _ in line) - 0.05 * best * sign))
+        )
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)

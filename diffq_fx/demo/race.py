@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -48,7 +49,7 @@ def show(contest: Contest, out: Path, console: Console) -> None:
     """Score and race the files, print one table, and write it into report.html and results.json."""
     rows = measure(contest)
     console.print(Text(contest.title), soft_wrap=True)  # Text: square brackets are markup to rich
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in rows[0]:
         is_name = heading == "file"
         table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)

@@ -164,14 +164,25 @@ def test_a_missing_file_is_one_clear_line(name, tmp_path):
         TASKS[name](tmp_path)
 
 
+def point(system, seed, score, mib, **more):
+    key = {"system": system, "bits": 3.0, "seed": seed, "steps": 4, "rate": 0.1, "penalty": None, "bits_rate": 0.05}
+    rest = {"budget_mib": 0.5, "setting": "as is", "seconds": 2.0, "threads": 1, "quick": False}
+    return {**key, "mib": mib, "score": score, **rest, "versions": {"torch": "2.13.0", "diffq": "0.2.4"}, **more}
+
+
+def test_a_picture_has_the_newer_points_of_each_system(tiny, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("benchmarks.frontier.report._draw", lambda groups, *_: drawn.extend(groups.values()))
+    for folder, points in {"old": [point("ste", 0, 1.0, 0.5), point("ours", 0, 2.0, 0.5)], "new": [point("ours", 0, 3.0, 0.5)]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "frontier_tiny.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+    folders = f"{tmp_path / 'old'},{tmp_path / 'new'}"
+    main(["picture", "tiny", str(tmp_path / "out.png"), "--results", folders, "--systems", "ours,ste"])
+    assert {found[0]["system"]: [each["score"] for each in found] for found in drawn} == {"ours": [3.0], "ste": [1.0]}
+
+
 def test_the_report_shows_mean_spread_and_versions(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", Tiny)
-
-    def point(system, seed, score, mib, **more):
-        key = {"system": system, "bits": 3.0, "seed": seed, "steps": 4, "rate": 0.1, "penalty": None, "bits_rate": 0.05}
-        rest = {"budget_mib": 0.5, "setting": "as is", "seconds": 2.0, "threads": 1, "quick": False}
-        return {**key, "mib": mib, "score": score, **rest, "versions": {"torch": "2.13.0", "diffq": "0.2.4"}, **more}
-
     onnx = {"exact_score": 1.25, "fast_score": 1.5, "file_mib": 0.75}
     points = [point("ste", 0, 1.0, 0.5, packed_mib=0.25), point("ste", 1, 2.0, 0.25, onnx=onnx), point("diffq", 0, 4.0, 0.625)]
     (tmp_path / "frontier_tiny.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
