@@ -35,10 +35,9 @@ def pack(
     rounding = pack_state_dict(file, out, bits=bits, group_size=group_size, grid=grid, exclude=exclude or (), entropy=entropy)
     before, after = file.stat().st_size, out.stat().st_size
     shown = [f"{out}: {mib(after)} MiB, {before / after:.2f} times smaller"]
-    if rounding.errors:
-        worst = max(rounding.errors, key=rounding.errors.__getitem__)
-        found = f"{rounding.overall:.3g} over all weights, at most {rounding.errors[worst]:.3g}, of '{worst}'"
-        shown.append(f"relative squared error of the rounding: {found}")
+    worst = max(rounding.errors, key=rounding.errors.__getitem__)
+    found = f"{rounding.overall:.3g} over all weights, at most {rounding.errors[worst]:.3g}, of '{worst}'"
+    shown.append(f"relative squared error of the rounding: {found}")
     if rounding.skipped:
         shown.append(f"as they were: {', '.join(rounding.skipped)}")
     data = {

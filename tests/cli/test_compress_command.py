@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import diffq_fx
 from diffq_fx import compress
 from diffq_fx.cli import app
 from diffq_fx.export import load_packed
@@ -270,15 +271,19 @@ def changed(models, tmp_path):
     return make
 
 
-def test_a_folder_gives_a_folder_that_from_pretrained_reads(models, transformers):
+def test_a_folder_gives_a_folder_that_from_pretrained_reads(models, transformers, monkeypatch):
+    made, compress = [], diffq_fx.compress
+    monkeypatch.setattr(diffq_fx, "compress", lambda *given, **more: made.append(compress(*given, **more)) or made[0])
     result = invoke(models / "bert", "--data", models / "texts.txt", "--out", "small", "--json", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["files"].keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained("small")
     assert isinstance(loaded, transformers.BertForSequenceClassification)
     tokens = transformers.AutoTokenizer.from_pretrained("small")(WORDS[:5], return_tensors="pt")
+    body = transformers.AutoModel.from_pretrained("small")
     with torch.no_grad():
-        assert loaded(input_ids=tokens["input_ids"]).logits.isfinite().all()
+        assert torch.equal(loaded(**tokens).logits, made[0](**tokens).logits)
+        assert torch.equal(body(**tokens).last_hidden_state, made[0].bert(**tokens).last_hidden_state)
     result = invoke("small", "--data", models / "texts.txt", "--out", "again")
     assert "'small' is quantized already, by diffq_fx. Give the folder of the float model." in result.stderr
 

@@ -114,6 +114,24 @@ def test_pack_leaves_out_what_is_excluded(tmp_path):
     assert torch.equal(found["b"], load_file(source)["b"])
 
 
+@pytest.mark.parametrize(
+    ("tensors", "exclude"),
+    [
+        ({"b": torch.randn(40), "scalar": torch.zeros(())}, ()),
+        ({"w": torch.zeros(3000, dtype=torch.uint8), "ids": torch.zeros(4, 4, dtype=torch.int64)}, ()),  # as in a folder that is compressed
+        ({"w": torch.randn(4, 40)}, ("--exclude", "w")),
+        ({}, ()),
+    ],
+    ids=["one dimension", "integers", "excluded", "no tensors"],
+)
+def test_pack_without_a_weight_to_round(tensors, exclude, tmp_path):
+    save_file(tensors, source := tmp_path / "float.safetensors")
+    result = invoke("pack", source, tmp_path / "out", *exclude)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"has nothing to round: none of its {len(tensors)} tensors" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_errors_are_one_message_and_exit_code_2(tmp_path):
     garbage, source, out = tmp_path / "garbage", tmp_path / "float.safetensors", tmp_path / "out"
     garbage.write_bytes(b"\x10\0\0\0\0\0\0\0{garbage")

@@ -29,7 +29,7 @@ class Rounding:
     errors: dict[str, float]
     """Name of each rounded weight -> squared error over the sum of its squares."""
     overall: float
-    """The same of all rounded weights together; 0 where there are none."""
+    """The same of all rounded weights together."""
     skipped: tuple[str, ...]
     """Names of the tensors with two dimensions or more that stay as they are."""
 
@@ -73,12 +73,17 @@ def pack_state_dict(
             stored.append(_rounded(tensor, spec, bits))
             exact = tensor.double()
             squares[name] = (exact - stored[-1]().double()).square().sum().item(), exact.square().sum().item()
+    if not stored:
+        raise PackedFileError(
+            f"'{source}' has nothing to round: none of its {len(tensors)} tensors that are not excluded is a floating-point one with two "
+            "dimensions or more."
+        )
     try:
         write_packed(stored, [((name,), tensor) for name, tensor in rest.items()], target, entropy=entropy)
     except PackedFileError as error:
         raise PackedFileError(f"{error}.") from error
     errors = {name: error / (whole or 1.0) for name, (error, whole) in squares.items()}
-    error, whole = (sum(each) for each in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
+    error, whole = (sum(each) for each in zip(*squares.values(), strict=True))
     return Rounding(errors, error / (whole or 1.0), tuple(name for name, tensor in rest.items() if tensor.dim() >= 2))
 
 
