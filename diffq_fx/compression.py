@@ -46,6 +46,9 @@ _UNIFORM = (
     "the same in all groups, as far as the size allows: by the curvature that the first steps measured the learned ones cost more loss"
 )
 
+NOT_TRAINED = "no optimizer step has moved the bits yet"
+"""A note of the report."""
+
 
 class Compression(TrainingState):
     """What a prepared model knows about its own compression; the model holds it as its child ``compression``.

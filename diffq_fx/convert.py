@@ -11,7 +11,7 @@ from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
-from diffq_fx.compression import Compression
+from diffq_fx.compression import NOT_TRAINED, Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import WeightQuantizer
@@ -124,6 +124,8 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
     _take_off_wrapper(root, converted)
     _put_in_stored(converted, stored)
     kept = {each.name: getattr(compression, each.name) for each in fields(CompressionRecord)}
+    if compression.learned and not int(compression.steps):
+        kept["notes"] += (NOT_TRAINED,)
     worth = None if compression.lambda_per_bit is None else float(compression.lambda_per_bit)
     object.__setattr__(converted, CHILD, CompressionRecord(**{**kept, "steps": int(compression.steps), "lambda_per_bit": worth}))
     if compression.method.rest_dtype == "float16":

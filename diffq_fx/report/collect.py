@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffq_fx.budget.size import mib
-from diffq_fx.compression import Compression
+from diffq_fx.compression import NOT_TRAINED, Compression
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method, WeightQuantizer
@@ -68,7 +68,7 @@ def _of_part(root: nn.Module) -> BitsReport:
     notes = record.notes
     if isinstance(record, Compression) and record.learned:
         record.allocate()
-        notes += ("no optimizer step has moved the bits yet",) * (not int(record.steps))
+        notes += (NOT_TRAINED,) * (not int(record.steps))
     if record.in_noise:
         notes += (f"in the noise phase after step {int(record.steps)}: the bits are not final, no weight has trained with true rounding",)
     if any(method.layout[2] == "float" for method in record.method.methods):

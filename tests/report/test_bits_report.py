@@ -202,6 +202,8 @@ class TestWhatIsReported:
     def test_says_that_the_bits_never_moved(self):
         prepared = tiny()
         assert any("no optimizer step" in note for note in bits_report(prepared).notes)
+        with pytest.warns(DiffQWarning, match="the bits never moved"):
+            assert bits_report(convert_diffq(prepared)).notes == bits_report(prepared).notes
         prepared(torch.randn(2, 8)).sum().backward()
         torch.optim.SGD(prepared.parameters(), lr=0.1).step()
         assert bits_report(prepared).notes == ()
