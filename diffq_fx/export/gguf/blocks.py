@@ -172,7 +172,7 @@ def _packed(each: BlockType, blocks: _Blocks) -> NDArray[np.uint8]:
     if each.bits == 5:
         parts.append(np.packbits(integers >> 4, axis=-1, bitorder="little"))
     low, high = integers[..., : BLOCK // 2] & 15, integers[..., BLOCK // 2 :] & 15
-    return np.concatenate([*parts, low | (high << 4).astype(np.uint8)], -1)
+    return np.concatenate([*parts, (low | high << 4).astype(np.uint8)], -1)
 
 
 def _half_bytes(values_PB: Tensor) -> NDArray[np.uint8]:
