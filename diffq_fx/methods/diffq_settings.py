@@ -119,8 +119,12 @@ class DiffQSettings(Method):
                 raise ValueError(f"DiffQConfig: {name} must be positive and finite, got {value}.")
 
     def _check_limits(self) -> None:
-        limits = {name: bits for name in ("min_bits", "init_bits", "max_bits") if (bits := getattr(self, name)) is not None}
+        limits = {"min_bits": self.min_bits, "init_bits": self.init_bits, "max_bits": self.max_bits}
+        if self.init_bits is None:
+            del limits["init_bits"]
         for name, bits in limits.items():
+            if isinstance(bits, bool) or not isinstance(bits, int | float):
+                raise TypeError(f"DiffQConfig: {name} must be a number, got {bits!r}.")
             if not 1 <= bits <= 16:
                 raise ValueError(f"DiffQConfig: {name} must be from 1 to 16, got {bits}.")
         if self.min_bits >= min(self.init_bits or 16, self.max_bits) or (self.init_bits or 1) > self.max_bits:

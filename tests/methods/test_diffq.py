@@ -213,3 +213,9 @@ def test_an_untrained_model_clips_no_weight_from_4_bits_on():
     assert clipped()  # now a training makes up for it, and the least error counts
     model.compression.note(steps=0)
     assert not clipped()
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_bits", True), ("max_bits", None), ("init_bits", "four"), ("min_bits", (3,))])
+def test_limits_that_are_no_numbers(name, value):
+    with pytest.raises(TypeError, match=f"DiffQConfig: {name} must be a number, got"):
+        DiffQConfig(**{name: value})
