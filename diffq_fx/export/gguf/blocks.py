@@ -6,7 +6,7 @@ those with one hold ``n - base`` unsigned beside the minimum ``base d``, for a `
 Shape legend: O rows, I columns, P some of the rows, B = I / 32 blocks of a row, K = 32 weights of a block.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -165,14 +165,14 @@ def _packed(each: BlockType, blocks: _Blocks) -> NDArray[np.uint8]:
     if each.has_minimum and minimum_PB is None:
         base_PB = _bases(each, blocks)
         integers_PBK, minimum_PB = integers_PBK - base_PB[..., None], base_PB * scale_PB
-    parts: list[NDArray[Any]] = [_half_bytes(values_PB) for values_PB in (scale_PB, minimum_PB) if values_PB is not None]
+    parts = [_half_bytes(values_PB) for values_PB in (scale_PB, minimum_PB) if values_PB is not None]
     if each.bits == 8:
         return np.concatenate([*parts, integers_PBK.to(torch.int8).numpy().view(np.uint8)], -1)
-    integers: NDArray[np.uint8] = (integers_PBK - each.lowest).to(torch.uint8).numpy()
+    integers = (integers_PBK - each.lowest).to(torch.uint8).numpy()
     if each.bits == 5:
         parts.append(np.packbits(integers >> 4, axis=-1, bitorder="little"))
-    low, high = integers[..., : BLOCK // 2] & 15, integers[..., BLOCK // 2 :] & 15
-    return np.concatenate([*parts, (low | high << 4).astype(np.uint8)], -1)
+    low, high = np.split(integers & np.uint8(15), 2, -1)
+    return np.concatenate([*parts, low | high << np.uint8(4)], -1)
 
 
 def _half_bytes(values_PB: Tensor) -> NDArray[np.uint8]:
