@@ -41,7 +41,7 @@ Settings = dict[str, Method] | DiffQConfig | None
 
 def learned(bits: float) -> DiffQConfig:
     """Settings for ``compress``: one width for each matrix, those that the runtime has."""
-    return DiffQConfig(target_bits=bits, group_size="tensor", range_per=64, widths=(2, 4, 8), scale_dtype="float16")
+    return DiffQConfig.for_runtime("onnxruntime-genai", target_bits=bits, range_per=64)
 
 
 SYSTEMS: dict[str, Settings] = {

@@ -133,7 +133,7 @@ def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[di
     if here > _MUCH_LARGER * learned:
         warnings.warn(
             f"{caller}: the levels take {here / 8 / 2**20:.2f} MiB in containers of 2, 4 or 8 bits, {learned / 8 / 2**20:.2f} MiB as "
-            "learned. Widths of 2, 4 and 8 bits, one for each matrix, take no more than they must.",
+            'learned. DiffQConfig.for_runtime("onnxruntime-genai") learns widths that take no more than they must.',
             DiffQWarning,
             stacklevel=4,
         )

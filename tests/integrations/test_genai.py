@@ -109,10 +109,9 @@ def test_learned_bits_lie_in_the_widest_container_and_the_size_is_said(tokenizer
     assert result.builder_options == {"shared_embeddings": "false"}
 
 
-def test_one_width_for_each_matrix_takes_no_more_than_it_must(tokenizer, tmp_path):
-    settings = {"widths": (2, 4, 8), "group_size": "tensor", "range_per": 32, "scale_dtype": "float16"}
+def test_what_is_learned_for_this_runtime_takes_no_more_than_it_must(tokenizer, tmp_path):
     with pytest.warns(DiffQWarning, match="never moved"):
-        model = convert(prepare_diffq(decoder(), IDS, DiffQConfig(target_bits=5.5, **settings)))
+        model = convert(prepare_diffq(decoder(), IDS, DiffQConfig.for_runtime("onnxruntime-genai", target_bits=5.5)))
     result, tensors = written(model, tmp_path / "folder", tokenizer)  # a warning would be an error
     weights = expected(model)
     for module, (bits, container, group) in result.held.items():
