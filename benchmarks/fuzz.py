@@ -337,7 +337,7 @@ def main() -> None:
         "control characters",
     )
     body = f"{markdown_table(header, rows)}\n\n" + ("\n".join(findings) or "No findings.")
-    print(write_result("fuzz", "Files from strangers", body, ["atheris", "torch", "onnx"]).read_text())
+    print(write_result("fuzz_" + "_".join(arguments.targets), "Files from strangers", body, ["atheris", "torch", "onnx"]).read_text())
 
 
 if __name__ == "__main__":
