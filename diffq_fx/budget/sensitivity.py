@@ -43,8 +43,9 @@ def asked_bits(spec: WeightSpec, sums: Tensor, span: Tensor) -> Tensor:
     ``sums`` is from :func:`observe`, ``span`` the length of the range of each group.
     """
     square = without_doubt(spec, sums)
-    if square.numel() == 1 < span.numel():  # one width over many ranges: their noise adds up
-        span = span.square().mean().sqrt()
+    shared = [axis for axis, ranges in enumerate(span.shape) if square.shape[axis] == 1 < ranges]
+    if shared:  # one width over many ranges: their noise adds up
+        span = span.square().mean(shared, keepdim=True).sqrt()
     return torch.log2(span.expand_as(square) * square.sqrt()) / 2
 
 

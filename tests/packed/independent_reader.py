@@ -347,11 +347,12 @@ class Weight:
         if self.facts["grid"] != "float":
             centre = np.ceil(zero)
         centre = np.clip(centre, 0, 2.0**b - 1)
+        computed = "F32" if item == 2 else scale_dtype
         distance = np.where(codes % 2 == 0, codes // 2, -(codes + 1) // 2)
         level = (centre + distance) % 2.0**b
         if self.facts["grid"] == "float":
-            return rounded(rounded(level * scale, scale_dtype) + offset, scale_dtype)
-        return rounded(rounded(level - zero, scale_dtype) * scale, scale_dtype)
+            return rounded(rounded(level * scale, computed) + offset, computed)
+        return rounded(rounded(level - zero, computed) * scale, computed)
 
     def tensor(self):
         rows_first = [self.rows, *(side for place, side in enumerate(self.shape) if place != self.axis)]

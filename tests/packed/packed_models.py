@@ -12,19 +12,40 @@ from diffq_fx.weights import WeightSpec
 
 
 def store(
-    name, shape, *, axis=0, bits=(2, 8), group="channel", ranges=None, grid="affine", dtype=torch.float32, aliases=(), seed=0, spread=1.0
+    name,
+    shape,
+    *,
+    axis=0,
+    bits=(2, 8),
+    group="channel",
+    ranges=None,
+    grid="affine",
+    dtype=torch.float32,
+    aliases=(),
+    seed=0,
+    spread=1.0,
+    scale_dtype=torch.float32,
 ):
     """A random weight on its grid: ``bits`` is a number, or the limits of random widths."""
     generator = torch.Generator().manual_seed(seed)
     ranges = group if ranges is None else ranges
     spec = WeightSpec(
-        name=name, aliases=aliases, shape=shape, axis=axis, dtype=dtype, group_size=group, range_size=ranges, grid=grid, consumer="linear"
+        name=name,
+        aliases=aliases,
+        shape=shape,
+        axis=axis,
+        dtype=dtype,
+        group_size=group,
+        range_size=ranges,
+        grid=grid,
+        consumer="linear",
+        scale_dtype=scale_dtype,
     )
     weight = (torch.randn(shape, generator=generator) * spread).to(dtype)
     low, high = (bits, bits) if isinstance(bits, int) else bits
     widths = torch.randint(low, high + 1, spec.bits_layout.shape, generator=generator, dtype=torch.int32)
     rows = to_rows(weight, axis)
-    params = functional.quant_params(*functional.weight_range(rows, spec.range_layout, grid), widths, grid)
+    params = functional.quant_params(*functional.weight_range(rows, spec.range_layout, grid), widths, grid, scale_dtype)
     return IntegerWeight(spec, functional.quantize(rows.to(params.scale.dtype), params, widths, spec.scale_layout), params, widths)
 
 

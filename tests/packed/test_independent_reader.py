@@ -85,7 +85,8 @@ def weights(draw, name):
     group = draw(st.sampled_from(("tensor", "channel", 1, 3, 8)))
     ranges = draw(st.sampled_from((group, "tensor", "channel")))
     bits = draw(st.one_of(st.integers(2, 16), st.tuples(st.integers(1 + (grid == "symmetric"), 8), st.integers(8, 16))))
-    return store(name, shape, bits=bits, group=group, ranges=ranges, grid=grid, spread=draw(st.sampled_from((1.0, 1e-3, 1e3))), **common)
+    numbers = {"spread": draw(st.sampled_from((1.0, 1e-3, 1e3))), "scale_dtype": draw(st.sampled_from((torch.float32, torch.float16)))}
+    return store(name, shape, bits=bits, group=group, ranges=ranges, grid=grid, **numbers, **common)
 
 
 @settings(deadline=None, max_examples=40)
