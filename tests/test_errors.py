@@ -96,6 +96,7 @@ def test_constant_weight_works():
         (dict(scale_dtype="float16", group_size=8), "needs one width in each range, got group_size=8 and range_per='channel'"),
         (dict(scale_dtype="float16", range_per="tensor"), "needs one width in each range, got group_size='channel' and range_per='tensor'"),
         (dict(scale_dtype="float16", size_of="packed_file"), "whose ranges are scaled"),
+        (dict(grid="float", size_of="packed_file"), 'use "affine" or "symmetric"'),
         (dict(range_per="group", group_size=1), "would store a range for every weight"),
         (dict(training_steps=0), "training_steps must be a whole number of at least 1, got 0"),
         (dict(size_of="onnx_file", widths=(3, 4)), r"size_of=\"onnx_file\" has widths of \(2, 4, 8, 16\) alone, got \(3, 4\)"),

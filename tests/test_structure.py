@@ -77,7 +77,7 @@ PUBLIC = (
 def test_what_users_call_is_documented(module):
     if (package := module.rpartition(".")[2]) in ("torchao", "gguf"):
         pytest.importorskip(package)
-    docs = "".join(path.read_text() for path in (ROOT.parent / "README.md", *(ROOT.parent / "docs").glob("*.md")))
+    docs = "".join(path.read_text() for path in (ROOT.parent / "README.md", *(ROOT.parent / "docs").rglob("*.md")))
     public = importlib.import_module(module)
     lacking = {}
     for name, function in inspect.getmembers(public, inspect.isfunction):

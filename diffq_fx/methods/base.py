@@ -1,7 +1,7 @@
 """What a method is: a frozen config that picks weights and puts a quantizer on each of them.
 
 A new method is one file: a subclass of :class:`Method` (its settings) and one of :class:`WeightQuantizer` (what happens
-to a weight in training, how it is rounded, how it is stored). No pass, capture or exporter knows a method's name.
+to a weight in training, how it is rounded, how it is stored). No pass and no exporter to ONNX knows a method's name.
 """
 
 from abc import ABC, abstractmethod

@@ -152,6 +152,11 @@ class DiffQSettings(Method):
                 f'DiffQConfig: size_of="onnx_file" needs group_size="channel" or "tensor", got {self.group_size}: '
                 "ONNX holds all blocks of a channel in one container."
             )
+        if self.size_of == "packed_file" and self.grid == "float":
+            raise ValueError(
+                'DiffQConfig: grid="float" has no zero point that is a level, which entropy coding wants: with size_of="packed_file" '
+                'use "affine" or "symmetric".'
+            )
 
     def _check_ranges(self, size: GroupSize) -> None:
         if size == 1:

@@ -64,7 +64,7 @@ def _from_one_seed(model: nn.Module, example: ExportExample) -> list[tuple[torch
 
 
 def _differ(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-    return any(one.shape != other.shape or not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+    return any(one.shape != other.shape or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs)
 
 
 def tracing_cause(error: Exception) -> str:

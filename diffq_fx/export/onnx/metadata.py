@@ -59,7 +59,7 @@ class WeightRecord:
     """Container bits in the file -> number of weights held in them. Several when a weight is split by width."""
     rule: str
     """How the weight reaches its readers: "linear" (MatMulNBits), "dynamic" (integer product), "int8" (integer convolution), "rows"
-    (embedding), "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
+    (embedding), "codebook", "fold" (made float when the file is loaded), several of them as "linear+rows"; "qdq" in that layout."""
     choice: str | None = None
     """What each reader gets, and for products the speed that decided, on the machines of the export's target."""
     products: tuple[str, ...] = ()
