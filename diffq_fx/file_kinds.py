@@ -27,10 +27,10 @@ def foreign_kind(path: str | Path) -> str:
     Example:
         >>> import tempfile
         >>> foreign_kind(tempfile.gettempdir())
-        'is a folder: give a file in it (a Hugging Face folder is for diffq-fx compress)'
+        'is a folder: give a file in it (a Hugging Face folder is for diffq-fx compress, a compressed one for from_pretrained)'
     """
     if os.path.isdir(path):
-        return "is a folder: give a file in it (a Hugging Face folder is for diffq-fx compress)"
+        return "is a folder: give a file in it (a Hugging Face folder is for diffq-fx compress, a compressed one for from_pretrained)"
     if os.path.isfile(path) and not os.path.getsize(path):
         return "is empty: it has 0 bytes"
     begin = _begin(Path(path))

@@ -73,6 +73,7 @@ def _summary(comparison: "LatencyComparison") -> list[str]:
     inputs = ", ".join(f"{name} {kind} {list(shape)}" for name, (kind, shape) in comparison.inputs.items())
     threads = comparison.threads or "onnxruntime's choice"
     return [
+        *filter(None, [comparison.pairing]),
         f"outputs: differ by at most {worst.max_abs:.3g} ({100 * worst.max_relative:.3g} % of A's largest value), worst in '{worst.name}'",
         f"inputs: {inputs}; threads: {threads}; {comparison.repeats} pairs in turns, seed {comparison.seed}",
     ]

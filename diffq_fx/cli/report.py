@@ -62,6 +62,7 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
             f"{other.file_bytes / inspection.file_bytes:.2f} times smaller than {Path(other.path).name}",
             f"{median} times its speed (quartiles {q1} and {q3} of {race.repeats} pairs of runs in turns, on this machine)",
             f"outputs differ from it by at most {100 * race.worst_output.max_relative:.3g} % of its largest value",
+            *filter(None, [race.pairing]),
         ]
     rows = [] if race is None else [(race.path_a, race.size_a_mib, race.a_ms), (race.path_b, race.size_b_mib, race.b_ms)]
     measurements = [

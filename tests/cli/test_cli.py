@@ -1,5 +1,6 @@
 """The command line: what it prints, and that errors are one message and exit code 2."""
 
+import html
 import importlib
 import json
 import subprocess
@@ -130,6 +131,19 @@ def test_bench_prints_latency_ratio_size_and_difference(tmp_path, float_file):
     for text in ("A / B", "latency ms", "size MiB", "(1 % of A's largest value)", "worst in 'y'", "x float32 [3, 64]"):
         assert text in result.stdout
     assert "median [q1, q3]" in result.stdout
+
+
+def test_a_float_file_with_other_names_is_paired_by_position(tmp_path, float_file):
+    model = onnx.load(float_file)
+    for entry, name in ((model.graph.input[0], "input"), (model.graph.output[0], "linear_1")):
+        entry.name = name
+    model.graph.node[0].input[0], model.graph.node[0].output[0] = "input", "linear_1"
+    onnx.save(model, tmp_path / "other.onnx")
+    said = "paired by their order: 'input' with 'x', 'linear_1' with 'y'"
+    assert said in " ".join(invoke("bench", tmp_path / "other.onnx", float_file, *RUN_FAST).stdout.split())
+    page = tmp_path / "page.html"
+    assert invoke("report", float_file, "--beside", tmp_path / "other.onnx", "--repeats", "2", "--out", page).exit_code == 0
+    assert said in html.unescape(page.read_text())
 
 
 def test_bench_json_is_strict_json_even_for_infinite_differences(tmp_path, float_file):

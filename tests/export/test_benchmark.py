@@ -187,31 +187,63 @@ def test_a_batch_that_no_input_can_take_is_refused(tmp_path, weight):
     assert compare_latency(path, path, **FAST).inputs == {"x": ("float32", (1, 16))}
 
 
+def two_of_each(path, inputs, outputs, rows=5):
+    """The rows of a table that ``ids`` names, times ``scale``; and ``scale`` itself."""
+    ids, scale = inputs
+    rows_of, same = outputs
+    nodes = [
+        helper.make_node("Gather", ["table", ids], ["picked"]),
+        helper.make_node("Mul", ["picked", scale], [rows_of]),
+        helper.make_node("Identity", [scale], [same]),
+    ]
+    table = numpy_helper.from_array(np.arange(1, rows * 4 + 1, dtype=np.float32).reshape(rows, 4), "table")
+    taken = {ids: value_info(ids, ["batch"], TensorProto.INT64), scale: value_info(scale, ["batch", 4])}
+    given = {rows_of: value_info(rows_of, ["batch", 4]), same: value_info(same, ["batch", 4])}
+    return save(path, nodes, [table], [taken[name] for name in sorted(taken)], [given[name] for name in sorted(given)])
+
+
+def test_other_names_are_paired_by_their_order(tmp_path, weight):
+    a = linear(tmp_path / "a.onnx", weight, x="x", y="output")
+    b = linear(tmp_path / "b.onnx", weight, x="input_1", y="linear_1", batch=1)
+    result = compare_latency(a, b, **FAST)
+    assert [(output.name, output.max_abs) for output in result.outputs] == [("output", 0.0)]
+    assert result.other_names == {"x": "input_1", "output": "linear_1"}
+    assert compare_latency(a, a, **FAST).other_names == {}
+
+
+def test_what_shares_a_name_is_paired_by_it_before_the_rest_by_order(tmp_path):
+    a = two_of_each(tmp_path / "a.onnx", ("ids", "scale"), ("rows", "same"), rows=50)
+    b = two_of_each(tmp_path / "b.onnx", ("words", "scale"), ("zzz", "same"), rows=7)
+    assert [entry.name for entry in onnx.load(b).graph.input] == ["scale", "words"]
+    assert [entry.name for entry in onnx.load(b).graph.output] == ["same", "zzz"]
+    for one, other in ((a, b), (b, a)):
+        result = compare_latency(one, other, batch=100, **FAST)  # 100 ids: beyond 7 rows if the smaller table is not seen
+        assert [output.max_abs for output in result.outputs] == [0.0, 0.0]
+    assert result.other_names == {"words": "ids", "zzz": "rows"}
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (
-            {"x": "other_x"},
-            r"input 'x' tensor\(float\) \[batch, 16\] is in A alone\n  input 'other_x' .* is in B alone",
-        ),
-        (
-            {"y": "other_y"},
-            r"output 'y' .* is in A alone\n  output 'other_y' tensor\(float\) \[batch, 8\] is in B alone",
-        ),
-        ({"batch": 5}, r"B's input 'x' tensor\(float\) \[5, 16\] does not take A's shape \[1, 16\]"),
+        ({"x": "x1", "batch": 5}, r"input 'x' tensor\(float\) \[1, 16\] of A does not fit 'x1' tensor\(float\) \[5, 16\] of B"),
+        ({"batch": 5}, r"input 'x' tensor\(float\) \[1, 16\] of A does not fit 'x' tensor\(float\) \[5, 16\] of B"),
+        ({"y": "z", "columns": 3}, r"output 'y' tensor\(float\) \[batch, 8\] of A does not fit 'z' tensor\(float\) \[batch, 3\] of B"),
     ],
 )
-def test_models_with_other_inputs_or_outputs_are_refused_by_name(tmp_path, weight, other, message):
+def test_models_with_other_inputs_or_outputs_are_refused_in_a_sentence(tmp_path, weight, other, message):
     a = linear(tmp_path / "a.onnx", weight)
-    b = linear(tmp_path / "b.onnx", weight, **other)
-    with pytest.raises(DiffQError, match=message):
+    b = linear(tmp_path / "b.onnx", weight[:, : other.pop("columns", 8)], **other)
+    with pytest.raises(DiffQError, match=rf"^A '.*a\.onnx' and B '.*b\.onnx' cannot be compared: {message}\. Export both .*\.$"):
         compare_latency(a, b, **FAST)
 
 
-def test_models_with_another_type_are_refused(tmp_path):
-    a = embedding(tmp_path / "a.onnx", rows=5)
-    b = embedding(tmp_path / "b.onnx", rows=5, data_type=TensorProto.INT32)
-    with pytest.raises(DiffQError, match=r"input 'ids' tensor\(int64\) \[batch, length\] of A is tensor\(int32\) in B"):
+def test_models_with_more_inputs_or_another_type_are_refused(tmp_path, weight):
+    one = linear(tmp_path / "one.onnx", weight[:4, :4], x="scale", y="same")
+    two = two_of_each(tmp_path / "two.onnx", ("ids", "scale"), ("rows", "same"))
+    with pytest.raises(DiffQError, match=r"input 'ids' tensor\(int64\) \[batch\] is in B alone; output 'rows' .* is in B alone\."):
+        compare_latency(one, two, **FAST)
+    a, b = embedding(tmp_path / "a.onnx", rows=5), embedding(tmp_path / "b.onnx", rows=5, data_type=TensorProto.INT32)
+    with pytest.raises(DiffQError, match=r"'ids' tensor\(int64\) \[1, 2\] of A does not fit 'ids' tensor\(int32\) \[batch, length\] of B"):
         compare_latency(a, b, dims={"length": 2}, **FAST)
 
 

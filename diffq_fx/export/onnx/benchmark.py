@@ -18,7 +18,7 @@ from diffq_fx.export.onnx.files import MIB, blaming, load_graph, size_bytes
 from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
-from diffq_fx.export.onnx.signatures import TensorSignature, check_same_signature, resolve_shapes, signature_of
+from diffq_fx.export.onnx.signatures import TensorSignature, pair_signatures, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations, find_constants
 
@@ -63,6 +63,8 @@ class LatencyComparison:
     size_b_mib: float
     inputs: dict[str, tuple[str, tuple[int, ...]]]
     """Input name -> dtype and shape that both were run on."""
+    other_names: dict[str, str]
+    """Inputs and outputs of A -> what they are called in B, where that differs: these are paired by their order."""
     threads: int
     """Threads inside an operator; 0 for as many as onnxruntime takes by itself."""
     repeats: int
@@ -73,6 +75,12 @@ class LatencyComparison:
     session_a: dict[str, str]
     """The onnxruntime session entries that A asks for."""
     session_b: dict[str, str]
+
+    @property
+    def pairing(self) -> str:
+        """Which inputs and outputs were paired by their order, in a sentence; empty where all names agree."""
+        pairs = ", ".join(f"'{name}' with '{other}'" for name, other in self.other_names.items())
+        return f"paired by their order: {pairs}" if pairs else ""
 
     @property
     def worst_output(self) -> OutputDifference:
@@ -102,7 +110,7 @@ def compare_latency(
 
     Args:
         path_a: an ONNX file; the inputs are made from its signature.
-        path_b: another one, with inputs and outputs of the same names and types.
+        path_b: another one, with inputs and outputs of the same types and shapes; what has another name is paired by its position.
         batch: size of open first dimensions.
         repeats: pairs to time, at least 1.
         threads: threads inside an operator; 0 leaves it to onnxruntime.
@@ -126,14 +134,15 @@ def compare_latency(
     models = [load_graph(path) for path in paths]
     sizes = [_mib(path, model) for path, model in zip(paths, models, strict=True)]
     entries = [session_entries(model) for model in models]
-    a, b = (open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True))
-    signature = signature_of(a.get_inputs())
+    sessions = [open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True)]
+    signature = signature_of(sessions[0].get_inputs())
     shapes = resolve_shapes(signature, batch, {**_sizes_of_examples(models, signature), **(dims or {})})
-    check_same_signature((a, b), paths, shapes)
-    inputs = make_inputs(signature, shapes, index_bounds(models), seed)
-    outputs_a, outputs_b = _outputs_of((a, b), inputs, paths)
-    outputs = tuple(difference_of(name, value, outputs_b[name]) for name, value in outputs_a.items())
-    runs = [partial(session.run, None, dict(inputs)) for session in (a, b)]
+    inputs_in_b, outputs_in_b = pair_signatures(sessions, paths, shapes)
+    inputs = make_inputs(signature, shapes, _bounds_of(models, inputs_in_b), seed)
+    fed = (inputs, {inputs_in_b[name]: value for name, value in inputs.items()})
+    outputs_a, outputs_b = _outputs_of(sessions, fed, paths)
+    outputs = tuple(difference_of(name, value, outputs_b[outputs_in_b[name]]) for name, value in outputs_a.items())
+    runs = [partial(session.run, None, each) for session, each in zip(sessions, fed, strict=True)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
     a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
     return LatencyComparison(
@@ -146,6 +155,7 @@ def compare_latency(
         size_a_mib=sizes[0],
         size_b_mib=sizes[1],
         inputs={name: (str(value.dtype), value.shape) for name, value in inputs.items()},
+        other_names={x: y for x, y in [*inputs_in_b.items(), *outputs_in_b.items()] if x != y},
         threads=threads,
         repeats=repeats,
         runs_per_sample=samples,
@@ -155,11 +165,17 @@ def compare_latency(
     )
 
 
+def _bounds_of(models: "Sequence[ModelProto]", names_in_b: Mapping[str, str]) -> dict[str, int]:
+    """The bounds of A's inputs, of what each selects from in either model."""
+    found = index_bounds(models)
+    return {name: min(rows) for name, other in names_in_b.items() if (rows := [found[key] for key in (name, other) if key in found])}
+
+
 def _outputs_of(
-    sessions: "Sequence[InferenceSession]", inputs: Mapping[str, np.ndarray], paths: Sequence[str | Path]
+    sessions: "Sequence[InferenceSession]", inputs: Sequence[Mapping[str, np.ndarray]], paths: Sequence[str | Path]
 ) -> list[dict[str, np.ndarray]]:
     try:
-        return [run_session(session, inputs, path) for session, path in zip(sessions, paths, strict=True)]
+        return [run_session(session, each, path) for session, each, path in zip(sessions, inputs, paths, strict=True)]
     except DiffQError as error:
         raise DiffQError(
             f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."

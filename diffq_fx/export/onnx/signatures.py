@@ -1,7 +1,7 @@
 """What an ONNX model takes and gives: names, types and shapes, sizes for what a shape leaves open, and whether two models agree."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ class TensorSignature:
         """What an open dimension may be called, its own name first; none for a fixed one."""
         size = self.shape[position]
         return [] if isinstance(size, int) else [*([size] if size else []), f"{self.name}.{position}"]
+
+
+_Pair = tuple[TensorSignature | None, TensorSignature | None]
 
 
 def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
@@ -92,40 +95,47 @@ def signature_of(entries: Sequence[Any]) -> list[TensorSignature]:
     return [TensorSignature(name=entry.name, type=entry.type, shape=shape) for entry, shape in zip(entries, shapes, strict=True)]
 
 
-def check_same_signature(
+def pair_signatures(
     sessions: "Sequence[InferenceSession]", paths: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Check that two models A and B take the same inputs, of the shapes that were made for A, and give the same outputs.
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Pair the inputs of two models A and B, and their outputs: by name, and the rest, which have other names, in their order.
+
+    Args:
+        sessions: of A and B.
+        paths: of A and B, for messages.
+        shapes: of the inputs that were made for A, by name.
+
+    Returns:
+        What each input of A is called in B, and each output.
 
     Raises:
-        DiffQError: An input or output is missing from one of them, or has another type or a shape that B cannot take.
+        DiffQError: An input or output has none to pair with, or one of another type, rank or fixed size.
     """
     a, b = sessions
-    inputs_of_b = signature_of(b.get_inputs())
-    findings = _mismatches("input", signature_of(a.get_inputs()), inputs_of_b)
-    findings += _mismatches("output", signature_of(a.get_outputs()), signature_of(b.get_outputs()))
-    for entry in inputs_of_b:
-        if entry.name in shapes and not _fits(shapes[entry.name], entry.shape):
-            findings.append(f"B's input {entry} does not take A's shape {list(shapes[entry.name])}")
-    if findings:
-        lines = "".join(f"\n  {finding}" for finding in findings)
-        raise DiffQError(
-            f"A '{paths[0]}' and B '{paths[1]}' cannot be compared, for their inputs or outputs differ:{lines}\n"
-            "  Export both from the same model, with the same names."
-        )
+    inputs = _pairs([replace(entry, shape=shapes[entry.name]) for entry in signature_of(a.get_inputs())], signature_of(b.get_inputs()))
+    outputs = _pairs(signature_of(a.get_outputs()), signature_of(b.get_outputs()))
+    if findings := [*_mismatches("input", inputs), *_mismatches("output", outputs)]:
+        raise DiffQError(f"A '{paths[0]}' and B '{paths[1]}' cannot be compared: {'; '.join(findings)}. Export both from the same model.")
+    names_of_inputs, names_of_outputs = ({x.name: y.name for x, y in pairs if x and y} for pairs in (inputs, outputs))
+    return names_of_inputs, names_of_outputs
 
 
-def _mismatches(kind: str, in_a: Sequence[TensorSignature], in_b: Sequence[TensorSignature]) -> list[str]:
-    entries_a, entries_b = ({entry.name: entry for entry in entries} for entries in (in_a, in_b))
-    findings = [f"{kind} {entry} is in A alone" for name, entry in entries_a.items() if name not in entries_b]
-    findings += [f"{kind} {entry} is in B alone" for name, entry in entries_b.items() if name not in entries_a]
-    for name in entries_a.keys() & entries_b.keys():
-        if entries_a[name].type != entries_b[name].type:
-            findings.append(f"{kind} {entries_a[name]} of A is {entries_b[name].type} in B")
-    return findings
+def _pairs(in_a: Sequence[TensorSignature], in_b: Sequence[TensorSignature]) -> list[_Pair]:
+    names_a, by_name = {entry.name for entry in in_a}, {entry.name: entry for entry in in_b}
+    others = iter([entry for entry in in_b if entry.name not in names_a])
+    pairs: list[_Pair] = [(entry, by_name.get(entry.name) or next(others, None)) for entry in in_a]
+    return [*pairs, *((None, entry) for entry in others)]
 
 
-def _fits(shape: tuple[int, ...], declared: tuple[int | str | None, ...]) -> bool:
-    return len(shape) == len(declared) and all(
-        not isinstance(wanted, int) or wanted == size for size, wanted in zip(shape, declared, strict=True)
+def _mismatches(kind: str, pairs: Sequence[_Pair]) -> list[str]:
+    return [
+        f"{kind} {x} of A does not fit {y} of B" if x and y else f"{kind} {x or y} is in {'A' if x else 'B'} alone"
+        for x, y in pairs
+        if x is None or y is None or x.type != y.type or not (_fits(x.shape, y.shape) or (kind == "output" and x.name == y.name))
+    ]  # onnxruntime calls the shape [] where it does not know the rank; outputs of one name are compared as they come
+
+
+def _fits(shape: tuple[int | str | None, ...], other: tuple[int | str | None, ...]) -> bool:
+    return len(shape) == len(other) and all(
+        size == wanted or not (isinstance(size, int) and isinstance(wanted, int)) for size, wanted in zip(shape, other, strict=True)
     )

@@ -138,7 +138,11 @@ class Container:
         header = _parse(head[_LENGTH.size :])
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            known = "is a safetensors file without what save_packed adds to one: read it with safetensors.torch.load_file"
+            known = (
+                "is a safetensors file without what save_packed adds to one: read it with safetensors.torch.load_file; if diffq_fx wrote "
+                "the Hugging Face folder around it, import diffq_fx.integrations.transformers, load the folder by from_pretrained, and "
+                "bits_report(model) says what is in it"
+            )
             raise PackedFileError(known if b'"data_offsets"' in head else "is not a packed file, or is damaged")
         if (version := metadata.get("version")) != str(VERSION):
             raise PackedFileError(f"has the format version {version!r}, or is damaged; this diffq_fx reads version {VERSION}")
