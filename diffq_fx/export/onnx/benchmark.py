@@ -115,8 +115,7 @@ def compare_latency(
         repeats: pairs to time, at least 1.
         threads: threads inside an operator; 0 leaves it to onnxruntime.
         seed: of the inputs.
-        dims: sizes of other open dimensions, by name, or by ``"input.position"`` for one without a name; those of a file of
-            ``export_onnx`` are by default as in its example.
+        dims: sizes of other open dimensions, by name, or by ``"input.position"`` for one without; by default as ``export_onnx`` had them.
         on_progress: called after every pair with the pairs done and ``repeats``.
 
     Returns:
@@ -132,17 +131,16 @@ def compare_latency(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     paths = (path_a, path_b)
     models = [load_graph(path) for path in paths]
-    sizes = [_mib(path, model) for path, model in zip(paths, models, strict=True)]
+    size_a, size_b = map(_mib, paths, models)
     entries = [session_entries(model) for model in models]
     sessions = [open_session(path, threads, asked) for path, asked in zip(paths, entries, strict=True)]
     signature = signature_of(sessions[0].get_inputs())
     shapes = resolve_shapes(signature, batch, {**_sizes_of_examples(models, signature), **(dims or {})})
     inputs_in_b, outputs_in_b = pair_signatures(sessions, paths, shapes)
     inputs = make_inputs(signature, shapes, _bounds_of(models, inputs_in_b), seed)
-    fed = (inputs, {inputs_in_b[name]: value for name, value in inputs.items()})
-    outputs_a, outputs_b = _outputs_of(sessions, fed, paths)
-    outputs = tuple(difference_of(name, value, outputs_b[outputs_in_b[name]]) for name, value in outputs_a.items())
-    runs = [partial(session.run, None, each) for session, each in zip(sessions, fed, strict=True)]
+    both = [inputs, {inputs_in_b[name]: value for name, value in inputs.items()}]
+    outputs = _differences(sessions, both, paths, outputs_in_b)
+    runs = [partial(session.run, None, each) for session, each in zip(sessions, both, strict=True)]
     samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
     a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
     return LatencyComparison(
@@ -152,8 +150,8 @@ def compare_latency(
         b_ms=Quartiles.of(b_ms),
         ratio=Quartiles.of([time_a / time_b for time_a, time_b in zip(a_ms, b_ms, strict=True)]),
         outputs=outputs,
-        size_a_mib=sizes[0],
-        size_b_mib=sizes[1],
+        size_a_mib=size_a,
+        size_b_mib=size_b,
         inputs={name: (str(value.dtype), value.shape) for name, value in inputs.items()},
         other_names={x: y for x, y in [*inputs_in_b.items(), *outputs_in_b.items()] if x != y},
         threads=threads,
@@ -171,15 +169,19 @@ def _bounds_of(models: "Sequence[ModelProto]", names_in_b: Mapping[str, str]) ->
     return {name: min(rows) for name, other in names_in_b.items() if (rows := [found[key] for key in (name, other) if key in found])}
 
 
-def _outputs_of(
-    sessions: "Sequence[InferenceSession]", inputs: Sequence[Mapping[str, np.ndarray]], paths: Sequence[str | Path]
-) -> list[dict[str, np.ndarray]]:
+def _differences(
+    sessions: "Sequence[InferenceSession]",
+    inputs: Sequence[Mapping[str, np.ndarray]],
+    paths: Sequence[str | Path],
+    names_in_b: Mapping[str, str],
+) -> tuple[OutputDifference, ...]:
     try:
-        return [run_session(session, each, path) for session, each, path in zip(sessions, inputs, paths, strict=True)]
+        of_a, of_b = [run_session(session, each, path) for session, each, path in zip(sessions, inputs, paths, strict=True)]
     except DiffQError as error:
         raise DiffQError(
             f"{error}\n  Other sizes may suit it: batch and dims (--batch and --dim name=size on the command line)."
         ) from error
+    return tuple(difference_of(name, value, of_b[names_in_b[name]]) for name, value in of_a.items())
 
 
 def _mib(path: str | Path, model: "ModelProto") -> float:
