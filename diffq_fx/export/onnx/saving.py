@@ -87,4 +87,4 @@ def _own_data_of(path: Path) -> list[Path]:
             names = external_locations(find_constants(model)) if metadata_of(model) is not None else []
     except (OSError, DiffQError):  # no file, or not one of ours
         return []
-    return [path.with_name(name) for name in names if re.fullmatch(rf"{re.escape(path.name)}\.[^/\\\0]*\.data", name)]
+    return [path.with_name(name) for name in names if re.fullmatch(rf"{re.escape(path.name)}(\.\d+)?\.data", name)]
