@@ -30,7 +30,7 @@ class Calibration:
     """
 
     def __init__(self, batches: Any, device: torch.device) -> None:
-        examples = [example.map(lambda tensor: tensor.to(device)) for example in _read(batches)]
+        examples = [example.map(lambda tensor: tensor.detach().to(device)) for example in _read(batches)]
         held_out = min(_HELD_OUT, len(examples) // _HELD_OUT or int(len(examples) > 1))
         self.tuned_on = examples[: len(examples) - held_out]
         self.held_out = examples[len(examples) - held_out :] if held_out else self.tuned_on

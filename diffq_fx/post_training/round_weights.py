@@ -11,7 +11,7 @@ from diffq_fx.compression import Compression
 from diffq_fx.functional.groups import from_rows, to_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
-from diffq_fx.post_training.compensation import compensate
+from diffq_fx.post_training.compensation import compensate, shrunk
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
@@ -90,7 +90,8 @@ def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | No
     if moments.matrix is None:
         raise ValueError(moments.reason or f"rows of more than {MOST_COLUMNS} weights")
     with torch.autocast(weight.rows.device.type, enabled=False):
-        return compensate(weight.rows, moments.matrix, weight.params, weight.width, weight.spec.scale_layout, code=code)
+        matrices = shrunk(moments.matrix, moments.count)
+        return compensate(weight.rows, matrices, weight.params, weight.width, weight.spec.scale_layout, code=code)
 
 
 def _in_parts(quantizers: Sequence[DiffQWeight]) -> Iterator[list[DiffQWeight]]:

@@ -37,7 +37,8 @@ def output_loss(
         teacher_outputs: the same; no gradient goes there. Where both have one tensor to compare, its name does not matter.
         scores: names of the teacher's outputs that are class scores; by default what :func:`scores_among` finds.
         temperature: T, positive.
-        mask: 1 or True for rows that count, such as an attention mask of shape (samples, tokens), in the tensors that have its shape in
+        mask: 1 or True for rows that count, such as an attention mask of shape (samples, tokens), or 0 where one that is added to scores
+            has large negative numbers for the others; in the tensors that have its shape in
             front of their last dimension (that of the classes) or more.
 
     Returns:
@@ -67,15 +68,16 @@ def _distance(student: Tensor, teacher: Tensor, is_scores: bool, temperature: fl
         student, teacher = (each.movedim(_class_axis(each), -1) for each in (student, teacher))
     rows = teacher.numel() // teacher.shape[-1]
     if mask is not None and _fits(mask, student):
-        counts = mask.bool().view(*mask.shape, *(1,) * (student.dim() - mask.dim()))
+        counts = _rows_that_count(mask).view(*mask.shape, *(1,) * (student.dim() - mask.dim()))
         student, teacher = student.where(counts, 0), teacher.where(counts, 0)  # before they are compared: a padded row may be NaN
         rows = (counts.sum() * rows / counts.numel()).clamp(min=1)
     if not is_scores:
-        tiny = torch.finfo(teacher.dtype).tiny
-        largest = teacher.abs().amax().clamp(min=tiny)
-        power = largest.new_ones(()).ldexp(-largest.frexp().exponent)  # of two: squares of 1e20 and of 1e-20 stay in range
-        student, teacher = student * power, teacher * power
-        return (student - teacher).square().sum() / teacher.square().sum().clamp(min=tiny)
+        largest = teacher.abs().amax()
+        largest = torch.where(largest > 0, largest, 1)  # of a teacher that says nothing else than zero, the error itself
+        factor = largest.new_ones(()).ldexp(-largest.frexp().exponent)  # a power of two: squares of 1e20 and of 1e-20 stay in range
+        student, teacher = student * factor, teacher * factor
+        power = teacher.square().sum()
+        return (student - teacher).square().sum() / torch.where(power > 0, power, teacher.numel() * factor.square())
     if student.numel() <= _PIECE:
         return _divergence(student, teacher, temperature) / rows
     pieces = zip(*(each.flatten(0, -2).split(max(_PIECE // each.shape[-1], 1)) for each in (student, teacher)), strict=True)
@@ -158,6 +160,13 @@ def attention_mask(example: Example, outputs: Any) -> Tensor | None:
 
 def _fits(mask: Tensor, output: Tensor) -> bool:
     return mask.dim() < output.dim() and output.shape[: mask.dim()] == mask.shape
+
+
+def _rows_that_count(mask: Tensor) -> Tensor:
+    if not mask.is_floating_point():
+        return mask.bool()
+    is_added = (mask.amax() <= 0) & (mask.amin() < 0)  # to scores, as 0 and a large negative number
+    return torch.where(is_added, mask == 0, mask.bool())
 
 
 def _alike(own: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

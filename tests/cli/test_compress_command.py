@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,10 +149,15 @@ def test_what_cannot_be_exported_does_not_take_the_rest_with_it(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def signals_as_in_a_terminal():
+    """A runner in the background may have been started with SIGINT ignored, which goes on to its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("how", ["stopped", "terminated"])
 def test_interrupted_it_leaves_nothing_and_says_so_by_its_code(tmp_path, how):
     command = [sys.executable, "-m", "diffq_fx", "compress", f"mine:{how}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=signals_as_in_a_terminal)
     assert (result.returncode, result.stdout) == (130, "")
     assert result.stderr == "diffq-fx: interrupted.\n"
     assert not left(tmp_path)

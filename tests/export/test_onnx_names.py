@@ -68,7 +68,7 @@ def test_names_of_the_user(path):
     [
         ({"input_names": "x"}, TypeError, "input_names must be a list of names, or a dict from the default name to another, got 'x'"),
         ({"output_names": [1, 2]}, TypeError, "output_names must be a list of names"),
-        ({"input_names": ["a", "b"]}, ValueError, r"input_names has 2 names \['a', 'b'\] for 1 tensors"),
+        ({"input_names": ["a", "b"]}, ValueError, r"input_names has 2 names \['a', 'b'\] for 1 inputs"),
         ({"output_names": ["a", "a"]}, ValueError, "output_names must be names that differ, got 'a'"),
         ({"output_names": ["a", ""]}, ValueError, "must be names that differ, got ''"),
         ({"output_names": ["a"]}, ExportError, r"output_names has 1 names \['a'\], the model 2: \['output_0', 'output_1'\]"),

@@ -6,9 +6,10 @@ import torch
 from diffq_fx import functional
 from diffq_fx.budget.coded_levels import PRICE, CodedLevels
 from diffq_fx.budget.entropy import RoundedWeight, bits_saved
+from diffq_fx.functional import QuantParams, dequantize, quantize
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.post_training import compensation
-from diffq_fx.post_training.compensation import compensate, output_error
+from diffq_fx.post_training.compensation import compensate, output_error, shrunk
 from diffq_fx.weights import WeightSpec
 
 GRIDS = ["affine", "half", "symmetric", "float"]
@@ -175,3 +176,36 @@ def test_bad_input():
         compensate(rows, torch.full((12, 12), float("nan")), params, widths, layout)
     with pytest.raises(ValueError, match="negative eigenvalues"):
         compensate(rows, torch.eye(12) - 0.5, params, widths, layout)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 256])
+def test_few_inputs_that_correlate_by_chance_do_no_harm(rows):
+    weight, params, bits, layout = torch.randn(64, 64), *_grid_of_3_bits(64, 64)
+    seen, others = torch.randn(rows, 64), torch.randn(4000, 64)
+    moments = seen.mT @ seen / rows
+    nearest = dequantize(quantize(weight, params, bits, layout), params, layout)
+    errors = {}
+    for name, matrix in (("shrunk", shrunk(moments[None], rows)), ("as they are", moments[None])):
+        found = compensate(weight, matrix, params, bits, layout) - weight
+        errors[name] = float((others @ found.mT).square().mean())
+    plain = float((others @ (nearest - weight).mT).square().mean())
+    assert errors["shrunk"] <= 1.01 * plain
+    assert errors["as they are"] > 1.01 * plain  # what it is good for
+
+
+def test_what_inputs_have_in_common_stays():
+    common = torch.randn(64, 64) / 8
+    seen = torch.randn(256, 64) @ (common + torch.ones(64, 64) / 8)
+    moments = (seen.mT @ seen / 256)[None]
+    kept = shrunk(moments, 256)
+    assert torch.equal(kept.diagonal(dim1=-2, dim2=-1), moments.diagonal(dim1=-2, dim2=-1))
+    assert float((kept - moments).norm() / moments.norm()) < 0.05
+
+
+def _grid_of_3_bits(rows, columns):
+    scale = torch.full((rows, 1), 0.8)
+    return (
+        QuantParams(scale, torch.full((rows, 1), 4, dtype=torch.int32), None),
+        torch.full((rows, 1), 3),
+        GroupLayout.of(rows, columns, "channel"),
+    )

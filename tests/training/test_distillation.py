@@ -395,3 +395,21 @@ def test_bad_settings_are_refused():
             Distillation(model, **settings)
     with pytest.raises(ValueError, match=r"the mask of shape \(3, 2\) is of no rows"):
         output_loss(LOGITS, LOGITS, mask=torch.ones(3, 2))
+
+
+def test_a_mask_that_is_added_to_scores_says_what_counts_too():
+    student, teacher = torch.randn(2, 2, 5, 7).unbind()
+    kept = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    wanted = output_loss({"logits": student}, {"logits": teacher}, mask=kept)
+    for added in (torch.finfo(torch.float32).min, -1e9, -torch.inf):
+        mask = torch.zeros(2, 5).masked_fill(kept == 0, added)
+        assert torch.equal(output_loss({"logits": student}, {"logits": teacher}, mask=mask), wanted)
+    assert torch.equal(output_loss({"logits": student}, {"logits": teacher}, mask=kept.float()), wanted)
+
+
+def test_a_teacher_that_says_nothing_but_zero():
+    student = torch.full((4, 3), 0.5, requires_grad=True)
+    loss = output_loss(student, torch.zeros(4, 3))
+    loss.backward()
+    assert float(loss) == pytest.approx(0.25)
+    assert bool(torch.isfinite(student.grad).all())
