@@ -12,15 +12,16 @@ import torch
 torch.set_num_threads(1)  # the test runner itself uses all cores
 
 EVIDENCE = frozenset(Path(__file__).with_name("evidence.txt").read_text().splitlines())
-"""The slowest tests, each beside faster ones of its kind: `make evidence` runs them, the gate does not."""
+"""The slowest tests, each beside faster ones of its kind: `make evidence` runs them, the gate does not. So it is with the mark."""
 
 
 def pytest_collection_modifyitems(config, items):
     wanted = bool(os.environ.get("DIFFQ_FX_EVIDENCE"))
-    left = [item for item in items if (item.nodeid in EVIDENCE) != wanted]
+    is_evidence = {item: item.nodeid in EVIDENCE or item.get_closest_marker("evidence") is not None for item in items}
+    left = [item for item in items if is_evidence[item] != wanted]
     if left and len(items) > 1:  # one test that is asked for by its name runs
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if (item.nodeid in EVIDENCE) == wanted]
+        items[:] = [item for item in items if is_evidence[item] == wanted]
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,14 @@ def tokens(vocabulary: int, *shape: int) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(7))
 
 
-def parameters_of(entries: list[Entry]) -> list[Any]:
-    """The entries as pytest parameters, the slow ones marked; all tests of one run in one process, which keeps what it has made."""
-    slow = pytest.mark.slow
-    return [pytest.param(entry, id=entry.name, marks=[pytest.mark.xdist_group(entry.name), *[slow] * entry.slow]) for entry in entries]
+def parameters_of(entries: list[Entry], evidence: frozenset[str] = frozenset()) -> list[Any]:
+    """The entries as pytest parameters, the slow ones marked; all tests of one run in one process, which keeps what it has made.
+
+    ``evidence`` names those that the gate leaves out.
+    """
+
+    def marks(entry: Entry) -> list[Any]:
+        wanted = {"slow": entry.slow, "evidence": entry.name in evidence}
+        return [pytest.mark.xdist_group(entry.name), *(getattr(pytest.mark, name) for name, is_wanted in wanted.items() if is_wanted)]
+
+    return [pytest.param(entry, id=entry.name, marks=marks(entry)) for entry in entries]

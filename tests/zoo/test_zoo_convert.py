@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from diffq_fx import CompressionRecord, DiffQConfig, WeightQuantizer
 from zoo.checks import MODES, assert_same, converted, prepared, reachable_tensors, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
-from zoo.models import BOTH_SCOPES, BY_NAME
+from zoo.models import BOTH_SCOPES, BY_NAME, MORE_OF_A_KIND
 
-every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES))
+every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES, MORE_OF_A_KIND))
 
 
 @every_model

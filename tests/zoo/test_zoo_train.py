@@ -10,9 +10,9 @@ from diffq_fx import Distillation
 from diffq_fx.training.output_loss import output_loss
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
 from zoo.entry import Entry, parameters_of
-from zoo.models import BOTH_SCOPES
+from zoo.models import BOTH_SCOPES, MORE_OF_A_KIND
 
-every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES))
+every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES, MORE_OF_A_KIND))
 
 
 @every_model
