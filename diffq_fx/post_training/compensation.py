@@ -95,7 +95,7 @@ def shrunk(moments_GII: Tensor, count: float) -> Tensor:
     of that of oracle approximating shrinkage (Chen et al., 2010, arXiv:0907.4698) of the correlations C towards none, for N inputs of I
     columns: ``((1 - 2/I) tr C^2 + I^2) / ((N + 1 - 2/I) (tr C^2 - I))``, at most 1.
 
-    Differs from the paper: the square. Of many inputs a few per cent would go, and with them what makes up for errors most (docs/accuracy.md).
+    Differs from the paper: the square. Of many inputs a few per cent would go, and with them what makes up for errors (docs/accuracy.md).
 
     Args:
         moments_GII: means over the inputs, shape (G, I, I).
