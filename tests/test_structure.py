@@ -109,7 +109,7 @@ def test_no_two_files_have_one_name():
 
 def test_every_test_that_the_gate_leaves_out_is_there():
     for line in (ROOT.parent / "tests" / "evidence.txt").read_text().splitlines():
-        path, name = line.partition("[")[0].split("::")
+        path, *_, name = line.partition("[")[0].split("::")
         assert f"def {name}(" in (ROOT.parent / path).read_text()
 
 
