@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, config in ways.items():
             curve = train(config, steps, Path(folder))
-            grown[name] = curve[-1] - curve[POINTS // 10]
+            grown[name] = curve[-1] - curve[POINTS // 10 - 1]
             rows.append([name, *(f"{curve[place]:.1f}" for place in range(POINTS // 10 - 1, POINTS, POINTS // 10)), f"{grown[name]:+.1f}"])
     header = ("MiB after steps", *(f"{steps * tenth // 10:,}" for tenth in range(1, 11)), "grown since the first tenth")
     print(write_result("memory_growth", f"Memory over {steps:,} steps", markdown_table(header, rows), ["torch"]).read_text())

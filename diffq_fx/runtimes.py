@@ -19,12 +19,8 @@ class Runtime:
     """What may share a scale: numbers of inputs, "channel", "tensor"."""
     block: GroupSize = 32
     """What shares a scale in :meth:`preset`."""
-    whole_blocks: bool = False
-    """Whether blocks must divide the inputs of a weight."""
-    matrices_alone: bool = False
-    """Whether it has weights of two dimensions alone."""
-    one_width: bool = False
-    """Whether all of a weight has one width."""
+    blocked_matrices: bool = False
+    """Whether it has matrices alone, each of one width and in whole blocks."""
     scale_dtypes: tuple[str, ...] = ("float16", "float32")
     same_width: str | None = None
     """Weights that it fuses where they have one width."""
@@ -59,18 +55,14 @@ RUNTIMES: Mapping[str, Runtime] = {
     "onnxruntime-genai": Runtime(
         widths=_CONTAINERS,
         blocks=_BLOCKS,
-        whole_blocks=True,
-        matrices_alone=True,
-        one_width=True,
+        blocked_matrices=True,
         same_width="same_input",
         writer="diffq_fx.integrations.genai.export_genai",
     ),
     "gguf": Runtime(  # Q4_0, Q5_0, Q8_0; on the float grid Q4_1, Q5_1
         widths={"symmetric": (4, 5, 8), "float": (4, 5)},
         blocks=(32,),
-        whole_blocks=True,
-        matrices_alone=True,
-        one_width=True,
+        blocked_matrices=True,
         scale_dtypes=("float16",),
         writer="diffq_fx.export.gguf.export_gguf",
     ),
@@ -104,7 +96,7 @@ def refuse_settings(
     runtime = runtime_named(name)
     allowed = {
         "grid": (grid, tuple(runtime.widths)),
-        "group_size": (group_size, ("tensor",) if runtime.one_width else ("tensor", "channel")),
+        "group_size": (group_size, ("tensor",) if runtime.blocked_matrices else ("tensor", "channel")),
         "range_per": (range_size, runtime.blocks),
         "scale_dtype": (scale_dtype, runtime.scale_dtypes),
         "size_of": (size_of, ("widths", "onnx_file") if runtime.onnx_options else ("widths",)),
@@ -124,8 +116,10 @@ def reason_against(name: str, spec: WeightSpec) -> str:
         "the runtime 'gguf' has whole blocks of 32 inputs, and its rows have 100"
     """
     runtime, block = RUNTIMES[name], spec.range_layout.block
-    if runtime.matrices_alone and len(spec.shape) != 2:
+    if not runtime.blocked_matrices:
+        return ""
+    if len(spec.shape) != 2:
         return f"the runtime {name!r} has matrices alone"
-    if runtime.whole_blocks and (spec.columns % block or (spec.range_layout.kind != "block" and spec.columns not in runtime.blocks)):
+    if spec.columns % block or (spec.range_layout.kind != "block" and spec.columns not in runtime.blocks):
         return f"the runtime {name!r} has whole blocks of {spec.range_size} inputs, and its rows have {spec.columns}"
     return ""

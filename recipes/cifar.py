@@ -8,7 +8,6 @@ DIR holds the pickles or the binary files of CIFAR as they unpack; an npz of JPE
 augmented there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.common.images import Images
 from recipes.common.main import main
-from recipes.common.recipe import Batch, Recipe
+from recipes.common.recipe import Batch
 from recipes.common.settings import Settings
 from recipes.data.cifar import load_cifar
 from recipes.models.cifar import MobileNet, ResNet18, ResNet20, ViT, WideResNet
@@ -67,7 +67,7 @@ class CifarSettings(Settings):
         return {"group": "16"} if method == "diffq-paper" else {}
 
 
-class Cifar(Recipe[CifarSettings]):
+class Cifar(Images[CifarSettings]):
     """Test accuracy of nets for images of 32x32."""
 
     name, score_name = "cifar", "test accuracy in %"
@@ -84,26 +84,13 @@ class Cifar(Recipe[CifarSettings]):
         """The net, in channels_last."""
         return MODELS[self.settings.model](int(self.settings.classes)).to(memory_format=torch.channels_last)
 
-    @property
-    def examples(self) -> int:
-        """Images to train on."""
-        return len(self.train[1])
-
     def take(self, pick: Tensor) -> Batch:
         """Images, each shifted by up to 4 pixels and half of them mirrored."""
-        return (self._normalized(_shifted_and_mirrored(self.train[0][pick])),), self.train[1][pick]
+        return (self.normalized(_shifted_and_mirrored(self.train[0][pick])),), self.train[1][pick]
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
+        """By mean and deviation, in channels_last."""
         return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(output.float(), target)
-
-    def test_batches(self) -> Iterator[Batch]:
-        """All test images, 500 at a time."""
-        for x, y in zip(*(each.split(500) for each in self.test), strict=True):
-            yield (self._normalized(x),), y
 
     def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
         """Accuracy."""

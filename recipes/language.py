@@ -1,6 +1,6 @@
 """Word-level language model: the 16-layer transformer with adaptive input on WikiText-103, or a small one on less text.
 
-    python -m recipes.language --data wikitext-103 --model wiki103 --method diffq-paper --penalty 10 --out runs/wiki103
+    python -m recipes.language --data wikitext-103 --model wiki103 --method diffq-paper --penalty 1 --out runs/wiki103
     python -m recipes.language --data DIR --model small --train-file wikitext2_valid.txt --test-file wikitext2_test.txt --out runs/small
 
 DIR holds WikiText's token files. Words are those of the training text; a word that is not is <unk>.

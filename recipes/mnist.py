@@ -8,16 +8,16 @@ DIR holds the four idx files of MNIST, unpacked or as .gz. The LC authors' own s
 `--epochs 820 --turns 40 --mu-start 9e-5 --mu-end 3.7e-3 --lr 0.09 --schedule steps --drop-every 0.025 --drop-by 0.98`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.common.images import Images
 from recipes.common.main import main
-from recipes.common.recipe import Batch, Recipe
+from recipes.common.recipe import Batch
 from recipes.common.settings import Settings
 from recipes.data.mnist import load_mnist
 from recipes.models.mnist import lenet5, lenet300
@@ -48,7 +48,7 @@ class MnistSettings(Settings):
         return lc if method == "lc" else {}
 
 
-class Mnist(Recipe[MnistSettings]):
+class Mnist(Images[MnistSettings]):
     """Test error of two small nets."""
 
     name, score_name, higher_is_better = "mnist", "test error in %", False
@@ -63,27 +63,13 @@ class Mnist(Recipe[MnistSettings]):
         """The net."""
         return MODELS[self.settings.model]()
 
-    @property
-    def examples(self) -> int:
-        """Images to train on."""
-        return len(self.train[1])
-
     def take(self, pick: Tensor) -> Batch:
         """Images as they are."""
-        return (self._normalized(self.train[0][pick]),), self.train[1][pick]
+        return (self.normalized(self.train[0][pick]),), self.train[1][pick]
 
-    @staticmethod
-    def _normalized(images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
+        """Bytes as numbers about zero."""
         return images.unsqueeze(1).float() / 255 - _MEAN
-
-    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return F.cross_entropy(output.float(), target)
-
-    def test_batches(self) -> Iterator[Batch]:
-        """All test images, 500 at a time."""
-        for x, y in zip(*(each.split(500) for each in self.test), strict=True):
-            yield (self._normalized(x),), y
 
     def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
         """Error."""

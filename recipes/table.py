@@ -42,4 +42,4 @@ def _cells(result: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(table([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))  # noqa: T201
+    print(table([json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text().splitlines()]))  # noqa: T201

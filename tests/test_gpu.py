@@ -4,6 +4,8 @@
 """
 
 import copy
+import importlib
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -241,6 +243,13 @@ def test_compressed_there(device):
     assert float((found - wanted).square().mean() / wanted.square().mean()) < 0.01
 
 
+@pytest.mark.parametrize("part", ["weights_table", "steps_table"])
+def test_the_benchmark_runs(part, device, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")  # whose scripts find each other there
+    table = getattr(importlib.import_module("benchmarks.gpu"), part)(device, True, 1)
+    assert {"noise", "rounding"} <= {cell.strip() for cell in table.split("|")}
+
+
 @NVIDIA
 @pytest.mark.parametrize("final", [False, True])
 def test_compiled_by_inductor(final):
@@ -255,6 +264,7 @@ def test_compiled_by_inductor(final):
         run(x).square().mean().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
+    assert all(bool(each.isfinite().all()) for each in grads[1])
     if final:  # a compiled graph draws other seeds
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * float(a.abs().max()) + 1e-6)

@@ -62,6 +62,14 @@ class WeightProduct(NamedTuple):
     key: Tensor | None = None
     """The inputs, where neighbouring products may share them."""
 
+    @property
+    def same_inputs(self) -> tuple[Any, ...] | None:
+        """Equal for products with the same inputs, as long as the key of one is held; None where that cannot be known."""
+        read = self.key
+        if read is None or read.is_inference():  # which counts no changes
+            return None
+        return read.data_ptr(), read.shape, read.stride(), read.dtype, read._version
+
 
 class WeightUses(TorchDispatchMode):
     """Tells every use of some weights by what runs under it.

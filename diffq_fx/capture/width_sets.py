@@ -75,11 +75,9 @@ def _with_the_same_input(model: nn.Module, example: Example, selection: Selectio
     kept: list[Tensor] = []  # so that no other tensor gets the address of one of them
 
     def on_product(name: str, product: WeightProduct) -> None:
-        if (read := product.key) is not None:
-            place = read.untyped_storage().data_ptr(), read.storage_offset(), read.shape, read.stride(), read.dtype
-            version = 0 if read.is_inference() else read._version
-            by_input.setdefault((*place, version), set()).add(keys[name])
-            kept.append(read)
+        if (same := product.same_inputs) is not None and product.key is not None:
+            by_input.setdefault(same, set()).add(keys[name])
+            kept.append(product.key)
 
     twin = copy_replacing(model, copies)
     uses = WeightUses([Given(spec, copies[key].detach()) for key, spec in selection.specs.items()], on_product, lambda *_: None)

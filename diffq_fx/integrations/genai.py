@@ -5,7 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def _builder() -> Path:
 
 
 def _runtime() -> str:
-    return f"onnxruntime-genai {version('onnxruntime-genai')}"
+    name, *_ = packages_distributions().get("onnxruntime_genai", ["onnxruntime-genai"])  # or that for a kind of GPU
+    return f"{name} {version(name)}"
 
 
 def _build(builder: Path, olive: OliveFolder, target: Path, exact: bool, architecture: str) -> None:

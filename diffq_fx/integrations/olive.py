@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffq_fx.atomic import new_folder
+from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import DiffQError, DiffQWarning, ExportError, missing
 from diffq_fx.export.packed.writer import model_contents
 from diffq_fx.integrations.olive_weight import HeldWeight, olive_weight
@@ -104,7 +104,7 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
     say_nothing(described)
     config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     config["quantization_config"] = _quantization_config(held)
-    with new_folder(folder, ExportError) as draft:
+    with new_folder(folder, ExportError) as draft, naming(folder, ExportError):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if model.generation_config is not None:

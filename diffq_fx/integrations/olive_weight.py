@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.table import read_table
+from diffq_fx.runtimes import RUNTIMES
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.packing import pack_levels
 
-_FEWEST, _MOST = 16, 128
+_FEWEST, *_, _MOST = (int(size) for size in RUNTIMES["onnxruntime-genai"].blocks)
 """Inputs that share a scale."""
 _WIDEST = 8
 

@@ -119,9 +119,8 @@ class DiffQSettings(Method):
                 raise ValueError(f"DiffQConfig: {name} must be positive and finite, got {value}.")
 
     def _check_limits(self) -> None:
-        limits = {"min_bits": self.min_bits, "init_bits": self.init_bits, "max_bits": self.max_bits}
-        if self.init_bits is None:
-            del limits["init_bits"]
+        given = {} if self.init_bits is None else {"init_bits": self.init_bits}
+        limits = {"min_bits": self.min_bits, **given, "max_bits": self.max_bits}
         for name, bits in limits.items():
             if isinstance(bits, bool) or not isinstance(bits, int | float):
                 raise TypeError(f"DiffQConfig: {name} must be a number, got {bits!r}.")
@@ -152,6 +151,10 @@ class DiffQSettings(Method):
                 f'DiffQConfig: size_of="onnx_file" needs group_size="channel" or "tensor", got {self.group_size}: '
                 "ONNX holds all blocks of a channel in one container."
             )
+        if self.scale_dtype == "float16" and self.size_of == "packed_file":
+            raise ValueError(
+                'DiffQConfig: scale_dtype="float16" is of no use with size_of="packed_file", whose ranges are scaled: leave it out.'
+            )
         if self.size_of == "packed_file" and self.grid == "float":
             raise ValueError(
                 'DiffQConfig: grid="float" has no zero point that is a level, which entropy coding wants: with size_of="packed_file" '
@@ -163,12 +166,8 @@ class DiffQSettings(Method):
             raise ValueError("DiffQConfig: range_per=1 would store a range for every weight; use a larger block.")
         if isinstance(size, int) and isinstance(self.group_size, int) and size != self.group_size:
             raise ValueError(
-                f"DiffQConfig: range_per={size} with group_size={self.group_size} would have blocks across blocks; give both the same "
+                f"DiffQConfig: range_per={size} with group_size={self.group_size} would have blocks of two lengths; give both the same "
                 'number, or group_size="tensor" or "channel".'
-            )
-        if self.scale_dtype == "float16" and self.size_of == "packed_file":
-            raise ValueError(
-                'DiffQConfig: scale_dtype="float16" is of no use with size_of="packed_file", whose ranges are scaled: leave it out.'
             )
         order = {"tensor": 0, "channel": 1}
         if self.scale_dtype == "float16" and order.get(str(self.group_size), 2) > order.get(str(size), 2):

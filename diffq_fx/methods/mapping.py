@@ -29,8 +29,10 @@ def captured(name: str, pattern: str) -> tuple[str, ...] | None:
         >>> captured("layers.0.q.weight", "layers.*.q"), captured("layers.0.k.weight", "layers.*.q")
         (('0',), None)
     """
-    parts = (part if part[:1] in ("*", "?", "[") and part != "[" else re.escape(part) for part in re.split(_WILDCARD, pattern))
-    groups = "".join({"*": "(.*)", "?": "(.)"}.get(part, f"({part.replace('[!', '[^', 1)})" if part[:1] == "[" else part) for part in parts)
+    groups = "".join(  # re.split has the wildcards at odd places
+        {"*": "(.*)", "?": "(.)"}.get(part, f"({part.replace('[!', '[^', 1)})") if place % 2 else re.escape(part)
+        for place, part in enumerate(re.split(_WILDCARD, pattern))
+    )
     found = re.fullmatch(rf"{groups}(?:\..*)?", name, re.DOTALL)
     return found and found.groups()
 

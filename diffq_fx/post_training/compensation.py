@@ -111,7 +111,7 @@ def shrunk(moments_GII: Tensor, count: float) -> Tensor:
     size = (diagonal > 0).sum(-1)
     square = torch.einsum("gi,gij,gj->g", inverse, moments_GII.square(), inverse)
     part = 1 - 2 / size.clamp(min=1)
-    rho = (part * square + size**2) / ((count + part) * (square - size).clamp(min=1e-12))
+    rho = (part * square + size**2) / ((count + part) * (square - size)).clamp(min=1e-12)  # 0 where all are zero, 1 where none is known
     kept = moments_GII * (1 - rho.clamp(0, 1).square())[:, None, None]
     kept.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     return kept

@@ -110,21 +110,19 @@ class _Gather:
 
     def _of_inputs(self, product: WeightProduct, whole: bool) -> tuple[Tensor, int]:
         """Sum of ``x x^T`` or of ``x^2`` over the inputs, and their number; made once where neighbours share inputs, as q, k and v do."""
-        key, same = product.key, None
+        same = product.same_inputs
         if product.one_hot is not None:
             counts = torch.bincount(product.one_hot, minlength=product.width).float()
             return torch.diag(counts) if whole else counts, len(product.one_hot)
-        if key is not None and not key.is_inference():
-            same = (key.data_ptr(), key.shape, key.stride(), key.dtype, key._version, whole)
-            if self._last is not None and self._last[0] == same:
-                return self._last[2:]
+        if same is not None and self._last is not None and self._last[0] == (*same, whole):
+            return self._last[2:]
         total, count = torch.zeros(()), 0
         for piece in product.inputs():
             inputs = piece.float()
             total = total.to(inputs.device) + (inputs.mT @ inputs if whole else inputs.square().sum(0))
             count += len(inputs)
-        if key is not None and same is not None:
-            self._last = same, key, total, count  # the key is kept, so that no other tensor gets its address
+        if same is not None and product.key is not None:
+            self._last = (*same, whole), product.key, total, count  # the key is kept, so that no other tensor gets its address
         return total, count
 
     def other(self, name: str, operator: str) -> None:

@@ -37,9 +37,9 @@ def output_loss(
         teacher_outputs: the same; no gradient goes there. Where both have one tensor to compare, its name does not matter.
         scores: names of the teacher's outputs that are class scores; by default what :func:`scores_among` finds.
         temperature: T, positive.
-        mask: 1 or True for rows that count, such as an attention mask of shape (samples, tokens), or 0 where one that is added to scores
-            has large negative numbers for the others; in the tensors that have its shape in
-            front of their last dimension (that of the classes) or more.
+        mask: 1 or True for rows that count, such as an attention mask of shape (samples, tokens); or 0 for these and large negative numbers
+            for the others, as it is added to scores. It is for tensors that have its shape in front of their last dimension (that of the
+            classes) or more.
 
     Returns:
         0-d, float32 or wider, whatever autocast says.

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks._gguf import greedy, in_float32, values_of
 from diffq_fx import DiffQConfig, ExportError, convert, prepare
 from diffq_fx.export.gguf import export_gguf
-from diffq_fx.methods import STE, ProductQuantization
+from diffq_fx.methods import LC, STE, ProductQuantization
 from diffq_fx.parts import stored_weights
 
 pytestmark = pytest.mark.slow
@@ -131,6 +131,7 @@ def test_texts_are_cut_as_by_the_tokenizer(kind, made, tmp_path):
     assert fields["tokenizer.ggml.pre"].contents() == ("default" if kind in METASPACES else kind)
     assert len(fields["tokenizer.ggml.tokens"].data) == model.config.vocab_size
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"].contents() == (tokenizer("a").input_ids[0] == tokenizer.bos_token_id)
     expected = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     if kind not in ("smollm", "no-space"):  # transformers reads neither of a file
         back = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
@@ -260,6 +261,16 @@ def test_a_tokenizer_that_a_file_cannot_hold_leaves_the_old_file(case, made, tmp
     assert {*os.listdir(tmp_path)} <= {"model.gguf", "tokenizer"}
 
 
+def test_a_codebook_of_powers_of_two_is_a_grid(path):
+    model = convert(prepare(decoder("llama"), IDS, LC(codebook="powers_of_two", smallest_power=2)))
+    result, values, expected = export_gguf(model, path, tokenizer=None), values_of(path), expected_values(model)
+    held = [each for each in result.tensors if each.learned_bits is not None]
+    assert {each.type for each in held} == {"Q4_0"}, "-4 to 4 quarters"
+    for each in held:
+        if each.name.split(".")[-2] not in ("attn_q", "attn_k"):  # whose rows lie in another order
+            assert torch.equal(values[each.name], expected[each.weight])
+
+
 def test_paths_that_cannot_be_written(made, tmp_path):
     model = made("llama")[0]
     tokenizer_of("gpt-2", tmp_path)
@@ -269,7 +280,7 @@ def test_paths_that_cannot_be_written(made, tmp_path):
         (tmp_path, "it is a folder"),
         (tmp_path / "none" / "model.gguf", "make its folder first"),
     ):
-        with pytest.raises(ExportError, match=f"^export_gguf: .*{says}"):
+        with pytest.raises(ExportError, match=rf"^export_gguf: .*{says}.*(?<!\.)\.$"):
             export_gguf(model, target, tokenizer=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

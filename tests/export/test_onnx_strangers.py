@@ -30,7 +30,7 @@ METADATA = {
     "an endless count": props({"bits": {"4": float("inf")}}),
     "a count that no float holds": props({"bits": {"4": 10**400}}),
     "a negative count": props({"bits": {"4": -32}}),
-    "a width of 0": props({"bits": {"0": 32}}),
+    "a container of 0": props({"containers": {"0": 32}}),
     "a reason that is a number": props({"reason": 5}),
     "a choice that is a list": props({"choice": ["a"]}),
     "remarks that are numbers": props({"remarks": [1, 2]}),
@@ -102,6 +102,7 @@ def test_an_export_writes_over_a_damaged_file(place, tmp_path):
 def test_names_that_are_no_text(tmp_path):
     path = save(tmp_path / "m.onnx", [matmul("weight")], [floats("weight", 8, 4)], props=props())
     for name in (b"weight", b"MatMul", b"diffq_fx.schema", b"qdq"):
+        assert name in path.read_bytes()
         damaged = tmp_path / "damaged.onnx"
         damaged.write_bytes(path.read_bytes().replace(name, name[:-1] + b"\xff"))
         with suppress(DiffQError):

@@ -211,6 +211,17 @@ def test_what_a_codebook_is_in_onnx(method, container, operator, tmp_path):
     assert result.max_abs_error < 1e-5
 
 
+def test_codes_of_one_entry_are_read_back(tmp_path):
+    pytest.importorskip("onnx")
+    from diffq_fx.export import export_onnx, read_metadata
+
+    x = torch.randn(2, 16)
+    model = prepare(nn.Linear(16, 8), x, LC(entries=1))
+    direct_compression(model)
+    path = export_onnx(convert(model), x, tmp_path / "one.onnx").path
+    assert [(each.name, each.bits) for each in read_metadata(path).weights] == [("weight", {0: 128})]
+
+
 def test_resuming_gives_what_an_uninterrupted_run_gives(task):
     _, batches, _, _ = task
 

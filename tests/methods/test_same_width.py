@@ -256,7 +256,7 @@ def test_sets_that_cannot_share_are_refused_before_anything_is_changed(method, e
     model = Decoder()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     if error is None:
-        prepare(model, IDS, method)
+        assert sets_of(prepare(model, IDS, method))
         return
     with pytest.raises(error, match=message):
         prepare(model, IDS, method)

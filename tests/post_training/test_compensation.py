@@ -193,6 +193,12 @@ def test_few_inputs_that_correlate_by_chance_do_no_harm(rows):
     assert errors["as they are"] > 1.01 * plain  # what it is good for
 
 
+@pytest.mark.parametrize("count", [0.5, 1, 2, 100])
+def test_moments_of_nothing_and_of_one_column_are_left_alone(count):
+    assert torch.equal(shrunk(torch.zeros(1, 3, 3), count), torch.zeros(1, 3, 3))
+    assert torch.equal(shrunk(torch.full((1, 1, 1), 4.0), count), torch.full((1, 1, 1), 4.0))
+
+
 def test_what_inputs_have_in_common_stays():
     common = torch.randn(64, 64) / 8
     seen = torch.randn(256, 64) @ (common + torch.ones(64, 64) / 8)

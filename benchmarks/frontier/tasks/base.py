@@ -1,7 +1,7 @@
 """What a task is: real data, a float model, a loss to train on with, and a score on the whole test set."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks._result import RESULTS
 from benchmarks.frontier.training import Tell, Training, silent
-from recipes.common.recipe import Lacking
-
-Inputs = tuple[Tensor, ...]
-Batch = tuple[Inputs, Tensor]
-Predict = Callable[..., Tensor]
-"""A model, or an onnxruntime session in its place."""
+from recipes.common.recipe import Batch, Inputs, Lacking, Predict
 
 
 class Task(ABC):

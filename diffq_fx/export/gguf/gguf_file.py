@@ -105,7 +105,7 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
     try:
         return _export(unwrapped(model), Path(path), None if tokenizer is None else Path(tokenizer), name)
     except (ExportError, PackedFileError) as error:
-        raise ExportError(f"export_gguf: {error}.") from error
+        raise ExportError(f"export_gguf: {str(error).removesuffix('.')}.") from error
 
 
 def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | None) -> GGUFResult:
@@ -178,11 +178,11 @@ def _entries(model: nn.Module, architecture: Architecture, config: Any) -> list[
 
 def _quantized(stored: StoredWeight, name: str, is_sideways: bool) -> _Entry:
     spec = stored.spec
-    if not isinstance(stored, IntegerWeight):
+    if not isinstance(integers := stored.as_integers(), IntegerWeight):
         raise ExportError(f"weight {spec.name!r} is a {type(stored).__name__}, and GGUF holds integers with scales alone")
     if spec.axis != int(is_sideways) or len(spec.shape) != 2:
         raise ExportError(f"weight {spec.name!r} of shape {spec.shape} has its outputs along axis {spec.axis}; GGUF has no such matrix")
-    blocked = BlockedWeight(stored)
+    blocked = BlockedWeight(integers)
     bits = stored.footprint().payload_bits / spec.numel
     size = spec.numel // BLOCK * blocked.type.block_bytes
     tensor = GGUFTensor(name, spec.name, blocked.type.name, spec.numel, size, bits)

@@ -48,6 +48,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         pre = _pre_tokenizer_of(described)
         tokens = _tokens_of(described, size)
         special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+        special.add_special_token.setdefault("bos", False)  # where nothing says it a runtime has a default of its own
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged description leads to
         raise ExportError(f"'{path}', or a file beside it, is no tokenizer that can be read: {type(error).__name__}: {error}") from error
     writer.add_tokenizer_model("llama" if pre is None else "gpt2")
