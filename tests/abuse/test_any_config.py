@@ -34,7 +34,7 @@ SETTINGS = {
     "training_steps": st.integers(1, 4),
 }
 # A few settings at a time: of many at once hardly any suit each other, and all that is seen is a refusal.
-CONFIGS = st.lists(st.sampled_from([*SETTINGS]), max_size=3, unique=True).flatmap(
+CONFIGS = st.lists(st.sampled_from([*SETTINGS]), max_size=4, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: st.one_of(*[SETTINGS[name]] * 30, ODD) for name in names})
 )
 
@@ -49,6 +49,8 @@ X = torch.linspace(-1, 1, 64).reshape(2, 2, 4, 4)
 @settings(deadline=None, max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(given_settings=CONFIGS)
 def test_any_settings(tmp_path_factory, given_settings):
+    if not {"target_bits", "target_mib", "penalty"} & given_settings.keys():
+        given_settings = {"target_bits": 7.5, **given_settings}  # such small layers have no room for the default
     event(f"a file: {refused_or_whole(given_settings, tmp_path_factory.mktemp('any'))}")  # pytest --hypothesis-show-statistics
 
 
