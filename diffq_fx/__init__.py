@@ -3,6 +3,13 @@
 Importing this needs torch alone; :mod:`diffq_fx.export` needs onnx and onnxruntime.
 """
 
+import sys
+
+if sys.orig_argv[1:3] == ["-m", __name__]:  # before anything imports torch
+    import diffq_fx_command
+
+    diffq_fx_command.at_signals()
+
 from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord, convert, convert_diffq
 from diffq_fx.errors import (

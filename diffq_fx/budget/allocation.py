@@ -56,13 +56,23 @@ def allocate_coded_widths(
     ``within`` gives the widths of a budget before coding, ``saved`` is what coding takes off, about; ``saved_at`` what it takes off these
     widths.
     """
-    width_T = within(target_bits + saved)
+    best, fits, exceeds, budget = None, -math.inf, math.inf, target_bits + saved
     for _ in range(_CODING_ROUNDS):
-        saved = saved_at(width_T)
-        if 0 <= target_bits + saved - exact_bits(groups, width_T) <= _CLOSE_ENOUGH_CODED * target_bits:
-            break
-        width_T = within(target_bits + saved)
-    return width_T
+        width_T = within(budget)
+        before_coding = exact_bits(groups, width_T)
+        room = target_bits + saved_at(width_T) - before_coding
+        if room < 0:
+            exceeds = budget
+        else:
+            best, fits = width_T, budget
+            if room <= _CLOSE_ENOUGH_CODED * target_bits:
+                break
+        budget = before_coding + room
+        if not fits < budget < exceeds:  # what is saved goes up and down in turn
+            if exceeds - fits == math.inf:
+                break
+            budget = (fits + exceeds) // 2
+    return within(0) if best is None else best
 
 
 def nearest_widths(bits_T: Tensor, widths: Sequence[int]) -> Tensor:

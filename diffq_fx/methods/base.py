@@ -68,10 +68,9 @@ class Method(ABC):
         for setting, hint in get_type_hints(type(self)).items():
             if (choices := _choices(hint)) and (value := getattr(self, setting)) not in choices:
                 raise ValueError(f"{name}: {setting} must be one of {choices}, got {value!r}.")
-        if self.min_size < 0:
-            raise ValueError(f"{name}: min_size must not be negative, got {self.min_size}.")
-        if isinstance(self.exclude, str):
-            raise TypeError(f"{name}: exclude is a tuple of patterns, got the string {self.exclude!r}: write ({self.exclude!r},).")
+        check_whole(name, "min_size", self.min_size, 0)
+        if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise TypeError(f'{name}: exclude is a tuple of patterns such as ("*.bias",), got {self.exclude!r}.')
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

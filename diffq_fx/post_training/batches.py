@@ -19,6 +19,8 @@ _HELD_OUT = 8
 _MOST_CHARACTERS = 100
 _LABELS = ("labels", "label", "target", "targets")
 _EXAMPLE_ROWS, _EXAMPLE_TOKENS = 2, 32
+_TOKEN_DIMS = 2
+"""A mask of more is added to scores of attention, and may hide nothing."""
 
 
 class Calibration:
@@ -80,6 +82,9 @@ def _read(batches: Any) -> list[Example]:
             raise TypeError(f"{CALLER}: batch {number} holds no torch.Tensor ({str(example)[:_MOST_CHARACTERS]}). Give tensors.")
         if any(tensor.ndim and not tensor.shape[0] for tensor in example.tensors) or not example.tensors:
             raise ValueError(f"{CALLER}: batch {number} is empty ({example}). Leave it out.")
+        mask = example.kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() <= _TOKEN_DIMS and not mask.any():
+            raise ValueError(f"{CALLER}: the attention_mask of batch {number} is 0 everywhere: none of its tokens counts. Leave it out.")
         if examples and (was := _structure(examples[0])) != (found := _structure(example)):
             raise ValueError(f"{CALLER}: batch {number} has another structure than batch 0: expected {was}, got {found}.")
         examples.append(example)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from diffq_fx.capture.copies import copy_replacing
+from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.compression import Compression
 from diffq_fx.convert import convert
 from diffq_fx.errors import PreparationError
@@ -105,12 +106,41 @@ def compress(
         with ProgressBar(shown=progress) as bar:
             bar.stage("preparing", 1)
             own = copy_replacing(model, {}).requires_grad_(True)
-            prepared = prepare_as(CALLER, own, data.small_example(own), dict(choice.entries), "auto")
+            example = data.small_example(copy_sharing_parameters(own))
+            prepared = prepare_as(CALLER, own, example, dict(choice.entries), "auto")
+            own_state = _OwnState(prepared, vars(prepared)[CHILD])
             gc.collect()  # trials of the preparation leave copies of the weights in reference cycles
             with callers_types:
                 _compress_prepared(prepared, wanted, data, limits, bar)
+            own_state.restore()
             bar.stage("converting", 1)
             return convert(prepared)
+
+
+class _OwnState:
+    """What a model's forwards may count or keep in buffers, numbers and texts: that of the calibration is none of the converted model's."""
+
+    def __init__(self, model: nn.Module, compression: Compression) -> None:
+        ours = {each for part in (compression, *compression.quantizers) for each in part.modules()}
+        modules = [module for module in model.modules() if module not in ours]
+        self._values = [
+            (vars(module), name, value)
+            for module in modules
+            for name, value in vars(module).items()
+            if isinstance(value, int | float | str | None) and name != "training"
+        ]
+        kept = [module for module in modules if not isinstance(module, _BatchNorm)]  # whose statistics are measured anew
+        self._buffers = [
+            (each._buffers, name, value, value.clone()) for each in kept for name, value in each._buffers.items() if value is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back."""
+        for attributes, name, value in self._values:
+            attributes[name] = value
+        for buffers, name, tensor, value in self._buffers:
+            buffers[name] = tensor.copy_(value)
 
 
 def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:

@@ -10,7 +10,7 @@ from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.compression import Compression, require_compressions
 from diffq_fx.errors import PreparationError
-from diffq_fx.example import Example
+from diffq_fx.example import Example, in_eval
 from diffq_fx.parts import CHILD, parts_of, unwrapped
 from diffq_fx.sharded import is_sharded, own_part
 from diffq_fx.training.output_loss import attention_mask, compared, output_loss, scores_among
@@ -28,7 +28,7 @@ class Distillation:
     Args:
         model: prepared, not trained yet; wrapped or not.
         teacher: another model to follow, with the inputs and the outputs of the prepared one. If it shares memory with the prepared model,
-            it is copied, as is the float model by default; if not, it is taken as it is and put into eval mode.
+            it is copied, as is the float model by default; if not, it is taken as it is, and its forwards are in eval mode.
         temperature: T of class scores, positive; see :func:`~diffq_fx.training.output_loss.output_loss`.
         kind: "scores" for class scores in all outputs, "features" for none; "auto" for those that are called so, or whose rows choose at
             the first call.
@@ -88,7 +88,8 @@ class Distillation:
         near = next((tensor.device for tensor in example.tensors), None)
         if self._is_copy and near is not None and len(devices) == 1 and near not in devices:  # it follows the prepared model
             self.teacher.to(near)
-        return self.teacher.eval()(*example.args, **example.kwargs)
+        with in_eval(self.teacher):
+            return self.teacher(*example.args, **example.kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Distillation":
         """The same one: a frozen teacher serves every copy of a model."""

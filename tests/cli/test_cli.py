@@ -3,6 +3,8 @@
 import html
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -333,6 +335,21 @@ def test_interrupted_while_torch_is_imported_it_is_one_line_too(name, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "diffq-fx: interrupted.\n")
     ignored = run(f"import signal; signal.signal(signal.{name}, signal.SIG_IGN); ")
     assert (ignored.returncode, ignored.stderr) == (1, "it went on\n"), "as under nohup"
+
+
+@pytest.mark.parametrize(("command", "code"), [(["-m", "diffq_fx"], 130), (["-c", "import diffq_fx"], -signal.SIGINT)])
+def test_interrupted_before_the_module_runs_it_is_one_line_too_and_whoever_imports_it_is_left_alone(command, code, tmp_path):
+    (tmp_path / "torch.py").write_text(WHILE_TORCH_IS_IMPORTED.replace("sys.argv[1]", "'SIGINT'"))
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert done.returncode == code
+    assert (done.stderr == "diffq-fx: interrupted.\n") == (code == 130)
 
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch):

@@ -1,5 +1,6 @@
 """What an export is checked with, what it says where it fails, and what it does where only a part of torch.onnx fails."""
 
+import logging
 import math
 from dataclasses import replace
 
@@ -42,6 +43,22 @@ def right_padded():
 def additive(hides):
     causal = torch.full((7, 7), hides).triu(1)
     return causal.expand(2, 1, 7, 7).contiguous()
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (1, 7), (3,)])
+def test_a_wrong_example_is_one_sentence_and_nothing_is_logged(path, monkeypatch, shape):
+    logged, handler = [], logging.Handler()
+    monkeypatch.setattr(handler, "emit", logged.append)
+    loggers = [logging.getLogger(name) for name in ("torch", "torch._subclasses.fake_tensor")]  # the second is deaf to the first
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with pytest.raises(ExportError, match=r"does not run on example_inputs \(torch.float32\): RuntimeError: .*shape"):
+            export_onnx(Linear(8, 8, 4), torch.randn(shape), path)
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    assert not logged
 
 
 MASKS = {

@@ -435,6 +435,27 @@ class Conditioned(Net):
         return super().forward(x if target is None else x + target)
 
 
+class Masked(Net):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return super().forward(x * attention_mask.view(len(x), -1)[:, :1])
+
+
+class Keeping(Net):
+    """Counts its forwards in a buffer, in one that no state_dict has and in a number, and keeps its last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.seen = 0, "nothing"
+        self.register_buffer("counted", torch.zeros(()))
+        self.register_buffer("latest", torch.zeros(12, 16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.seen = self.calls + 1, str(x.shape)
+        self.counted += 1
+        self.latest = x
+        return super().forward(x)
+
+
 class NotFinite(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).log()
@@ -449,6 +470,14 @@ _BAD = {
     "arrays": ({"data": [_X.numpy()]}, TypeError, r"batch 0 holds no torch\.Tensor \(float32 \(2, 16\)"),
     "lists": ({"data": [{"x": _X.tolist()}]}, TypeError, r"batch 0 holds no torch\.Tensor \(x=list\)"),
     "nothing in a batch": ({"data": [{}]}, ValueError, "batch 0 is empty"),
+    "a mask of nothing": (
+        {
+            "model": Masked(),
+            "data": [{"x": _X, "attention_mask": torch.ones(2)}, {"x": _X, "attention_mask": torch.zeros(2, dtype=torch.long)}],
+        },
+        ValueError,
+        "the attention_mask of batch 1 is 0 everywhere",
+    ),
     "a later wrong size": (
         {"data": [_X, _X, torch.ones(2, 5)]},
         ValueError,
@@ -501,6 +530,13 @@ def test_an_input_with_the_name_of_labels_is_none_where_outputs_depend_on_it(nam
 
     assert bits_report(run(make(Named), data=[{"x": x, name: x.flip(0)} for x in batches()])).average_bits_in_all <= 4
     assert bits_report(run(make(Conditioned), data=[{"x": x, "target": x.flip(0)} for x in batches()])).average_bits_in_all <= 4
+
+
+def test_what_forwards_count_and_keep_is_not_that_of_the_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning.Best, "restore", lambda _: None)  # what was tuned stays, better or not: norms are measured anew
+    converted = run(make(Keeping), steps=3)
+    assert (converted.calls, converted.seen, float(converted.counted), float(converted.latest.abs().sum())) == (0, "nothing", 0, 0)
+    assert float(converted.norm.running_var.sum()) != float(make(Keeping).norm.running_var.sum())
 
 
 class TestBadInput:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from diffq_fx import DiffQConfig, Distillation, PreparationError, convert, prepare, prepare_diffq
+from diffq_fx.example import Example
 from diffq_fx.methods import LSQ
 from diffq_fx.training import output_loss as output_loss_module
 from diffq_fx.training.output_loss import output_loss, scores_among
@@ -106,6 +107,7 @@ def test_one_shared_weight_is_enough_to_copy(wrapper):
 
 def test_a_teacher_of_its_own_is_not_copied_and_not_changed():
     teacher = make_net(dropout=0.5).train()
+    teacher[0].eval()
     model = make()
     distill = Distillation(model, teacher)
     assert distill.teacher is teacher
@@ -113,7 +115,8 @@ def test_a_teacher_of_its_own_is_not_copied_and_not_changed():
     train(model, distill, steps=3)
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in teacher.parameters())
-    assert not teacher.training
+    assert [module.training for module in teacher.modules()] == [True, False, *[True] * 3]
+    assert torch.equal(distill._answers(Example.of(X)), teacher.eval()(X))  # without dropout
 
 
 def test_a_model_that_has_trained_is_no_teacher():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq
-from diffq_fx.budget.allocation import Part, allocate_widths, common_shift
+from diffq_fx.budget.allocation import Part, allocate_coded_widths, allocate_widths, common_shift
 from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.entropy import coded_bits
 from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits, bit_costs
@@ -151,6 +151,23 @@ def test_allocation_fills_the_budget_and_never_exceeds_it(target, spread, off):
     # Where all bits are alike, one group more in the second weight makes all 1500 of its groups need a coded width.
     slack = 0.01 * budget if spread else 1500
     assert exact >= budget - slack
+
+
+@pytest.mark.parametrize("swing", [0, 60, 400])
+def test_a_size_that_coding_makes_go_up_and_down_is_met(swing):
+    groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"), limits=[WidthLimits(2, 8, tuple(range(2, 9)))])
+    bits, target = torch.linspace(2, 8, 64), 4 * 1024 + groups.fixed_bits
+
+    def saved_at(width_T):  # much at every second size
+        return swing * (int(width_T.sum()) % 2)
+
+    def size(width_T):
+        return exact_bits(groups, width_T) - saved_at(width_T)
+
+    found = allocate_coded_widths(groups, lambda budget: allocate_widths(groups, bits, budget), target, swing, saved_at)
+    assert 0.9 * target <= size(found) <= target
+    lowest = allocate_coded_widths(groups, lambda budget: allocate_widths(groups, bits, budget), 100, swing, saved_at)
+    assert int(lowest.max()) == 2  # what nothing meets
 
 
 def test_allocation_keeps_the_order_of_the_bits():

@@ -104,10 +104,11 @@ def _placeholder() -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what exporters and quantizers say about themselves: nothing of it is for the user of this library."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "onnxruntime.quantization")]
+    names = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir", "onnxruntime.quantization")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
