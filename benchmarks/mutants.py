@@ -43,7 +43,10 @@ AREAS = {
 WITHOUT_RULES = {"diffq_fx/export/onnx/layout/profiles.py"}  # measured times
 TESTS = [
     *(f"tests/{folder}" for folder in ("passes", "packed", "methods", "export", "training", "post_training")),
-    *(f"tests/test_{name}.py" for name in ("bits_gradient", "codebooks", "device_steps", "dtypes_of_converted", "errors", "functional")),
+    *(
+        f"tests/test_{name}.py"
+        for name in ("bits_gradient", "codebooks", "device_steps", "dtypes_of_converted", "errors", "formulas", "functional")
+    ),
     *(f"tests/test_{name}.py" for name in ("kernels", "noise", "operators", "ranges", "several_parts", "storage", "what_is_stored")),
 ]
 
