@@ -1,12 +1,15 @@
 """The grid: properties that must hold for every width, layout and kind of grid."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffq_fx import functional
-from diffq_fx.functional.groups import GroupLayout, combine, from_rows, to_rows
+from diffq_fx.functional.groups import TILE, GroupLayout, combine, from_rows, largest_in, rows_of, scale_layout_of, tiles, to_rows
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -89,6 +92,52 @@ def test_group_reductions_against_loops(rows_OI, group_size):
             assert high[r, c] == part.max()
             assert counts[r, c] == part.numel()
             torch.testing.assert_close(total[r, c], part.double().sum())
+
+
+@settings(deadline=None)
+@given(rows_OI=rows(), group_size=group_sizes)
+def test_values_of_groups_against_loops(rows_OI, group_size):
+    layout = GroupLayout.of(*rows_OI.shape, group_size)
+    assert (layout.kind == "block") == (isinstance(group_size, int) and group_size < rows_OI.shape[1])
+    values = torch.randn(layout.shape)
+    spread = layout.expand(values).expand(rows_OI.shape)
+    for r, c in itertools.product(*map(range, rows_OI.shape)):
+        assert spread[r, c] == values[0 if layout.kind == "tensor" else r, 0 if layout.kind != "block" else c // group_size]
+    counts = layout.counts_on(torch.device("cpu"))
+    assert torch.equal(torch.as_tensor(counts).expand(layout.shape).double(), layout.counts().double())
+    assert isinstance(counts, float) == (layout.kind != "block" or rows_OI.shape[1] % layout.block == 0)
+    assert torch.equal(largest_in(values, (1, 1)), values.max().view(1, 1))
+    assert torch.equal(largest_in(values, (values.shape[0], 1)), values.amax(1, keepdim=True))
+    assert largest_in(values, values.shape) is values
+    found = scale_layout_of(values, layout.rows, layout.columns, layout.block)
+    assert (found.shape, found.block) == (layout.shape, layout.block)
+    assert combine(layout, GroupLayout.of(*rows_OI.shape, "tensor")) is layout
+    assert combine(GroupLayout.of(*rows_OI.shape, "tensor"), layout).shape == layout.shape
+
+
+@pytest.mark.parametrize("shape", [(5,), (TILE + 3,), (3 * TILE,), (7, TILE // 3), (3, 2 * TILE), (0, 4), (5, 0), (1000, 3, 700)])
+def test_tiles_cover_all_and_stay_small(shape):
+    pieces = list(tiles(shape, torch.device("cpu")))
+    assert [row for piece in pieces for row in range(*piece.indices(shape[0]))] == list(range(shape[0]))
+    inner = math.prod(shape[1:])
+    longest = max((len(range(*piece.indices(shape[0]))) for piece in pieces), default=0)
+    assert longest == min(shape[0], max(1, TILE // max(inner, 1))), "as many rows as the cache holds"
+    if len(shape) == 2:
+        layout = GroupLayout.of(*shape, "channel")
+        own = list(layout.row_slices(torch.device("cpu")))
+        assert [row for piece in own for row in range(piece.start, piece.stop)] == list(range(shape[0]))
+        assert all(piece.start % 8 == 0 for piece in own)
+        assert all((piece.stop - piece.start) * shape[1] <= max(TILE, 8 * shape[1]) for piece in own)
+        assert len(own) == (-(-shape[0] // max(8, TILE // max(shape[1], 1) // 8 * 8)))
+        assert all(layout.of_rows(piece).rows == piece.stop - piece.start for piece in own)
+        assert list(layout.row_slices(torch.device("meta"))) == ([slice(0, shape[0])] if shape[0] else [])
+    assert len(list(tiles(shape, torch.device("meta")))) == min(shape[0], 1)
+
+
+def test_values_that_all_rows_share_stay_as_they_are():
+    shared, own = torch.randn(1, 3), torch.randn(5, 3)
+    assert rows_of(shared, slice(2, 4)) is shared
+    assert torch.equal(rows_of(own, slice(2, 4)), own[2:4])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8, 16])

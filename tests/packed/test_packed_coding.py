@@ -1,5 +1,7 @@
 """Bit planes, the entropy coder and blocks of streams: every width and every length comes back, and at its entropy."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,9 @@ from hypothesis import strategies as st
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export.packed import ans, deflate
 from diffq_fx.export.packed.bitplanes import pack, packed_size, planes, unpack
-from diffq_fx.export.packed.classes import BINS, CodeClass, Histogram, bins_of, class_table
+from diffq_fx.export.packed.classes import BINS, CodeClass, Histogram, bins_in, bins_of, class_table, merged_bins
 from diffq_fx.export.packed.container import Source
-from diffq_fx.export.packed.streams import ANS, DEFLATE, Effort, Stream, decode_block, encode_block
+from diffq_fx.export.packed.streams import ANS, DEFLATE, STORED, Effort, Stream, decode_block, encode_block
 from diffq_fx.export.packed.unpacking import Grouping
 
 WIDTHS = st.integers(1, 16)
@@ -66,10 +68,47 @@ def entropy_bytes(values):
     return -(share @ np.log2(share)) * len(values) / 8
 
 
+def folded_laplace(width, count, scale):
+    drawn = np.rint(np.random.default_rng(0).laplace(size=count) * scale)
+    return np.minimum(np.where(drawn < 0, -2 * drawn - 1, 2 * drawn), 2**width - 1).astype(np.uint8 if width <= 8 else np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "scale", "quick", "patient"),
+    [  # coder, bits of the plane, low bits
+        (2, 60_000, 0.4, (DEFLATE, 2, 0), (ANS, 8, 0)),
+        (4, 60_000, 0.9, (DEFLATE, 4, 0), (ANS, 8, 0)),
+        (4, 60_000, 0.2, (ANS, 4, 0), (ANS, 8, 0)),
+        (5, 60_000, 1.0, (ANS, 8, 0), (ANS, 8, 0)),
+        (5, 60_000, 4.0, (DEFLATE, 4, 1), (ANS, 8, 0)),
+        (8, 60_000, 30.0, (DEFLATE, 4, 4), (DEFLATE, 8, 0)),
+        (8, 60_000, 2.0, (DEFLATE, 8, 0), (ANS, 8, 0)),
+        (12, 60_000, 500.0, (DEFLATE, 4, 8), (DEFLATE, 8, 4)),
+        (4, 400, 0.9, (ANS, 8, 2), (ANS, 8, 2)),
+        (8, 400, 3.0, (DEFLATE, 8, 2), (DEFLATE, 8, 2)),
+        (10, 2000, 3.0, (DEFLATE, 8, 2), (DEFLATE, 8, 2)),
+        (4, 60_000, 1e3, (ANS, 4, 0), (ANS, 8, 0)),
+        (3, 30, 0.5, (STORED, 1, 0), (STORED, 1, 0)),
+    ],
+)
+def test_how_a_stream_is_coded(width, count, scale, quick, patient):
+    stream = Stream(width, folded_laplace(width, count, scale))
+    for effort, expected in ((Effort(True), quick), (Effort(True, True), patient), (Effort(False), (STORED, 1, 0))):
+        head = encode_block([stream], effort)[0]
+        assert (head & 3, 1 << (head >> 2 & 3), head >> 4) == expected
+
+
+@pytest.mark.parametrize("coder", [ans, deflate])
+@pytest.mark.parametrize("used", [[0, 1, 2], [0, 7, 30]])
+def test_the_expected_length_has_the_table(coder, used):
+    symbols = np.random.default_rng(0).choice(np.array(used, np.uint8), 400, p=[0.6, 0.3, 0.1])
+    shares = np.bincount(symbols, minlength=64) / len(symbols)
+    assert coder.estimated_bits(shares, 400) == pytest.approx(8 * len(coder.encode(symbols)), abs=80)
+
+
 @pytest.mark.parametrize(("width", "scale"), [(2, 0.4), (3, 0.5), (4, 0.9), (4, 2.0), (5, 1.0), (5, 4.0), (8, 2.0), (8, 30.0), (12, 500.0)])
 def test_a_stream_is_as_long_as_its_entropy(width, scale):
-    drawn = np.rint(np.random.default_rng(0).laplace(size=2_000_000) * scale)
-    values = np.minimum(np.where(drawn < 0, -2 * drawn - 1, 2 * drawn), 2**width - 1).astype(np.uint8 if width <= 8 else np.uint16)
+    values = folded_laplace(width, 2_000_000, scale)
     block = encode_block([Stream(width, values)], Effort(True))
     assert 0.999 * entropy_bytes(values) < len(block) < 1.02 * entropy_bytes(values) + 100
     assert np.array_equal(streams_of(block, [(width, len(values))])[0].values(), values)
@@ -161,6 +200,64 @@ def test_rows_that_spread_alike_share_a_model():
     classes = histogram.classes(by_bin=True)
     assert len(classes) == 2
     assert (class_table(classes)[widths[:, 0], bins] == np.repeat([1, 0], 50)).all()  # narrow rows have the higher bins
+
+
+def test_the_bin_of_a_row_is_its_mean_code_in_sixteenths_of_an_octave():
+    codes = np.array([[255] * 128, [128] * 128, [64] * 128, [32] * 128, [0] * 128], np.uint8)
+    widths = np.full((5, 1), 8, np.uint8)
+    assert bins_of(codes, widths).tolist() == [0, 16, 32, 48, 127]
+    assert bins_of(codes[:, :127], widths).tolist() == [int(-16 * np.log2(codes.mean() / 512)) - 16], "short rows share one"
+    assert (bins_in(5, 128), bins_in(5, 127)) == (5, 1)
+    assert bins_of(codes // 32, widths - 5).tolist() == bins_of(codes // 32 * 32, widths).tolist(), "in shares of the range"
+    assert bins_of(np.full((1, 128), 90, np.uint8), widths[:1]).tolist() == [int(16 * np.log2(512 / 90)) - 16]
+
+
+def bits_of(counts):
+    """Of the order-0 code of symbols that occur so often, and 1000 for their table."""
+    counts = counts[counts > 0].astype(float)
+    return 1000 - float((counts * np.log2(counts / counts.sum())).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bins_are_cut_into_the_classes_of_the_shortest_code(seed):
+    generator = np.random.default_rng(seed)
+    used = np.sort(generator.choice(BINS, 6, replace=False)).astype(np.uint8)
+    spread = np.sort(generator.choice([1, 2, 4, 9, 20, 40], 6))[::-1, None]
+    codes = np.minimum(np.abs(np.rint(generator.standard_normal((6, 900)) * spread)), 63).astype(np.uint8)
+    histogram, widths = Histogram(), np.full((6, 1), 6, np.uint8)
+    histogram.add(codes, widths, used)
+    counts = np.stack([np.bincount(row, minlength=64) for row in codes])
+    shortest, best = np.inf, None
+    for cuts in (cuts for number in range(6) for cuts in itertools.combinations(range(1, 6), number)):
+        runs = list(itertools.pairwise([0, *cuts, 6]))
+        if (found := sum(bits_of(counts[first:stop].sum(0)) for first, stop in runs)) < shortest:
+            shortest, best = found, runs
+    ends = [0, *(int(used[first]) for first, _ in best[1:]), BINS]
+    assert histogram.classes(by_bin=True) == [CodeClass(6, first, stop - 1) for first, stop in itertools.pairwise(ends)]
+
+
+def test_the_codes_of_wide_values_are_counted_by_their_six_high_bits():
+    codes, widths = np.array([[3, 200, 255], [1, 2, 3]], np.uint8), np.array([[8], [2]], np.uint8)
+    histogram = Histogram()
+    histogram.add(codes, widths, np.array([5, 127], np.uint8))
+    assert histogram.classes(by_bin=False) == [CodeClass(2, 0, BINS - 1), CodeClass(8, 0, BINS - 1)]
+    assert [(each.width, each.first_bin, each.last_bin) for each in histogram.classes(by_bin=True)] == [(2, 0, 127), (8, 0, 127)]
+    counts = histogram._counts
+    assert {tuple(place): int(counts[tuple(place)]) for place in np.argwhere(counts)} == {
+        (8, 5, 0): 1,
+        (8, 5, 50): 1,
+        (8, 5, 63): 1,
+        (2, 127, 1): 1,
+        (2, 127, 2): 1,
+        (2, 127, 3): 1,
+    }
+
+
+def test_rows_tell_no_more_bins_than_some_width_tells_apart():
+    classes = [CodeClass(3, 0, 20), CodeClass(3, 21, 127), CodeClass(5, 0, 63), CodeClass(5, 64, 127)]
+    table, merged = class_table(classes), merged_bins(classes)
+    assert merged.tolist() == [0] * 21 + [21] * 43 + [64] * 64
+    assert (table[:, merged] == table).all()
 
 
 def test_classes_that_overlap_or_are_missing_are_refused():

@@ -12,11 +12,11 @@ from diffq_fx.errors import PassError
 from diffq_fx.example import Example
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
-from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
+from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights, completed
 from diffq_fx.passes.quantizer_nodes import insert_quantizers, replace_quantizers, verify_converted, verify_prepared
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.selection import select_weights
-from diffq_fx.weights import owner_of
+from diffq_fx.weights import WeightSpec, owner_of
 
 CONFIG = DiffQConfig(target_bits=None)
 X = torch.randn(3, 6)
@@ -71,6 +71,24 @@ def test_annotate_tells_consumer_and_axis():
     found = {n.meta[META_KEY].name: (n.meta[META_KEY].consumer, n.meta[META_KEY].axis) for n in gm.graph.nodes if META_KEY in n.meta}
     assert found == {"twice.weight": ("linear", 0), "right": ("matmul", 1), "up.weight": ("conv_transpose1d", 1)}
     assert not annotate_weights(gm, plan).modified
+
+
+@pytest.mark.parametrize(
+    ("readers", "consumer", "axis"),
+    [
+        ([("linear", 1)], "linear", 0),
+        *(([(name, 1)], name, 2) for name in ("matmul", "__matmul__", "mm", "bmm")),
+        *(([(name, 2)], name, 2) for name in ("addmm", "baddbmm")),
+        *(([(name, 0)], name, 0) for name in ("matmul", "mm", "bmm")),
+        *(([(name, 1)], name, 0) for name in ("addmm", "baddbmm")),
+        ([("conv_transpose2d", None)], "conv_transpose2d", 1),
+        ([("LSTM", None), ("linear", 1), ("LSTM", None)], "LSTM, linear", 0),
+        ([], "nothing", 0),
+    ],
+)
+def test_the_first_reader_tells_the_axis(readers, consumer, axis):
+    found = completed(WeightSpec(name="w", shape=(2, 3, 4), axis=0), readers)
+    assert (found.consumer, found.axis) == (consumer, axis)
 
 
 def test_insert_puts_one_node_on_a_weight_that_is_used_twice():
@@ -167,8 +185,9 @@ def test_runner_names_the_pass_that_failed():
     def broken(gm):
         raise ValueError("no such node")
 
-    with pytest.raises(PassError, match=r"pass broken failed after \['harmless'\]: no such node"):
-        run_passes(fx.symbolic_trace(NoWeight()), [harmless, broken])
+    for each in (broken, partial(broken)):
+        with pytest.raises(PassError, match=r"pass broken failed after \['harmless'\]: no such node"):
+            run_passes(fx.symbolic_trace(NoWeight()), [harmless, each])
 
 
 def test_runner_refuses_a_graph_that_a_pass_broke():
