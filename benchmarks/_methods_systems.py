@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from _mnist import Mnist
 from torch import nn
 
+from benchmarks._mnist import Mnist
 from diffq_fx import DiffQConfig, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ
