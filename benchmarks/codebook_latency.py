@@ -22,13 +22,14 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from benchmarks._models import ResNet18, Transformer
+from benchmarks._models import Transformer
 from benchmarks._result import markdown_table, write_result
 from benchmarks._train_systems import interleaved, quartiles
 from diffq_fx import convert, prepare
 from diffq_fx.demo.race import export_float
 from diffq_fx.export import export_onnx, session_options
 from diffq_fx.methods import LC, Method, ProductQuantization
+from recipes.models.cifar import ResNet18
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "encoder (6 x 384, 8192 tokens, 32 rows)": (

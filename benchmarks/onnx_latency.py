@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._kind import kind_title, processor_kind
-from benchmarks._models import Decoder, MobileNetV2, ResNet18, Separator, minilm_size
+from benchmarks._models import Decoder, MobileNetV2, Separator, minilm_size, resnet18_for_224
 
 FOLDER = Path(".onnx_latency")
 SECONDS_PER_CELL = 6.0
@@ -70,7 +70,7 @@ def _sound(batch: int) -> tuple[Tensor, ...]:
 CASES = {
     "encoder": Case("encoder of MiniLM's size, sequence 32", minilm_size, _ids, (1, 16), False),
     "decoder": Case("decoder of GPT-2's kind, one token, 64 cached", Decoder, _step, (1,), False),
-    "resnet18": Case("ResNet-18, 224x224", lambda: ResNet18(1000, large_images=True), _images, (1, 8), True),
+    "resnet18": Case("ResNet-18, 224x224", resnet18_for_224, _images, (1, 8), True),
     "mobilenet_v2": Case("MobileNet-v2, 224x224", MobileNetV2, _images, (1, 8), True),
     "separator": Case("conv + LSTM separator, 16384 samples", Separator, _sound, (1, 4), True),
 }

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks._models import ResNet18, minilm_size
+from benchmarks._models import minilm_size
 from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, IntegerWeight, convert_diffq, prepare_diffq
 from diffq_fx.export.packed import load_packed, save_packed
+from recipes.models.cifar import ResNet18
 
 MIB = 2**20
 
