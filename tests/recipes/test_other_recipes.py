@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from recipe_data import make_pairs, make_pictures, make_stems, make_text, wav
+from safetensors.torch import load_file
 
 from recipes.common.main import main
 from recipes.common.recipe import Lacking
@@ -17,6 +18,7 @@ from recipes.data.imagenet import load_pictures
 from recipes.data.stems import load_stems
 from recipes.data.wikitext import numbers, read_words, vocabulary
 from recipes.glue import Glue
+from recipes.imagenet import ImageNet
 from recipes.models.language import AdaptiveTransformer
 from recipes.separation import Separation, sdr
 
@@ -187,3 +189,14 @@ class TestPictures:
         (tmp_path / "train" / "n5").mkdir()
         with pytest.raises(Lacking, match="classes without a picture .*: n5"):
             load_pictures(tmp_path / "train")
+
+    def test_both_heads_of_a_net_with_a_distillation_token_follow_the_float_model(self, tmp_path, monkeypatch):
+        options = ["--data", str(tmp_path), *make_pictures(tmp_path), "--no-onnx", "--batch-size", "4", "--epochs", "0.4", "--lr", "0.01"]
+        main(ImageNet, [*options, "--method", "float", "--out", str(tmp_path / "float")])
+        start = tmp_path / "float" / "float.safetensors"
+        monkeypatch.setattr(ImageNet, "criterion", lambda *args: pytest.fail("labels were used"))
+        main(ImageNet, [*options, "--method", "lsq", "--distil", "--start", str(start), "--out", str(tmp_path / "run")])
+        before, after = load_file(start), torch.load(tmp_path / "run" / "checkpoint.pt")["model"]
+        heads = [name for name in before if "head" in name and name.endswith("weight")]
+        assert len(heads) == 2
+        assert all((after[name] - before[name]).abs().amax() > 1e-3 for name in heads)
