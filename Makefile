@@ -44,7 +44,7 @@ processors: $(KERNELS) .arm/proc/cpuinfo
 
 # The core of the tests beside old and new versions of Python, torch and onnxruntime: needs python3.10 to python3.14, and downloads 10 GB.
 matrix:
-	$(PYTHON) benchmarks/version_matrix.py
+	$(PYTHON) -m benchmarks.version_matrix
 
 format: .venv/ready
 	$(BIN)/ruff format .

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from _mnist import Mnist
 from torch import nn
 
+from benchmarks._mnist import Mnist
 from diffq_fx import DiffQConfig, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ
@@ -101,10 +101,10 @@ class Start:
         """A quarter of the epochs after each of three groups of weights, the others before under noise."""
         small = ProductQuantization(entries=16, block_size=4, entry_dtype="int8", noise="proxy", rate=0.05)
         large = ProductQuantization(entries=entries, block_size=block, entry_dtype="int8", noise="proxy", rate=0.05)
-        model = self.prepared({"4": small, "*": large})  # the last layer has too few blocks for the large codebook
+        model = self.prepared({"5": small, "*": large})  # the last layer has too few blocks for the large codebook
         epochs = max(self.task.epochs // 4, 1)
         self.task.fit(model, max(self.task.epochs - 3 * epochs, 1))
-        IPQ(model, [["0"], ["2"], ["4"]], lambda model, stage: self.task.fit(model, epochs)).run()
+        IPQ(model, [["1"], ["3"], ["5"]], lambda model, stage: self.task.fit(model, epochs)).run()
         return model, ""
 
 

@@ -1,20 +1,21 @@
-"""LeNet300 on MNIST: the data, the float model, and how everybody trains."""
+"""LeNet300 on MNIST, both the recipe's, and how everybody trains."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffq_fx.training.lc import LStep
+from recipes.mnist import Mnist as MnistRecipe
+from recipes.mnist import MnistSettings
+from recipes.models.mnist import lenet300
 
 BATCH = 256
 HELD_OUT = 5000
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 @dataclass
@@ -27,21 +28,10 @@ class Mnist:
 
     @staticmethod
     def load(folder: Path, epochs: int) -> "Mnist":
-        """Read the four idx files."""
-        missing = [name for name in FILES if not (folder / name).exists()]
-        if missing:
-            raise SystemExit(f"{folder} lacks {', '.join(missing)}: put the unpacked idx files of MNIST there.")
-        images, labels, test_images, test_labels = (np.fromfile(folder / name, np.uint8) for name in FILES)
-
-        def pixels(raw: np.ndarray) -> Tensor:
-            x = torch.from_numpy(raw[16:].reshape(-1, 784).astype(np.float32)) / 255
-            return x - 0.1307
-
-        return Mnist(
-            (pixels(images), torch.from_numpy(labels[8:].astype(np.int64))),
-            (pixels(test_images), torch.from_numpy(test_labels[8:].astype(np.int64))),
-            epochs,
-        )
+        """The recipe's images."""
+        recipe = MnistRecipe(MnistSettings(data=folder), torch.device("cpu"))
+        train, test = ((recipe.normalized(x), y) for x, y in (recipe.train, recipe.test))
+        return Mnist(train, test, epochs)
 
     def held_out(self) -> "Mnist":
         """The same without the test images: the last training images are scored on in their place, and not trained on."""
@@ -71,9 +61,9 @@ class Mnist:
         return 100 * float((model.eval()(x).argmax(1) != y).double().mean())
 
     def float_model(self, seed: int) -> nn.Module:
-        """784-300-100-10, trained from scratch."""
+        """Trained from scratch."""
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(784, 300), nn.Tanh(), nn.Linear(300, 100), nn.Tanh(), nn.Linear(100, 10))
+        model = lenet300()
         self.fit(model, self.epochs)
         return model
 

@@ -1,42 +1,17 @@
-"""The models that benchmarks share: usual architectures, random weights."""
+"""The models that benchmarks share beside those of recipes: usual architectures, random weights."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+from recipes.models.cifar import ResNet18
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 (11.2 M weights) for images of 32x32, or of 224x224 with the stem of ImageNet."""
-
-    def __init__(self, classes: int = 10, *, large_images: bool = False) -> None:
-        super().__init__()
-        if large_images:
-            conv, pool = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
-        else:
-            conv, pool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-        self.stem = nn.Sequential(conv, nn.BatchNorm2d(64), nn.ReLU(), pool)
-        widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
-        self.blocks = nn.Sequential(*(_BasicBlock(a, b, 2 if b != a else 1) for a, b in zip(widths[:-1], widths[1:], strict=True)))
-        self.head = nn.Linear(512, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+def resnet18_for_224() -> nn.Module:
+    """ResNet-18 with the stem and the classes of ImageNet."""
+    model = ResNet18(1000)
+    model.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    return model
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, *, activation: bool = True) -> list[nn.Module]:

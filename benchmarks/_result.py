@@ -37,7 +37,7 @@ def _version(package: str) -> str:
 def write_result(name: str, title: str, body: str, packages: Sequence[str], *, command: str | None = None, folder: Path = RESULTS) -> Path:
     """Write ``<folder>/<name>_cpu<cores>_<date>.md`` and return its path; ``command`` is what was typed, this script's call if left out."""
     versions = ", ".join(f"{package} {_version(package)}" for package in packages)
-    command = command or " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command or " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     today = datetime.date.today().isoformat()
     text = f"# {title}\n\n{today} · {describe_machine()} · Python {platform.python_version()}, {versions}\n\n    {command}\n\n{body}\n"
     folder.mkdir(parents=True, exist_ok=True)

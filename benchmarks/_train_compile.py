@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 
-from _result import markdown_table
+from benchmarks._result import markdown_table
 
 LAYERS, QUICK_LAYERS = 12, 2
 MODELS = ("float", "noise", "rounding")
@@ -29,7 +29,7 @@ def part_compile(quick: bool) -> str:
 def _in_a_process(model: str, layers: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        command = [sys.executable, __file__, model, str(layers)]
+        command = [sys.executable, "-m", "benchmarks._train_compile", model, str(layers)]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

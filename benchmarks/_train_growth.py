@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from _result import markdown_table
-from _train_systems import SYSTEMS, tasks, training_step
 from torch import nn
 
+from benchmarks._result import markdown_table
+from benchmarks._train_systems import SYSTEMS, tasks, training_step
 from diffq_fx import convert_diffq, prepare_diffq
 
 HEADER = (

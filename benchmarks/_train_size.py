@@ -4,10 +4,10 @@ import copy
 import statistics
 
 import torch
-from _result import markdown_table
-from _train_systems import Step, interleaved
 from torch import nn
 
+from benchmarks._result import markdown_table
+from benchmarks._train_systems import Step, interleaved
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
 
 _WEIGHTS, _SIDE = 300, 64

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from _models import ResNet18, language_model, minilm_size
 from torch import Tensor, nn
 
+from benchmarks._models import language_model, minilm_size
 from diffq_fx import DiffQConfig, Distillation, prepare_diffq, recompute_weights
 from diffq_fx.methods import diffq_settings
+from recipes.models.cifar import ResNet18
 
 Step = Callable[[], None]
 Loss = Callable[[Tensor], Tensor]

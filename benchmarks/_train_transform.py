@@ -8,11 +8,11 @@ from unittest import mock
 
 import diffq
 import torch
-from _noise_of_steps import add_noise
-from _result import markdown_table
-from _train_systems import Step, interleaved, ratio
 from torch import Tensor, nn
 
+from benchmarks._noise_of_steps import add_noise
+from benchmarks._result import markdown_table
+from benchmarks._train_systems import Step, interleaved, ratio
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
 from diffq_fx.kernels import extension
 

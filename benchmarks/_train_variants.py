@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from _result import markdown_table
-from _train_systems import Step, interleaved, ratio
 
+from benchmarks._result import markdown_table
+from benchmarks._train_systems import Step, interleaved, ratio
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import extension, native
 

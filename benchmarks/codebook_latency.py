@@ -4,8 +4,8 @@ Both are the same file. onnxruntime looks the weights up when it makes the sessi
 alone; with its pass ConstantFolding off it does so at every run. The control is what that pass is worth to the float model. The weights
 are random, which neither speed nor size see.
 
-    python benchmarks/codebook_latency.py build --folder DIR    # write the files
-    python benchmarks/codebook_latency.py race --folder DIR     # time them
+    python -m benchmarks.codebook_latency build --folder DIR    # write the files
+    python -m benchmarks.codebook_latency race --folder DIR     # time them
 """
 
 import argparse
@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from _models import ResNet18, Transformer
-from _result import markdown_table, write_result
-from _train_systems import interleaved, quartiles
 from torch import Tensor, nn
 
+from benchmarks._models import Transformer
+from benchmarks._result import markdown_table, write_result
+from benchmarks._train_systems import interleaved, quartiles
 from diffq_fx import convert, prepare
 from diffq_fx.demo.race import export_float
 from diffq_fx.export import export_onnx, session_options
 from diffq_fx.methods import LC, Method, ProductQuantization
+from recipes.models.cifar import ResNet18
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "encoder (6 x 384, 8192 tokens, 32 rows)": (
@@ -107,7 +108,7 @@ def main() -> None:
     rows = [row for title in MODELS for row in race(title, asked.folder)]
     times = ("looked up at load, times float", "at every run, times float", "control: float, nothing folded")
     header = ("model", "weights", "MiB float / ours", "float, ms", *times, "ms to load: float / at load / per run")
-    command = "python benchmarks/codebook_latency.py race --folder DIR"
+    command = "python -m benchmarks.codebook_latency race --folder DIR"
     title = "Codebooks in ONNX, looked up at load or at every run"
     path = write_result("codebook_latency", title, markdown_table(header, rows), ["torch", "onnxruntime"], command=command)
     print(path.read_text())

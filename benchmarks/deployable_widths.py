@@ -5,9 +5,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from _result import markdown_table, write_result
 from torch import nn
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, bits_report, convert_diffq, prepare_diffq
 from diffq_fx.demo.digits import Task, accuracy, digits, train
 from diffq_fx.export import export_onnx

@@ -10,9 +10,9 @@ from unittest import mock
 
 import diffq
 import torch
-from _result import markdown_table, write_result
 from torch import Tensor, nn
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
 
 GROUP = 8

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _result import markdown_table, write_result
 from torch import nn
+
+from benchmarks._result import markdown_table, write_result
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 """SmolLM2-135M's."""
@@ -101,7 +102,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
     for _ in range(arguments.turns):
         for system, results in found.items():
-            run = subprocess.run([sys.executable, *sys.argv, "--one", system], check=True, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, "-m", "benchmarks.export_time", *sys.argv[1:], "--one", system]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             results.append(json.loads(run.stdout.splitlines()[-1]))
             print(system, results[-1], flush=True)
     middle = {system: {key: statistics.median(each[key] for each in results) for key in results[0]} for system, results in found.items()}

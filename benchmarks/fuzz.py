@@ -6,7 +6,7 @@ seconds, in at most twice the memory that the sound file takes which takes most 
 else happens is named in the result, and its file is kept.
 
     python -m venv .fuzz && .fuzz/bin/pip install -c constraints.txt -e . atheris
-    nice .fuzz/bin/python benchmarks/fuzz.py --inputs 100000
+    nice .fuzz/bin/python -m benchmarks.fuzz --inputs 100000
 """
 
 import argparse
@@ -25,9 +25,10 @@ from pathlib import Path
 
 import atheris
 import torch
-from _damage import change_value, damage, forge_body, forge_header, forge_section
-from _result import markdown_table, write_result
 from rich.console import Console
+
+from benchmarks._damage import change_value, damage, forge_body, forge_header, forge_section
+from benchmarks._result import markdown_table, write_result
 
 with atheris.instrument_imports(include=["diffq_fx.export", "diffq_fx.storage", "diffq_fx.cli", "diffq_fx.file_kinds"]):
     from diffq_fx.cli.inspect import inspect
@@ -294,7 +295,7 @@ def fuzz(target: str, folder: Path, inputs: int) -> list[object]:
     done, died, sums, facts = 0, 0, collections.Counter(), {"slowest": 0.0, "most_kib": 0, "honest_kib": 0}
     while done < inputs:
         left = inputs - done
-        code = subprocess.run([sys.executable, __file__, "--child", target, str(folder), str(left)], check=False).returncode
+        code = subprocess.run([sys.executable, "-m", "benchmarks.fuzz", "--child", target, str(folder), str(left)], check=False).returncode
         found = json.loads((folder / "counts.json").read_text())
         died += code != 0
         sums.update(found["counts"])

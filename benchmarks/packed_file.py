@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _models import ResNet18, minilm_size
-from _result import markdown_table, write_result
 from torch import nn
 
+from benchmarks._models import minilm_size
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, IntegerWeight, convert_diffq, prepare_diffq
 from diffq_fx.export.packed import load_packed, save_packed
+from recipes.models.cifar import ResNet18
 
 MIB = 2**20
 
@@ -138,7 +139,7 @@ def plain_bytes(path: Path) -> int:
 
 def measure_load(name: str, path: Path) -> dict[str, float]:
     """Load in a process of its own, which sees its own peak of memory."""
-    command = [sys.executable, __file__, "--load", name, str(path)]
+    command = [sys.executable, "-m", "benchmarks.packed_file", "--load", name, str(path)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 

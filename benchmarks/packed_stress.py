@@ -16,10 +16,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from _damage import damage, forge_body, forge_header
-from _result import markdown_table, write_result
 from torch import nn
 
+from benchmarks._damage import damage, forge_body, forge_header
+from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, PackedFileError, convert, convert_diffq, prepare, prepare_diffq
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.methods import ProductQuantization

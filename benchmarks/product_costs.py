@@ -1,8 +1,8 @@
 """What onnxruntime's kernels for products cost on this kind of processor: measure them, fit a profile for ``export_onnx(target=...)``.
 
-    python benchmarks/product_costs.py measure             # under 6 minutes; goes on where it stopped
-    python benchmarks/product_costs.py fit X86_AVX2        # the result file, and the profile as it stands in layout/profiles.py
-    python benchmarks/product_costs.py fit X86_AVX2 --write    # puts it there
+    python -m benchmarks.product_costs measure             # under 6 minutes; goes on where it stopped
+    python -m benchmarks.product_costs fit X86_AVX2        # the result file, and the profile as it stands in layout/profiles.py
+    python -m benchmarks.product_costs fit X86_AVX2 --write    # puts it there
 
 All forms of one product run in turns, one thread, as ``export_onnx(target="this-machine")`` runs them. The kind of processor is found
 out and is part of the file names. The fit is least squares on relative errors with no cost below 0; the margin is the smallest at which no
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _kind import kind_title, processor_kind
-from _result import RESULTS, describe_machine, markdown_table, write_result
 
+from benchmarks._kind import kind_title, processor_kind
+from benchmarks._result import RESULTS, describe_machine, markdown_table, write_result
 from diffq_fx.export.onnx.layout import profiles
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose, often_paid
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns

@@ -1,6 +1,6 @@
 """Squared rounding error of weights over their squares, by kind of zero point: whole, multiples of 1/2 at every width, and free offsets.
 
-    python benchmarks/squared_error.py --data DIR
+    python -m benchmarks.squared_error --data DIR
 
 DIR holds ``resnet20_cifar10_float.safetensors``. Every row (output channel) has the range of least error that the library finds.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from _result import markdown_table, write_result
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks._result import markdown_table, write_result
 from diffq_fx.functional import Grid, dequantize, quant_params, quantization, quantize
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.kernels import least_error_range, ranges
@@ -51,7 +51,7 @@ def main() -> None:
                 whole, half, free = (sum(error(rows, bits, grid) for rows in tensors) / total for grid in GRIDS)
                 table.append((name, bits, f"{whole:.4f}", f"{half:.4f}", f"{1 - half / whole:.1%}", f"{free:.4f}"))
     header = ("weights", "bits", "whole", "multiples of 1/2", "less by", "free offset")
-    title, command = "Squared rounding error by kind of zero point", "python benchmarks/squared_error.py --data DIR"
+    title, command = "Squared rounding error by kind of zero point", "python -m benchmarks.squared_error --data DIR"
     write_result("squared_error", title, markdown_table(header, table), ["torch", "diffq-fx"], command=command)
 
 

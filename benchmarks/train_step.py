@@ -1,14 +1,14 @@
 """What training with noise costs: whole steps, the transform alone, eval, and memory, interleaved with the peers.
 
-    python benchmarks/train_step.py --part transform     # the noise, forward and backward, over the weights alone
-    python benchmarks/train_step.py --part kernels       # the ways to make the noise that were weighed
-    python benchmarks/train_step.py --part variants      # each kernel in C in each variant that the processor can run
-    python benchmarks/train_step.py --part eval          # forward in eval(), after the first
-    python benchmarks/train_step.py --part memory        # peak memory of training steps
-    python benchmarks/train_step.py --part size          # size and pressure on the bits of 300 weights
-    python benchmarks/train_step.py --part compile       # CPU seconds of torch.compile on BERT-base's shape; --quick: 2 layers
-    python benchmarks/train_step.py --part growth        # prepare, one transform, convert from 1 M to 300 M weights
-    python benchmarks/train_step.py --part step          # whole training steps; with --seconds 100 a part of them at each call
+    python -m benchmarks.train_step --part transform     # the noise, forward and backward, over the weights alone
+    python -m benchmarks.train_step --part kernels       # the ways to make the noise that were weighed
+    python -m benchmarks.train_step --part variants      # each kernel in C in each variant that the processor can run
+    python -m benchmarks.train_step --part eval          # forward in eval(), after the first
+    python -m benchmarks.train_step --part memory        # peak memory of training steps
+    python -m benchmarks.train_step --part size          # size and pressure on the bits of 300 weights
+    python -m benchmarks.train_step --part compile       # CPU seconds of torch.compile on BERT-base's shape; --quick: 2 layers
+    python -m benchmarks.train_step --part growth        # prepare, one transform, convert from 1 M to 300 M weights
+    python -m benchmarks.train_step --part step          # whole training steps; with --seconds 100 a part of them at each call
 
 Two systems of a table run in turns in one process; a cell is the median of the pairwise ratios to the plain step and, in brackets, the
 middle half of them.
@@ -26,10 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _result import RESULTS, markdown_table, write_result
-from _train_systems import SYSTEMS, interleaved, pair, quartiles, ratio, tasks
 from torch import Tensor
 
+from benchmarks._result import RESULTS, markdown_table, write_result
+from benchmarks._train_systems import SYSTEMS, interleaved, pair, quartiles, ratio, tasks
 from diffq_fx import prepare_diffq
 from diffq_fx.methods.base import WeightQuantizer
 
@@ -131,7 +131,7 @@ def report_steps(records: list[dict]) -> None:
         rows.append([system, *shown, ", ".join(map(str, rounds[system]))])
     table = markdown_table(["", *names, "rounds"], rows)
     body = f"Step time over the plain step, each system in turns with a plain step of its own.\n\n{table}"
-    command = "python benchmarks/train_step.py --part step"
+    command = "python -m benchmarks.train_step --part step"
     path = write_result("train_step", "Training with noise: step", body, PACKAGES, command=command)
     _plot_steps(cells, names, path.with_suffix(".png"))
     print(path.read_text())
@@ -174,30 +174,30 @@ def main() -> None:
         return
     rows: list[list[str]] = []
     if part == "growth":
-        from _train_growth import HEADER, growth, plot
+        from benchmarks._train_growth import HEADER, growth, plot
 
         rows = growth(arguments.quick)
         body = markdown_table(HEADER, rows)
     elif part == "memory":
-        from _train_growth import memory
+        from benchmarks._train_growth import memory
 
         body = memory(arguments.quick)
     elif part == "eval":
         body = part_eval(arguments.quick)
     elif part == "variants":
-        from _train_variants import part_variants
+        from benchmarks._train_variants import part_variants
 
         body = part_variants(arguments.quick)
     elif part == "size":
-        from _train_size import part_size
+        from benchmarks._train_size import part_size
 
         body = part_size(arguments.quick)
     elif part == "compile":
-        from _train_compile import part_compile
+        from benchmarks._train_compile import part_compile
 
         body = part_compile(arguments.quick)
     else:
-        from _train_transform import part_kernels, part_transform
+        from benchmarks._train_transform import part_kernels, part_transform
 
         body = {"transform": part_transform, "kernels": part_kernels}[part](arguments.quick)
     kernels = os.environ.get("DIFFQ_FX_KERNELS", "native")

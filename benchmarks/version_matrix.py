@@ -1,6 +1,6 @@
 """Install the package beside old and new versions of what it needs, run a core of the tests there, and write a table.
 
-``python benchmarks/version_matrix.py`` runs every row, ``... oldest newest`` only these; rows that are not run keep their last result.
+``python -m benchmarks.version_matrix`` runs every row, ``... oldest newest`` only these; rows that are not run keep their last result.
 Each row is an environment of its own under ``.matrix/``, removed when it is done (``--keep`` keeps it and uses it again). A row needs
 ``python3.X`` on the PATH, or is given one: ``--python /path/to/python3.14``. Nothing but the standard library is used here, so any Python
 can run it.

@@ -1,8 +1,8 @@
 """Every model of the zoo (tests/zoo) that exports: our file with its session options against the float export of the same model.
 
-    python benchmarks/zoo_latency.py build               # write the files, some seconds a model; goes on where it stopped
-    python benchmarks/zoo_latency.py race --seconds 100  # time what is not timed yet, until the time is over
-    python benchmarks/zoo_latency.py report              # the table
+    python -m benchmarks.zoo_latency build               # write the files, some seconds a model; goes on where it stopped
+    python -m benchmarks.zoo_latency race --seconds 100  # time what is not timed yet, until the time is over
+    python -m benchmarks.zoo_latency report              # the table
 
 The models are tiny, so that most of a run is onnxruntime's own work: this is where a layout that adds nodes is seen. Times come in blocks
 of some milliseconds, in an order that is drawn for each turn, and every session is made anew several times, for two sessions of one and
@@ -142,7 +142,7 @@ def _repeats(session: Any, inputs: dict[str, np.ndarray]) -> int:
 
 def report() -> None:
     """Write the table of everything that was timed."""
-    from _result import markdown_table, write_result
+    from benchmarks._result import markdown_table, write_result
 
     rows, left, slower, count = [], [], [], 0
     for folder in sorted(FOLDER.iterdir()):

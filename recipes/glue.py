@@ -101,7 +101,10 @@ class Glue(Recipe[GlueSettings]):
         if folder is not None:
             if not (folder / "tokenizer.json").is_file():
                 raise Lacking(f"--pretrained {folder} has no tokenizer.json: save the tokenizer there with save_pretrained.")
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as wrong:  # the package raises no narrower kind
+                raise Lacking(f"--pretrained {folder}: tokenizer.json cannot be read: {wrong}. Save the tokenizer there again.") from wrong
         made = tokenizers.ByteLevelBPETokenizer(lowercase=True)
         sentences = (sentence for pair in train[0] for sentence in pair)
         special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -120,9 +123,11 @@ class Glue(Recipe[GlueSettings]):
 
         settings = self.settings
         if settings.pretrained is not None:
-            return Encoder(
-                RobertaForSequenceClassification.from_pretrained(settings.pretrained, local_files_only=True, num_labels=len(LABELS))
-            )
+            given = {"local_files_only": True, "num_labels": len(LABELS)}
+            try:
+                return Encoder(RobertaForSequenceClassification.from_pretrained(settings.pretrained, **given))
+            except (OSError, ValueError) as wrong:
+                raise Lacking(f"--pretrained {settings.pretrained} is no RoBERTa of Hugging Face: {wrong}") from wrong
         config = RobertaConfig(
             vocab_size=self.tokenizer.get_vocab_size(),
             hidden_size=settings.width,

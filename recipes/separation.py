@@ -106,32 +106,43 @@ class Separation(Recipe[SeparationSettings]):
         return np.stack([track.part(source, start, self.padded) for source in range(self.sources)])
 
     def reduce(self, output: Tensor, target: Tensor) -> Tensor:
-        """SDR of each window of a second, shape (N, sources, windows); NaN where the source or the estimate is silent."""
+        """SDR of each window of a second, shape (N, sources, windows)."""
         return sdr(output, target, self.rate, self.windows)
 
     def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Medians over windows, then over tracks, then the mean over sources."""
-        values, names = torch.cat(outputs), [track.name for track, _ in self.pieces]
-        of_tracks = [values[[i for i, each in enumerate(names) if each == name]] for name in dict.fromkeys(names)]
-        medians = torch.stack([each.transpose(0, 1).flatten(1).nanmedian(1).values for each in of_tracks])
-        of_sources = medians.nanmedian(0).values
+        """Medians over the whole windows of a track, then over tracks, then the mean over sources."""
+        of_tracks: dict[str, list[Tensor]] = {}
+        for (track, start), values in zip(self.pieces, torch.cat(outputs), strict=True):
+            of_tracks.setdefault(track.name, []).append(values[:, : (len(track) - start) // self.rate])
+        of_sources = _median(torch.stack([_median(torch.cat(each, 1)) for each in of_tracks.values()], 1))
         return {"score": float(of_sources.mean()), **{f"source {i}": float(each) for i, each in enumerate(of_sources)}}
+
+
+def _median(values: Tensor) -> Tensor:
+    """Over the last dimension without NaN; of an even number the mean of the two in the middle."""
+    return values.nanquantile(0.5, -1)
 
 
 def sdr(estimate: Tensor, target: Tensor, rate: int, windows: int) -> Tensor:
     """``10 log10(sum s^2 / sum (s - estimate)^2)`` over channels and samples of each window of a second (BSSEval v4).
 
+    As in museval, all sources of a window have NaN where the channels of one source or estimate add up to silence.
+
     Example:
         >>> target = torch.ones(1, 1, 1, 4)
-        >>> sdr(0.9 * target, target, 2, 2)
-        tensor([[[20., 20.]]])
+        >>> sdr(0.5 * target, target, 2, 2)
+        tensor([[[6.0206, 6.0206]]])
     """
 
-    def energy(x: Tensor) -> Tensor:
-        return x[..., : rate * windows].unflatten(-1, (windows, rate)).square().sum((2, 4))
+    def framed(x: Tensor) -> Tensor:
+        return x[..., : rate * windows].unflatten(-1, (windows, rate))
 
-    silent = (energy(target) == 0) | (energy(estimate) == 0)
-    return (10 * torch.log10(energy(target) / energy(target - estimate))).masked_fill(silent, torch.nan)
+    def energy(x: Tensor) -> Tensor:
+        return framed(x).square().sum((2, 4))
+
+    silent = [~framed(x).sum(2).any(-1) for x in (target, estimate)]
+    found = 10 * torch.log10(energy(target) / energy(target - estimate))
+    return found.masked_fill((silent[0] | silent[1]).any(1, keepdim=True), torch.nan)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The examples of the README and of docs/ run as they stand."""
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -91,6 +92,9 @@ def test_the_paths_that_texts_name_exist():
         for name in named
         if not any((root / top / name).exists() for top in (".", "benchmarks", "diffq_fx", "diffq_fx/kernels", "diffq_fx/post_training"))
     ]
+    modules = set(re.findall(r"-m ((?:benchmarks|recipes)\.[a-z_]+)", texts))
+    assert len(modules) > 10
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]
 
 
 def test_it_stays_short():

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import signal
 import time
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,7 +59,10 @@ class Training:
         """Put the method on the float model: on the CPU, where the comparison with the original is exact."""
         start = self.settings.start
         if start is not None:
-            model.load_state_dict(load_file(start))
+            try:
+                model.load_state_dict(load_file(start))
+            except (SafetensorError, RuntimeError) as wrong:
+                raise SystemExit(f"--start {start} has other weights than the model: {' '.join(str(wrong).split())[:300]}") from wrong
         self.float_mib = float_mib(model)
         method = make_method(self.settings, self.steps)
         self.is_prepared = method is not None
@@ -186,7 +191,12 @@ class Training:
         """Go on from the checkpoint, if there is one."""
         if not self._checkpoint.exists():
             return 0
-        state = torch.load(self._checkpoint, map_location=self.processes.device)
+        try:
+            state = torch.load(self._checkpoint, map_location=self.processes.device)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as wrong:
+            raise SystemExit(
+                f"{self._checkpoint} cannot be read: it was damaged after it was written. Delete it, or give another --out."
+            ) from wrong
         mine, theirs = self._that_count(), state["settings"]
         if differing := [
             f"--{name.replace('_', '-')} was {theirs.get(name)}, is {mine[name]}" for name in mine if mine[name] != theirs.get(name)

@@ -20,12 +20,55 @@ class Lacking(SystemExit):
     """Data or a package that a recipe needs is not there; the message says how to get it."""
 
 
-class Recipe(ABC, Generic[S]):
+class Scored(ABC):
+    """What training makes small, and how a model is scored on the whole test set."""
+
+    score_name: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
+        """What training makes small."""
+
+    @abstractmethod
+    def test_batches(self) -> Iterator[Batch]:
+        """The whole test set in batches of one size, but for the last."""
+
+    @abstractmethod
+    def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
+        """The ``score``, and what else is worth keeping, from all test batches."""
+
+    def reduce(self, output: Tensor, target: Tensor) -> Tensor:
+        """What of a test output is kept until :meth:`summarize`."""
+        return output
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Loss of a model on a batch."""
+        return self.criterion(model(*batch[0]), batch[1])
+
+    @torch.no_grad()
+    def evaluate(self, predict: Predict) -> dict[str, float]:
+        """Scores of a model (which stays in the mode it is in) or of a session on the whole test set."""
+        module = predict if isinstance(predict, nn.Module) else nn.Module()
+        training = module.training
+        module.eval()
+        outputs, targets = [], []
+        for inputs, target in self.test_batches():
+            outputs.append(self.reduce(predict(*inputs).float(), target))
+            targets.append(target)
+        module.train(training)
+        return self.summarize(outputs, targets)
+
+    @property
+    def example(self) -> Inputs:
+        """Two test examples, on the CPU."""
+        return tuple(each[:2].cpu() for each in next(self.test_batches())[0])
+
+
+class Recipe(Scored, Generic[S]):
     """An experiment with one setting of its options; the loop asks it for all that is its own."""
 
     name: ClassVar[str]
-    score_name: ClassVar[str]
-    higher_is_better: ClassVar[bool] = True
     settings_type: ClassVar[type[Settings]]
 
     def __init__(self, settings: S, device: torch.device) -> None:
@@ -63,44 +106,6 @@ class Recipe(ABC, Generic[S]):
         size = self.settings.batch_size
         return self.take(self._order[1][index * size : (index + 1) * size][share])
 
-    @abstractmethod
-    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
-        """What training makes small."""
-
-    @abstractmethod
-    def test_batches(self) -> Iterator[Batch]:
-        """The whole test set in batches of one size, but for the last."""
-
-    @abstractmethod
-    def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """The ``score``, and what else is worth keeping, from all test batches."""
-
-    def reduce(self, output: Tensor, target: Tensor) -> Tensor:
-        """What of a test output is kept until :meth:`summarize`."""
-        return output
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of a model on a batch."""
-        return self.criterion(model(*batch[0]), batch[1])
-
     def groups_for_ipq(self, names: list[str]) -> list[list[str]]:
         """The weights that iPQ rounds together, in turn; the paper has feed-forward layers, embeddings, attention."""
         return [["*"]]
-
-    @torch.no_grad()
-    def evaluate(self, predict: Predict) -> dict[str, float]:
-        """Scores of a model (which stays in the mode it is in) or of a session on the whole test set."""
-        module = predict if isinstance(predict, nn.Module) else nn.Module()
-        training = module.training
-        module.eval()
-        outputs, targets = [], []
-        for inputs, target in self.test_batches():
-            outputs.append(self.reduce(predict(*inputs).float(), target))
-            targets.append(target)
-        module.train(training)
-        return self.summarize(outputs, targets)
-
-    @property
-    def example(self) -> Inputs:
-        """Two test examples, on the CPU."""
-        return tuple(each[:2].cpu() for each in next(self.test_batches())[0])

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from recipes.common.recipe import Lacking
+from recipes.data.arrays import Part, checked, read_npz
 
-Part = tuple[np.ndarray, np.ndarray]
-"""Images, uint8, (N, 3, 32, 32), and labels, int64, (N,)."""
 _PIXELS = 3 * 32 * 32
 _PICKLES = {10: ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], "test_batch", b"labels")}
 _PICKLES[100] = ("cifar-100-python", ["train"], "test", b"fine_labels")
@@ -30,23 +29,19 @@ def load_cifar(path: Path, classes: int, limit: int = 0) -> tuple[Part, Part]:
         limit: 0 for all.
     """
     if path.is_file() and path.suffix == ".npz":
-        return load_jpegs(path, "train", limit), load_jpegs(path, "test", limit)
+        return _jpegs(path, "train", classes, limit), _jpegs(path, "test", classes, limit)
     for kind, read in ((_PICKLES, _pickled), (_BINARY, _binary)):
         name, train, test, extra = kind[classes]
         for folder in (path, path / name):
             if all((folder / each).is_file() for each in (*train, test)):
-                parts = [read(folder / each, extra) for each in train]
-                whole = tuple(np.concatenate(each) for each in zip(*parts, strict=True))
-                return _first(whole, limit), _first(read(folder / test, extra), limit)
+                parts = [checked(folder / each, *read(folder / each, extra), classes) for each in train]
+                images, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+                return checked(folder, images, labels, classes, limit), checked(folder / test, *read(folder / test, extra), classes, limit)
     archive = "cifar-10-python.tar.gz" if classes == 10 else "cifar-100-python.tar.gz"
     raise Lacking(
         f"--data {path} holds no CIFAR-{classes}: expected {_PICKLES[classes][0]}/, {_BINARY[classes][0]}/, or an npz of JPEGs.\n"
         f"  Get {archive} at https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there."
     )
-
-
-def _first(part: Any, limit: int) -> Part:
-    return (part[0][:limit], part[1][:limit]) if limit else part
 
 
 class _Plain(pickle.Unpickler):
@@ -65,7 +60,7 @@ def _pickled(path: Path, labels: bytes) -> Part:
         try:
             read = _Plain(file, encoding="bytes").load()
             images = np.asarray(read[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-            return images, _checked(path, images, np.asarray(read[labels], np.int64))
+            return images, np.asarray(read[labels], np.int64)
         except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, IndexError) as wrong:
             raise Lacking(f"{path} is no batch of CIFAR: {type(wrong).__name__}: {wrong}. Unpack the archive again.") from wrong
 
@@ -75,32 +70,26 @@ def _binary(path: Path, labels: int) -> Part:
     if not len(raw) or len(raw) % (labels + _PIXELS):
         raise Lacking(f"{path} has {len(raw)} bytes, which is no multiple of {labels + _PIXELS}. Unpack the archive again.")
     rows = raw.reshape(-1, labels + _PIXELS)
-    return rows[:, labels:].reshape(-1, 3, 32, 32), rows[:, labels - 1].astype(np.int64)
+    return rows[:, labels:].reshape(-1, 3, 32, 32), rows[:, labels - 1]
 
 
-def _checked(path: Path, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    if len(images) != len(labels):
-        raise Lacking(f"{path} has {len(images)} images and {len(labels)} labels. Unpack the archive again.")
-    return labels
-
-
-def load_jpegs(path: Path, part: str, limit: int = 0) -> Part:
-    """Read train or test of an npz with ``<part>_blob``, ``<part>_off`` and ``<part>_y``: JPEGs in one row, where each begins, labels."""
+def _jpegs(path: Path, part: str, classes: int, limit: int) -> Part:
+    """Train or test of an npz with ``<part>_blob``, ``<part>_off`` and ``<part>_y``: JPEGs in one row, where each begins, labels."""
     if importlib.util.find_spec("PIL") is None:
         raise Lacking("Images in JPEG need pillow: pip install pillow.")
     from PIL import Image
 
-    archive = np.load(path)
-    if missing := {f"{part}_{each}" for each in ("blob", "off", "y")} - set(archive.files):
-        raise Lacking(f"{path} lacks {', '.join(sorted(missing))}: it is no npz of JPEGs.")
-    blob, edges = archive[f"{part}_blob"].tobytes(), archive[f"{part}_off"]
-    edges = edges[: limit + 1] if limit else edges
-    images = np.empty((len(edges) - 1, 32, 32, 3), np.uint8)
+    row, edges, labels = read_npz(path, [f"{part}_{each}" for each in ("blob", "off", "y")])
+    blob, count = row.tobytes(), min(len(edges) - 1, limit or len(edges))
+    images = np.empty((count, 32, 32, 3), np.uint8)
 
     def decode(numbers: range) -> None:
         for i in numbers:
-            images[i] = np.asarray(Image.open(io.BytesIO(blob[edges[i] : edges[i + 1]])))
+            try:
+                images[i] = np.asarray(Image.open(io.BytesIO(blob[edges[i] : edges[i + 1]])))
+            except (OSError, ValueError) as wrong:
+                raise Lacking(f"{path}: {part} image {i} is no JPEG of 32 x 32 colours: {wrong}. Get it again.") from wrong
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(decode, (range(i, min(i + 500, len(images))) for i in range(0, len(images), 500))))
-    return images.transpose(0, 3, 1, 2), archive[f"{part}_y"][: len(images)].astype(np.int64)
+        list(pool.map(decode, (range(i, min(i + 500, count)) for i in range(0, count, 500))))
+    return checked(path, images.transpose(0, 3, 1, 2), labels[:limit] if limit else labels, classes)

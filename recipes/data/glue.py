@@ -42,4 +42,6 @@ def read_pairs(path: Path, limit: int = 0) -> Pairs:
             raise Lacking(f"{path}, line {number} has the label {cells[label]!r}, expected one of {', '.join(LABELS)}, or -.")
         if limit and len(labels) == limit:
             break
+    if not pairs:
+        raise Lacking(f"{path} has no pair with a label. Get it again.")
     return pairs, labels

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.recipe import Lacking
+from recipes.data.arrays import Part, checked
 
 _FILES = (("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"))
-Part = tuple[np.ndarray, np.ndarray]
-"""Images, uint8, (N, 28, 28), and labels, int64, (N,)."""
 
 
 def load_mnist(folder: Path, limit: int = 0) -> tuple[Part, Part]:
@@ -30,9 +29,9 @@ def load_mnist(folder: Path, limit: int = 0) -> tuple[Part, Part]:
     parts = []
     for images, labels in ((found[a], found[b]) for a, b in _FILES):
         x, y = _read(images, 3), _read(labels, 1)
-        if x.shape[1:] != (28, 28) or len(x) != len(y):
-            raise Lacking(f"{images} has images of shape {x.shape}, {labels} {len(y)} labels. Get both again.")
-        parts.append((x[:limit], y[:limit].astype(np.int64)) if limit else (x, y.astype(np.int64)))
+        if x.shape[1:] != (28, 28):
+            raise Lacking(f"{images} has images of {x.shape[1:]} pixels, expected 28 x 28. Get it again.")
+        parts.append(checked(labels, x, y, 10, limit))
     return parts[0], parts[1]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes.common.recipe import Lacking
+from recipes.data.arrays import read_npz
 
 MUSDB = ("drums", "bass", "other", "vocals")
 _HELD_OUT = 8
@@ -38,10 +39,11 @@ def load_stems(path: Path, limit: int = 0) -> tuple[list[Track], list[Track], in
         limit: so many tracks of each; 0 for all.
     """
     if path.is_file() and path.suffix == ".npz":
-        stems = np.load(path)
-        if "stems" not in stems.files or stems["stems"].ndim != 3:
-            raise Lacking(f"{path} has no array stems of shape (pieces, instruments, samples).")
-        tracks = [Track(str(i), [source[:, None] for source in piece]) for i, piece in enumerate(stems["stems"])]
+        (stems,) = read_npz(path, ["stems"])
+        if stems.ndim != 3 or stems.dtype != np.int16 or len(stems) <= _HELD_OUT:
+            expected = f"expected int16 of shape (pieces, instruments, samples) with more than {_HELD_OUT} pieces"
+            raise Lacking(f"{path} has stems of {stems.dtype} and shape {stems.shape}, {expected}.")
+        tracks = [Track(str(i), [source[:, None] for source in piece]) for i, piece in enumerate(stems)]
         parts, rate = (tracks[:-_HELD_OUT], tracks[-_HELD_OUT:]), 16_000
     else:
         rates: set[int] = set()
@@ -50,6 +52,13 @@ def load_stems(path: Path, limit: int = 0) -> tuple[list[Track], list[Track], in
             raise Lacking(f"the files in {path} have different samples a second: {sorted(rates)}. Resample them.")
         rate = rates.pop()
     train, test = (part[:limit] if limit else part for part in parts)
+    for track in (*train, *test):
+        if len(track) < rate or len({source.shape[1] for source in (*track.sources, *train[0].sources)}) > 1:
+            shapes = ", ".join(str(source.shape) for source in track.sources)
+            raise Lacking(
+                f"{path}: the sources of track {track.name} have (samples, channels) {shapes}, expected a second or more, and as "
+                f"many channels as {train[0].name} has, {train[0].sources[0].shape[1]}."
+            )
     return train, test, rate
 
 

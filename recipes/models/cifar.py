@@ -161,5 +161,5 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the classes."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.position
         return self.head(self.norm(self.layers(self.dropout(x)))[:, 0])

@@ -1,9 +1,11 @@
 """CIFAR: its formats, its nets' sizes, all methods, and a resumed training."""
 
+import functools
 import io
 import json
 import os
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +170,18 @@ class TestTraining:
         for name, value in whole.model.state_dict().items():
             assert torch.equal(rest.model.state_dict()[name], value), name
 
+    def test_the_log_for_tensorboard_has_losses_and_scores(self, folder, tmp_path):
+        events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        run(folder, tmp_path, "--method", "lsq", "--no-onnx", "--tensorboard", "--epochs", 2)
+        log = events.EventAccumulator(str(tmp_path)).Reload()
+        assert {name: [each.step for each in log.Scalars(name)] for name in ("loss", "score")} == {"loss": [5, 10], "score": [5]}
+
+    def test_the_log_for_tensorboard_needs_tensorboard(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+        monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+        with pytest.raises(SystemExit, match="pip install tensorboard"):
+            run(folder, tmp_path, "--method", "lsq", "--no-onnx", "--tensorboard")
+
     def test_a_checkpoint_of_other_settings_is_refused(self, folder, tmp_path):
         run(folder, tmp_path, "--method", "float")
         with pytest.raises(SystemExit, match="--method was float, is ste"):
@@ -180,6 +194,18 @@ class TestTraining:
             run(folder, tmp_path, "--distil")
         with pytest.raises(SystemExit, match="--group must be channel, tensor or a number, got 'layer'"):
             run(folder, tmp_path, "--group", "layer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "smaller"),
+    [("wrn28_10", {"depth": 10, "widen": 1}), ("vit", {"width": 32, "layers": 1, "heads": 2, "hidden": 32})],
+)
+def test_a_net_that_the_smoke_test_does_not_take(folder, tmp_path, monkeypatch, model, smaller):
+    monkeypatch.setitem(cifar.MODELS, model, functools.partial(cifar.MODELS[model], **smaller))
+    result = run(folder, tmp_path, "--model", model, "--bits", 3)
+    assert result["onnx"]["score"] == result["score"]
+    assert result["size_mib"] < result["float_mib"] / 3
 
 
 @pytest.mark.parametrize(

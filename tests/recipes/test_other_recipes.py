@@ -1,21 +1,26 @@
 """Language, separation, sentence pairs and ImageNet: their formats, what is missing or broken, and iPQ."""
 
+import importlib.util
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from recipe_data import make_pairs, make_pictures, make_stems, make_text, wav
+from safetensors.torch import load_file
 
 from recipes.common.main import main
 from recipes.common.recipe import Lacking
+from recipes.common.settings import parse
 from recipes.data.glue import read_pairs
 from recipes.data.imagenet import load_pictures
 from recipes.data.stems import load_stems
 from recipes.data.wikitext import numbers, read_words, vocabulary
 from recipes.glue import Glue
+from recipes.imagenet import ImageNet
 from recipes.models.language import AdaptiveTransformer
-from recipes.separation import sdr
+from recipes.separation import Separation, sdr
 
 
 def test_ipq_rounds_layer_group_by_layer_group_and_resumes(tmp_path, capsys):
@@ -60,6 +65,27 @@ class TestText:
         torch.testing.assert_close(model(later)[:, :5], logs[:, :5])
 
 
+def _windows_by_formula(target, estimate, rate):
+    """Of sources, samples and channels; shape (sources, windows)."""
+    found = np.full((len(target), target.shape[1] // rate), np.nan)
+    for i in range(found.shape[1]):
+        true, made = (each[:, i * rate : (i + 1) * rate].astype(float) for each in (target, estimate))
+        if true.any((1, 2)).all() and made.any((1, 2)).all():
+            found[:, i] = 10 * np.log10((true**2).sum((1, 2)) / ((true - made) ** 2).sum((1, 2)))
+    return found
+
+
+def _windows_by_museval(target, estimate, rate):
+    spec = importlib.util.find_spec("museval")
+    if spec is None:
+        pytest.skip("museval is not installed")
+    path = Path(spec.origin).with_name("metrics.py")  # the package itself asks for ffmpeg
+    own = importlib.util.spec_from_file_location("museval_metrics", path)
+    metrics = importlib.util.module_from_spec(own)
+    own.loader.exec_module(metrics)
+    return metrics.bss_eval(target, estimate, window=rate, hop=rate, filters_len=64)[0]
+
+
 class TestStems:
     def test_wav_files_stay_on_disk_and_end_in_zeros(self, tmp_path):
         make_stems(tmp_path)
@@ -89,15 +115,35 @@ class TestStems:
         with pytest.raises(Lacking, match="has 8 bits a sample, expected 16"):
             load_stems(tmp_path)
 
-    def test_sdr_is_that_of_each_second(self):
-        target = torch.randn(1, 2, 2, 20)
+    def test_sdr_is_that_of_each_second_in_which_no_source_is_silent(self):
+        target = torch.randn(1, 2, 2, 30)
         estimate = target.clone()
         estimate[..., :10] *= 0.9
-        estimate[..., 10:] *= 0.5
-        target[:, 1, :, 10:] = 0
-        found = sdr(estimate, target, 10, 2)
-        torch.testing.assert_close(found[0, 0], torch.tensor([20.0, 6.0206]), rtol=1e-4, atol=1e-3)
-        assert found[0, 1, 1].isnan()
+        estimate[..., 10:20] *= 0.5
+        target[:, 1, :, 20:] = 0
+        found = sdr(estimate, target, 10, 3)
+        torch.testing.assert_close(found[0, :, :2], torch.tensor([20.0, 6.0206]).expand(2, 2), rtol=1e-4, atol=1e-3)
+        assert found[0, :, 2].isnan().all()
+
+    @pytest.mark.parametrize("windows", [_windows_by_formula, _windows_by_museval])
+    def test_the_score_is_that_of_museval(self, tmp_path, windows):
+        """Tracks of two seconds and a half: the rest is no window, and the median of two is their mean."""
+        make_stems(tmp_path)
+        recipe = Separation(parse(Separation.settings_type, ["--data", str(tmp_path)], ""), torch.device("cpu"))
+        recipe.pieces[0][0].sources[2] = np.zeros((2000, 2), np.int16)
+        recipe.pieces[0][0].sources[2][900:] = 700
+
+        def separate(mixture):
+            return torch.stack([mixture * (0.2 + 0.1 * i) for i in range(4)], 1)
+
+        tracks = []
+        for track, _ in recipe.pieces:
+            target = np.stack([track.part(source, 0, 2000) for source in range(4)])
+            estimate = separate(torch.from_numpy(target.sum(0))[None])[0].numpy()
+            tracks.append(np.nanmedian(windows(target.transpose(0, 2, 1), estimate.transpose(0, 2, 1), 800), 1))
+        of_sources = np.median(tracks, 0)
+        found = recipe.evaluate(separate)
+        assert found == pytest.approx({"score": of_sources.mean(), **{f"source {i}": each for i, each in enumerate(of_sources)}}, abs=1e-4)
 
 
 class TestPairs:
@@ -143,3 +189,14 @@ class TestPictures:
         (tmp_path / "train" / "n5").mkdir()
         with pytest.raises(Lacking, match="classes without a picture .*: n5"):
             load_pictures(tmp_path / "train")
+
+    def test_both_heads_of_a_net_with_a_distillation_token_follow_the_float_model(self, tmp_path, monkeypatch):
+        options = ["--data", str(tmp_path), *make_pictures(tmp_path), "--no-onnx", "--batch-size", "4", "--epochs", "0.4", "--lr", "0.01"]
+        main(ImageNet, [*options, "--method", "float", "--out", str(tmp_path / "float")])
+        start = tmp_path / "float" / "float.safetensors"
+        monkeypatch.setattr(ImageNet, "criterion", lambda *args: pytest.fail("labels were used"))
+        main(ImageNet, [*options, "--method", "lsq", "--distil", "--start", str(start), "--out", str(tmp_path / "run")])
+        before, after = load_file(start), torch.load(tmp_path / "run" / "checkpoint.pt")["model"]
+        heads = [name for name in before if "head" in name and name.endswith("weight")]
+        assert len(heads) == 2
+        assert all((after[name] - before[name]).abs().amax() > 1e-3 for name in heads)

@@ -1,24 +1,22 @@
-"""What a task is: real data, a float model, a loss to train on with, and a score on the whole test set."""
+"""What a task is: real data, a float model, and settings of the training."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks._result import RESULTS
 from benchmarks.frontier.training import Tell, Training, silent
-from recipes.common.recipe import Batch, Inputs, Lacking, Predict
+from recipes.common.recipe import Batch, Inputs, Lacking, Scored
 
 
-class Task(ABC):
+class Task(Scored):
     """Real data and a float model; ``quick`` takes so little of both that a test can run it, and keeps nothing."""
 
     name: ClassVar[str]
-    score_name: ClassVar[str]
-    higher_is_better: ClassVar[bool] = True
     has_convolutions: ClassVar[bool] = False
     files: ClassVar[tuple[str, ...]]
     steps: ClassVar[int]
@@ -51,42 +49,6 @@ class Task(ABC):
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
         """Training batches without end."""
-
-    @abstractmethod
-    def criterion(self, output: Tensor, target: Tensor) -> Tensor:
-        """What training makes small."""
-
-    @abstractmethod
-    def test_batches(self) -> Iterator[Batch]:
-        """The whole test set in batches of one size, so that a file of a fixed shape can be scored."""
-
-    @abstractmethod
-    def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """The ``score``, and what else is worth keeping, from all test batches."""
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Loss of a model on a batch."""
-        return self.criterion(model(*batch[0]), batch[1])
-
-    @torch.no_grad()
-    def evaluate(self, predict: Predict) -> dict[str, float]:
-        """Scores of a model (in eval mode) or of a session on the whole test set."""
-        if isinstance(predict, nn.Module):
-            predict.eval()
-        outputs, targets = [], []
-        for inputs, target in self.test_batches():
-            outputs.append(self.reduce(predict(*inputs), target))
-            targets.append(target)
-        return self.summarize(outputs, targets)
-
-    def reduce(self, output: Tensor, target: Tensor) -> Tensor:
-        """What of a test output is kept until :meth:`summarize`."""
-        return output
-
-    @property
-    def example(self) -> Inputs:
-        """A small batch to prepare with."""
-        return tuple(each[:2] for each in next(self.test_batches())[0])
 
     @property
     def test_example(self) -> Inputs:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks._models import Separator
 from benchmarks.frontier.tasks.base import Batch, Inputs, Task
 from benchmarks.frontier.training import Tell
+from recipes.data.stems import load_stems
 
 _SCALE = 8192.0
 """int16 of the stems to about unit variance of the mixture."""
@@ -29,10 +30,9 @@ class SeparatorTask(Task):
 
     def load(self, folder: Path) -> None:
         """Read the stems."""
-        stems = np.load(folder / self.files[0])["stems"]
-        self.train = torch.from_numpy(stems[:-8])
-        test = stems[-2:, :, : self.segment] if self.quick else stems[-8:]
-        self.test = torch.from_numpy(test).float() / _SCALE
+        parts = load_stems(folder / self.files[0])[:2]
+        self.train, test = (torch.from_numpy(np.stack([np.stack(track.sources) for track in part])[..., 0]) for part in parts)
+        self.test = (test[-2:, :, : self.segment] if self.quick else test).float() / _SCALE
 
     def make_float_model(self, folder: Path, tell: Tell) -> nn.Module:
         """Trained here once."""
