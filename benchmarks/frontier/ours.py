@@ -15,7 +15,7 @@ from diffq_fx import DiffQConfig, Distillation, ExportError, convert, model_size
 from diffq_fx.budget import sensitivity
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
-from diffq_fx.training.distillation import Kind
+from diffq_fx.training.output_loss import Kind
 from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
 
 _L_STEPS = 20

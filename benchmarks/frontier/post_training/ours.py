@@ -6,11 +6,13 @@ from torch import nn
 
 from benchmarks.frontier.job import Job, Point, System
 from benchmarks.frontier.ours import packed_mib
-from benchmarks.frontier.post_training.matrices import Setting, eight_bits, matrices, measured, nearest, score
+from benchmarks.frontier.post_training.matrices import Setting, eight_bits, matrices, measured, nearest, score, size_of
 from diffq_fx import DiffQConfig, bits_report, compress, convert, prepare
-from diffq_fx.methods import STE
+from diffq_fx.methods import STE, Method
 
 _SETTINGS = [Setting(4, 128, 36), Setting(3, 64, 35), Setting(2, 64, 34)]
+_TOO_LITTLE_FOR_MORE = 0.01
+"""Bits a weight that a target of one width has beyond its size: no weight can have the next width."""
 
 
 def _mib(converted: nn.Module) -> float:
@@ -36,6 +38,35 @@ def _compress(*, embedding: bool) -> Callable[[Job], Point]:
         with measured() as costs:
             converted = compress(job.task.float_model, job.task.unlabelled(), DiffQConfig(target_bits=bits), progress=False)
         return score(job, converted, _mib(converted), "; ".join(bits_report(converted).notes), costs)
+
+    return run
+
+
+def _one_width(way: str, *, block: int | None, embedding: bool) -> Callable[[Job], Point]:
+    """One width for all weights, or for all but embeddings, untrained and untuned: what is compared is ranges and rounding alone."""
+
+    def run(job: Job) -> Point:
+        bits, size, numbers = job.whole_bits, 0.0, 0
+        for _, parameter, is_embedding in matrices(job.task.float_model):
+            if embedding or not is_embedding:
+                rows = parameter.flatten(1)
+                size += size_of(rows, Setting(bits, block or rows.shape[1], 32 + bits))
+                numbers += rows.numel()
+        config = DiffQConfig(
+            target_bits=size / numbers + _TOO_LITTLE_FOR_MORE,
+            widths=(bits, 16),
+            max_bits=16,
+            group_size="tensor",
+            range_per=block or "channel",
+            clip_ranges=way != "span",
+        )
+        methods: DiffQConfig | dict[str, Method] = config if embedding else {"*embed*": STE(bits=8), "*": config}
+        with measured() as costs:
+            if way == "compress":
+                converted = compress(job.task.float_model, job.task.unlabelled(), methods, steps=0, progress=False)
+            else:
+                converted = convert(prepare(job.copy_of_float(), job.task.example, methods))
+        return score(job, converted, _mib(converted), f"{bits} bits, ranges per {block or 'channel'}", costs)
 
     return run
 
@@ -72,3 +103,17 @@ OURS_POST_TRAINING: dict[str, System] = {
         run=_compress_packed, summary="compress to a size of the packed file, untuned", trains=False, is_default=False
     )
 }
+for _way, _summary in {
+    "untrained": "convert without training, one width",
+    "untrained-span": "the same with clip_ranges=False",
+    "untrained-compress": "compress without tuning, one width",
+}.items():
+    for _block in (None, 64):
+        for _end in ("", "-e8"):
+            _name = f"{_way}{'' if _block is None else f'-g{_block}'}{_end}"
+            OURS_POST_TRAINING[_name] = System(
+                run=_one_width(_way.removeprefix("untrained-"), block=_block, embedding=not _end),
+                summary=f"{_summary}, ranges per {_block or 'channel'}",
+                trains=False,
+                is_default=False,
+            )
