@@ -15,8 +15,8 @@ from diffq_fx import DiffQConfig, Distillation, ExportError, convert, model_size
 from diffq_fx.budget import sensitivity
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.methods import LC, LSQ, STE, Method, QuantNoise
-from diffq_fx.training.distillation import Kind
 from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
+from diffq_fx.training.output_loss import Kind
 
 _L_STEPS = 20
 _MU = (1e-2, 30.0)

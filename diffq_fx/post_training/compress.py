@@ -27,6 +27,7 @@ from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
 from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, tune
 from diffq_fx.prepare import prepare_as
+from diffq_fx.training.output_loss import Kind, refuse_kind
 from diffq_fx.unfit import refuse_unfit
 
 _STEPS = 300
@@ -44,6 +45,7 @@ def compress(
     config: DiffQConfig | Mapping[str, Method] | None = None,
     *,
     teacher: nn.Module | None = None,
+    kind: Kind = "auto",
     steps: int | None = None,
     minutes: float | None = None,
     progress: bool = True,
@@ -67,6 +69,7 @@ def compress(
         config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`, in which
             :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
         teacher: another model with the same outputs to imitate; by default the float model.
+        kind: "scores" for class scores in all outputs, "features" for none; "auto" for those that are called so, or whose rows choose.
         steps: most steps of the tuning, 300 by default; 0 for none.
         minutes: most minutes of it all, about; 10 by default. Where they are few, the sensitivity takes fewer steps (until a fifth of the
             time is over), second moments come from fewer batches (a fifth), and the tuning has what is left.
@@ -93,6 +96,7 @@ def compress(
     began = time.monotonic()
     choice = _choice(config)
     limits = _limits(steps, minutes, began)
+    refuse_kind(CALLER, kind)
     refuse_unfit(model, CALLER)
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise TypeError(f"{CALLER}: teacher must be a torch.nn.Module, got {type(teacher).__name__}.")
@@ -102,7 +106,7 @@ def compress(
         torch.manual_seed(0)
         data = Calibration(batches, device)
         refuse_too_little_memory(_COPIES * sum(max(each.nbytes, 4 * each.numel()) for each in model.parameters()), device)
-        wanted = FloatOutputs(model, teacher, data)
+        wanted = FloatOutputs(model, teacher, data, kind)
         with ProgressBar(shown=progress) as bar:
             bar.stage("preparing", 1)
             own = copy_replacing(model, {}).requires_grad_(True)

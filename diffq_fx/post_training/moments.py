@@ -19,8 +19,8 @@ from diffq_fx.example import Example, in_eval
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.weights import WeightSpec, not_finite
 
-MOST_COLUMNS = 8192
-"""Weights with longer rows have the diagonal alone: a whole matrix of 8192 columns takes 256 MiB."""
+MOST_COLUMNS = 16384
+"""Weights with longer rows have the diagonal alone: a whole matrix of 16384 columns takes 1 GiB."""
 
 
 @dataclass(frozen=True, eq=False)

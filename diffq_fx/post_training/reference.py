@@ -10,7 +10,7 @@ from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example, tensors_of
 from diffq_fx.post_training.batches import CALLER, Calibration, refuse_labels
-from diffq_fx.training.output_loss import attention_mask, compared, output_loss, outputs_of, scores_among
+from diffq_fx.training.output_loss import Kind, attention_mask, compared, output_loss, outputs_of, scores_of
 from diffq_fx.weights import not_finite
 
 _KEPT_BYTES = 1 << 28
@@ -26,13 +26,14 @@ class FloatOutputs:
         model: the float model.
         teacher: what is imitated; the float model itself where it is None.
         data: the batches.
+        kind: whether outputs are class scores; "auto" where they look so.
 
     Raises:
         ValueError: the model does not run on the first batch, its output is a loss, has no float tensor or is not finite, or the teacher's
             differs from it in structure; or it answers differently when it is asked again.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, data: Calibration) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, data: Calibration, kind: Kind = "auto") -> None:
         first = data.tuned_on[0]
         self._model = _copy(model if teacher is None else teacher)
         self._role = "model" if teacher is None else "teacher"
@@ -45,7 +46,7 @@ class FloatOutputs:
                 raise ValueError(f"{CALLER}: the teacher's outputs must be those of the model, {ours}; got {theirs}.")
         self._refuse_not_finite(wanted)
         _refuse_random(self._model, first, wanted, self._role)
-        self._names, self._scores = tuple(wanted), scores_among(wanted)
+        self._names, self._scores = tuple(wanted), scores_of(kind, wanted)
         keeps = int(_KEPT_BYTES / max(sum(tensor.nbytes for tensor in wanted.values()), 1))
         self._to_keep = {id(example) for example in (*data.held_out, *data.tuned_on)[:keeps]}
         self._kept: dict[int, Mapping[str, Tensor]] = {}

@@ -1,7 +1,7 @@
 """Distillation: the float model teaches the one that is compressed (Hinton, Vinyals, Dean, arXiv:1503.02531)."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,7 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.example import Example, in_eval
 from diffq_fx.parts import CHILD, parts_of, unwrapped
 from diffq_fx.sharded import is_sharded, own_part
-from diffq_fx.training.output_loss import attention_mask, compared, output_loss, scores_among
-
-Kind = Literal["auto", "scores", "features"]
+from diffq_fx.training.output_loss import Kind, attention_mask, compared, output_loss, refuse_kind, scores_of
 
 
 class Distillation:
@@ -49,8 +47,7 @@ class Distillation:
     def __init__(self, model: nn.Module, teacher: nn.Module | None = None, *, temperature: float = 4.0, kind: Kind = "auto") -> None:
         if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"Distillation: teacher must be a module or None, got {type(teacher).__name__}.")
-        if kind not in get_args(Kind):
-            raise ValueError(f"Distillation: kind must be one of {get_args(Kind)}, got {kind!r}.")
+        refuse_kind("Distillation", kind)
         if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
             raise ValueError(f"Distillation: temperature must be a positive and finite number, got {temperature!r}.")
         compressions = require_compressions(model, "Distillation")
@@ -77,7 +74,7 @@ class Distillation:
         example = Example.of(inputs)
         wanted = compared(self._answers(example))
         if self._scores is None:
-            self._scores = scores_among(wanted) if self.kind == "auto" else frozenset(wanted if self.kind == "scores" else ())
+            self._scores = scores_of(self.kind, wanted)
         if mask is None:
             mask = attention_mask(example, outputs)
         return output_loss(outputs, wanted, scores=self._scores, temperature=self.temperature, mask=mask)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffq_fx.example import Example
+
+Kind = Literal["auto", "scores", "features"]
 
 _BESIDE = ("loss", "past_key_values", "hidden_states", "attentions", "cross_attentions")
 """Outputs of transformers that are no answer, or repeat what is inside the model."""
@@ -132,6 +134,17 @@ def scores_among(outputs: Mapping[str, Tensor]) -> frozenset[str]:
         frozenset({'a'})
     """
     return frozenset(name for name, each in outputs.items() if _is_named_scores(name) or _choose(each.detach()))
+
+
+def scores_of(kind: Kind, outputs: Mapping[str, Tensor]) -> frozenset[str]:
+    """Which outputs are class scores: all, none, or ("auto") what :func:`scores_among` finds."""
+    return scores_among(outputs) if kind == "auto" else frozenset(outputs if kind == "scores" else ())
+
+
+def refuse_kind(caller: str, kind: str) -> None:
+    """Refuse what is no :data:`Kind`."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"{caller}: kind must be one of {get_args(Kind)}, got {kind!r}.")
 
 
 def _is_named_scores(name: str) -> bool:

@@ -1,5 +1,6 @@
 """The benchmark without training: what is put back lies on so many levels, its size is counted to the bit, the table says which is which."""
 
+import copy
 import importlib.util
 from types import SimpleNamespace
 
@@ -120,6 +121,24 @@ def test_memory_is_that_of_what_is_within():
         torch.ones(64 * 2**18).sum()  # more than the C library ever keeps for later (32 MiB), so that it takes memory anew
     if "peak_mib" in found:
         assert found["peak_mib"] >= 55
+
+
+@pytest.mark.filterwarnings("ignore:convert. the bits never moved")
+def test_systems_of_one_width_have_it_everywhere_and_differ_in_ranges_and_rounding_alone():
+    task, points = Correlated(None), {}
+    for name in ("untrained", "untrained-span", "untrained-compress", "untrained-span-g64"):
+        points[name] = POST_TRAINING[name].run(
+            SimpleNamespace(task=task, whole_bits=3, copy_of_float=lambda: copy.deepcopy(task.float_model))
+        )
+    assert {round(point["bits_a_weight"], 4) for point in points.values()} == {round(3 + 36 / 64 + 8 / 2048, 4)}  # and the width
+    assert points["untrained-compress"]["score"] < 0.5 * points["untrained-span"]["score"]
+    assert points["untrained-span-g64"]["score"] == points["untrained-span"]["score"]
+
+
+@pytest.mark.parametrize("name", ["compress-own-e8", "compress-blocks-e8"])
+def test_what_needs_a_decoder_says_so(name):
+    with pytest.raises(NotApplicableError, match="decoders"):
+        POST_TRAINING[name].run(SimpleNamespace(task=Correlated(None)))
 
 
 def test_gptq_is_nearer_in_the_output_than_rounding_to_nearest():
