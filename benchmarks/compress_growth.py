@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.frontier.post_training.matrices import measured
 from diffq_fx import DiffQConfig, compress
-from diffq_fx.post_training.blocks import compress_blocks
+from diffq_fx.post_training.block_by_block import compress_blocks
 
 VOCABULARY, WINDOWS, TOKENS = 512, 16, 128
 WAYS = ("compress", "compress_blocks")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, bits_report
 from diffq_fx.post_training import blocks
-from diffq_fx.post_training.blocks import compress_blocks
+from diffq_fx.post_training.block_by_block import compress_blocks
 from diffq_fx.post_training.samples import own_samples
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from benchmarks.frontier.post_training.matrices import Setting, eight_bits, matr
 from benchmarks.frontier.tasks.language import Language
 from diffq_fx import DiffQConfig, bits_report, compress, convert, prepare
 from diffq_fx.methods import STE, Method
-from diffq_fx.post_training.blocks import compress_blocks
+from diffq_fx.post_training.block_by_block import compress_blocks
 from diffq_fx.post_training.samples import own_samples
 
 _SETTINGS = [Setting(4, 128, 36), Setting(3, 64, 35), Setting(2, 64, 34)]
