@@ -35,10 +35,10 @@ def code_length(values):
 # --- the controller
 
 
-def controlled():
+def controlled(further=0.0):
     specs = [spec(), spec(shape=(3, 6), group_size=3), spec(shape=(2, 2), group_size="tensor")]
     groups = FlatGroups(specs, CPU, limits=[WidthLimits(2, 8), WidthLimits(2, 8), WidthLimits(3, 5)])
-    logits = [(torch.randn(each.bits_layout.shape) / 10).requires_grad_() for each in specs]
+    logits = [(further + torch.randn(each.bits_layout.shape) / 10).requires_grad_() for each in specs]
     state = BitState(groups, logits)
     growth = torch.autograd.grad(expected_bits(state), logits)
     return BitState(groups, [each.detach() for each in logits]), growth
@@ -48,10 +48,14 @@ def in_a_row(tensors):
     return torch.cat([each.flatten() for each in tensors]).double()
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_what_only_changes_the_size_is_taken_out_of_the_gradients(scale):
-    state, growth = controlled()
-    grads = [torch.randn_like(each) for each in growth]
+@pytest.mark.parametrize(
+    ("scale", "further", "noise"),
+    [(1.0, 0.0, 1.0), (4.0, 0.0, 1.0), (1.0, 1.5, 1.0), (1.0, 0.0, 1e-4)],
+    ids=["as they are", "scaled", "bits near their limit", "hardly more than the size"],
+)
+def test_what_only_changes_the_size_is_taken_out_of_the_gradients(scale, further, noise):
+    state, growth = controlled(further)
+    grads = [noise * torch.randn_like(each) + (each if noise < 1 else 0) for each in growth]
     g, n = in_a_row(grads) / scale, in_a_row(growth)
     with open_rows(state, dict(enumerate(grads))) as rows:
         sums = gradient_sums(state, rows, scale)
@@ -59,7 +63,7 @@ def test_what_only_changes_the_size_is_taken_out_of_the_gradients(scale):
         assert float(worth_of_a_bit(sums)) == pytest.approx(-float(g.sum() / n.sum()))
         project(state, rows, sums, scale)
     left = g - g.sum() / n.sum() * n
-    torch.testing.assert_close(in_a_row(grads), scale * 1e-3 * left / left.square().mean().sqrt(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(in_a_row(grads), scale * 1e-3 * left / left.square().mean().sqrt(), rtol=1e-3, atol=2e-6)
 
 
 def test_gradients_that_say_nothing_stay_small():
