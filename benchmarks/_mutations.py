@@ -46,21 +46,22 @@ class Change:
     make: Callable[[], None]
 
 
-def changes_of(tree: ast.Module) -> Iterator[Change]:
+def changes_of(tree: ast.Module, has_text: bool = True) -> Iterator[Change]:
     """Every change of a module, in the order of its source; ``make`` of one of them changes this tree."""
-    yield from _Walk().walk(tree)
+    yield from _Walk(has_text).walk(tree)
 
 
 def mutated(source: str, number: int) -> tuple[ast.Module, Change]:
     """The module with one of its changes."""
     tree = ast.parse(source)
-    change = list(changes_of(tree))[number]
+    change = list(changes_of(tree, has_text=False))[number]  # the texts take most of the time
     change.make()
     return ast.fix_missing_locations(tree), change
 
 
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, has_text: bool) -> None:
+        self.has_text = has_text
         self.classes: list[str] = []
         self.outer: ast.FunctionDef | None = None
         self.in_message = False
@@ -85,7 +86,7 @@ class _Walk:
             return make
 
         for new in self._replacements(child):
-            yield self._change(child, _text(child), _text(new), put(new))
+            yield self._change(child, self._text(child), self._text(new), put(new))
         yield from self._of_operators(child)
         if isinstance(child, ast.Call):
             yield from self._of_keywords(child)
@@ -109,6 +110,9 @@ class _Walk:
             self.in_message = self.in_message or isinstance(child, ast.Raise)
             yield from self.walk(child)
         self.outer, self.in_message = kept
+
+    def _text(self, node: ast.AST) -> str:
+        return _text(node) if self.has_text else ""
 
     def _change(self, node: ast.AST, before: str, after: str, make: Callable[[], None]) -> Change:
         name = ".".join([*self.classes, self.outer.name]) if self.outer else ""
@@ -153,17 +157,18 @@ class _Walk:
                 else:
                     holder[index] = to  # type: ignore[index]
 
-            before = _text(node)
+            before = self._text(node)
             swap(new())
-            after = _text(node)
+            after = self._text(node)
             swap(old)
             yield self._change(node, before, after, lambda swap=swap, new=new: swap(new()))
 
     def _of_keywords(self, call: ast.Call) -> Iterator[Change]:
         for keyword in call.keywords:
             if keyword.arg not in (None, "strict", "device"):
-                text = _text(call)
-                yield self._change(keyword, text, f"without {keyword.arg}=", lambda keyword=keyword: call.keywords.remove(keyword))
+                yield self._change(
+                    keyword, self._text(call), f"without {keyword.arg}=", lambda keyword=keyword: call.keywords.remove(keyword)
+                )
 
 
 def _is_effect(node: ast.AST) -> bool:

@@ -120,8 +120,9 @@ class Covering:
     def tests_of(self, mutant: dict) -> list[str]:
         lines, kills, left = self.lines[mutant["module"]], self.kills[mutant["module"]], self.most
         ran = set(lines.get(mutant["line"], ())) if mutant["function"] else {each for tests in lines.values() for each in tests}
-        chosen = [name for name in self.seconds if name.startswith(tuple(self.first))] if self.first else []
-        for test in sorted(ran & self.seconds.keys() - {*chosen}, key=lambda each: (self.seconds[each] + 0.01) / (1 + 4 * kills[each])):
+        ran |= {name for name in self.seconds if self.first and name.startswith(tuple(self.first))}
+        chosen: list[str] = []
+        for test in sorted(ran & self.seconds.keys(), key=lambda each: (self.seconds[each] + 0.01) / (1 + 4 * kills[each])):
             left -= self.seconds[test]
             if left < 0:
                 break

@@ -82,7 +82,7 @@ def _numel(spans: Sequence[Span], weights: Sequence[PackedWeight]) -> int:
 def plan_shards(weights: Sequence[PackedWeight]) -> list[list[Span]]:
     """Divide the rows of all weights, in order, into the spans of shards of about equal size."""
     total = sum(weight.spec.numel for weight in weights)
-    number = -(-total // min(max(total // _SHARDS, _LEAST_CODES), _MOST_CODES))
+    number = -(-total // min(max(-(-total // _SHARDS), _LEAST_CODES), _MOST_CODES))
     room = -(-total // max(number, 1))
     shards: list[list[Span]] = []
     left = 0
