@@ -103,7 +103,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def run_items(session: pytest.Session, items: list[pytest.Item]) -> str | None:
     """The name of the first test that fails."""
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in zip(items, [*items[1:], None], strict=False):
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return item.nodeid

@@ -75,8 +75,8 @@ def mutants_of(path: str) -> list[dict]:
 class Measure:
     """Notes of every test its seconds, and the lines it covers; adds to what is known of others."""
 
-    def __init__(self, coverage) -> None:
-        self.coverage, self.seconds = coverage, {}
+    def __init__(self, coverage, end: float) -> None:
+        self.coverage, self.end, self.seconds = coverage, end, {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -85,10 +85,12 @@ class Measure:
         result = yield
         self.seconds[item.nodeid] = round(time.process_time() - begun, 3)
         self.coverage.switch_context("")
+        if time.monotonic() > self.end:
+            item.session.shouldstop = "the time is over"
         return result
 
 
-def measure(tests: list[str]) -> None:
+def measure(tests: list[str], minutes: float) -> None:
     from coverage import Coverage
 
     KEPT.mkdir(exist_ok=True)
@@ -97,7 +99,7 @@ def measure(tests: list[str]) -> None:
     known = json.loads(seconds.read_text()) if seconds.exists() else {}
     coverage.load()
     coverage.start()
-    plugin = Measure(coverage)
+    plugin = Measure(coverage, time.monotonic() + 60 * minutes)
     pytest.main([*QUIET, *tests], plugins=[plugin])
     coverage.stop()
     coverage.save()
@@ -254,7 +256,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="to stop after")
     given, known = parser.parse_args(), records()
     if given.step == "measure":
-        measure(given.tests or TESTS)
+        measure(given.tests or TESTS, given.minutes)
         return
     if given.step == "report":
         report(known)
