@@ -20,14 +20,14 @@ import os
 import random
 import time
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
+from _mutant_report import write_report
 from _mutant_runs import QUIET, ROOT, Server, imported_anew, in_a_fork
 from _mutations import changes_of
-from _result import RESULTS, markdown_table, write_result
+from _result import RESULTS
 
-KEPT, RECORDS, EXPLAINED = ROOT / ".mutants", RESULTS / "mutants.jsonl", RESULTS / "mutants_explained.jsonl"
+KEPT, RECORDS = ROOT / ".mutants", RESULTS / "mutants.jsonl"
 AREAS = {
     "passes": ["passes/*"],
     "maths": [
@@ -192,59 +192,6 @@ def sampled(size: int, seed: int, only: str) -> list[dict]:
     return [mutant for _, mutant in sorted(rows, key=lambda row: row[0] // 5)]
 
 
-def report(known: dict[str, list[dict]]) -> Path:
-    """The table, and each mutant that survived at first: the test that kills it now, or why none can."""
-    why = {each["key"]: each["why"] for each in map(json.loads, EXPLAINED.read_text().splitlines())} if EXPLAINED.exists() else {}
-    covered = json.loads((KEPT / "coverage.json").read_text())["files"]
-    rows, sums = [], collections.defaultdict(collections.Counter)
-    for path, area in modules().items():
-        own = [tries for tries in known.values() if tries[0]["module"] == path and tries[-1]["outcome"] != "not run"]
-        branches = covered[path]["summary"]
-        counts = collections.Counter(
-            mutants=len(mutants_of(path)), run=len(own), branches=branches["num_branches"], covered=branches["covered_branches"]
-        )
-        counts.update(_outcome(tries, why) for tries in own)
-        rows.append((path.removeprefix("diffq_fx/"), counts))
-        sums[area].update(counts)
-        sums["all"].update(counts)
-    header = ["module", "mutants", "run", "killed", "timed out", "by new tests", "equivalent", "left", "killed at first", "branch coverage"]
-    table = markdown_table(
-        header, [_row(name, counts) for name, counts in [*((f"**{area}**", each) for area, each in sums.items()), *rows]]
-    )
-    survivors = [tries for tries in known.values() if tries[0]["outcome"] == "survived"]
-    lines = [
-        (
-            f"{each[0]['module'].removeprefix('diffq_fx/')}:{each[0]['line']}",
-            f"`{each[0]['change'].replace('|', chr(92) + '|')}`",
-            _answer(each, why),
-        )
-        for each in sorted(survivors, key=lambda tries: (tries[0]["module"], tries[0]["line"]))
-    ]
-    body = f"{table}\n\n## Survivors of the first run\n\n{markdown_table(['where', 'change', 'now'], lines)}"
-    return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"])
-
-
-def _outcome(tries: list[dict], why: dict[str, str]) -> str:
-    """One of the columns."""
-    first, last = tries[0]["outcome"], tries[-1]["outcome"]
-    if first != "survived":
-        return first
-    return "by new tests" if last != "survived" else "equivalent" if tries[0]["key"] in why else "left"
-
-
-def _answer(tries: list[dict], why: dict[str, str]) -> str:
-    if tries[-1]["outcome"] != "survived":
-        return f"killed by `{tries[-1].get('test') or tries[-1]['outcome']}`".replace("|", "\\|")
-    return why.get(tries[0]["key"], "survives")
-
-
-def _row(name: str, counts: collections.Counter) -> list[object]:
-    columns = ["mutants", "run", "killed", "timed out", "by new tests", "equivalent", "left"]
-    share = (counts["killed"] + counts["timed out"]) / max(counts["run"], 1)
-    branches = f"{counts['covered'] / counts['branches']:.0%} of {counts['branches']}" if counts["branches"] else "no branch"
-    return [name, *(counts[each] for each in columns), f"{share:.0%}", branches]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["measure", "run", "again", "report"])
@@ -259,7 +206,10 @@ def main() -> None:
         measure(given.tests or TESTS, given.minutes)
         return
     if given.step == "report":
-        report(known)
+        numbers = {path: len(mutants_of(path)) for path in modules()}
+        write_report(
+            known, modules(), numbers, json.loads((KEPT / "coverage.json").read_text()), json.loads((KEPT / "seconds.json").read_text())
+        )
         return
     if given.step == "run":
         chosen = [each for each in sampled(given.sample, given.seed, given.only) if each["key"] not in known]

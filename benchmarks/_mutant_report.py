@@ -1,0 +1,77 @@
+"""The table of mutants, and each that survived at first: what kills it now, or why nothing can."""
+
+import collections
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from _result import RESULTS, markdown_table, write_result
+
+EXPLAINED = RESULTS / "mutants_explained.jsonl"
+COLUMNS = ["mutants", "run", "killed", "timed out", "killed later", "equivalent", "left"]
+
+
+def write_report(
+    known: Mapping[str, list[dict]], areas: Mapping[str, str], numbers: Mapping[str, int], coverage: dict, seconds: Mapping[str, float]
+) -> Path:
+    """Write the result file.
+
+    Args:
+        known: key of each mutant -> its records, one for each time that it was tried.
+        areas: each module, and its area.
+        numbers: of mutants of each module.
+        coverage: report of the package coverage as JSON.
+        seconds: of each test that was measured.
+    """
+    why = {each["key"]: each["why"] for each in map(json.loads, EXPLAINED.read_text().splitlines())} if EXPLAINED.exists() else {}
+    rows, sums = [], collections.defaultdict(collections.Counter)
+    for path, area in areas.items():
+        own = [tries for tries in known.values() if tries[0]["module"] == path and tries[-1]["outcome"] != "not run"]
+        branches = coverage["files"][path]["summary"]
+        counts = collections.Counter(
+            mutants=numbers[path], run=len(own), branches=branches["num_branches"], covered=branches["covered_branches"]
+        )
+        counts.update(_outcome(tries, why) for tries in own)
+        rows.append((path.removeprefix("diffq_fx/"), counts))
+        sums[area].update(counts)
+        sums["all"].update(counts)
+    named = [*((f"**{area}**", counts) for area, counts in sums.items()), *rows]
+    table = markdown_table(["module", *COLUMNS, "noticed", "branch coverage"], [_row(name, counts) for name, counts in named])
+    survivors = sorted(
+        (tries for tries in known.values() if tries[0]["outcome"] == "survived"), key=lambda tries: (tries[0]["module"], tries[0]["line"])
+    )
+    listed = [(_place(tries[0]), _change(tries[0]), _answer(tries, why)) for tries in survivors]
+    files = ", ".join(sorted({name.split("::")[0].removeprefix("tests/") for name in seconds}))
+    body = (
+        f"{table}\n\nNoticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests or "
+        f"more of them. Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.\n\n"
+        f"## Survivors of the first run\n\n{markdown_table(['where', 'change', 'now'], listed)}"
+    )
+    return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"])
+
+
+def _outcome(tries: list[dict], why: Mapping[str, str]) -> str:
+    """One of the columns."""
+    if tries[0]["outcome"] != "survived":
+        return tries[0]["outcome"]
+    return "killed later" if tries[-1]["outcome"] != "survived" else "equivalent" if tries[0]["key"] in why else "left"
+
+
+def _place(record: dict) -> str:
+    return f"{record['module'].removeprefix('diffq_fx/')}:{record['line']}"
+
+
+def _change(record: dict) -> str:
+    return f"`{record['change']}`".replace("|", "\\|")
+
+
+def _answer(tries: list[dict], why: Mapping[str, str]) -> str:
+    if tries[-1]["outcome"] != "survived":
+        return f"killed by `{tries[-1].get('test') or tries[-1]['outcome']}`".replace("|", "\\|")
+    return why.get(tries[0]["key"], "survives")
+
+
+def _row(name: str, counts: collections.Counter) -> list[object]:
+    noticed = sum(counts[each] for each in ("killed", "timed out", "killed later"))
+    branches = f"{counts['covered'] / counts['branches']:.0%} of {counts['branches']}" if counts["branches"] else "no branch"
+    return [name, *(counts[each] for each in COLUMNS), f"{noticed / max(counts['run'], 1):.0%}", branches]
