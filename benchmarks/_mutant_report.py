@@ -42,11 +42,14 @@ def write_report(
     )
     listed = [(_place(tries[0]), _change(tries[0]), _answer(tries, why)) for tries in survivors]
     files = ", ".join(sorted({name.split("::")[0].removeprefix("tests/") for name in seconds}))
-    body = (
-        f"{table}\n\nNoticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests or "
-        f"more of them. Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.\n\n"
-        f"## Survivors of the first run\n\n{markdown_table(['where', 'change', 'now'], listed)}"
-    )
+    body = f"""{table}
+
+Noticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests
+or more of them. Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.
+
+## Survivors of the first run
+
+{markdown_table(["where", "change", "now"], listed)}"""
     return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"])
 
 
