@@ -97,6 +97,17 @@ def test_a_scaled_codebook_of_ones_own_is_as_good_as_a_search(seed):
     torch.testing.assert_close(found / found[-1], torch.tensor(sorted(base)))
 
 
+def test_a_scaled_codebook_of_nothing_and_one_that_was_there_before():
+    entries = (1.0, -1.0, 0.0, 4.0)
+    assert torch.equal(codebooks.scaled(torch.zeros(9), entries), torch.tensor(sorted(entries)))
+    values = torch.tensor([1.0, -1.0, 4.0, 0.0]).repeat(50) * 1e-3  # further from the largest weight than any other start
+    values[0] = 4.0
+    start = torch.tensor(sorted(entries)) * 1e-3
+    alone, started = codebooks.scaled(values, entries), codebooks.scaled(values, entries, start=start)
+    assert error(values, started) <= error(values, alone)
+    assert torch.equal(codebooks.scaled(values, entries, start=torch.zeros(4)), alone)
+
+
 def test_powers_of_two_follow_the_papers_closed_form():
     smallest = 3
     values = torch.cat([torch.randn(20000), 0.1 * torch.randn(20000)])
@@ -124,6 +135,16 @@ def test_fixed_codebooks_follow_the_papers_closed_form(kind, function):
 def test_nearest_is_nearest():
     values, entries = torch.randn(500), torch.randn(7).sort().values
     assert torch.equal(nearest(values, entries), (values.unsqueeze(1) - entries).abs().argmin(1))
+
+
+def test_clusters_are_what_the_iterations_have_come_to():
+    values = torch.tensor([0.0, 1.0, 2.0, 30.0])
+    torch.testing.assert_close(levels(values, 2, start=torch.tensor([0.0, 1.0]), iterations=1), torch.tensor([0.0, 11.0]))
+    points = values[:, None]
+    centres, codes = cluster_vectors(points, 2, start=torch.tensor([[0.0], [1.0]]), iterations=1)
+    torch.testing.assert_close(centres, torch.tensor([[0.0], [11.0]]))
+    assert codes.tolist() == [0, 0, 0, 1], "of the centres as they are now"
+    assert cluster_vectors(points, 2, start=torch.tensor([[0.0], [1.0]]))[0].flatten().tolist() == [1.0, 30.0]
 
 
 def test_nearest_warns_of_no_layout(recwarn):

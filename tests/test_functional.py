@@ -189,3 +189,27 @@ def test_a_one_percent_scale_error_would_be_seen():
     bound = params.scale / 2 + 4 * EPS * rows_OI.abs().max()
     assert bool(((restored - rows_OI).abs() <= bound).all())
     assert not bool(((wrong - rows_OI).abs() <= bound).all())
+
+
+def test_params_without_a_zero_point_and_of_some_rows():
+    scale, offset = torch.rand(3, 1).half(), torch.rand(3, 1).bfloat16()
+    on_floats = functional.QuantParams(scale, None, offset)
+    with pytest.raises(ValueError, match="a float grid has an offset and no zero_point"):
+        on_floats.known_zero_point()
+    assert [each if each is None else each.dtype for each in on_floats.widened()] == [torch.float32, None, torch.float32]
+    whole = functional.QuantParams(scale.double(), torch.arange(3, dtype=torch.int32)[:, None], None)
+    assert [each if each is None else each.dtype for each in whole.widened()] == [torch.float64, torch.int32, None]
+    assert whole.known_zero_point() is whole.zero_point
+    assert whole.of_rows(slice(1, 3)).zero_point.tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ranges_are_worked_out_in_float32_or_better(dtype):
+    low, high = functional.grid_range(torch.tensor([[1.0]], dtype=dtype), torch.tensor([[3.0]], dtype=dtype), "float")
+    assert low.dtype == high.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (low.item(), high.item()) == (1, 3)
+
+
+def test_logits_of_bits_at_a_limit_are_those_a_hundredth_of_the_way_within():
+    share = functional.bits_from_logits(functional.logits_from_bits(torch.tensor([1.0, 2.0, 8.0, 9.0]), 2, 8), 0, 1)
+    torch.testing.assert_close(share, torch.tensor([0.01, 0.01, 0.99, 0.99]))

@@ -91,6 +91,22 @@ def test_the_first_reader_tells_the_axis(readers, consumer, axis):
     assert (found.consumer, found.axis) == (consumer, axis)
 
 
+def test_a_module_that_reads_a_weight_is_named_by_its_class():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.reader = nn.Parameter(torch.randn(64, 64)), nn.Identity()
+
+        def forward(self, x):
+            return x @ self.reader(self.weight)
+
+    model = Reads()
+    plan = select_weights(model, MethodChoice.of(CONFIG, "test"), "test")
+    gm = fx.symbolic_trace(model)
+    assert annotate_weights(gm, plan).modified
+    assert [node.meta[META_KEY].consumer for node in gm.graph.nodes if META_KEY in node.meta] == ["Identity"]
+
+
 def test_insert_puts_one_node_on_a_weight_that_is_used_twice():
     _, _, gm = prepared()
     names = [node.target for node in gm.graph.nodes if node.op == "call_module"]
