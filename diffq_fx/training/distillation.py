@@ -54,7 +54,8 @@ class Distillation:
         chosen = unwrapped(model if teacher is None else teacher)
         self._is_copy = not _memory_of(chosen).isdisjoint(_memory_of(model))
         self.teacher = _float_copy(chosen, compressions) if self._is_copy else chosen
-        self.temperature, self.kind = temperature, kind
+        self.temperature = temperature
+        self.kind: Kind = kind
         self._scores: frozenset[str] | None = None
 
     def __call__(self, inputs: Any, outputs: Any, *, mask: Tensor | None = None) -> Tensor:

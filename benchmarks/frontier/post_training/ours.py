@@ -103,7 +103,7 @@ def _blocks(job: Job) -> Point:
     with measured() as costs:
         config = DiffQConfig(target_bits=job.bits)
         converted = compress_blocks(job.task.float_model, job.task.unlabelled(), "decoder.model.layers.*", config, steps=0, progress=False)
-    table = converted.get_submodule("decoder").get_input_embeddings().weight
+    table = next(parameter for _, parameter, is_embedding in matrices(converted) if is_embedding)
     values, bits = nearest_levels(table.detach())
     table.data.copy_(values)
     return score(job, converted, _mib(converted) - (32 * table.numel() - bits) / 8 / 2**20, "untuned", costs)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, bits_report
-from diffq_fx.post_training import blocks
+from diffq_fx.post_training import block_by_block
 from diffq_fx.post_training.block_by_block import compress_blocks
 from diffq_fx.post_training.samples import own_samples
 
@@ -60,7 +60,7 @@ def test_each_block_has_the_inputs_that_the_compressed_ones_give(monkeypatch: py
         assert all(call.kwargs["factor"] == len(seen) for call in calls)
         return Doubled()
 
-    monkeypatch.setattr(blocks, "compress", compress)
+    monkeypatch.setattr(block_by_block, "compress", compress)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     converted = compress_blocks(model, batches(), "blocks.*")
     for batch, *hidden in zip(batches(), *seen, strict=True):
