@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from _result import RESULTS, markdown_table, write_result
+from benchmarks._result import RESULTS, markdown_table, write_result
 
 EXPLAINED = RESULTS / "mutants_explained.jsonl"
 COLUMNS = ["mutants", "run", "killed", "timed out", "killed later", "equivalent", "left"]

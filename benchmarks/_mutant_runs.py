@@ -16,7 +16,8 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
-from _mutations import mutated
+
+from benchmarks._mutations import mutated
 
 ROOT = Path(__file__).parent.parent
 QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]

@@ -11,9 +11,9 @@ import time
 import warnings
 
 import torch
-from _result import markdown_table, write_result
 from torch import nn
 
+from benchmarks._result import markdown_table, write_result
 from benchmarks.frontier.post_training.matrices import measured
 from diffq_fx import DiffQConfig, compress
 from diffq_fx.post_training.block_by_block import compress_blocks

@@ -1,10 +1,10 @@
 """Mutation testing: small changes of the package's core, each in a process of its own, and the tests that notice them.
 
     python -m venv .mutants/venv && .mutants/venv/bin/pip install -c constraints.txt -e '.[dev]' coverage
-    python benchmarks/mutants.py measure   # which test runs which line, and how long it takes
-    python benchmarks/mutants.py run --sample 40   # goes on where it was stopped
-    python benchmarks/mutants.py again     # the survivors, after tests were written or code has gone
-    python benchmarks/mutants.py report
+    python -m benchmarks.mutants measure   # which test runs which line, and how long it takes
+    python -m benchmarks.mutants run --sample 40   # goes on where it was stopped
+    python -m benchmarks.mutants again     # the survivors, after tests were written or code has gone
+    python -m benchmarks.mutants report
 
 A mutant meets the tests of the gate that run its line, the fastest first and those that killed others of its module before the rest,
 until one fails or they have taken ``--seconds``; in five times that it counts as timed out. A process that has imported the package and
@@ -22,10 +22,11 @@ import time
 from functools import cache, partial
 
 import pytest
-from _mutant_report import write_report
-from _mutant_runs import QUIET, ROOT, Server, imported_anew, in_a_fork
-from _mutations import changes_of
-from _result import RESULTS
+
+from benchmarks._mutant_report import write_report
+from benchmarks._mutant_runs import QUIET, ROOT, Server, imported_anew, in_a_fork
+from benchmarks._mutations import changes_of
+from benchmarks._result import RESULTS
 
 KEPT, RECORDS = ROOT / ".mutants", RESULTS / "mutants.jsonl"
 AREAS = {

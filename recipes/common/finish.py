@@ -24,7 +24,7 @@ def finish(training: Training) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     plain = type(settings)()
     told = {name: value for name, value in vars(settings).items() if name in _ALWAYS_NAMED or value != getattr(plain, name)}
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in told.items() if name not in _NEVER_NAMED}
+    told = {name: value.name if isinstance(value, Path) else value for name, value in told.items() if name not in _NEVER_NAMED}
     result: dict[str, Any] = {"recipe": recipe.name, "model": settings.model, "method": settings.method, "settings": told}
     result |= {"score_name": recipe.score_name, "float_mib": training.float_mib}
     if not training.is_prepared:

@@ -147,6 +147,7 @@ class TestTraining:
             folder, tmp_path / "run", "--distil", "--method", "ste", "--no-onnx", "--start", tmp_path / "float" / "float.safetensors"
         )
         assert result["settings"]["distil"]
+        assert result["settings"]["start"] == "float.safetensors"  # a result tells nobody's folders
 
     @pytest.mark.parametrize("method", ["diffq", "lsq", "lc", "float"])
     def test_resuming_gives_what_the_whole_training_gives(self, folder, tmp_path, method):
