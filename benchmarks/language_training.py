@@ -1,8 +1,8 @@
 """Training a decoder of SmolLM2-135M's shape: tokens a second and peak memory of a step beside float.
 
-    python benchmarks/language_training.py                  # one thread of a CPU, float32; twelve minutes
-    python benchmarks/language_training.py --device cuda    # autocast in bfloat16
-    python benchmarks/language_training.py --quick          # only to see that it runs; nothing is written
+    python -m benchmarks.language_training                  # one thread of a CPU, float32; twelve minutes
+    python -m benchmarks.language_training --device cuda    # autocast in bfloat16
+    python -m benchmarks.language_training --quick          # only to see that it runs; nothing is written
 
 All systems run in turns in one process and train the same weights, which are random. Their peak of memory is that of three steps in a
 process of its own: on a CPU the growth of the resident set, on a GPU what torch has allocated.
@@ -15,14 +15,13 @@ import subprocess
 import sys
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
-from _result import markdown_table, write_result
-from _train_systems import Step, interleaved, ratio
-from export_time import SHAPE, resident
 from torch import Tensor, nn
 
+from benchmarks._result import markdown_table, write_result
+from benchmarks._train_systems import Step, interleaved, ratio
+from benchmarks.export_time import SHAPE, resident
 from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq, recompute_weights
 
 SYSTEMS = (
@@ -115,7 +114,7 @@ def table(device: torch.device, quick: bool, rounds: int) -> str:
     """Time and memory of every system."""
     peaks = {}
     for name in SYSTEMS:
-        command = [sys.executable, str(Path(__file__)), "--device", device.type, "--one", name, *["--quick"] * quick]
+        command = [sys.executable, "-m", "benchmarks.language_training", "--device", device.type, "--one", name, *["--quick"] * quick]
         run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         peaks[name] = json.loads(run.stdout.splitlines()[-1])
         print(name, f"{peaks[name] / 2**30:.2f} GiB", flush=True)
