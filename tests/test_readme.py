@@ -45,7 +45,7 @@ PRINTED = {
     "gguf.md": "True\nTrue",
     "hugging-face.md": "True\nTrue",
     "onnxruntime-genai.md": "HeldWeight(bits=8, container_bits=8, group_size=64)\nTrue\n{'shared_embeddings': 'false'}",
-    "language-models.md": "True True\n8 False",
+    "language-models.md": "True True\n8 False\nTrue",
     "onnx-layouts.md": "0.weight {4: 1048576} linear - fused, 4 bits",
     "decoders.md": "(1, 10, 256)",
 }
