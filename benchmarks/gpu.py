@@ -4,7 +4,6 @@
     python -m benchmarks.gpu steps               # whole steps of a transformer; two minutes
     python -m benchmarks.gpu compiled            # the same by torch.compile; some minutes
     python -m benchmarks.gpu graphed             # the same captured as a CUDA graph, once the bits are final
-    python -m benchmarks.gpu language            # tokens a second and memory at SmolLM2's size (needs transformers)
     python -m benchmarks.gpu steps --device cpu --quick   # only to see that it runs
 
 Torch's own operations run in turns with the kernels in Triton. Times are medians between two events of the device.
@@ -15,7 +14,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._result import markdown_table, write_result
-from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq, recompute_weights
+from diffq_fx import DiffQConfig, freeze_bits, prepare_diffq
 from diffq_fx.kernels import gpu
 
 BODIES = {"Triton": gpu.DEVICES, "torch": ()}
@@ -138,44 +136,6 @@ def transformers_of(device: torch.device, quick: bool) -> tuple[dict[tuple[str, 
     return models, x
 
 
-def language_table(device: torch.device, quick: bool, rounds: int) -> str:
-    """Tokens a second and the peak of memory of training a decoder of SmolLM2's shape, whose weights are random, in bfloat16's autocast."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    if quick:
-        shape |= {"hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=49152, tie_word_embeddings=True, use_cache=False, **shape)
-    plain, tokens = LlamaForCausalLM(config).to(device), torch.randint(0, 49152, (2 if quick else 16, 512), device=device)
-    inputs, rows = {"input_ids": tokens[:1, :64]}, []
-    for name in ("float", "noise", "rounding", "rounding, recompute_weights"):
-        model = copy.deepcopy(plain)
-        if name != "float":
-            model = prepare_diffq(model, inputs, DiffQConfig(target_bits=4)).to(device)
-        if name.startswith("rounding"):
-            freeze_bits(model)
-        context = recompute_weights() if name.endswith("recompute_weights") else nullcontext()
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5, foreach=True)
-
-        def step(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with context:
-            took = milliseconds(step, device, rounds)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        over = took / float(rows[0][1]) if rows else 1.0
-        rows.append([name, f"{took:.2f}", f"{over:.2f}", f"{1e3 * tokens.numel() / took:.0f}", f"{peak:.2f}"])
-        print(*rows[-1], flush=True)
-        del model, optimizer, step
-    return markdown_table(("model", "step, ms", "over float", "tokens a second", "peak, GiB"), rows)
-
-
 def step_rows(models: dict[tuple[str, str], nn.Module], x: Tensor, precision: torch.dtype, body: str, rounds: int) -> list[list[str]]:
     """Those of one precision, bfloat16 being autocast's, and one body of the kernels; host is the time until all is asked for."""
     rows, device = [], x.device
@@ -210,7 +170,7 @@ def host_milliseconds(call: Callable[[], object], device: torch.device, rounds: 
     return statistics.median(times)
 
 
-PARTS = {"weights": weights_table, "steps": steps_table, "compiled": compiled_table, "graphed": graphed_table, "language": language_table}
+PARTS = {"weights": weights_table, "steps": steps_table, "compiled": compiled_table, "graphed": graphed_table}
 
 
 def main() -> None:

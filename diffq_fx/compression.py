@@ -165,6 +165,11 @@ class Compression(TrainingState):
         parameters = map(operator.attrgetter("_parameters"), self.learned)  # an attribute, or a call for each, takes ten times as long
         return cast("list[Tensor]", list(map(dict.get, parameters, itertools.repeat("logits"))))
 
+    @property
+    def asks_for_gradients(self) -> bool:
+        """Whether any of the trainable bits does; PEFT leaves none that it wraps."""
+        return any(logits.requires_grad for logits in self.logits)
+
     def groups(self) -> FlatGroups:
         """The groups of all learned weights in one row, made once per device."""
         device = self.learned[0].logits.device

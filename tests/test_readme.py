@@ -45,7 +45,7 @@ PRINTED = {
     "gguf.md": "True\nTrue",
     "hugging-face.md": "True\nTrue",
     "onnxruntime-genai.md": "HeldWeight(bits=8, container_bits=8, group_size=64)\nTrue\n{'shared_embeddings': 'false'}",
-    "language-models.md": "True True",
+    "language-models.md": "True True\n8 False\nTrue",
     "onnx-layouts.md": "0.weight {4: 1048576} linear - fused, 4 bits",
     "decoders.md": "(1, 10, 256)",
 }
@@ -58,7 +58,7 @@ NEEDED = {
     "gguf.md": ("transformers", "gguf"),
     "hugging-face.md": ("transformers", "torchao"),
     "onnxruntime-genai.md": ("transformers", "onnxruntime_genai"),
-    "language-models.md": ("transformers",),
+    "language-models.md": ("transformers", "peft"),
     "decoders.md": ("transformers",),
     "trainers.md": ("accelerate", "lightning"),
 }

@@ -16,6 +16,7 @@ from diffq_fx.integrations.method_json import choice_to_json
 from diffq_fx.methods import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.model_size import model_size
+from diffq_fx.training.steps import IDLE_BITS
 
 
 def begin(caller: str, model: nn.Module, optimizers: Iterable[Optimizer], steps_left: float, *, resumed: Any = None) -> Any:
@@ -33,7 +34,7 @@ def begin(caller: str, model: nn.Module, optimizers: Iterable[Optimizer], steps_
 
     Raises:
         PreparationError: the model is not prepared, or the checkpoint is of other settings.
-        ValueError: the optimizers were built before the model was prepared.
+        ValueError: the optimizers were built before the model was prepared, or its bits are frozen.
     """
     compressions = require_compressions(model, caller)
     _refuse_other_optimizers(caller, compressions, optimizers)
@@ -90,6 +91,8 @@ def _difference(old: list[Any], new: list[Any]) -> str:
 
 
 def _refuse_other_optimizers(caller: str, compressions: Sequence[Compression], optimizers: Iterable[Optimizer]) -> None:
+    if any(each.learned and not each.frozen and not each.asks_for_gradients for each in compressions):
+        raise ValueError(f"{caller}: {IDLE_BITS}")
     held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
     for quantizer in (quantizer for compression in compressions for quantizer in compression.quantizers):
         if any(parameter.requires_grad and id(parameter) not in held for parameter in quantizer.parameters()):

@@ -22,6 +22,14 @@ from diffq_fx.training.phases import Held, after_step, before_step, ranges_begin
 
 _PATIENCE = 50
 """Steps of optimizers that hold no parameter of a model, which trains between them, until that is an error."""
+_FLAT = (
+    "Build the optimizer from the prepared model's parameters(). Optimizers over flat copies of these, such as DeepSpeed's ZeRO, are not "
+    "supported: use FSDP2 (fully_shard) or DistributedDataParallel."
+)
+IDLE_BITS = (
+    "The bits have requires_grad=False, as get_peft_model leaves all that it wraps. Prepare the model that has the adapters, "
+    "prepare_diffq(get_peft_model(...), ...), or call freeze_bits(model) first, for adapters on final bits."
+)
 
 
 @dataclass(eq=False)
@@ -55,7 +63,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     parameters = {*itertools.chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)}
     step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters)))
     stack.append(step)
-    _refuse_flat_copies(parameters)
+    _refuse_idle_bits(parameters)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
         _prepare(step, again=False)
@@ -123,19 +131,19 @@ def _holdings(parameters: set[int]) -> Iterator[Held]:
             yield Held(compression, weights, logits, coded, ranges, [])
 
 
-def _refuse_flat_copies(parameters: set[int]) -> None:
-    """End a training whose optimizer works on copies of the parameters, as DeepSpeed's ZeRO does: its steps tell nothing of the bits."""
+def _refuse_idle_bits(parameters: set[int]) -> None:
+    """End a training whose steps tell nothing of the bits: they ask for no gradient, or the optimizer works on copies of the parameters."""
     for compression in list(live):
         if not compression.trained_since:
             continue
         compression.trained_since = False
-        compression.foreign_steps = 0 if compression.has_one_of(parameters) else compression.foreign_steps + 1
+        final = compression.frozen and not compression.asks_for_gradients  # a base with final bits, on which adapters may train
+        idle = not final and not compression.has_one_of(parameters)
+        compression.foreign_steps = compression.foreign_steps + 1 if idle else 0
         if compression.foreign_steps >= _PATIENCE:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
-                "its bits do not move, and its size is not held.\n"
-                "  Build the optimizer from the prepared model's parameters(). Optimizers over flat copies of these, such as DeepSpeed's "
-                "ZeRO, are not supported: use FSDP2 (fully_shard) or DistributedDataParallel."
+                f"its bits do not move, and its size is not held.\n  {_FLAT if compression.asks_for_gradients else IDLE_BITS}"
             )
 
 
