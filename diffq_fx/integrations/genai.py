@@ -65,7 +65,9 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
     """
     builder = _builder()
     with new_folder(Path(folder), ExportError) as draft:
-        olive = write_olive(model, draft.parent / "olive", tokenizer, "export_genai")
+        (given := draft.parent / "olive").mkdir()
+        with naming(folder, ExportError):
+            olive = write_olive(model, given, tokenizer, "export_genai")
         _build(builder, olive, draft, exact, type(model).__name__)
         with naming(folder, ExportError):
             _give_rows_to_embedding(draft / _FILE)

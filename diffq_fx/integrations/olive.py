@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,11 +76,12 @@ def save_olive(model: nn.Module, folder: str | Path, tokenizer: Any) -> OliveFol
 
     Example: docs/how-to/onnxruntime-genai.md.
     """
-    return write_olive(model, Path(folder), tokenizer, "save_olive")
+    with new_folder(Path(folder), ExportError) as draft, naming(folder, ExportError):
+        return replace(write_olive(model, draft, tokenizer, "save_olive"), path=Path(folder))
 
 
 def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> OliveFolder:
-    """:func:`save_olive`, with errors in the name of a caller."""
+    """:func:`save_olive` into a folder that is there, with errors in the name of a caller."""
     tokenizer, decoder = tokenizer_for(model, tokenizer, caller), cast(PreTrainedModel, model)
     try:
         weights, rest = model_contents(model)
@@ -94,12 +95,11 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
     say_nothing(described)
     config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     config["quantization_config"] = _quantization_config(held)
-    with new_folder(folder, ExportError) as draft, naming(folder, ExportError):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
-        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if decoder.generation_config is not None:
-            decoder.generation_config.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if decoder.generation_config is not None:
+        decoder.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return OliveFolder(folder, held, in_float, _builder_options(held, decoder.config.tie_word_embeddings))
 
 

@@ -192,7 +192,7 @@ def test_a_disk_that_takes_nothing(writer, broken, made, tokenizer):
             each.chmod(0o755)
         said = sentence_of(lambda: write(model, path, words), lambda: broken(path))
         path.parent.chmod(0o755)
-        assert "cannot write" in said or "the model builder" in said, said
+        assert f"cannot write {str(path)!r}" in said or f"cannot write '{path}'" in said, said
         assert "\n" not in said
         assert not os.listdir(path.parent)
 
