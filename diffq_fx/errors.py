@@ -4,6 +4,7 @@ A bad argument is a ``ValueError`` or ``TypeError``, as everywhere in Python; a 
 a :class:`DiffQError`. Every message says which weight or node, what was expected against what was found, and what to do.
 """
 
+import importlib.metadata
 import re
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -60,4 +61,20 @@ class DiffQWarning(UserWarning):
 
 def missing(package: str, error: ImportError) -> ImportError:
     """What to raise where the package of an optional extra cannot be imported: names the extra, which is called as the package."""
-    return ImportError(f"this part of diffq_fx needs the package {package}: pip install 'diffq-fx[{package}]'. {error}")
+    try:
+        found = f"found {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        found = "not installed"
+    return ImportError(f"this part of diffq_fx needs the package {package} ({found}): pip install 'diffq-fx[{package}]'. {error}")
+
+
+def why_too_old(package: str, needed: str) -> str:
+    """In words that an installed package is older than what is needed; empty if it is not.
+
+    Example:
+        >>> why_too_old("numpy", "99.1")[:33], why_too_old("numpy", "1.0")
+        ('needs numpy 99.1 or newer, found ', '')
+    """
+    found = importlib.metadata.version(package)
+    numbers = [[int(part) for part in re.findall(r"\d+", version)[:2]] for version in (found, needed)]
+    return f"needs {package} {needed} or newer, found {found}: pip install 'diffq-fx[{package}]'" if numbers[0] < numbers[1] else ""

@@ -69,3 +69,26 @@ def test_files_of_a_moved_model(tmp_path):
     assert torch.equal(found["0.weight"], model.get_submodule("0").weight_quantized())
     assert export_onnx(model, X.half(), tmp_path / "m.onnx").max_relative_error < 5e-3
     assert bits_report(model).weights[0].average_bits == 4
+
+
+@pytest.mark.parametrize("method", [STE(bits=4), ProductQuantization(entries=16)], ids=["integers", "codebook"])
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_a_model_whose_every_parameter_is_quantized_still_says_its_type_and_device(method, scope):
+    """By the idiom that every library has, of the whole and of a layer; and there is nothing to train."""
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(), nn.Linear(64, 8, bias=False))
+    made = convert(prepare(model, X, method, scope=scope)).half()
+    for part in (made, made.get_submodule("2")):
+        found = next(part.parameters())
+        assert (found.dtype, found.device, found.numel(), found.requires_grad) == (torch.float16, X.device, 0, False)
+    assert next(made.to("meta").parameters()).is_meta
+
+
+def test_a_model_that_was_cast_after_prepare_says_its_type():
+    prepared = prepare(nn.Linear(32, 8, bias=False), X, STE(bits=4)).bfloat16()
+    made = convert(prepared)
+    assert next(made.parameters()).dtype == made.weight_quantized().dtype == torch.bfloat16
+
+
+def test_packed_files_hold_nothing_of_it(tmp_path):
+    model = nn.Linear(32, 8, bias=False)
+    assert load_packed(save_packed(convert(prepare(model, X, STE(bits=4))), tmp_path / "m.safetensors")).keys() == {"weight"}

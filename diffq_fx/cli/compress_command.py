@@ -15,13 +15,16 @@ import typer
 from diffq_fx.atomic import new_folder, refuse_same_file
 from diffq_fx.cli.output import Answer, command, mib
 from diffq_fx.errors import DiffQError, DiffQWarning
+from diffq_fx.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from torch import nn
 
     from diffq_fx.methods.diffq import DiffQConfig
 
-Format = Literal["packed", "onnx", "hf", "all"]
+Format = Literal["packed", "onnx", "hf", "gguf", "onnxruntime-genai", "all"]
+_RUNTIMES = {"gguf": 5.0, "onnxruntime-genai": 4.0}
+"""Formats that have settings of their own -> bits a weight without ``--bits``."""
 
 
 class _Source(NamedTuple):
@@ -54,7 +57,9 @@ def compress(
             help="For a folder: texts, one a line; or rows of inputs, as .safetensors with a tensor for each argument or as .npy."
         ),
     ] = None,
-    target_bits: Annotated[float | None, typer.Option("--bits", help="Bits a weight, scales included; 4 without --mib.")] = None,
+    target_bits: Annotated[
+        float | None, typer.Option("--bits", help="Bits a weight, scales included; 4, or 5 for gguf, without --mib.")
+    ] = None,
     target_mib: Annotated[float | None, typer.Option("--mib", help="Size of the whole model in MiB.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, new or empty.")] = Path("diffq-fx-compressed"),
     format: Annotated[Format | None, typer.Option(help="By default hf for a folder, packed for a function.", show_default=False)] = None,
@@ -64,8 +69,8 @@ def compress(
 ) -> Answer:
     """Compress a float model to a size by unlabelled inputs: no labels, no loss and no training loop.
 
-    Format packed is packed.safetensors for load_packed, onnx is model.onnx, hf is a folder for from_pretrained, all is each of them.
-    The folder is written whole or not at all.
+    Format packed is packed.safetensors for load_packed, onnx is model.onnx, hf is a folder for from_pretrained, all is each of these.
+    Decoders: gguf is model.gguf for llama.cpp, onnxruntime-genai a folder for that. The folder is written whole or not at all.
     """
     from diffq_fx import bits_report
     from diffq_fx import compress as compressed
@@ -94,6 +99,9 @@ def _config(bits: float | None, mib: float | None, format: Format | None) -> "Di
 
     if bits is not None and mib is not None:
         raise ValueError(f"--bits {bits:g} and --mib {mib:g} are two sizes. Give one of them.")
+    if format in _RUNTIMES:
+        usual = _RUNTIMES[format] if mib is None else None
+        return DiffQConfig.for_runtime(format, target_bits=usual if bits is None else bits, target_mib=mib)
     if mib is None:
         return DiffQConfig(target_bits=4 if bits is None else bits)
     return DiffQConfig(target_bits=None, target_mib=mib, size_of="onnx_file" if format == "onnx" else "widths")
@@ -166,31 +174,50 @@ def _formats(format: Format | None, source: _Source) -> list[str]:
     is_pretrained = hasattr(source.model, "save_pretrained")
     if format == "hf" and not is_pretrained:
         raise DiffQError(f"--format hf is for models of transformers; a {type(source.model).__name__} has no save_pretrained.")
+    if format == "onnxruntime-genai" and source.folder is None:
+        raise DiffQError("--format onnxruntime-genai is for a Hugging Face folder: the tokenizer there goes into the result.")
+    if format in _RUNTIMES:
+        _writer_for(format).refuse_unknown(source.model, source.folder)  # before minutes are spent on it
     if format == "all":
         return ["packed", *["hf"] * is_pretrained, "onnx"]
     return [format or ("packed" if source.folder is None else "hf")]
 
 
+def _writer_for(runtime: str) -> Any:
+    """The module that writes for a runtime."""
+    return importlib.import_module(RUNTIMES[runtime].writer.rpartition(".")[0])
+
+
 def _write(formats: list[str], converted: "nn.Module", source: _Source, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Write each format; what cannot be written does not take the others with it. Returns why, by format, and remarks."""
-    from diffq_fx.export import export_onnx, save_packed
-
     failed: dict[str, str] = {}
     remarks: list[str] = []
     for each in formats:
         try:
-            if each == "packed":
-                save_packed(converted, folder / "packed.safetensors")
-            elif each == "hf":
-                from diffq_fx.integrations.hf_sources import save_folder
-
-                save_folder(converted, source.folder, folder)
-            else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DiffQWarning)  # the remarks, which are told at the end
-                    remarks += export_onnx(converted, source.example, folder / "model.onnx").remarks
+            remarks += _write_one(each, converted, source, folder)
         except (DiffQError, ValueError, TypeError) as error:
             if len(formats) == 1:
                 raise
             failed[each] = f"{each}: {error}"
     return failed, remarks
+
+
+def _write_one(format: str, converted: "nn.Module", source: _Source, folder: Path) -> Iterable[str]:
+    """Write a format into a folder, which is empty where it is for onnxruntime-genai. Returns remarks."""
+    from diffq_fx.export import export_onnx, save_packed
+
+    if format == "onnx":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DiffQWarning)  # the remarks, which are told at the end
+            return export_onnx(converted, source.example, folder / "model.onnx").remarks
+    if format == "packed":
+        save_packed(converted, folder / "packed.safetensors")
+    elif format == "hf":
+        from diffq_fx.integrations.hf_sources import save_folder
+
+        save_folder(converted, source.folder, folder)
+    elif format == "gguf":
+        _writer_for(format).export_gguf(converted, folder / "model.gguf", tokenizer=source.folder)
+    else:
+        _writer_for(format).export_genai(converted, folder, source.folder)
+    return ()

@@ -15,9 +15,9 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import nn
 
-from diffq_fx.atomic import new_folder
+from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import ExportError, missing
-from diffq_fx.integrations.olive import HEAD, OliveFolder, write_olive
+from diffq_fx.integrations.olive import HEAD, OliveFolder, check_names, tokenizer_for, write_olive
 from diffq_fx.integrations.olive_weight import HeldWeight
 
 _FILE = "model.onnx"
@@ -65,12 +65,25 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
     """
     builder = _builder()
     with new_folder(Path(folder), ExportError) as draft:
-        olive = write_olive(model, draft.parent / "olive", tokenizer, "export_genai")
+        (given := draft.parent / "olive").mkdir()
+        with naming(folder, ExportError):
+            olive = write_olive(model, given, tokenizer, "export_genai")
         _build(builder, olive, draft, exact, type(model).__name__)
-        _give_rows_to_embedding(draft / _FILE)
+        with naming(folder, ExportError):
+            _give_rows_to_embedding(draft / _FILE)
         _check_levels(draft / _FILE, olive)
         size = sum(path.stat().st_size for path in draft.glob(f"{_FILE}*"))
     return GenAIFolder(Path(folder), olive.held, olive.in_float, size)
+
+
+def refuse_unknown(model: nn.Module, tokenizer: Any) -> None:
+    """The errors of :func:`export_genai` for an architecture or a tokenizer that it does not know, of a model that is float yet."""
+    _builder()
+    tokenizer_for(model, tokenizer, "export_genai")
+    try:
+        check_names(model.state_dict(), type(model).__name__)
+    except ExportError as error:
+        raise ExportError(f"export_genai: {error}") from error
 
 
 def _builder() -> Path:

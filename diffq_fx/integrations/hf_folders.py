@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffq_fx.capture.scope import TakenOver, take_over
 from diffq_fx.convert import CompressionRecord
-from diffq_fx.errors import PackedFileError, missing
+from diffq_fx.errors import PackedFileError, missing, why_too_old
 from diffq_fx.export.packed.loading import stored_weights_of
 from diffq_fx.export.packed.reader import in_threads
 from diffq_fx.export.packed.writer import model_contents, packed
@@ -39,8 +39,13 @@ except ImportError as error:
     raise missing("transformers", error) from error
 
 METHOD = "diffq_fx"
+NEEDED = "5.23"
+"""The first version of transformers that asks for the tensors to write and reads the config of a folder by what is registered here."""
 _VERSION = 1
-_CONVERTED = f"{METHOD}: the weights of this folder are compressed. Install diffq-fx and import diffq_fx.integrations.transformers first"
+_CONVERTED = (
+    f"{METHOD}: the weights of this folder are compressed. Install diffq-fx and transformers {NEEDED} or newer, and import "
+    "diffq_fx.integrations.transformers first"
+)
 _PREPARED = (
     f"{METHOD}: this folder holds a training that is not finished. Resume it with Trainer, or load_state_dict into a prepared model; "
     "what from_pretrained reads is written by diffq_fx.convert(model).save_pretrained(folder)"
@@ -90,8 +95,10 @@ class PackedWeightsQuantizer(HfQuantizer):
                 "train and convert the model, and save that."
             )
 
-    def is_serializable(self) -> bool:
-        """``save_pretrained`` can write the model."""
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """``save_pretrained`` can write the model; called before it writes anything."""
+        if why := why_too_old("transformers", NEEDED):
+            raise PackedFileError(f"save_pretrained {why}.")
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,10 +9,10 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,11 +76,35 @@ def save_olive(model: nn.Module, folder: str | Path, tokenizer: Any) -> OliveFol
 
     Example: docs/how-to/onnxruntime-genai.md.
     """
-    return write_olive(model, Path(folder), tokenizer, "save_olive")
+    with new_folder(Path(folder), ExportError) as draft, naming(folder, ExportError):
+        return replace(write_olive(model, draft, tokenizer, "save_olive"), path=Path(folder))
 
 
 def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> OliveFolder:
-    """:func:`save_olive`, with errors in the name of a caller."""
+    """:func:`save_olive` into a folder that is there, with errors in the name of a caller."""
+    tokenizer, decoder = tokenizer_for(model, tokenizer, caller), cast(PreTrainedModel, model)
+    try:
+        weights, rest = model_contents(model)
+        check_names((name for _, stored in weights for name in stored.spec.names), type(model).__name__)
+        check_names((names[0] for names, _ in rest), type(model).__name__, are_floats=True)
+        held, tensors, in_float = _matrices([stored for _, stored in weights], decoder.config, caller)
+    except DiffQError as error:
+        raise ExportError(f"{caller}: {error}") from error
+    tensors |= {names[0]: tensor for names, tensor in rest}
+    described = copy.deepcopy(decoder.config)
+    say_nothing(described)
+    config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    config["quantization_config"] = _quantization_config(held)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if decoder.generation_config is not None:
+        decoder.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return OliveFolder(folder, held, in_float, _builder_options(held, decoder.config.tie_word_embeddings))
+
+
+def tokenizer_for(model: nn.Module, tokenizer: Any, caller: str) -> Any:
+    """The tokenizer, read if it is given by its folder; errors of :func:`save_olive` for another model or none."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
         raise ExportError(
             f"{caller}: a {type(model).__name__} is no decoder of transformers that generates with a cache. "
@@ -91,26 +115,12 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
             f"{caller}: tokenizer must be the model's tokenizer of transformers, or a folder with one, got {type(tokenizer).__name__}: "
             "the runtime's folder holds it. The folder that the model came from has one."
         )
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
     try:
-        if isinstance(tokenizer, str | Path):
-            tokenizer = read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
-        weights, rest = model_contents(model)
-        _check_names([stored for _, stored in weights], [names[0] for names, _ in rest], type(model).__name__)
-        held, tensors, in_float = _matrices([stored for _, stored in weights], model.config, caller)
+        return read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
     except DiffQError as error:
         raise ExportError(f"{caller}: {error}") from error
-    tensors |= {names[0]: tensor for names, tensor in rest}
-    described = copy.deepcopy(model.config)
-    say_nothing(described)
-    config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = _quantization_config(held)
-    with new_folder(folder, ExportError) as draft, naming(folder, ExportError):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / "model.safetensors")
-        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-    return OliveFolder(folder, held, in_float, _builder_options(held, model.config.tie_word_embeddings))
 
 
 def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[dict[str, HeldWeight], dict[str, Tensor], tuple[str, ...]]:
@@ -140,19 +150,19 @@ def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[di
     return held, tensors, tuple(in_float)
 
 
-def _check_names(weights: list[StoredWeight], rest: list[str], architecture: str) -> None:
-    names = [name for stored in weights for name in stored.spec.names]
-    for name in (*names, *rest):
-        if not _LAYERS.fullmatch(name) and not _OTHERS.fullmatch(name):
+def check_names(names: Iterable[str], architecture: str, *, are_floats: bool = False) -> None:
+    """Refuse tensors that the builder has no name for, and matrices of its layers that are floats."""
+    for name in names:
+        in_layers = _LAYERS.fullmatch(name)
+        if not in_layers and not _OTHERS.fullmatch(name):
             raise ExportError(
                 f"the builder of onnxruntime-genai does not know {name!r} of a {architecture} in quantized folders: it reads "
                 "architectures with the names of Llama, Mistral, Qwen2, Qwen3, Phi-3 or Gemma."
             )
-    if floats := [name for name in rest if _LAYERS.fullmatch(name)]:
-        raise ExportError(
-            f"{floats[0]!r} is a float ({len(floats)} in all), and the format has quantized matrices alone in its layers. "
-            "Prepare them too, with 8 bits where it matters."
-        )
+        if in_layers and are_floats:
+            raise ExportError(
+                f"{name!r} is a float, and the format has quantized matrices alone in its layers. Prepare it too; 8 bits are nearly exact."
+            )
 
 
 def _modules_of(stored: StoredWeight, config: Any) -> Iterator[tuple[str, slice]]:

@@ -174,8 +174,7 @@ class TorchAOWeight(StoredWeight):
     weight: nn.Parameter
 
     def __init__(self, stored: StoredWeight, integers: IntegerWeight, activations: Activations = "float") -> None:
-        super().__init__()
-        self.spec = stored.spec
+        super().__init__(stored.spec, integers.levels.device)
         self._footprint = stored.footprint()
         self.weight = nn.Parameter(_integer_tensor(integers, activations), requires_grad=False)
 

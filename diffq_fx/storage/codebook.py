@@ -111,8 +111,7 @@ class CodebookWeight(StoredWeight):
     scale: Tensor | None
 
     def __init__(self, spec: WeightSpec, codes: Tensor, codebook_KD: Tensor, scale: Tensor | None = None) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, codes.device)
         self.container_bits = container_for(code_bits(len(codebook_KD)))
         self.register_buffer("codes", pack_levels(codes.to(torch.int32), self.container_bits))
         self.register_buffer("codebook", codebook_KD)

@@ -68,8 +68,7 @@ class IntegerWeight(StoredWeight):
     bits: Tensor
 
     def __init__(self, spec: WeightSpec, levels_OI: Tensor, params: QuantParams, bits: Tensor) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec, levels_OI.device)
         self.container_bits = container_for(int(bits.max()))
         self.register_buffer("levels", pack_levels(levels_OI, self.container_bits))
         if spec.scale_dtype == torch.float16:

@@ -1,5 +1,6 @@
 """diffq-fx compress: what it writes, that it writes all or nothing, and that each wrong input is one sentence."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -188,7 +189,10 @@ BAD = {
     ("mine:ready", "--minutes", 0): "minutes must be a positive number",
     ("mine:ready", "--steps", -1): "steps",
     ("mine:ready", "--format", "hf"): "a Sequential has no save_pretrained",
-    ("mine:ready", "--format", "gguf"): "gguf",
+    ("mine:ready", "--format", "nothing"): "gguf",
+    ("mine:ready", "--format", "gguf"): "export_gguf: the model is none of transformers: it has no config that names its architecture",
+    ("mine:ready", "--format", "gguf", "--bits", 4): "4.5",
+    ("mine:ready", "--format", "onnxruntime-genai"): "--format onnxruntime-genai is for a Hugging Face folder: the tokenizer there goes",
     ("mine:ready", "--out", "mine.py"): "'mine.py' is there already. Give the name of a new folder",
     ("mine:ready", "--out", "no/such"): "cannot write 'no/such': No such file or directory",
 }
@@ -298,6 +302,68 @@ def test_a_language_model_is_exported_without_its_cache(models):
     result = invoke(models / "llama", "--data", models / "texts.txt", "--out", "small", "--format", "onnx", *QUICK)
     assert result.exit_code == 0, result.stderr
     assert os.listdir("small") == ["model.onnx"]
+
+
+@pytest.fixture(scope="module")
+def decoders(transformers, tmp_path_factory):
+    """A function that gives the folder of a decoder whose rows are whole blocks, with a byte-level tokenizer; and texts."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import BPE
+
+    folder = tmp_path_factory.mktemp("decoders")
+    letters = {letter: index for index, letter in enumerate(["<s>", "</s>", "Ġ", "Ċ", *map(chr, range(97, 123))])}
+    tokens = Tokenizer(BPE(letters, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
+    (folder / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    sizes = {**BODY, "hidden_size": 64, "intermediate_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+
+    def make(name):
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes))
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+        return folder / name
+
+    return make, folder / "texts.txt"
+
+
+def test_a_decoder_as_a_file_for_llama_cpp(decoders):
+    gguf = pytest.importorskip("gguf")
+    make, texts = decoders
+    result = invoke(make("Llama"), "--data", texts, "--out", "small", "--format", "gguf", "--report", "--json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["files"].keys() == {"model.gguf", "report.html"}
+    assert json.loads(result.stdout)["report"]["average_bits_in_all"] <= 5
+    reader = gguf.GGUFReader("small/model.gguf")
+    assert {tensor.tensor_type.name for tensor in reader.tensors} <= {"Q4_0", "Q5_0", "Q8_0", "F32"}
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+def test_a_decoder_as_a_folder_for_onnxruntime_genai(decoders):
+    runtime = pytest.importorskip("onnxruntime_genai")
+    make, texts = decoders
+    result = invoke(make("Llama"), "--data", texts, "--out", "small", "--format", "onnxruntime-genai", "--json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= json.loads(result.stdout)["files"].keys()
+    assert runtime.Tokenizer(runtime.Model("small")).encode("fox").tolist() == [9, 18, 27]
+
+
+def test_what_a_runtime_cannot_hold_is_said_before_the_compression(decoders, models, monkeypatch):
+    monkeypatch.setattr(diffq_fx, "compress", None)
+    make, texts = decoders
+    pytest.importorskip("gguf")
+    cases = {
+        (make("Olmo"), texts, "gguf"): "the architecture 'olmo' is not known, only 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3' are",
+        (models / "llama", models / "texts.txt", "gguf"): "the tokenizer is a WordLevel, and a GGUF file of a decoder holds BPE alone",
+    }
+    if importlib.util.find_spec("onnxruntime_genai"):
+        cases[make("GPTNeoX"), texts, "onnxruntime-genai"] = "the builder of onnxruntime-genai does not know 'gpt_neox.embed_in.weight'"
+    for (folder, data, runtime), says in cases.items():
+        result = invoke(folder, "--data", data, "--format", runtime)
+        assert (result.exit_code, os.path.exists("diffq-fx-compressed")) == (2, False), result.exception
+        assert says in result.stderr
 
 
 def test_a_language_model_reads_windows_and_others_padded_texts(models):

@@ -71,6 +71,7 @@ PRE_TOKENIZERS = {
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "qwen2": split_by(""),
     "llama-bpe": split_by("{1,3}"),
+    "smaug-bpe": split_by("{1,3}"),
 }
 
 
@@ -91,7 +92,7 @@ def tokenizer_of(kind, folder):
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special = ["<unk>", end, *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
-        tokenizer = Tokenizer(models.BPE())
+        tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
         steps = PRE_TOKENIZERS[kind]
         tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
         tokenizer.decoder, special = decoders.ByteLevel(), [end]
@@ -99,6 +100,8 @@ def tokenizer_of(kind, folder):
     trainer = trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, show_progress=False, **options)
     tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
     described = json.loads(tokenizer.to_str())
+    if bytes_alone:
+        del described["model"]["merges"][-60:]  # their tokens are made of no others: words that are one are found if merges are ignored
     described["added_tokens"] = [each for each in described["added_tokens"] if not each["content"].startswith("<0x")]
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token=end, bos_token=end)
     fast.save_pretrained(folder)

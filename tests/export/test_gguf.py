@@ -239,7 +239,15 @@ NO_TOKENIZER = {
     "words": (lambda folder: change(folder, pre_tokenizer=lambda _: {"type": "Whitespace"}), "cuts words in a way that has no name here"),
     "lowercase": (
         lambda folder: change(folder, normalizer=lambda _: {"type": "Lowercase"}),
-        "changes texts by Lowercase, which runtimes do not",
+        "changes texts by .*Lowercase.*, which runtimes do not",
+    ),
+    "whole words": (
+        lambda folder: change(folder, model=lambda model: {**model, "ignore_merges": True}),
+        "ignores merges for words that are tokens, which runtimes do for Llama 3's alone",
+    ),
+    "suffix": (
+        lambda folder: change(folder, model=lambda model: {**model, "end_of_word_suffix": "</w>"}),
+        "changes texts by .*end_of_word_suffix.*, which runtimes do not",
     ),
     "another": (
         lambda folder: change(folder, added_tokens=lambda old: [*old, {**old[0], "id": 500, "content": "<x>"}]),

@@ -212,10 +212,6 @@ def test_float_grid_has_no_onnx_form(old_file):
 
 def test_storage_without_onnx_form(old_file):
     class Codebook(StoredWeight):
-        def __init__(self):
-            super().__init__()
-            self.spec = store(torch.randn(4, 4), 4, name="coded").spec
-
         def forward(self):
             return torch.zeros(4, 4)
 
@@ -225,7 +221,7 @@ def test_storage_without_onnx_form(old_file):
     class Reader(nn.Module):
         def __init__(self):
             super().__init__()
-            self.coded = Codebook()
+            self.coded = Codebook(store(torch.randn(4, 4), 4, name="coded").spec, torch.device("cpu"))
 
         def forward(self, x):
             return x @ self.coded()

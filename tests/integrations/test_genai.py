@@ -154,7 +154,7 @@ REFUSED = {
     "float grid": (decoder, {"*up_proj*": STE(bits=4, grid="float"), "*": HELD}, "up_proj.weight' is on the float grid"),
     "a codebook": (decoder, {"*up_proj*": LC(entries=5), "*": HELD}, "has a codebook that is not integers times one scale"),
     "blocks of codes": (decoder, {"*up_proj*": ProductQuantization(entries=8), "*": HELD}, "has a codebook that is not integers"),
-    "a float layer": (decoder, {"*mlp*": HELD}, r"self_attn\.q_proj\.weight' is a float \(8 in all\)"),
+    "a float layer": (decoder, {"*mlp*": HELD}, r"self_attn\.q_proj\.weight' is a float"),
 }
 
 
@@ -271,7 +271,7 @@ def test_inputs_of_8_bits_are_the_default_and_nearly_always_give_the_same_next_t
 
 def test_a_runtime_that_is_not_installed_is_named_with_its_extra(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package onnxruntime-genai: pip install 'diffq-fx\[onnxruntime-genai\]'"):
+    with pytest.raises(ImportError, match=r"needs the package onnxruntime-genai .*: pip install 'diffq-fx\[onnxruntime-genai\]'"):
         export_genai(llama, tmp_path / "folder", tokenizer)
     assert not any(tmp_path.iterdir())
 

@@ -172,7 +172,7 @@ def test_a_folder_of_a_prepared_model_says_what_to_call(tmp_path):
 def test_without_diffq_fx_it_is_an_error_that_names_the_package(folder, monkeypatch):
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "diffq_fx")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "diffq_fx")
-    with pytest.raises(ValueError, match="Install diffq-fx and import diffq_fx.integrations.transformers"):
+    with pytest.raises(ValueError, match="Install diffq-fx and transformers 5.23 or newer, and import diffq_fx.integrations.transformers"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -233,8 +233,7 @@ def test_what_cannot_be_packed_is_an_error(converted, tmp_path):
             raise NotImplementedError
 
     model = copy.deepcopy(converted)
-    foreign = model.model.layers[0].self_attn.q_proj.weight_quantized = Foreign()
-    foreign.spec = stored(converted)[0].spec
+    model.model.layers[0].self_attn.q_proj.weight_quantized = Foreign(stored(converted)[0].spec, torch.device("cpu"))
     with pytest.raises(PackedFileError, match="cannot hold a Foreign. Save the model that convert returned"):
         model.save_pretrained(tmp_path / "foreign")
 
@@ -247,3 +246,18 @@ def test_what_else_the_loaded_model_is_for(converted, folder, tmp_path):
         loaded.generate(**IDS, max_new_tokens=3, do_sample=False), converted.generate(**IDS, max_new_tokens=3, do_sample=False)
     )
     assert [each.spec.names for each in stored(loaded)] == [each.spec.names for each in stored(converted)]
+
+
+@pytest.mark.parametrize("architecture", ["Olmo", "NanoChat"])
+def test_a_decoder_whose_norms_have_no_weights_generates(architecture, tmp_path):
+    """Every parameter of it is quantized, and transformers asks the first one for the type and the device."""
+    settings = {**BODY, **TEXT, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = convert(prepare(make(f"{architecture}ForCausalLM", f"{architecture}Config", **settings), IDS, STE(bits=4)))
+    assert not sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert (model.dtype, model.base_model.dtype, loaded.dtype, loaded.device.type) == (torch.float32,) * 2 + (torch.bfloat16, "cpu")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path)
+    texts = [each.generate(**IDS, do_sample=False, max_new_tokens=3, use_cache=True) for each in (model, exact, model.to("cpu"))]
+    assert texts[0].shape[1] > IDS["input_ids"].shape[1]
+    assert all(torch.equal(texts[0], text) for text in texts)

@@ -12,5 +12,6 @@ except ImportError as error:
     raise missing("gguf", error) from error
 
 from diffq_fx.export.gguf.gguf_file import GGUFResult, GGUFTensor, export_gguf
+from diffq_fx.export.gguf.gguf_file import refuse_unknown as refuse_unknown  # for the command line
 
 __all__ = ["GGUFResult", "GGUFTensor", "export_gguf"]

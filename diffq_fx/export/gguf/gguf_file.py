@@ -17,7 +17,7 @@ from diffq_fx.atomic import draft_folder, naming, put_in_place, refuse_same_file
 from diffq_fx.errors import ExportError, PackedFileError
 from diffq_fx.export.gguf.architectures import HEAD, Architecture, add_sizes, architecture_of, file_names, rope_factors, row_order
 from diffq_fx.export.gguf.blocks import BLOCK, BlockedWeight
-from diffq_fx.export.gguf.vocabulary import READ, add_vocabulary
+from diffq_fx.export.gguf.vocabulary import READ, Vocabulary, vocabulary_of
 from diffq_fx.export.packed.writer import model_contents
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
@@ -102,15 +102,32 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
         >>> result.tensors[0].type, result.bits_per_weight
         ('Q4_0', 4.5)
     """
-    try:
+    with _errors_of_export():
         return _export(unwrapped(model), Path(path), None if tokenizer is None else Path(tokenizer), name)
+
+
+def refuse_unknown(model: nn.Module, tokenizer: str | Path | None) -> None:
+    """The errors of :func:`export_gguf` for an architecture or a tokenizer that it does not know, of a model that is float yet."""
+    with _errors_of_export():
+        _known(unwrapped(model), None if tokenizer is None else Path(tokenizer))
+
+
+@contextmanager
+def _errors_of_export() -> Iterator[None]:
+    try:
+        yield
     except (ExportError, PackedFileError) as error:
         raise ExportError(f"export_gguf: {str(error).removesuffix('.')}.") from error
 
 
-def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | None) -> GGUFResult:
+def _known(model: nn.Module, tokenizer: Path | None) -> tuple[Architecture, Vocabulary | None]:
     config: Any = getattr(model, "config", None)
-    architecture = architecture_of(config)
+    return architecture_of(config), None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size)
+
+
+def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | None) -> GGUFResult:
+    architecture, vocabulary = _known(model, tokenizer)
+    config: Any = model.config
     entries = _entries(model, architecture, config)
     if tokenizer is not None:
         refuse_same_file(path, [tokenizer / each for each in READ], ExportError)
@@ -119,8 +136,8 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
         writer.add_name(name or type(model).__name__)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(_file_type(entries))
-        if tokenizer is not None:
-            add_vocabulary(writer, tokenizer, config.vocab_size)
+        if vocabulary is not None:
+            vocabulary.add_to(writer)
         for tensor, shape, kind, _, _ in entries:
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.file_bytes, kind)
         writer.write_header_to_file()

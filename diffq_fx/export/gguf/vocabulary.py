@@ -16,8 +16,18 @@ TOKENIZER_FILE = "tokenizer.json"
 READ = (TOKENIZER_FILE, "tokenizer_config.json", "config.json", "chat_template.jinja", "chat_template.json", "merges.txt")
 """What of a folder is read, if it is there."""
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS % r"\p{N}": "qwen2", _WORDS % r"\p{N}{1,3}": "llama-bpe"}
-"""The expressions that cut a text into words, and what runtimes call them."""
+_NAMES = {
+    (_WORDS % r"\p{N}", False): "qwen2",
+    (_WORDS % r"\p{N}{1,3}", True): "llama-bpe",
+    (_WORDS % r"\p{N}{1,3}", False): "smaug-bpe",
+}
+"""The expression that cuts words, whether a word that is a token is one whatever the merges say, and what runtimes call both."""
+_SENTENCEPIECE = (
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    {"type": "Metaspace", "replacement": "▁", "split": False},
+)
+"""What a tokenizer of SentencePiece's kind does before its merges, in the words of tokenizer.json."""
 _PADDING, _NO_SCORE = "[PAD{}]", -1000.0
 
 
@@ -27,11 +37,31 @@ class _Token(NamedTuple):
     score: float = _NO_SCORE
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
-    """Write the tokenizer of a folder.
+class Vocabulary(NamedTuple):
+    """A tokenizer as the metadata of a file says it."""
+
+    pre: str | None
+    """What runtimes call the way in which words are cut; None for SentencePiece's."""
+    tokens: list[_Token]
+    begins_with_space: bool
+    special: gguf.SpecialVocab
+
+    def add_to(self, writer: gguf.GGUFWriter) -> None:
+        """Write it to a file whose metadata is not written yet."""
+        writer.add_tokenizer_model("llama" if self.pre is None else "gpt2")
+        writer.add_tokenizer_pre(self.pre or "default")
+        writer.add_token_list([token.text for token in self.tokens])
+        writer.add_token_types([token.kind for token in self.tokens])
+        if self.pre is None:
+            writer.add_token_scores([token.score for token in self.tokens])
+            writer.add_add_space_prefix(self.begins_with_space)
+        self.special.add_to_gguf(writer, quiet=True)
+
+
+def vocabulary_of(folder: Path, size: int) -> Vocabulary:
+    """The tokenizer of a folder.
 
     Args:
-        writer: whose metadata is not written yet.
         folder: with tokenizer.json, and what lies beside it.
         size: tokens that the model's embedding has; a tokenizer may have fewer.
 
@@ -46,21 +76,12 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         pre = _pre_tokenizer_of(described)
-        tokens = _tokens_of(described, size)
-        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+        tokens, begins_with_space = _tokens_of(described, size), _begins_with_space(described)
+        special = gguf.SpecialVocab(folder, load_merges=pre is not None, n_vocab=size)  # SentencePiece's scores say what merges do
         special.add_special_token.setdefault("bos", False)  # where nothing says it a runtime has a default of its own
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged description leads to
         raise ExportError(f"'{path}', or a file beside it, is no tokenizer that can be read: {type(error).__name__}: {error}") from error
-    writer.add_tokenizer_model("llama" if pre is None else "gpt2")
-    writer.add_tokenizer_pre(pre or "default")
-    writer.add_token_list([token.text for token in tokens])
-    writer.add_token_types([token.kind for token in tokens])
-    if pre is None:
-        writer.add_token_scores([token.score for token in tokens])
-        writer.add_add_space_prefix(_begins_with_space(described))
-        special.merges = []  # the scores say it
-        special.load_merges = False
-    special.add_to_gguf(writer, quiet=True)
+    return Vocabulary(pre, tokens, begins_with_space, special)
 
 
 def _steps(described: dict[str, Any], part: str) -> list[dict[str, Any]]:
@@ -71,14 +92,28 @@ def _steps(described: dict[str, Any], part: str) -> list[dict[str, Any]]:
 
 def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
     """What runtimes call the way in which words are cut; None for SentencePiece's."""
-    model, steps = described["model"], _steps(described, "pre_tokenizer")
+    model, normalizers, steps = described["model"], _steps(described, "normalizer"), _steps(described, "pre_tokenizer")
     if model["type"] != "BPE":
         raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone: give tokenizer=None")
-    allowed = {"Prepend", "Replace"} if model.get("byte_fallback") else {"NFC"}
-    if changes := {step["type"] for step in _steps(described, "normalizer")} - allowed:
-        raise ExportError(f"the tokenizer changes texts by {', '.join(sorted(changes))}, which runtimes do not: give tokenizer=None")
+    takes_whole_words = bool(model.get("ignore_merges"))
     if model.get("byte_fallback"):
-        return None
+        unknown = [each for each in (*normalizers, *steps) if not any(known.items() <= each.items() for known in _SENTENCEPIECE)]
+        name = None
+    else:
+        unknown = [each for each in normalizers if each["type"] != "NFC"]
+        name = _name_of_cuts(steps, takes_whole_words)
+    unknown += [{key: model[key]} for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)]
+    if unknown:
+        raise ExportError(f"the tokenizer changes texts by {json.dumps(unknown)[:300]}, which runtimes do not: give tokenizer=None")
+    if takes_whole_words and name != "llama-bpe":
+        raise ExportError(
+            "the tokenizer ignores merges for words that are tokens, which runtimes do for Llama 3's alone: give tokenizer=None"
+        )
+    return name
+
+
+def _name_of_cuts(steps: list[dict[str, Any]], takes_whole_words: bool) -> str:
+    """What runtimes call the way in which a byte-level tokenizer cuts words."""
     *before, last = steps or [{}]
     cuts, kinds = last.get("use_regex", True), [step["type"] for step in before]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
@@ -86,11 +121,13 @@ def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
             return "gpt-2"
         if cuts and kinds == ["Digits"] and before[0]["individual_digits"]:
             return "smollm"
-        if not cuts and kinds == ["Split"] and (name := _SPLITS.get(before[0]["pattern"].get("Regex"))):
-            return name
+        if not cuts and kinds == ["Split"] and before[0]["behavior"] == "Isolated" and not before[0].get("invert"):
+            expression = before[0]["pattern"].get("Regex")
+            if name := _NAMES.get((expression, takes_whole_words)) or _NAMES.get((expression, False)):
+                return name
     raise ExportError(
         f"the tokenizer cuts words in a way that has no name here: {json.dumps(steps)[:300]}. Known are those of "
-        f"gpt-2, smollm, {' and '.join(_SPLITS.values())}: give tokenizer=None for a file of weights alone"
+        f"gpt-2, smollm, {', '.join(_NAMES.values())}: give tokenizer=None for a file of weights alone"
     )
 
 
