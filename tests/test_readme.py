@@ -97,5 +97,11 @@ def test_the_paths_that_texts_name_exist():
     assert not [name for name in modules if importlib.util.find_spec(name) is None]
 
 
+def test_benchmarks_run_as_modules_from_the_root():
+    root = README.parent
+    for path in (*(root / "benchmarks").glob("*.py"), root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")):
+        assert not re.findall(r"^\s*from _[a-z]\w* import|python benchmarks/", path.read_text(), re.MULTILINE), path
+
+
 def test_it_stays_short():
     assert len(README.read_text().splitlines()) <= 120
