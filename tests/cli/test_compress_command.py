@@ -191,7 +191,6 @@ BAD = {
     ("mine:ready", "--format", "hf"): "a Sequential has no save_pretrained",
     ("mine:ready", "--format", "nothing"): "gguf",
     ("mine:ready", "--format", "gguf"): "export_gguf: the model is none of transformers: it has no config that names its architecture",
-    ("mine:ready", "--format", "gguf", "--bits", 4): "4.5",
     ("mine:ready", "--format", "onnxruntime-genai"): "--format onnxruntime-genai is for a Hugging Face folder: the tokenizer there goes",
     ("mine:ready", "--out", "mine.py"): "'mine.py' is there already. Give the name of a new folder",
     ("mine:ready", "--out", "no/such"): "cannot write 'no/such': No such file or directory",
@@ -339,6 +338,9 @@ def test_a_decoder_as_a_file_for_llama_cpp(decoders):
     reader = gguf.GGUFReader("small/model.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} <= {"Q4_0", "Q5_0", "Q8_0", "F32"}
     assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    result = invoke(make("Llama"), "--data", texts, "--out", "smaller", "--format", "gguf", "--bits", 4, *QUICK)
+    assert (result.exit_code, os.path.exists("smaller")) == (2, False)
+    assert "target_bits=4" in result.stderr
 
 
 def test_a_decoder_as_a_folder_for_onnxruntime_genai(decoders):
