@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
-from diffq_fx import PackedFileError
+from diffq_fx import PackedFileError, convert, prepare
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.integer_kind import PackedIntegers
 from diffq_fx.export.packed.packed_report import inspect_packed
 from diffq_fx.kernels import extension
+from diffq_fx.methods import STE
 from diffq_fx.storage import IntegerWeight
 
 GROUPS = ("tensor", "channel", 1, 3, 4, 8)
@@ -158,6 +159,40 @@ def test_a_tied_weight_is_stored_once(tmp_path, compression):
     assert tensors["embedding.weight"] is tensors["head.weight"]
     untied = load_packed(float_twin(model, tie=False), path)
     assert_equal(untied.state_dict(), expected(model))
+
+
+class _WritesItself(torch.nn.Linear):
+    """Puts its weight in a state_dict by itself, wherever it comes from."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def _tied_by_hand():
+    model = torch.nn.Sequential(_WritesItself(16, 16), torch.nn.ReLU(), _WritesItself(16, 16))
+    model[2].weight = model[0].weight
+    return model
+
+
+def _with_a_hook():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
+    model[0].register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}weight": module.weight}))
+    return model
+
+
+@pytest.mark.parametrize("build", [lambda: torch.nn.Sequential(_WritesItself(16, 16), torch.nn.ReLU()), _tied_by_hand, _with_a_hook])
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_a_layer_that_writes_its_own_state_is_stored_once(tmp_path, build, scope):
+    """As torch_geometric's Linear: its state_dict has the dequantized weight beside the stored one."""
+    prepared = prepare(build(), torch.zeros(1, 16), STE(bits=4), scope=scope)
+    model = convert(prepared)
+    path = save_packed(model, tmp_path / "m.safetensors")
+    rows = torch.randn(3, 16)
+    assert torch.equal(load_packed(build(), path)(rows), model(rows))
+    other = convert(prepare(build(), torch.zeros(1, 16), STE(bits=4), scope=scope))
+    assert torch.equal(load_packed(other, path)(rows), model(rows))
 
 
 def test_every_type_of_buffer(tmp_path):

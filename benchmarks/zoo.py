@@ -1,0 +1,249 @@
+"""Architectures of other people's libraries, each through everything: prepare, train, eval, convert, packed file, ONNX at another batch.
+
+    python benchmarks/zoo.py run --minutes 60            # goes on where it stopped; --families and names choose
+    python benchmarks/zoo.py run --again failed          # what ended so is run again
+    python benchmarks/zoo.py report                      # the table
+
+Each model runs in a process of its own, forked from one that has imported the libraries, with a limit of processor time and of memory.
+Times are processor time. They are compared within the process alone: prepare with forwards of the float model before and after it, our
+export with torch.onnx's own before or after it, so that other load on the machine is in both.
+
+Besides requirements.txt it wants, all with ``pip install --no-deps``: torchvision, torchaudio (without its folder lib, compiled for CUDA),
+timm, diffusers, pytorchcv, torch-geometric, xxhash, einops, vit-pytorch, x-transformers, loguru, segmentation-models-pytorch,
+denoising-diffusion-pytorch, ema-pytorch, encodec, conformer, asteroid, asteroid-filterbanks, julius, torch-optimizer, pytorch-ranger,
+soundfile, speechbrain, hyperpyyaml, ruamel.yaml, sentencepiece, monai and peft.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import statistics
+import sys
+import time
+import traceback
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from _result import RESULTS, markdown_table, write_result
+from zoo_models import architectures, import_libraries
+from zoo_models.entry import Architecture
+from zoo_models.steps import Measured, measure, resident
+
+LINES = RESULTS / "zoo.jsonl"
+SECONDS, GIB = 240, 6
+BEFORE_PREPARE = ("build", "float step")
+OUTCOMES = ("whole", "all but ONNX", "without ONNX", "refused", "failed", "float fails")
+MOST_FORWARDS, MOST_TORCH = 20, 5
+
+
+def known() -> dict[str, dict[str, Any]]:
+    """The last line of each model."""
+    lines = LINES.read_text().splitlines() if LINES.exists() else []
+    return {line["model"]: line for line in map(json.loads, lines)}
+
+
+def key_of(entry: Architecture) -> str:
+    return f"{entry.library}: {entry.name}"
+
+
+def run(names: list[str], families: list[str], again: list[str], minutes: float, *, onnx: bool) -> None:
+    """Run what has no line yet, a family at a time, until the time is over."""
+    import_libraries()
+    _export_once()
+    end, outcome_of = time.monotonic() + 60 * minutes, {name: line["outcome"] for name, line in known().items()}
+    for entry in architectures():
+        key = key_of(entry)
+        if (names and not any(name in key for name in names)) or (families and entry.family not in families):
+            continue
+        if time.monotonic() > end:
+            print("the time is over")
+            return
+        if key in known() and outcome_of.get(key) not in [*again, *(["without ONNX"] if onnx else [])] and not names:
+            continue
+        line = in_own_process(entry, onnx=onnx)
+        with LINES.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{key}: {line['outcome']} {line.get('step', '')} {line.get('message', '')[:300]}", flush=True)
+
+
+def _export_once() -> None:
+    """What the first export imports and fills is there before any is timed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), dynamo=True, verbose=False)
+    import onnxruntime  # noqa: F401
+
+
+def in_own_process(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
+    """Fork, measure there, and read the line that comes back; a process that ends without one was killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        line = _measured(entry, onnx=onnx)
+        with os.fdopen(writing, "w") as pipe:
+            pipe.write(json.dumps(line))
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    line = json.loads(text) if text else {"outcome": "failed", "message": f"the process ended with status {status}"}
+    return {"model": key_of(entry), "library": entry.library, "name": entry.name, "family": entry.family, **line}
+
+
+def _measured(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
+    def out_of_time(*_: Any) -> None:
+        raise TimeoutError(f"more than {SECONDS} s of processor time")
+
+    signal.signal(signal.SIGXCPU, out_of_time)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 30))
+    most = resident("VmSize") + GIB * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    measured = Measured()
+    try:
+        measure(entry, measured, torch_first=zlib.crc32(entry.name.encode()) % 2 == 0, onnx=onnx)
+    except Exception as error:  # noqa: BLE001  other people's code and ours: whatever ends a model is its result
+        return {**measured.found, **_outcome(error, measured.at)}
+    return {**measured.found, "outcome": "whole" if onnx else "without ONNX"}
+
+
+def _outcome(error: Exception, step: str) -> dict[str, Any]:
+    from diffq_fx.errors import DiffQError
+
+    if step in BEFORE_PREPARE:
+        outcome = "float fails"
+    elif step == "prepare" and isinstance(error, DiffQError | ValueError):
+        outcome = "refused"
+    elif step.startswith("onnx") and isinstance(error, DiffQError):
+        outcome = "all but ONNX"
+    else:
+        outcome = "failed"
+    where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)][-3:]
+    return {"outcome": outcome, "step": step, "message": f"{type(error).__name__}: {error}"[:2000], "where": where}
+
+
+def _ratios(line: dict[str, Any]) -> tuple[float | None, float | None]:
+    """Prepare in forwards, and our export beside torch.onnx's own."""
+    seconds = line["seconds"]
+    prepare = seconds["prepare"] / line["forward_seconds"] if "prepare" in seconds and "forward_seconds" in line else None
+    return prepare, seconds["onnx"] / seconds["torch.onnx"] if {"onnx", "torch.onnx"} <= seconds.keys() else None
+
+
+def _spread(values: list[float], most: float) -> str:
+    return (
+        f"median {statistics.median(values):.1f}, from {min(values):.1f} to {max(values):.1f}; "
+        f"{sum(value <= most for value in values)} of {len(values)} are within {most}"
+    )
+
+
+def _text(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def report() -> None:
+    """Write the table of everything that was run."""
+    chosen = {key_of(entry) for entry in architectures()}
+    lines = [line for name, line in known().items() if name in chosen]
+    ran = sorted((line for line in lines if line["outcome"] != "float fails"), key=lambda line: (line["family"], line["model"]))
+    rows, prepares, exports, messages = [], [], [], []
+    for line in ran:
+        prepare, export = _ratios(line)
+        prepares += [] if prepare is None else [prepare]
+        exports += [] if export is None else [export]
+        peak = max(line["peak_mib"].values(), default=0.0)
+        rows.append(
+            (
+                line["name"],
+                line["library"],
+                line["family"],
+                line.get("weights", ""),
+                line.get("scope", ""),
+                line["outcome"],
+                _text(prepare),
+                _text(export),
+                f"{peak:.0f}",
+            )
+        )
+        if line["outcome"] != "whole":
+            torch_too = f" torch.onnx on the float model: {line['torch_onnx_failure']}" if "torch_onnx_failure" in line else ""
+            message = " ".join(line["message"].split()) + torch_too
+            messages.append((line["model"], line["outcome"], line["step"], message.replace("|", "\\|")))
+    counts, families = Counter(line["outcome"] for line in ran), Counter(line["family"] for line in ran)
+    header = ("model", "library", "family", "weights", "scope", "outcome", "prepare, forwards", "export / torch.onnx", "peak MiB")
+    body = [
+        f"{len(ran)} architectures of {len({line['library'] for line in ran})} libraries: "
+        + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
+        + ".",
+        "Families: " + ", ".join(f"{name} {count}" for name, count in families.items()) + ".",
+        f"Prepare in forwards (train mode, batch of 2, median of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}.",
+        f"export_onnx (with its check in onnxruntime) over torch.onnx's export of the float model: {_spread(exports, MOST_TORCH)}.",
+        "Processor time on a machine with other load; peak MiB is the largest of all steps, above the memory before the step.",
+        markdown_table(header, rows),
+        "## What is not whole",
+        markdown_table(("model", "outcome", "step", "message"), messages),
+    ]
+    left = [f"{line['model']} ({line['message'].splitlines()[0][:120]})" for line in lines if line["outcome"] == "float fails"]
+    if left:
+        body.append("Not in the table, since the float model itself does not build, run or train here: " + "; ".join(left) + ".")
+    packages = [
+        "torch",
+        "onnxruntime",
+        "transformers",
+        "timm",
+        "torchvision",
+        "pytorchcv",
+        "diffusers",
+        "torch-geometric",
+        "peft",
+        "monai",
+        "torchaudio",
+        "speechbrain",
+        "asteroid",
+        "vit-pytorch",
+        "x-transformers",
+        "segmentation-models-pytorch",
+        "denoising-diffusion-pytorch",
+        "conformer",
+        "encodec",
+    ]
+    print(write_result("zoo", "Other people's architectures", "\n\n".join(body), packages))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("run", "report"))
+    parser.add_argument("models", nargs="*", help="parts of names; these are run again")
+    parser.add_argument("--families", default="", help="separated by commas")
+    parser.add_argument("--again", default="", help="outcomes that are run again, separated by commas")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--no-onnx", action="store_true", help="stop before the export, which takes most of the time; a later run does it")
+    arguments = parser.parse_args()
+    if arguments.step == "report":
+        report()
+    else:
+        run(
+            arguments.models,
+            [x for x in arguments.families.split(",") if x],
+            [x for x in arguments.again.split(",") if x],
+            arguments.minutes,
+            onnx=not arguments.no_onnx,
+        )
+
+
+if __name__ == "__main__":
+    main()
