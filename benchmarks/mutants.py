@@ -217,7 +217,10 @@ def main() -> None:
     else:
         survived = {key for key, tries in known.items() if tries[-1]["outcome"] == "survived"}
         chosen = [each for path in modules() if given.only in path for each in mutants_of(path) if each["key"] in survived]
-    run(chosen, Covering(given.seconds, given.tests), given.minutes)
+    covering = Covering(given.seconds, given.tests)
+    for last in (tries[-1] for tries in known.values() if tries[-1].get("test")):
+        covering.kills[last["module"]][last["test"]] += 1
+    run(chosen, covering, given.minutes)
 
 
 if __name__ == "__main__":
