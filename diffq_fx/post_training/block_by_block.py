@@ -14,10 +14,9 @@ from diffq_fx.example import Example
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.post_training.batches import Calibration
-from diffq_fx.post_training.compress import compress
+from diffq_fx.post_training.compress import compress, limits_of
 
 _CALLER = "compress_blocks"
-_MINUTES = 10.0
 
 
 @torch.inference_mode(False)
@@ -28,7 +27,7 @@ def compress_blocks(
     config: DiffQConfig | Mapping[str, Method] | None = None,
     *,
     steps: int | None = None,
-    minutes: float = _MINUTES,
+    minutes: float | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Compress the blocks of a decoder one after another, each as :func:`~diffq_fx.compress` does it.
@@ -44,7 +43,7 @@ def compress_blocks(
         blocks: a pattern of their names, such as ``"model.layers.*"``.
         config: settings of a block, with a target; or a mapping of the names of weights within a block.
         steps: most steps of the tuning of each block.
-        minutes: most minutes of it all, about, shared out evenly.
+        minutes: most minutes of it all, about, shared out evenly; 10 by default.
         progress: whether a bar shows the stage of each block.
 
     Returns:
@@ -60,7 +59,7 @@ def compress_blocks(
         >>> [type(weight).__name__ for weight in (converted[0].weight, converted[1][1].weight_quantized)]
         ['Parameter', 'IntegerWeight']
     """
-    began = time.monotonic()
+    limits = limits_of(steps, minutes, time.monotonic())
     paths = [path for path, _ in model.named_modules() if fnmatchcase(path, blocks) and path.count(".") == blocks.count(".")]
     if not paths:
         names = ", ".join(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)) or "none"
@@ -73,9 +72,8 @@ def compress_blocks(
     chains = [_chain(own, paths, example) for example in examples]
     for number, path in enumerate(paths):
         calls = [Example((hidden, *rests[number].args), rests[number].kwargs) for hidden, rests in chains]
-        left = max(minutes - (time.monotonic() - began) / 60, minutes / len(paths))
-        share = left / (len(paths) - number)
-        block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=share, progress=progress)
+        left = max(1 - limits.share, 1 / len(paths)) * limits.seconds / 60 / (len(paths) - number)
+        block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=left, progress=progress)
         own.set_submodule(path, block)
         with torch.no_grad():
             chains = [(_first(call.run(block)), rests) for call, (_, rests) in zip(calls, chains, strict=True)]

@@ -95,7 +95,7 @@ def compress(
     """
     began = time.monotonic()
     choice = _choice(config)
-    limits = _limits(steps, minutes, began)
+    limits = limits_of(steps, minutes, began)
     refuse_kind(CALLER, kind)
     refuse_unfit(model, CALLER)
     if teacher is not None and not isinstance(teacher, nn.Module):
@@ -174,7 +174,8 @@ def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:
     return MethodChoice(tuple(entries))
 
 
-def _limits(steps: int | None, minutes: float | None, began: float) -> Limits:
+def limits_of(steps: int | None, minutes: float | None, began: float) -> Limits:
+    """The limits that these arguments of a user say, of a compression that began then."""
     if steps is not None:
         check_whole(CALLER, "steps", steps, 0)
     if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0):

@@ -87,6 +87,11 @@ def test_what_is_no_chain_is_refused(breaks: str, pattern: str, message: str) ->
         compress_blocks(Chain(breaks), batches(), pattern)
 
 
+def test_bad_limits_are_met_first() -> None:
+    with pytest.raises(ValueError, match="minutes must be a positive number, got '3'"):
+        compress_blocks(Chain("between"), batches(), "blocks.*", minutes="3")  # pyright: ignore[reportArgumentType]
+
+
 def test_a_decoder_on_its_own_samples() -> None:
     model, before = decoder(), torch.get_rng_state()
     samples = own_samples(model, count=5, tokens=6, rows=2)

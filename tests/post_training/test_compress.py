@@ -264,6 +264,11 @@ class TestWhatIsCompared:
 
         assert "squared error of output" in run(make(Features)).compression.notes[-1]
 
+    def test_the_kind_that_is_given_counts(self) -> None:
+        assert "squared error of output" in run(kind="features", steps=0).compression.notes[-1]
+        with pytest.raises(ValueError, match="kind must be one of .*, got 'classes'"):
+            run(kind="classes")
+
     def test_outputs_in_containers(self) -> None:
         @dataclasses.dataclass
         class Out:
