@@ -1,8 +1,8 @@
 """Architectures of other people's libraries, each through everything: prepare, train, eval, convert, packed file, ONNX at another batch.
 
-    python benchmarks/zoo.py run --minutes 60            # goes on where it stopped; --families and names choose
-    python benchmarks/zoo.py run --again failed          # what ended so is run again
-    python benchmarks/zoo.py report                      # the table
+    python -m benchmarks.zoo run --minutes 60            # goes on where it stopped; --families and names choose
+    python -m benchmarks.zoo run --again failed          # what ended so is run again
+    python -m benchmarks.zoo report                      # the table
 
 Each model runs in a process of its own, forked from one that has imported the libraries, with a limit of processor time and of memory.
 Times are processor time. They are compared within the process alone: prepare with forwards of the float model before and after it, our
@@ -20,7 +20,6 @@ import os
 import resource
 import signal
 import statistics
-import sys
 import time
 import traceback
 import warnings
@@ -29,13 +28,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from _result import RESULTS, markdown_table, write_result
-from zoo_models import architectures, import_libraries
-from zoo_models.entry import Architecture
-from zoo_models.steps import Measured, measure, resident
+
+from benchmarks._result import RESULTS, markdown_table, write_result
+from benchmarks.zoo_models import architectures, import_libraries
+from benchmarks.zoo_models.entry import Architecture
+from benchmarks.zoo_models.steps import Measured, measure, resident
 
 LINES = RESULTS / "zoo.jsonl"
 SECONDS, GIB = 240, 6

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from zoo_models.entry import Architecture
+from benchmarks.zoo_models.entry import Architecture
 
 
 def architectures() -> list[Architecture]:
     """All of them, a family after the other."""
-    from zoo_models import convolutional, generative, graphs, language, speech, speech_transformers, vision_transformers
+    from benchmarks.zoo_models import convolutional, generative, graphs, language, speech, speech_transformers, vision_transformers
 
     modules = (convolutional, vision_transformers, language, speech, speech_transformers, generative, graphs)
     found = [each for module in modules for each in module.ARCHITECTURES]

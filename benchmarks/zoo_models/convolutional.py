@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo_models.entry import Architecture, images, randn
+from benchmarks.zoo_models.entry import Architecture, images, randn
 
 
 def _cv(name: str, **settings: Any) -> nn.Module:

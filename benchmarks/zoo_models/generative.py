@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_models.convolutional import model_of
-from zoo_models.entry import Architecture, images, randn
-from zoo_models.language import BODY, LENGTH, TEXT, VOCABULARY, ids, tiny
+from benchmarks.zoo_models.convolutional import model_of
+from benchmarks.zoo_models.entry import Architecture, images, randn
+from benchmarks.zoo_models.language import BODY, LENGTH, TEXT, VOCABULARY, ids, tiny
 
 DIFFUSION, MULTIMODAL = "diffusion", "multimodal"
 

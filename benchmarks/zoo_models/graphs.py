@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo_models.entry import Architecture, randn
+from benchmarks.zoo_models.entry import Architecture, randn
 
 NODES = 8
 _SIZES = {"in_channels": 16, "hidden_channels": 32, "out_channels": 8}

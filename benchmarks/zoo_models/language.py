@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_models.entry import Architecture, tokens
+from benchmarks.zoo_models.entry import Architecture, tokens
 
 VOCABULARY, LENGTH = 67, 12
 BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_models.entry import Architecture, randn
-from zoo_models.language import VOCABULARY, pairs
+from benchmarks.zoo_models.entry import Architecture, randn
+from benchmarks.zoo_models.language import VOCABULARY, pairs
 
 SPEECH = "speech and audio"
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from zoo_models.entry import randn
-from zoo_models.language import BODY, TEXT, VOCABULARY, pairs, tiny
-from zoo_models.speech import SPEECH
+from benchmarks.zoo_models.entry import randn
+from benchmarks.zoo_models.language import BODY, TEXT, VOCABULARY, pairs, tiny
+from benchmarks.zoo_models.speech import SPEECH
 
 SERIES = "series over time"
 

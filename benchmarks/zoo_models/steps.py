@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo_models.entry import BATCH, Architecture
 from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
 from diffq_fx.errors import DiffQError
 from diffq_fx.example import tensors_of
 from diffq_fx.export import export_onnx, load_packed, save_packed, session_options
 from diffq_fx.parts import stored_weights
-from zoo_models.entry import BATCH, Architecture
 
 STEPS = 3
 FORWARD_SECONDS = 0.06

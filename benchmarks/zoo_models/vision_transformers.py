@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from zoo_models.convolutional import model_of
-from zoo_models.entry import Architecture, images, randn
-from zoo_models.language import tiny
+from benchmarks.zoo_models.convolutional import model_of
+from benchmarks.zoo_models.entry import Architecture, images, randn
+from benchmarks.zoo_models.language import tiny
 
 _BODY = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

@@ -4,13 +4,17 @@ import gzip
 
 import numpy as np
 import pytest
+import torch
 from recipe_data import idx, make_mnist
 
+from diffq_fx import prepare
+from diffq_fx.methods import LC
 from recipes.common.loop import float_mib
 from recipes.common.main import main
+from recipes.common.methods import Turns
 from recipes.common.recipe import Lacking
 from recipes.data.mnist import load_mnist
-from recipes.mnist import MODELS, Mnist
+from recipes.mnist import MODELS, Mnist, MnistSettings
 
 CODEBOOKS = ("adaptive", "binary", "scaled_binary", "ternary", "scaled_ternary", "powers_of_two")
 
@@ -75,3 +79,17 @@ def test_lc_with_every_codebook(folder, tmp_path, codebook):
     result = main(Mnist, [*map(str, given), "--no-onnx", "--lr", "0.01"])
     assert result["size_mib"] < float_mib(MODELS["lenet300"]()) / 6
     assert 0 <= result["score"] <= 100
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_the_penalty_is_stable_under_momentum_where_the_loss_curves_as_much(turn):
+    settings = MnistSettings(method="lc", turns=3, mu_start=0.01, mu_end=30.0)
+    turns = Turns(settings, prepare(torch.nn.Linear(4, 4), (torch.zeros(2, 4),), LC(entries=2)), 3)
+    turns.before_step(turn)
+    weight, mu = torch.ones((), requires_grad=True), turns.schedule[turn]
+    optimizer = torch.optim.SGD([weight], turns.largest_rate, momentum=settings.momentum, nesterov=True)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (mu * weight**2).backward()
+        optimizer.step()
+    assert abs(float(weight)) < 0.01
