@@ -145,4 +145,10 @@ def _numpy_state() -> Any:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if tree is None or isinstance(tree, int | float | str):
+        return []
+    if type(tree) in (tuple, list, dict):  # most trees are no more, and torch's pytree is slow
+        return [tensor for part in (tree.values() if isinstance(tree, dict) else tree) for tensor in tensors_of(part)]
     return [leaf for leaf in _compat.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,5 +1,6 @@
 """Architectures of libraries that nobody here wrote, in small forms with random weights: nothing is downloaded."""
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -8,12 +9,15 @@ from benchmarks.zoo_models.entry import Architecture
 
 
 def architectures() -> list[Architecture]:
-    """All of them, a family after the other."""
+    """All of them, the first of every family, the second of every family and so on: a run that ends early has seen all families."""
     from benchmarks.zoo_models import convolutional, generative, graphs, language, speech, speech_transformers, vision_transformers
 
     modules = (convolutional, vision_transformers, language, speech, speech_transformers, generative, graphs)
     found = [each for module in modules for each in module.ARCHITECTURES]
-    return sorted(found, key=lambda each: each.family)
+    families: dict[str, list[Architecture]] = {}
+    for each in found:
+        families.setdefault(each.family, []).append(each)
+    return [each for turn in zip_longest(*families.values()) for each in turn if each]
 
 
 def import_libraries() -> None:

@@ -138,7 +138,6 @@ DETECTION = [
     model_of("pytorchcv", "detection and pose", "lwopenpose2d_mobilenet_cmupan_coco", in_size=(64, 64)),
     model_of("pytorchcv", "detection and pose", "lffd20x5s320v2_widerface", images(256), in_size=(256, 256)),
     model_of("pytorchcv", "detection and pose", "superpointnet", images(64, 1)),
-    model_of("pytorchcv", "detection and pose", "pfpcnet", images(128, 1), in_size=(128, 128)),
 ]
 
 HIERARCHICAL = [
