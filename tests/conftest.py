@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_look_at():
+    """compress and torch's exporters collect garbage: of millions of objects, which thousands of tests and imports leave, that takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["native", "torch"])

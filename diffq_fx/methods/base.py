@@ -68,7 +68,8 @@ class Method(ABC):
         for setting, hint in get_type_hints(type(self)).items():
             if (choices := _choices(hint)) and (value := getattr(self, setting)) not in choices:
                 raise ValueError(f"{name}: {setting} must be one of {choices}, got {value!r}.")
-        check_whole(name, "min_size", self.min_size, 0)
+        if isinstance(self.min_size, bool) or not isinstance(self.min_size, int | float) or not self.min_size >= 0:
+            raise ValueError(f"{name}: min_size must be a number of weights, 0 or more, got {self.min_size!r}.")
         if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f'{name}: exclude is a tuple of patterns such as ("*.bias",), got {self.exclude!r}.')
 

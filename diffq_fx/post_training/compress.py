@@ -109,7 +109,7 @@ def compress(
         wanted = FloatOutputs(model, teacher, data, kind)
         with ProgressBar(shown=progress) as bar:
             bar.stage("preparing", 1)
-            own = copy_replacing(model, {}).requires_grad_(True)
+            own = copy_replacing(model, {}).requires_grad_(True).eval()
             example = data.small_example(copy_sharing_parameters(own))
             prepared = prepare_as(CALLER, own, example, dict(choice.entries), "auto")
             own_state = _OwnState(prepared, vars(prepared)[CHILD])

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import random
 import signal
 import sys
+import time
 import warnings
 
 import pytest
@@ -88,6 +90,54 @@ def test_interrupted_at_any_line_of_a_step(at_step, name):
         assert (model_size(model, exact=True) * 2**23 - model.compression.rest_bits_now()) / (
             16 * 24 + 24 * 8
         ) <= 3.05  # entropy moves with the weights
+
+
+@pytest.mark.filterwarnings("ignore::diffq_fx.DiffQWarning", "ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_training_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, name):
+    steps, path = 40, tmp_path / "checkpoint.pt"
+
+    def train(pause=0.0):
+        model, optimizer = prepared(CONFIGS[name])
+        done = 0
+        if path.exists():
+            kept = torch.load(path, weights_only=True)
+            done = kept["done"]
+            model.load_state_dict(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+        while done < steps:
+            torch.manual_seed(done)
+            step(model, optimizer)
+            done += 1
+            torch.save({"done": done, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "draft")
+            os.replace(tmp_path / "draft", path)
+            time.sleep(pause)
+        return model
+
+    def value(tensor):
+        return tensor.detach().clone() if isinstance(tensor, torch.Tensor) else tensor
+
+    wanted = {key: value(tensor) for key, tensor in train().state_dict().items()}
+    path.unlink()
+    draw, done = random.Random(0), 0
+    for _ in range(4):
+        if not (pid := os.fork()):
+            try:
+                signal.alarm(60)
+                train(pause=0.02)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        while not path.exists() or torch.load(path, weights_only=True)["done"] == done:
+            time.sleep(0.001)  # until it has made a step of its own
+        time.sleep(draw.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        done = torch.load(path, weights_only=True)["done"]
+    assert 4 <= done < steps
+    found = train().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], each) if isinstance(each, torch.Tensor) else found[key] == each for key, each in wanted.items())
 
 
 def states():

@@ -4,6 +4,7 @@ The file is then the old one or the new one, whole; whoever could not write says
 save_packed, cli/test_compress_command.py of folders.
 """
 
+import functools
 import os
 import random
 import resource
@@ -43,11 +44,29 @@ def sources(tmp_path_factory):
     return folder
 
 
+@functools.cache
+def decoder_of(seed):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+    method = STE(bits=4, group_size=32, grid="symmetric", scale_dtype="float16")
+    return convert(prepare(model, {"input_ids": torch.arange(8)[None]}, method))
+
+
+def write_gguf(which, path, _):
+    pytest.importorskip("gguf")
+    from diffq_fx.export.gguf import export_gguf
+
+    export_gguf(decoder_of(which), path, tokenizer=None)
+
+
 WRITERS = {
     "save_packed": lambda which, path, _: save_packed(MODELS[which], path),
     "export_onnx": lambda which, path, _: export_onnx(MODELS[which], X, path, verify=False),
     "unpack": lambda which, path, sources: unpack_state_dict(sources / f"packed{which}", path),
     "pack": lambda which, path, sources: pack_state_dict(sources / f"float{which}", path, bits=5, group_size="channel"),
+    "export_gguf": write_gguf,
     "page": lambda which, path, _: bits_report(MODELS[which]).save_page(path),
 }
 OURS = ".diffq_fx."

@@ -413,7 +413,7 @@ def test_the_size_target_counts_what_other_methods_take():
         (lambda: STE(group_size="row"), 'STE: group_size must be "tensor", "channel" or a number'),
         (lambda: STE(grid="log"), "STE: grid must be one of"),
         (lambda: STE(rest_dtype="int8"), "STE: rest_dtype must be one of"),
-        (lambda: STE(min_size=-1), "STE: min_size must be a whole number of at least 0, got -1"),
+        (lambda: STE(min_size=-1), "STE: min_size must be a number of weights, 0 or more, got -1"),
         (lambda: QuantNoise(rate=1.01), "QuantNoise: rate must be from 0 to 1, got 1.01"),
         (lambda: QuantNoise(rate=-0.1), "QuantNoise: rate must be from 0 to 1, got -0.1"),
         (lambda: QuantNoise(rate=float("nan")), "QuantNoise: rate must be from 0 to 1, got nan"),

@@ -18,7 +18,7 @@ from packed_models import assert_equal, converted, expected, store
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
 
-KILLS = 24
+KILLS = 8
 
 
 def model_of(seed):

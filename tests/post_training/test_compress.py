@@ -109,7 +109,7 @@ class TestResult:
 
         compensated, held = round_weights.compensate, round_weights.hold_coded_size
         monkeypatch.setattr(round_weights, "hold_coded_size", lambda compression: (grids.append(grids_of(compression)), held(compression)))
-        config, distances = DiffQConfig(target_bits=3, **settings), []  # pyright: ignore[reportArgumentType]
+        config, distances = DiffQConfig(target_bits=4, **settings), []  # pyright: ignore[reportArgumentType]
         for compensates in (True, False):
             monkeypatch.setattr(round_weights, "compensate", compensated if compensates else no_factor)
             notes = run(config=config, steps=0).compression.notes
