@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_tensors_lie_at_multiples_of_their_items(tmp_path):
         narrow=torch.randn(40_001).half().float(),
         wide=torch.randn(10_001).double(),
         single=torch.randn(20_001),
+        edge=torch.randn(2**14),  # as few bytes as a tensor that lies by itself may have
     )
     data = save_packed(model, tmp_path / "m").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -81,6 +83,10 @@ def test_tensors_lie_at_multiples_of_their_items(tmp_path):
     assert (8 + length) % 8 == 0
     items = {"F64": 8, "F32": 4, "I64": 8, "F16": 2, "U8": 1, "I16": 2}
     assert all(entry["data_offsets"][0] % items[entry["dtype"]] == 0 for entry in header.values())
+    begin, end = (8 + length + offset for offset in header["diffq_fx/contents"]["data_offsets"])
+    contents = json.loads(zlib.decompress(data[begin:end], -15))
+    assert contents["tensors"] == {"bytes_": {"dtype": "I64"}}, "all others are what they seem"
+    assert contents["small_section"] == []
     assert {header[name]["dtype"] for name in ("bytes_", "narrow", "wide", "single")} == {"U8", "F16", "F64", "F32"}
 
 
@@ -224,3 +230,24 @@ def test_pieces_of_a_container():
     ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     assert [begin for begin, _ in ends[1:]] == [end for _, end in ends[:-1]]
     assert ends[-1][1] == sum(map(len, pieces[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda weight: weight.bits.fill_(17), "widths must be from 1 to 16 bits, got 17 to 17"),
+        (lambda weight: weight.bits[1].fill_(0), "widths must be from 1 to 16 bits, got 0 to"),
+        (lambda weight: setattr(weight, "bits", weight.bits[:3]), r"bits has the shape \(3, 1\), the spec says \(5, 1\)"),
+        (
+            lambda weight: setattr(weight, "zero_point", weight.zero_point.float()),
+            "zero_point is torch.float32, the grid 'affine' has torch.int32",
+        ),
+        (lambda weight: weight.levels.fill_(255), "a level does not fit the width of its group"),
+    ],
+)
+def test_a_weight_that_is_not_what_its_spec_says_is_not_written(tmp_path, change, match):
+    model = converted(store("a", (5, 7), bits=5))
+    change(model.a_quantized)
+    with pytest.raises(PackedFileError, match=f"weight 'a': {match}|{match}"):
+        save_packed(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
