@@ -168,7 +168,8 @@ def run(mutants: list[dict], covering: Covering, minutes: float) -> None:
     import onnxruntime  # noqa: F401
     import torch.fx  # noqa: F401
 
-    inside, outside = ([each for each in mutants if bool(each["function"]) == which] for which in (True, False))
+    is_inside = {each["key"]: bool(each["function"]) and "super()" not in each["change"] for each in mutants}  # code without it has no cell
+    inside, outside = ([each for each in mutants if is_inside[each["key"]] == which] for which in (True, False))
     files = sorted({test.split("::")[0] for mutant in inside for test in covering.tests_of(mutant)})
     process = os.fork() if inside else None
     if process == 0:

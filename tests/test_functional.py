@@ -116,7 +116,9 @@ def test_values_of_groups_against_loops(rows_OI, group_size):
     assert combine(GroupLayout.of(*rows_OI.shape, "tensor"), layout).shape == layout.shape
 
 
-@pytest.mark.parametrize("shape", [(5,), (TILE + 3,), (3 * TILE,), (7, TILE // 3), (3, 2 * TILE), (0, 4), (5, 0), (1000, 3, 700)])
+@pytest.mark.parametrize(
+    "shape", [(5,), (TILE + 3,), (3 * TILE,), (7, TILE // 3), (3, 2 * TILE), (0, 4), (5, 0), (1000, 3, 700), (20, TILE // 5)]
+)
 def test_tiles_cover_all_and_stay_small(shape):
     pieces = list(tiles(shape, torch.device("cpu")))
     assert [row for piece in pieces for row in range(*piece.indices(shape[0]))] == list(range(shape[0]))
@@ -223,3 +225,10 @@ def test_a_move_that_changes_the_type_leaves_it_alone():
     assert moved is not x
     assert torch.equal(moved, x)
     assert keeping_dtype(lambda tensor: tensor.half().to("meta"))(x).device.type == "meta"
+
+
+@pytest.mark.parametrize("grid", ["affine", "half"])
+def test_a_zero_point_is_a_level_even_where_the_range_does_not_hold_zero(grid):
+    low, high = torch.tensor([[-3.0], [1.0]]), torch.tensor([[-1.0], [3.0]])
+    params = functional.quant_params(low, high, torch.full((2, 1), 2), grid)
+    assert params.zero_point.flatten().tolist() == [3, 0]

@@ -226,3 +226,14 @@ def test_closed_forms_have_a_first_derivative_alone():
         found.sum().backward()
     with torch.no_grad():
         assert torch.equal(first_alone(torch.exp, x), torch.exp(x))
+
+
+def test_ranks_that_were_seeded_alike_draw_other_seeds(monkeypatch):
+    found = []
+    for rank in (0, 1, 2, 7):
+        monkeypatch.setattr(draws, "_rank", lambda rank=rank: rank)
+        torch.manual_seed(3)
+        found.append(draws.draw_seed(torch.device("cpu")).item())
+    step = 0x9E3779B97F4A7C15
+    assert found == [(found[0] + rank * step % 2**63) % 2**63 for rank in (0, 1, 2, 7)]
+    assert len(set(found)) == 4

@@ -134,3 +134,12 @@ def test_integer_tables_take_the_smallest_type_that_holds_them(low, high, dtype)
     assert table_key(table) == table_key(table.clone())
     assert table_key(table[:63]) != table_key(table[:63].clone())
     assert table_key(table.float()) != table_key(table.float().clone())
+
+
+def test_the_parts_of_a_footprint():
+    own = WeightSpec(name="w", shape=(3, 8), axis=0)
+    found = grid_footprint(own, torch.tensor([[3], [5], [3]]))
+    assert (found.histogram, found.coding_bits, found.payload_bits) == ({3: 16, 5: 8}, 3 * 2, 88)
+    assert found.scale_bits == 3 * 32 + 3 + 5 + 3 + 8, "scales, zero points as wide as their levels, limits of the widths"
+    assert (found.container_bits, found.container_scale_bits, found.container_payload_bits) == (8, 3 * (32 + 8), 24 * 8)
+    assert found.packed_bits == 88 + 115 + 6

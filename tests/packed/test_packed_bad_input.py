@@ -382,8 +382,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
 
 def test_names_that_the_format_needs_are_refused(tmp_path):
-    with pytest.raises(PackedFileError, match="a tensor cannot be named 'diffq_fx/shard/0'"):
-        save_packed(converted(store("diffq_fx/shard/0", (4, 4))), tmp_path / "m")
+    for name in ("diffq_fx/shard/0", "__metadata__"):
+        with pytest.raises(PackedFileError, match=f"a tensor cannot be named '{name}'"):
+            save_packed(converted(store(name, (4, 4))), tmp_path / "m")
 
 
 def test_inspection_names_the_file(tmp_path):

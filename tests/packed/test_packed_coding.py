@@ -169,6 +169,19 @@ def test_heads_that_are_not_possible_are_refused(coder):
             streams_of(damaged, expected)
 
 
+def test_a_head_without_high_bits_is_damaged():
+    block, expected = coded_block(DEFLATE)
+    damaged = bytes([DEFLATE | 2 << 2 | 4 << 4]) + block[1:]
+    with pytest.raises(PackedFileError, match="a stream of 4 bits has a damaged head: coder 1, 4 low bits, plane of 4"):
+        streams_of(damaged, expected)
+
+
+def test_a_symbol_that_hardly_occurs_is_coded():
+    symbols = np.zeros(300_000, np.uint8)
+    symbols[123_456] = 1
+    assert np.array_equal(ans.decode(memoryview(ans.encode(symbols)), len(symbols)), symbols)
+
+
 def test_a_coded_sequence_without_sense_is_refused():
     symbols = values_of(3, 5000, 0, peaked=True)
     coded = ans.encode(symbols)

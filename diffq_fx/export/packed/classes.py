@@ -66,7 +66,7 @@ class Histogram:
             counts = self._counts[width]
             if counts.any():
                 parts = _partition(counts) if by_bin else [(0, BINS - 1)]
-                found += [CodeClass(width, first, last) for first, last in parts if counts[first : last + 1].any()]
+                found += [CodeClass(width, first, last) for first, last in parts]
         return found
 
 
