@@ -292,3 +292,9 @@ def test_codes_that_index_no_entry_are_refused(entries):
 def test_a_weight_of_one_value(tmp_path):
     model = converted(store("a", (1, 1)))
     assert torch.equal(load_packed(save_packed(model, tmp_path / "m"))["a"], model.a_quantized())
+
+
+def test_zero_points_that_no_float32_holds_come_back(tmp_path):
+    model = converted(store("a", (5, 7), bits=5))
+    model.a_quantized.zero_point.fill_(2**24 + 1)
+    assert torch.equal(load_packed(save_packed(model, tmp_path / "m"))["a"], model.a_quantized())
