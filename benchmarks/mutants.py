@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="of tests that a mutant meets at most")
     parser.add_argument("--only", default="", help="a part of the modules' paths")
     parser.add_argument("--tests", nargs="*", default=[], help="measure: files; run, again: names of tests that each mutant meets first")
+    parser.add_argument("--note", default="", help="report: what else is to be said of the run")
     parser.add_argument("--minutes", type=float, default=1e9, help="to stop after")
     given, known = parser.parse_args(), records()
     if given.step == "measure":
@@ -209,9 +210,8 @@ def main() -> None:
         return
     if given.step == "report":
         numbers = {path: len(mutants_of(path)) for path in modules()}
-        write_report(
-            known, modules(), numbers, json.loads((KEPT / "coverage.json").read_text()), json.loads((KEPT / "seconds.json").read_text())
-        )
+        coverage, seconds = (json.loads((KEPT / f"{name}.json").read_text()) for name in ("coverage", "seconds"))
+        write_report(known, modules(), numbers, coverage, seconds, given.note)
         return
     if given.step == "run":
         chosen = [each for each in sampled(given.sample, given.seed, given.only) if each["key"] not in known]
