@@ -8,11 +8,17 @@ from pathlib import Path
 from benchmarks._result import RESULTS, markdown_table, write_result
 
 EXPLAINED = RESULTS / "mutants_explained.jsonl"
+COMMANDS = "python -m benchmarks.mutants measure, run, again, report"
 COLUMNS = ["mutants", "run", "killed", "timed out", "killed later", "equivalent", "left"]
 
 
 def write_report(
-    known: Mapping[str, list[dict]], areas: Mapping[str, str], numbers: Mapping[str, int], coverage: dict, seconds: Mapping[str, float]
+    known: Mapping[str, list[dict]],
+    areas: Mapping[str, str],
+    numbers: Mapping[str, int],
+    coverage: dict,
+    seconds: Mapping[str, float],
+    note: str,
 ) -> Path:
     """Write the result file.
 
@@ -22,6 +28,7 @@ def write_report(
         numbers: of mutants of each module.
         coverage: report of the package coverage as JSON.
         seconds: of each test that was measured.
+        note: what else is to be said of the run.
     """
     why = {each["key"]: each["why"] for each in map(json.loads, EXPLAINED.read_text().splitlines())} if EXPLAINED.exists() else {}
     rows, sums = [], collections.defaultdict(collections.Counter)
@@ -42,7 +49,9 @@ def write_report(
     )
     listed = [(_place(tries[0]), _change(tries[0]), _answer(tries, why)) for tries in survivors]
     files = ", ".join(sorted({name.split("::")[0].removeprefix("tests/") for name in seconds}))
-    body = f"""{table}
+    body = f"""{note}
+
+{table}
 
 Noticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests
 or more of them. Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.
@@ -50,7 +59,7 @@ or more of them. Branch coverage is that of the {len(seconds)} tests that were m
 ## Survivors of the first run
 
 {markdown_table(["where", "change", "now"], listed)}"""
-    return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"])
+    return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"], command=COMMANDS)
 
 
 def _outcome(tries: list[dict], why: Mapping[str, str]) -> str:

@@ -168,7 +168,8 @@ def run(mutants: list[dict], covering: Covering, minutes: float) -> None:
     import onnxruntime  # noqa: F401
     import torch.fx  # noqa: F401
 
-    inside, outside = ([each for each in mutants if bool(each["function"]) == which] for which in (True, False))
+    is_inside = {each["key"]: bool(each["function"]) and "super()" not in each["change"] for each in mutants}  # code without it has no cell
+    inside, outside = ([each for each in mutants if is_inside[each["key"]] == which] for which in (True, False))
     files = sorted({test.split("::")[0] for mutant in inside for test in covering.tests_of(mutant)})
     process = os.fork() if inside else None
     if process == 0:
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="of tests that a mutant meets at most")
     parser.add_argument("--only", default="", help="a part of the modules' paths")
     parser.add_argument("--tests", nargs="*", default=[], help="measure: files; run, again: names of tests that each mutant meets first")
+    parser.add_argument("--note", default="", help="report: what else is to be said of the run")
     parser.add_argument("--minutes", type=float, default=1e9, help="to stop after")
     given, known = parser.parse_args(), records()
     if given.step == "measure":
@@ -208,9 +210,8 @@ def main() -> None:
         return
     if given.step == "report":
         numbers = {path: len(mutants_of(path)) for path in modules()}
-        write_report(
-            known, modules(), numbers, json.loads((KEPT / "coverage.json").read_text()), json.loads((KEPT / "seconds.json").read_text())
-        )
+        coverage, seconds = (json.loads((KEPT / f"{name}.json").read_text()) for name in ("coverage", "seconds"))
+        write_report(known, modules(), numbers, coverage, seconds, given.note)
         return
     if given.step == "run":
         chosen = [each for each in sampled(given.sample, given.seed, given.only) if each["key"] not in known]

@@ -97,6 +97,13 @@ def test_a_scaled_codebook_of_ones_own_is_as_good_as_a_search(seed):
     torch.testing.assert_close(found / found[-1], torch.tensor(sorted(base)))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_an_empty_cluster_goes_to_the_run_with_the_largest_error(size):
+    values = size * torch.tensor([0.0, 0.1, 0.2, 10.0, 10.1, 10.2, 50.0, 60.0])
+    found = levels(values, 4, start=size * torch.tensor([0.0, 10.0, 55.0, 1000.0]))
+    torch.testing.assert_close(found, size * torch.tensor([0.1, 10.1, 50.0, 60.0]))
+
+
 def test_a_scaled_codebook_of_nothing_and_one_that_was_there_before():
     entries = (1.0, -1.0, 0.0, 4.0)
     assert torch.equal(codebooks.scaled(torch.zeros(9), entries), torch.tensor(sorted(entries)))

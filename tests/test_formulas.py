@@ -17,6 +17,7 @@ from diffq_fx.budget.flat_groups import FlatGroups, WidthLimits
 from diffq_fx.budget.pressure import add_penalty, gradient_sums, open_rows, project, same_bits, shift_to, worth_of_a_bit
 from diffq_fx.budget.size import expected_bits, size_and_growth
 from diffq_fx.functional.groups import to_rows
+from diffq_fx.methods.predicted_loss import surely_less
 from diffq_fx.weights import WeightSpec
 
 CPU = torch.device("cpu")
@@ -144,7 +145,8 @@ def test_the_bits_that_groups_ask_for(group_size):
 
 def test_the_curvature_is_twice_the_derivative_by_the_noise():
     each = spec(shape=(4, 10))
-    slopes, noise, growth = torch.randn(4, 1), torch.rand(4, 1) + 0.1, torch.tensor([[2.0], [-3.0], [0.0], [0.5]])
+    slopes, noise = torch.tensor([[0.7], [-1.2], [0.4], [-0.3]]), torch.rand(4, 1) + 0.1
+    growth = torch.tensor([[2.0], [-3.0], [0.0], [0.5]])
     sums = torch.stack([torch.rand(4, 1), torch.full((4, 1), 3.0), slopes, torch.zeros(4, 1)])
     assert sensitivity.asked_on_average(each, sums) is None
     assert all(not found.any() for found in sensitivity.measured_curvature(sums))
@@ -153,11 +155,23 @@ def test_the_curvature_is_twice_the_derivative_by_the_noise():
     curvature, variance = sensitivity.measured_curvature(sums)
     torch.testing.assert_close(curvature, expected)
     torch.testing.assert_close(variance, sums[0] / noise)
+    beyond = torch.stack([torch.zeros(4, 1), torch.zeros(4, 1), torch.tensor([[1.0], [-1.0], [0.0], [1.0]]), torch.zeros(4, 1)])
+    sensitivity.measure_curvature(beyond, noise, torch.tensor([[0.0], [0.0], [0.0], [2.0]]))
+    assert beyond[2].flatten().tolist() == [0, 0, 0, 1]
     known = sensitivity.without_doubt(each, sums) * noise / 10
     assert sensitivity.asked_on_average(each, sums) == pytest.approx(float(known.log2().mean()) / 4)
     sums[0, :2], sums[1, :2] = 0, 1e9  # nothing depends on these groups: they are left out of the mean
     known = (sensitivity.without_doubt(each, sums) * noise / 10)[2:]
     assert sensitivity.asked_on_average(each, sums) == pytest.approx(float(known.log2().mean()) / 4, rel=1e-4)
+
+
+def test_less_is_sure_from_two_standard_errors_on():
+    variance, errors, than = torch.tensor([0.5, 0.25]), torch.tensor([1.0, 4.0]), torch.tensor([3.0, 3.0])  # by -2 and 1
+    two_errors = 2 * math.sqrt(0.5 * 4 + 0.25)
+    for share, is_sure in ((1.01, True), (0.99, False)):
+        curvature = torch.tensor([(share * two_errors + 7) / 2, 7.0])
+        assert surely_less(curvature, variance, errors, than) is is_sure
+    assert not surely_less(variance, torch.zeros(2), errors, errors), "equal errors are not less"
 
 
 def test_asked_bits_are_shifted_to_the_budget():

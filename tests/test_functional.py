@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from diffq_fx import functional
 from diffq_fx.functional.groups import TILE, GroupLayout, combine, from_rows, largest_in, rows_of, scale_layout_of, tiles, to_rows
+from diffq_fx.functional.precision import keeping_dtype
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -115,7 +116,9 @@ def test_values_of_groups_against_loops(rows_OI, group_size):
     assert combine(GroupLayout.of(*rows_OI.shape, "tensor"), layout).shape == layout.shape
 
 
-@pytest.mark.parametrize("shape", [(5,), (TILE + 3,), (3 * TILE,), (7, TILE // 3), (3, 2 * TILE), (0, 4), (5, 0), (1000, 3, 700)])
+@pytest.mark.parametrize(
+    "shape", [(5,), (TILE + 3,), (3 * TILE,), (7, TILE // 3), (3, 2 * TILE), (0, 4), (5, 0), (1000, 3, 700), (20, TILE // 5)]
+)
 def test_tiles_cover_all_and_stay_small(shape):
     pieces = list(tiles(shape, torch.device("cpu")))
     assert [row for piece in pieces for row in range(*piece.indices(shape[0]))] == list(range(shape[0]))
@@ -213,3 +216,19 @@ def test_ranges_are_worked_out_in_float32_or_better(dtype):
 def test_logits_of_bits_at_a_limit_are_those_a_hundredth_of_the_way_within():
     share = functional.bits_from_logits(functional.logits_from_bits(torch.tensor([1.0, 2.0, 8.0, 9.0]), 2, 8), 0, 1)
     torch.testing.assert_close(share, torch.tensor([0.01, 0.01, 0.99, 0.99]))
+
+
+def test_a_move_that_changes_the_type_leaves_it_alone():
+    x = torch.ones(3)
+    assert keeping_dtype(torch.Tensor.half)(x).dtype == torch.float32
+    moved = keeping_dtype(torch.clone)(x)
+    assert moved is not x
+    assert torch.equal(moved, x)
+    assert keeping_dtype(lambda tensor: tensor.half().to("meta"))(x).device.type == "meta"
+
+
+@pytest.mark.parametrize("grid", ["affine", "half"])
+def test_a_zero_point_is_a_level_even_where_the_range_does_not_hold_zero(grid):
+    low, high = torch.tensor([[-3.0], [1.0]]), torch.tensor([[-1.0], [3.0]])
+    params = functional.quant_params(low, high, torch.full((2, 1), 2), grid)
+    assert params.zero_point.flatten().tolist() == [3, 0]

@@ -8,9 +8,11 @@ from scipy import stats
 
 from benchmarks._noise_of_steps import add_noise
 from diffq_fx import functional
+from diffq_fx.errors import DiffQError
 from diffq_fx.functional.groups import GroupLayout
-from diffq_fx.kernels import extension, memory, release
+from diffq_fx.kernels import draws, extension, memory, release
 from diffq_fx.kernels.bits import slope_of_step, step_of_logits
+from diffq_fx.kernels.derivatives import first_alone
 
 N = 200_000
 
@@ -207,3 +209,31 @@ def test_c_and_torch_draw_the_same_noise(columns, gaussian, backend, monkeypatch
         torch.manual_seed(2)
         draws.append(add_noise(weight, steps, axis=0, block=columns, gaussian=gaussian))
     assert torch.equal(*draws)
+
+
+def test_tables_that_inference_mode_has_made_serve_training():
+    draws._kept_table.cache_clear()
+    with torch.inference_mode():
+        draws.gaussian_table(torch.device("cpu"))
+    assert not draws.gaussian_table(torch.device("cpu")).is_inference()
+
+
+def test_closed_forms_have_a_first_derivative_alone():
+    x = torch.ones(2, requires_grad=True)
+    found = first_alone(torch.exp, x)
+    assert torch.equal(found, torch.exp(x))
+    with pytest.raises(DiffQError, match="second derivative through the bits or the range"):
+        found.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(first_alone(torch.exp, x), torch.exp(x))
+
+
+def test_ranks_that_were_seeded_alike_draw_other_seeds(monkeypatch):
+    found = []
+    for rank in (0, 1, 2, 7):
+        monkeypatch.setattr(draws, "_rank", lambda rank=rank: rank)
+        torch.manual_seed(3)
+        found.append(draws.draw_seed(torch.device("cpu")).item())
+    step = 0x9E3779B97F4A7C15
+    assert found == [(found[0] + rank * step % 2**63) % 2**63 for rank in (0, 1, 2, 7)]
+    assert len(set(found)) == 4

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from diffq_fx import functional
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.storage import IntegerWeight
+from diffq_fx.storage.codebook import codebook_footprint
 from diffq_fx.storage.footprint import grid_footprint
-from diffq_fx.storage.packing import CONTAINER_BITS, container_for, pack_levels, unpack_levels
+from diffq_fx.storage.packing import CONTAINER_BITS, container_for, narrowed, pack_levels, table_key, unpack_levels
 from diffq_fx.weights import WeightSpec
 
 
@@ -102,3 +103,43 @@ def test_pieces_of_a_large_weight_begin_on_whole_bytes(bits):
     stored = IntegerWeight(spec, levels, params, torch.full((9001, 1), bits))
     assert len(list(spec.scale_layout.row_slices(torch.device("cpu")))) > 1
     assert torch.equal(stored(), functional.dequantize(levels, params, spec.scale_layout))
+
+
+@pytest.mark.parametrize(("scale", "beside"), [(None, 5 * 2 * 32), (torch.tensor(0.5), 5 * 2 * 32 + 32)])
+def test_what_a_codebook_takes(scale, beside):
+    found = codebook_footprint(100, torch.zeros(5, 2), scale)
+    assert (found.histogram, found.scale_bits, found.container_bits, found.container_scale_bits) == ({3: 100}, beside, 4, beside)
+    assert (found.packed_bits, found.payload_bits, found.container_payload_bits) == (300 + beside, 300, 400)
+    assert found.coding_bits == 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (0, 255, torch.uint8),
+        (-128, 127, torch.int8),
+        (-1, 255, torch.int16),
+        (0, 65535, torch.uint16),
+        (-1, 65535, torch.int32),
+        (0, 2**31, torch.int64),
+    ],
+)
+def test_integer_tables_take_the_smallest_type_that_holds_them(low, high, dtype):
+    table = torch.zeros(64, dtype=torch.int64)  # of 512 bytes: the smallest that is worth it
+    table[0], table[1] = low, high
+    assert narrowed(table).dtype == dtype
+    assert torch.equal(narrowed(table).long(), table)
+    assert narrowed(table[:63]).dtype == torch.int64
+    assert narrowed(table.float()).dtype == torch.float32
+    assert table_key(table) == table_key(table.clone())
+    assert table_key(table[:63]) != table_key(table[:63].clone())
+    assert table_key(table.float()) != table_key(table.float().clone())
+
+
+def test_the_parts_of_a_footprint():
+    own = WeightSpec(name="w", shape=(3, 8), axis=0)
+    found = grid_footprint(own, torch.tensor([[3], [5], [3]]))
+    assert (found.histogram, found.coding_bits, found.payload_bits) == ({3: 16, 5: 8}, 3 * 2, 88)
+    assert found.scale_bits == 3 * 32 + 3 + 5 + 3 + 8, "scales, zero points as wide as their levels, limits of the widths"
+    assert (found.container_bits, found.container_scale_bits, found.container_payload_bits) == (8, 3 * (32 + 8), 24 * 8)
+    assert found.packed_bits == 88 + 115 + 6

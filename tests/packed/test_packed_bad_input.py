@@ -163,6 +163,7 @@ FORGERIES = {
     "a class missing": (lambda f: shard(f)["classes"].pop(), "a group of weights has no model"),
     "a negative section": (lambda f: shard(f)["sections"].__setitem__(0, -5), "shard 0 is not described"),
     "a wrong checksum": (lambda f: shard(f).update(crc32=5), r"checksum of shard 0 \(with 'a'\) does not fit"),
+    "a checksum of more than 32 bits": (lambda f: shard(f).update(crc32=2**32), "a checksum is missing in the header"),
     "another checksum": (lambda f: f.contents.update(tensors_crc32=5), "checksum of its plain tensors does not fit"),
     "another checksum of small tensors": (
         lambda f: f.contents["small_section"].__setitem__(1, 5),
@@ -381,8 +382,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
 
 def test_names_that_the_format_needs_are_refused(tmp_path):
-    with pytest.raises(PackedFileError, match="a tensor cannot be named 'diffq_fx/shard/0'"):
-        save_packed(converted(store("diffq_fx/shard/0", (4, 4))), tmp_path / "m")
+    for name in ("diffq_fx/shard/0", "__metadata__"):
+        with pytest.raises(PackedFileError, match=f"a tensor cannot be named '{name}'"):
+            save_packed(converted(store(name, (4, 4))), tmp_path / "m")
 
 
 def test_inspection_names_the_file(tmp_path):

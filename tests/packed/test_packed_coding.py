@@ -106,6 +106,13 @@ def test_the_expected_length_has_the_table(coder, used):
     assert coder.estimated_bits(shares, 400) == pytest.approx(8 * len(coder.encode(symbols)), abs=80)
 
 
+@pytest.mark.parametrize(("shares", "mean"), [([1.0], 1), ([0.5, 0.5], 1), ([0.5, 0.0, 0.25, 0.25], 1.5), ([0.4, 0.3, 0.2, 0.1], 1.9)])
+@pytest.mark.parametrize(("size", "blocks"), [(1000, 1), (2**15, 1), (2**15 + 1, 2)])
+def test_the_expected_length_of_huffman_codes(shares, mean, size, blocks):
+    table = 100 + 3 * np.count_nonzero(shares)
+    assert deflate.estimated_bits(np.array(shares), size) == pytest.approx(size * mean + blocks * table)
+
+
 @pytest.mark.parametrize(("width", "scale"), [(2, 0.4), (3, 0.5), (4, 0.9), (4, 2.0), (5, 1.0), (5, 4.0), (8, 2.0), (8, 30.0), (12, 500.0)])
 def test_a_stream_is_as_long_as_its_entropy(width, scale):
     values = folded_laplace(width, 2_000_000, scale)
@@ -160,6 +167,19 @@ def test_heads_that_are_not_possible_are_refused(coder):
         damaged[place] = value
         with pytest.raises(PackedFileError, match="damaged head|does not hold|ends early|it has|coded|fit"):
             streams_of(damaged, expected)
+
+
+def test_a_head_without_high_bits_is_damaged():
+    block, expected = coded_block(DEFLATE)
+    damaged = bytes([DEFLATE | 2 << 2 | 4 << 4]) + block[1:]
+    with pytest.raises(PackedFileError, match="a stream of 4 bits has a damaged head: coder 1, 4 low bits, plane of 4"):
+        streams_of(damaged, expected)
+
+
+def test_a_symbol_that_hardly_occurs_is_coded():
+    symbols = np.zeros(300_000, np.uint8)
+    symbols[123_456] = 1
+    assert np.array_equal(ans.decode(memoryview(ans.encode(symbols)), len(symbols)), symbols)
 
 
 def test_a_coded_sequence_without_sense_is_refused():

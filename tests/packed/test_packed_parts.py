@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from packed_models import converted, store, store_codes
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export import save_packed
+from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed import integer_scales as scales
 from diffq_fx.export.packed.codebook_kind import PackedCodebook
 from diffq_fx.export.packed.container import Source, container_of, is_integers, is_shape
-from diffq_fx.export.packed.dtypes import can_stand_for
+from diffq_fx.export.packed.dtypes import bytes_of, can_stand_for, tensor_of
 from diffq_fx.export.packed.header import small_size
+from diffq_fx.export.packed.integer_kind import PackedIntegers
 from diffq_fx.export.packed.shards import Span, plan_shards, shard_size
 from diffq_fx.weights import WeightSpec
 
@@ -73,6 +75,7 @@ def test_tensors_lie_at_multiples_of_their_items(tmp_path):
         narrow=torch.randn(40_001).half().float(),
         wide=torch.randn(10_001).double(),
         single=torch.randn(20_001),
+        edge=torch.randn(2**14),  # as few bytes as a tensor that lies by itself may have
     )
     data = save_packed(model, tmp_path / "m").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -81,6 +84,10 @@ def test_tensors_lie_at_multiples_of_their_items(tmp_path):
     assert (8 + length) % 8 == 0
     items = {"F64": 8, "F32": 4, "I64": 8, "F16": 2, "U8": 1, "I16": 2}
     assert all(entry["data_offsets"][0] % items[entry["dtype"]] == 0 for entry in header.values())
+    begin, end = (8 + length + offset for offset in header["diffq_fx/contents"]["data_offsets"])
+    contents = json.loads(zlib.decompress(data[begin:end], -15))
+    assert contents["tensors"] == {"bytes_": {"dtype": "I64"}}, "all others are what they seem"
+    assert contents["small_section"] == []
     assert {header[name]["dtype"] for name in ("bytes_", "narrow", "wide", "single")} == {"U8", "F16", "F64", "F32"}
 
 
@@ -210,7 +217,9 @@ def test_which_types_stand_for_others():
     assert not any(
         can_stand_for(*pair) for pair in ((torch.float32, torch.float16), (torch.int64, torch.int64), (torch.float16, torch.float64))
     )
-    assert not can_stand_for(torch.bfloat16, torch.float32)
+    assert not any(
+        can_stand_for(*pair) for pair in ((torch.bfloat16, torch.float32), (torch.int8, torch.float32), (torch.float16, torch.int64))
+    )
 
 
 def test_pieces_of_a_container():
@@ -218,9 +227,74 @@ def test_pieces_of_a_container():
     (length,) = struct.unpack("<Q", pieces[0][:8])
     assert length == len(pieces[0]) - 8
     assert length % 8 == 0
+    assert b" " not in pieces[0][8:].rstrip()
     header = json.loads(pieces[0][8:])
     assert header["__metadata__"] == {"format": "diffq_fx.packed", "version": "1"}
     assert header["x"] == {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}
     ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
     assert [begin for begin, _ in ends[1:]] == [end for _, end in ends[:-1]]
     assert ends[-1][1] == sum(map(len, pieces[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda weight: weight.bits.fill_(17), "widths must be from 1 to 16 bits, got 17 to 17"),
+        (lambda weight: weight.bits[1].fill_(0), "widths must be from 1 to 16 bits, got 0 to"),
+        (lambda weight: setattr(weight, "bits", weight.bits[:3]), r"bits has the shape \(3, 1\), the spec says \(5, 1\)"),
+        (
+            lambda weight: setattr(weight, "zero_point", weight.zero_point.float()),
+            "zero_point is torch.float32, the grid 'affine' has torch.int32",
+        ),
+        (lambda weight: weight.levels.fill_(255), "a level does not fit the width of its group"),
+    ],
+)
+def test_a_weight_that_is_not_what_its_spec_says_is_not_written(tmp_path, change, match):
+    model = converted(store("a", (5, 7), bits=5))
+    change(model.a_quantized)
+    with pytest.raises(PackedFileError, match=f"weight 'a': {match}|{match}"):
+        save_packed(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_bytes_of_tensors(monkeypatch):
+    assert tensor_of(b"", torch.int64, (0, 3)).dtype == torch.int64
+    assert tensor_of(b"\1\0", torch.bool, (2,)).tolist() == [True, False]
+    with pytest.raises(PackedFileError, match="a bool is stored as 2"):
+        tensor_of(b"\2", torch.bool, (1,))
+    monkeypatch.setattr("sys.byteorder", "big")
+    for call in (lambda: bytes_of(torch.ones(1)), lambda: tensor_of(b"\0" * 4, torch.float32, (1,))):
+        with pytest.raises(PackedFileError, match="little endian machines only"):
+            call()
+
+
+def test_half_integer_zero_points_have_widths_of_their_own():
+    own = WeightSpec(name="w", shape=(4, 7), axis=0, grid="half")
+    packed = PackedIntegers(own, torch.float32, "groups", "halves")
+    assert packed.integer_widths(np.full((4, 1), 15, np.uint8), 4).tolist() == [16] * 4
+    with pytest.raises(PackedFileError, match="half-integer zero points of more than 15 bits"):
+        packed.integer_widths(np.full((4, 1), 16, np.uint8), 4)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 4, 5, 6, 8])
+def test_codes_that_index_no_entry_are_refused(entries):
+    packed = PackedCodebook.of_facts(WeightSpec(name="w", shape=(4, 7), axis=0), FACTS | {"entries": entries})
+    width = max((entries - 1).bit_length(), 1)
+    packed.check_widths(np.full((1, 1), width, np.uint8))
+    with pytest.raises(PackedFileError, match=f"codes of {width + 1} bits do not index {entries} entries"):
+        packed.check_widths(np.full((1, 1), width + 1, np.uint8))
+    packed.check_codes(SimpleNamespace(codes=np.array([[entries - 1]])))
+    if entries < 2**width:  # all that so many bits hold
+        with pytest.raises(PackedFileError, match=f"a code of 'w' is {entries}, it has {entries} entries"):
+            packed.check_codes(SimpleNamespace(codes=np.array([[entries]])))
+
+
+def test_a_weight_of_one_value(tmp_path):
+    model = converted(store("a", (1, 1)))
+    assert torch.equal(load_packed(save_packed(model, tmp_path / "m"))["a"], model.a_quantized())
+
+
+def test_zero_points_that_no_float32_holds_come_back(tmp_path):
+    model = converted(store("a", (5, 7), bits=5))
+    model.a_quantized.zero_point.fill_(2**24 + 1)
+    assert torch.equal(load_packed(save_packed(model, tmp_path / "m"))["a"], model.a_quantized())

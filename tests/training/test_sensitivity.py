@@ -8,6 +8,7 @@ from torch import nn
 
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
 from diffq_fx.methods import diffq_settings
+from diffq_fx.methods.predicted_loss import is_measured
 
 X = torch.randn(256, 32, generator=torch.Generator().manual_seed(1))
 
@@ -65,6 +66,11 @@ def test_the_bits_move_before_they_are_final_however_short_the_training(training
     model = trained(max(training_steps // 10, 1), training_steps=training_steps, target_bits=3.5)
     assert model.compression.frozen
     assert float(bits_of(model, "loud.weight").mean()) > float(bits_of(model, "quiet.weight").mean()) + 2.5
+
+
+def test_a_curvature_is_measured_once_the_bits_have_moved():
+    assert not is_measured(trained(4).compression.learned)
+    assert is_measured(trained(5).compression.learned)
 
 
 def test_before_that_all_groups_have_the_bits_that_meet_the_target():

@@ -34,7 +34,7 @@ def bins_in(rows: int, columns: int) -> int:
 def bins_of(codes: Values, widths: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Bin of each row, shape (``bins_in(O, I)``,), of codes (O, I): sixteenths of an octave of the mean code, in shares of its range."""
     share = codes * np.exp2(-1 - widths.astype(np.float32))
-    mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean(keepdims=True).reshape(-1)
+    mean = share.mean(axis=1) if bins_in(*codes.shape) == len(codes) else share.mean().reshape(-1)
     return np.clip(np.floor(-_BINS_OF_OCTAVE * np.log2(np.maximum(mean, 1e-9))) - _BINS_OF_OCTAVE, 0, BINS - 1).astype(np.uint8)
 
 
@@ -66,7 +66,7 @@ class Histogram:
             counts = self._counts[width]
             if counts.any():
                 parts = _partition(counts) if by_bin else [(0, BINS - 1)]
-                found += [CodeClass(width, first, last) for first, last in parts if counts[first : last + 1].any()]
+                found += [CodeClass(width, first, last) for first, last in parts]
         return found
 
 

@@ -1,5 +1,6 @@
 """An open packed file: its header checked, its tensors and shards read on demand, each against its checksum."""
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,15 +49,15 @@ class PackedReader:
     def plain_tensors(self) -> list[tuple[PlainTensor, Tensor]]:
         """Every tensor that is stored as it is; an error if a checksum does not fit."""
         contents, found, small = self.contents, [], self._small_tensors()
-        large = Source(self._container.read, 0, 0)
+        crc32 = 0
         for tensor in sorted(contents.tensors, key=lambda t: (t.start, t.stop)):
             if tensor.is_small:
                 data = small[tensor.start : tensor.stop]
             else:
-                large = Source(self._container.read, tensor.start, tensor.stop, large.crc32)
-                data = large.take(large.left)
+                data = self._container.read(tensor.start, tensor.stop)
+                crc32 = zlib.crc32(data, crc32)
             found.append((tensor, data))
-        if large.crc32 != contents.tensors_crc32:
+        if crc32 != contents.tensors_crc32:
             raise PackedFileError("is damaged: the checksum of its plain tensors does not fit")
         return [(tensor, tensor_of(data, tensor.stored_dtype, tensor.shape).to(tensor.dtype)) for tensor, data in found]
 

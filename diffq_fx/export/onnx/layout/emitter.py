@@ -88,7 +88,7 @@ def describe_like(new: ir.Value, old: ir.Value) -> None:
 
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
     """A node of the default domain with one output, both called ``output``; missing inputs at the end are left out."""
-    given = max((place for place, value in enumerate(inputs, 1) if value is not None), default=0)
+    given = max(place for place, value in enumerate(inputs, 1) if value is not None)
     node = ir.node(op_type, inputs[:given], attributes)
     node.name = output
     node.outputs[0].name = output
@@ -132,6 +132,6 @@ def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorP
     """
     dtype = integer_type(bits, signed=signed)
     if bits >= _BYTE:
-        return ir.Tensor(np.ascontiguousarray(levels, dtype=dtype.numpy()), dtype=dtype)
+        return ir.Tensor(np.ascontiguousarray(levels, dtype=dtype.numpy()))
     unsigned = torch.from_numpy(np.ascontiguousarray(levels & (2**bits - 1)))
     return ir.PackedTensor(pack_levels(unsigned, bits).numpy(), dtype, shape=levels.shape)
