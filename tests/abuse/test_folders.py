@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from children import code_of, in_child
 
 pytest.importorskip("torchao")
 pytest.importorskip("transformers")
@@ -18,7 +19,7 @@ import transformers
 from tokenizers import Tokenizer, models
 from torchao.quantization import quantize_
 
-from diffq_fx import ExportError, convert, prepare
+from diffq_fx import convert, prepare
 from diffq_fx.integrations.olive import save_olive
 from diffq_fx.integrations.torchao import QATConfig, whole_model
 from diffq_fx.methods import STE
@@ -116,23 +117,6 @@ def olive():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
     model = converted(0)
     return lambda folder: save_olive(model, folder, tokenizer)
-
-
-def in_child(work):
-    """Fork and work: 0, or 7 where an error of ours says why not."""
-    if pid := os.fork():
-        return pid
-    try:
-        work()
-        os._exit(0)
-    except ExportError as error:
-        os._exit(7 if "cannot write" in str(error) else 8)
-    finally:
-        os._exit(1)
-
-
-def code_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_folder_for_olive_is_whole_or_not_there(olive, tmp_path, monkeypatch):

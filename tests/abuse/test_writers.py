@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import code_of, in_child
 from torch import nn
 
 from diffq_fx import bits_report, convert, prepare
-from diffq_fx.errors import DiffQError
 from diffq_fx.export import export_onnx, save_packed
 from diffq_fx.export.packed.state_dicts import pack_state_dict, unpack_state_dict
 from diffq_fx.methods import STE
@@ -70,23 +70,6 @@ WRITERS = {
     "page": lambda which, path, _: bits_report(MODELS[which]).save_page(path),
 }
 OURS = ".diffq_fx."
-
-
-def in_child(work):
-    """Fork, work, and leave by 0, or by 7 where an error of ours says why not."""
-    if pid := os.fork():
-        return pid
-    try:
-        work()
-        os._exit(0)
-    except DiffQError as error:
-        os._exit(7 if "cannot write" in str(error) else 8)
-    finally:
-        os._exit(1)
-
-
-def code_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture(scope="module", params=WRITERS)
