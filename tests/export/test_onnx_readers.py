@@ -1,5 +1,7 @@
 """What the layout rules find in a graph and predict of it, on graphs of a few nodes: readers of weights, values to round, costs."""
 
+import re
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,6 +14,7 @@ from diffq_fx.export.onnx.layout.consumers import LinearUse, find_uses
 from diffq_fx.export.onnx.layout.convolution import fold_batch_norm
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile
 from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, make_node, only_reader
+from diffq_fx.export.onnx.layout.linear import refusal
 from diffq_fx.export.onnx.layout.table import one_container, read_table
 
 OPSET = 'ir_version: 10, opset_import: ["" : 21]'
@@ -350,3 +353,23 @@ def test_levels_that_do_not_fit_int8_stretch_their_scale():
     table = read_table(store(torch.tensor([[0.0, 3.0, 1.0], [-1.0, 1.0, 0.5]]), 8))
     assert table.int8_stretch.ravel().tolist() == pytest.approx([255 / 127, 128 / 127], rel=0.01)
     assert read_table(store(torch.randn(2, 9), 7)).int8_stretch.ravel().tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("bits", "settings", "transposed", "reason"),
+    [
+        (8, {}, True, None),
+        (9, {}, True, "onnxruntime fuses up to 8 bits, the widest channel has 9"),
+        (4, {}, False, r"scales lie along the inputs of this MatMul \(axis=0\), not along its outputs"),
+        (4, {"group": "tensor", "ranges": "tensor"}, False, None),
+        (4, {"group": 16, "ranges": 16}, True, None),
+        (4, {"group": 48, "ranges": 48}, True, None),
+        (4, {"group": 24, "ranges": 24}, True, "blocks of 24 inputs: onnxruntime fuses multiples of 16"),
+    ],
+)
+def test_weights_that_no_product_can_be_fused_with(bits, settings, transposed, reason):
+    table = read_table(store(torch.randn(6, 96), bits, **settings))
+    use = LinearUse(None, make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, transposed, None)
+    found = refusal(table, use)
+    assert (found is None) == (reason is None)
+    assert reason is None or re.fullmatch(reason, found)

@@ -53,7 +53,7 @@ def test_rows_are_divided_into_shards_of_about_equal_size(shapes, number):
     assert rows == [shape[0] for shape in shapes]
     sizes = [sum(span.rows * shapes[span.weight][1] for span in spans) for spans in shards]
     longest_row = max(columns for _, columns in shapes)
-    assert max(sizes) - min(sizes) <= 2 * longest_row
+    assert max(sizes) - min(sizes) <= longest_row
     order = [span.weight for spans in shards for span in spans]
     assert order == sorted(order)
 
