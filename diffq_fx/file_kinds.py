@@ -33,6 +33,8 @@ def foreign_kind(path: str | Path) -> str:
         return "is a folder: give a file in it (a Hugging Face folder is for diffq-fx compress, a compressed one for from_pretrained)"
     if os.path.isfile(path) and not os.path.getsize(path):
         return "is empty: it has 0 bytes"
+    if looks_like_safetensors(Path(path)):  # the length that it begins with may have the bytes of a pickle
+        return ""
     begin = _begin(Path(path))
     if begin.startswith(_ZIP):
         return _kind_of_archive(Path(path))

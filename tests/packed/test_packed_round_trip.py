@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
 from diffq_fx import PackedFileError, convert, prepare
+from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.integer_kind import PackedIntegers
 from diffq_fx.export.packed.packed_report import inspect_packed
+from diffq_fx.file_kinds import foreign_kind
 from diffq_fx.kernels import extension
 from diffq_fx.methods import STE
 from diffq_fx.storage import IntegerWeight
@@ -159,6 +161,32 @@ def test_a_tied_weight_is_stored_once(tmp_path, compression):
     assert tensors["embedding.weight"] is tensors["head.weight"]
     untied = load_packed(float_twin(model, tie=False), path)
     assert_equal(untied.state_dict(), expected(model))
+
+
+@pytest.mark.parametrize("begin", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_header_whose_length_begins_as_a_pickle_does(tmp_path, begin):
+    """640, 896, 1152 and 1408 bytes: the same first bytes as those of pickles of protocols 2 to 5."""
+    path, size = tmp_path / "m.safetensors", int.from_bytes(begin, "little")
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(size)
+    path.write_bytes(size.to_bytes(8, "little") + header + bytes(8))
+    assert foreign_kind(path) == ""
+    with pytest.raises(PackedFileError, match="without what save_packed"):
+        load_packed(path)
+
+
+@pytest.mark.parametrize("size", [640, 896])
+def test_a_packed_file_whose_header_length_is_that_of_a_pickle(tmp_path, size):
+    """A large tensor stands in the header by its name: one of some length makes the header as long as wanted."""
+    path, large = tmp_path / "m.safetensors", torch.randn(SMALL_BYTES)
+    length = 1
+    while True:
+        model = converted(store("w", (4, 8)), **{"b" * length: large})
+        now = int.from_bytes(save_packed(model, path, "bits").read_bytes()[:8], "little")
+        if now >= size:
+            break
+        length += size - now
+    assert now == size
+    assert_equal(load_packed(path), expected(model))
 
 
 class _WritesItself(torch.nn.Linear):
