@@ -237,7 +237,7 @@ _MULTIMODAL = [
         x_layers=1,
     ),
     tiny("LayoutLMModel", "LayoutLMConfig", MULTIMODAL, _boxed, **TEXT),
-    tiny("LiltModel", "LiltConfig", MULTIMODAL, _boxed, **TEXT),
+    tiny("LiltModel", "LiltConfig", MULTIMODAL, _boxed, **TEXT, hidden_size=48),
     tiny(
         "LlavaForConditionalGeneration",
         "LlavaConfig",

@@ -78,18 +78,6 @@ ARCHITECTURES = [
     _of(
         "torchaudio",
         "torchaudio.models",
-        "HDemucs",
-        _frames(1, 8192),
-        sources=["a", "b"],
-        audio_channels=1,
-        channels=8,
-        depth=3,
-        nfft=512,
-        freq_emb=0.0,
-    ),
-    _of(
-        "torchaudio",
-        "torchaudio.models",
         "WaveRNN",
         lambda batch: (randn(batch, 1, 32), randn(batch, 1, 8, 8)),
         upsample_scales=[2, 2, 2],
