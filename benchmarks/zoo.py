@@ -56,7 +56,7 @@ def run(names: list[str], families: list[str], again: list[str], minutes: float,
     """Run what has no line yet, a family at a time, until the time is over."""
     import_libraries()
     _export_once()
-    end, outcome_of = time.monotonic() + 60 * minutes, {name: line["outcome"] for name, line in known().items()}
+    end, unfinished = time.monotonic() + 60 * minutes, {None, *again, *(["without ONNX"] if onnx else [])}
     for entry in architectures():
         key = key_of(entry)
         if (names and not any(name in key for name in names)) or (families and entry.family not in families):
@@ -64,7 +64,7 @@ def run(names: list[str], families: list[str], again: list[str], minutes: float,
         if time.monotonic() > end:
             print("the time is over")
             return
-        if key in known() and outcome_of.get(key) not in [*again, *(["without ONNX"] if onnx else [])] and not names:
+        if not names and known().get(key, {}).get("outcome") not in unfinished:  # another process may have run it
             continue
         line = in_own_process(entry, onnx=onnx)
         with LINES.open("a") as file:
