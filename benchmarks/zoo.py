@@ -176,7 +176,7 @@ def report() -> None:
                 f"{peak:.0f}",
             )
         )
-        if line["outcome"] != "whole":
+        if "message" in line:
             torch_too = f" torch.onnx on the float model: {line['torch_onnx_failure']}" if "torch_onnx_failure" in line else ""
             message = " ".join(line["message"].split()) + torch_too
             messages.append((line["model"], line["outcome"], line["step"], message.replace("|", "\\|")))
@@ -189,6 +189,11 @@ def report() -> None:
         "Families: " + ", ".join(f"{name} {count}" for name, count in families.items()) + ".",
         f"Prepare in forwards (train mode, batch of 2, median of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}.",
         f"export_onnx (with its check in onnxruntime) over torch.onnx's export of the float model: {_spread(exports, MOST_TORCH)}.",
+        *(
+            ["Without ONNX: all steps before the export were run, and were right; the export itself was not run yet."]
+            if counts["without ONNX"]
+            else []
+        ),
         "Processor time on a machine with other load; peak MiB is the largest of all steps, above the memory before the step.",
         markdown_table(header, rows),
         "## What is not whole",
