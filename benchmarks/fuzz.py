@@ -11,8 +11,10 @@ else happens is named in the result, and its file is kept.
 
 import argparse
 import collections
+import ctypes
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -197,9 +199,14 @@ def _shown(path: Path, whole: bool) -> str:
 TARGETS = {"packed": (packed_seeds, forge_packed, read_packed), "onnx": (onnx_seeds, forge_onnx, read_onnx)}
 
 
-def _peak_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Memory that is given back goes to the system: what one input left behind would hide what the next one takes."""
+KNOWN_KIB = 16384
+
+
+def _kib(field: str) -> int:
+    """Memory of this process: VmRSS, what it has, or VmHWM, the most since that was last cleared."""
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 class Observer:
@@ -213,6 +220,12 @@ class Observer:
             for seed in sorted(seeds.iterdir()):
                 _, taken = self._observe(seed.read_bytes(), whole=True)
                 self.honest_kib = max(self.honest_kib, taken) if turn else 0
+        read, self.read = self.read, lambda path, whole: str(len(b"1" * (KNOWN_KIB << 10)))
+        for _ in range(2):
+            _, taken = self._observe(b"", whole=True)
+            if not 0.9 * KNOWN_KIB < taken < 1.1 * KNOWN_KIB:
+                raise SystemExit(f"{KNOWN_KIB} KiB that were taken measure as {taken}")
+        self.read = read
         self.counts.clear()
         self.write()
 
@@ -227,14 +240,21 @@ class Observer:
             self.write()
 
     def write(self) -> None:
-        facts = {"counts": self.counts, "slowest": self.slowest, "most_kib": self.most_kib, "honest_kib": self.honest_kib}
+        facts = {
+            "counts": self.counts,
+            "resident_kib": _kib("VmRSS"),
+            "slowest": self.slowest,
+            "most_kib": self.most_kib,
+            "honest_kib": self.honest_kib,
+        }
         (self.folder / "counts.json").write_text(json.dumps(facts))
 
     def _observe(self, data: bytes, whole: bool) -> tuple[float, int]:
         """Seconds, and KiB by which the memory was larger meanwhile than before."""
         self.path.write_bytes(data)
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, start = _peak_kib(), time.perf_counter()
+        before, start = _kib("VmHWM"), time.perf_counter()
         try:
             if found := CONTROLS.search(self.read(self.path, whole)):
                 self._keep("control", repr(found[0]), data)
@@ -247,7 +267,7 @@ class Observer:
             self.counts["crashed"] += 1
             last = [frame for frame in traceback.extract_tb(error.__traceback__) if "diffq_fx" in frame.filename][-1]
             self._keep("crash", f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:80]}", data)
-        return time.perf_counter() - start, _peak_kib() - before
+        return time.perf_counter() - start, _kib("VmHWM") - before
 
     def _keep(self, kind: str, what: str, data: bytes) -> None:
         self.counts[kind] += 1
@@ -292,10 +312,11 @@ def fuzz(target: str, folder: Path, inputs: int) -> list[object]:
         (folder / name).mkdir(parents=True)
     with warnings.catch_warnings(action="ignore"):
         TARGETS[target][0](folder / "seeds")
-    done, died, sums, facts = 0, 0, collections.Counter(), {"slowest": 0.0, "most_kib": 0, "honest_kib": 0}
+    done, died, sums, facts = 0, 0, collections.Counter(), {"slowest": 0.0, "most_kib": 0, "honest_kib": 0, "resident_kib": 0}
     while done < inputs:
         left = inputs - done
-        code = subprocess.run([sys.executable, "-m", "benchmarks.fuzz", "--child", target, str(folder), str(left)], check=False).returncode
+        command = [sys.executable, "-m", "benchmarks.fuzz", "--child", target, str(folder), str(left)]
+        code = subprocess.run(command, check=False, env=os.environ | ALLOCATOR).returncode
         found = json.loads((folder / "counts.json").read_text())
         died += code != 0
         sums.update(found["counts"])
@@ -304,7 +325,7 @@ def fuzz(target: str, folder: Path, inputs: int) -> list[object]:
         if code == 0:
             break
     kept = len(list((folder / "corpus").iterdir()))
-    memory = f"{facts['most_kib'] / 1024:.1f} MiB, honest {facts['honest_kib'] / 1024:.1f}"
+    memory = f"{facts['most_kib'] / 1024:.1f} MiB, honest {facts['honest_kib'] / 1024:.1f}, resident {facts['resident_kib'] / 1024:.0f}"
     ends = [sums[key] for key in ("read", "refused", "crashed")]
     return [target, done, kept, *ends, died + sums["slow"], f"{facts['slowest']:.2f} s", memory, sums["memory"], sums["control"]]
 
