@@ -71,7 +71,7 @@ def allocate_coded_widths(
         if not fits < budget < exceeds:  # what is saved goes up and down in turn
             if exceeds - fits == math.inf:
                 break
-            budget = (fits + exceeds) // 2
+            budget = int(fits + exceeds) // 2
     return within(0) if best is None else best
 
 
