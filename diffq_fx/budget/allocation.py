@@ -145,10 +145,11 @@ def fill_up(width: Tensor, above: Tensor, values: Tensor, order: Tensor, room: f
     width = width.clone()
     width[order[taken]] = above[order[taken]]
     room -= float(cost[order[taken]].sum())
-    for group in order[~taken][:_LAST_GROUPS].tolist():  # the first that did not fit may hide smaller ones that do
-        if cost[group] <= room:
+    rest = order[~taken][:_LAST_GROUPS]
+    for group, needed in zip(rest.tolist(), cost[rest].tolist(), strict=True):  # the first that did not fit may hide smaller ones that do
+        if needed <= room:
             width[group] = above[group]
-            room -= float(cost[group])
+            room -= needed
     return width
 
 
