@@ -27,7 +27,7 @@ class Entry:
     """Weights with requires_grad=False."""
     unseen: tuple[str, ...] = ()
     """Weights that the example never reads."""
-    no_onnx: Literal["", "control flow", "output type", "experts", "state", "random", "chance"] = ""
+    no_onnx: Literal["", "control flow", "output type", "state", "random", "chance"] = ""
     """Why there is no ONNX file of it: torch refuses the float model (the first three), or a file cannot do what the model does; empty
     where there must be one. With "chance" the file does it sometimes, so nothing can be tested."""
     pickles: bool = True

@@ -82,7 +82,6 @@ ENTRIES = [
         ),
         _ids,
         16,
-        no_onnx="experts",
     ),
     _hf(
         "modernbert",

@@ -14,6 +14,7 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
 from diffq_fx.export.onnx.causes import tracing_cause
 from diffq_fx.export.onnx.examples import ExportExample
+from diffq_fx.export.onnx.experts import experts_in_batches
 from diffq_fx.export.onnx.naming import PAST, InterfaceNames, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.translation import TRACING_ERRORS, quiet, translate
@@ -79,7 +80,8 @@ class Tracer:
             ExportError: a size that ``dynamic_shapes`` makes dynamic decides a branch, or one that must be is not; torch.export or
                 torch.onnx cannot follow the model.
         """
-        with quiet(), recurrent_layers_whole(), torch.no_grad():  # with gradients on, attention is taken apart into other operators
+        # with gradients on, attention is taken apart into other operators
+        with quiet(), recurrent_layers_whole(), experts_in_batches(self.converted), torch.no_grad():
             if self.dynamic_shapes is not None:
                 program = self._exported(self.example, self.dynamic_shapes)
                 if found := branches(self.converted, program, self.example, self.dynamic_shapes):
