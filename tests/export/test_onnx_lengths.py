@@ -100,6 +100,26 @@ def test_a_fixed_size_has_its_reason(make, shape, fixed, path):
     assert_same(run_exact(path, x), model(x))
 
 
+class Around(nn.Module):
+    """Takes anything, as PEFT's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = Attention()
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+def test_keywords_that_the_signature_does_not_name(path):
+    model = Around().eval()
+    result = export_onnx(model, {"ids": torch.randint(20, (2, 7)), "mask": torch.ones(2, 7, dtype=torch.long)}, path)
+    assert result.fixed_sizes == {}
+    ids, mask = torch.randint(20, (3, 5)), torch.ones(3, 5, dtype=torch.long)
+    assert_same(run_exact(path, ids, mask), model(ids=ids, mask=mask))
+    assert "forward" not in vars(model)
+
+
 def test_sizes_that_dynamic_shapes_leaves(path):
     result = export_onnx(Then(lambda y, x: y).eval(), torch.randn(2, 5, 16), path, dynamic_shapes={"x": {1: torch.export.Dim.AUTO}})
     assert dict(result.fixed_sizes) == {"x.0": "dynamic_shapes leaves it", "x.2": "dynamic_shapes leaves it"}

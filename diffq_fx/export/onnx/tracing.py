@@ -15,6 +15,7 @@ from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, s
 from diffq_fx.export.onnx.causes import tracing_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.experts import experts_in_batches
+from diffq_fx.export.onnx.keywords import keywords_named
 from diffq_fx.export.onnx.naming import PAST, InterfaceNames, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.translation import TRACING_ERRORS, quiet, translate
@@ -124,7 +125,8 @@ class Tracer:
 
     def _exported(self, example: ExportExample, dynamic_shapes: Any) -> torch.export.ExportedProgram:
         try:
-            program = torch.export.export(self.converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with keywords_named(self.converted, example.kwargs):
+                program = torch.export.export(self.converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         except TRACING_ERRORS as error:
             raise ExportError(
                 f"torch.export cannot trace the {type(self.converted).__name__}: {tracing_cause(error)}\n"
