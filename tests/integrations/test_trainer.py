@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
@@ -43,9 +44,10 @@ class Logger(TrainerCallback):
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _alone():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    AcceleratorState._reset_state(reset_partial_state=True)  # which one test's bf16 would leave to the next
 
 
 class Net(nn.Module):
