@@ -31,7 +31,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def _cells(result: dict[str, Any]) -> list[str]:
     def of_file(name: str, what: str, digits: int) -> str:
         found = result.get(name)
-        return f"{found[what]:.{digits}f}" if isinstance(found, dict) else (found or "")
+        return f"{found[what]:.{digits}f}" if isinstance(found, dict) else ""  # result.json says why there is none
 
     setting = ", ".join(f"{name}={value}" for name, value in result["settings"].items() if name != "epochs")
     sizes = [f"{result['size_mib']:.3f}", f"{result['float_mib']:.2f}", of_file("packed", "mib", 3)]

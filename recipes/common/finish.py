@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import diffq_fx
 from diffq_fx import convert, model_size
+from diffq_fx.atomic import replaced_atomically
+from diffq_fx.errors import DiffQError
 from recipes.common.loop import Training
 
 _ALWAYS_NAMED = "bits", "epochs", "batch_size", "lr", "seed"
@@ -24,12 +26,14 @@ def finish(training: Training) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     plain = type(settings)()
     told = {name: value for name, value in vars(settings).items() if name in _ALWAYS_NAMED or value != getattr(plain, name)}
-    told = {name: value.name if isinstance(value, Path) else value for name, value in told.items() if name not in _NEVER_NAMED}
+    untold = {*_NEVER_NAMED, *settings.without_effect()}
+    told = {name: value.name if isinstance(value, Path) else value for name, value in told.items() if name not in untold}
     result: dict[str, Any] = {"recipe": recipe.name, "model": settings.model, "method": settings.method, "settings": told}
     result |= {"score_name": recipe.score_name, "float_mib": training.float_mib}
     if not training.is_prepared:
         state = {name: each.contiguous() for name, each in training.model.state_dict().items()}
-        save_file(state, out / "float.safetensors")
+        with replaced_atomically(out / "float.safetensors", DiffQError) as file:
+            file.write(save(state))
         result |= {"size_mib": training.float_mib, **recipe.evaluate(training.model)}
     else:
         size = float(model_size(training.model, exact=True))
@@ -49,7 +53,8 @@ def finish(training: Training) -> dict[str, Any]:
         "versions": f"torch {torch.__version__}, diffq_fx {diffq_fx.__version__}, Python {platform.python_version()}",
         "date": datetime.date.today().isoformat(),
     }
-    (out / "result.json").write_text(json.dumps(result) + "\n")
+    with replaced_atomically(out / "result.json", DiffQError) as file:
+        file.write(json.dumps(result).encode() + b"\n")
     return result
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 import signal
 import time
 from contextlib import nullcontext
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffq_fx import Distillation, prepare
+from diffq_fx.errors import DiffQError
+from recipes.common.checkpoint import read_checkpoint
 from recipes.common.methods import Optimizers, Turns, make_method
 from recipes.common.processes import Processes
 from recipes.common.recipe import Batch, Recipe
@@ -60,13 +61,23 @@ class Training:
         start = self.settings.start
         if start is not None:
             try:
-                model.load_state_dict(load_file(start))
-            except (SafetensorError, RuntimeError) as wrong:
+                state = load_file(start)
+            except (SafetensorError, OSError) as wrong:
+                raise SystemExit(f"--start {start} is no safetensors file that can be read: {wrong}. Make it again.") from wrong
+            if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+                raise SystemExit(f"--start {start} has values that are not finite in {', '.join(broken[:3])}. Make it again.")
+            try:
+                model.load_state_dict(state)
+            except RuntimeError as wrong:
                 raise SystemExit(f"--start {start} has other weights than the model: {' '.join(str(wrong).split())[:300]}") from wrong
         self.float_mib = float_mib(model)
-        method = make_method(self.settings, self.steps)
-        self.is_prepared = method is not None
-        return model if method is None else prepare(model, self.recipe.example, method)
+        example = self.recipe.example
+        try:
+            method = make_method(self.settings, self.steps)
+            self.is_prepared = method is not None
+            return model if method is None else prepare(model, example, method)
+        except (ValueError, TypeError, DiffQError) as wrong:  # what the options ask for cannot be, and the library says why
+            raise SystemExit(f"--method {self.settings.method}: {wrong}") from wrong
 
     def wrapped(self) -> nn.Module:
         """What the training calls: the model itself, compiled or in DistributedDataParallel if so asked."""
@@ -168,21 +179,21 @@ class Training:
         if self.processes.is_first:
             self.settings.out.mkdir(parents=True, exist_ok=True)
             draft = self._checkpoint.with_suffix(".draft")
-            torch.save(
-                {
-                    "settings": self._that_count(),
-                    "model": self.model.state_dict(),
-                    "optimizers": self.optimizers.state_dict(),
-                    "average": None if self.average is None else self.average.values,
-                    "stages": None if self.stages is None else self.stages.history(),
-                    "done": self.done,
-                    "seconds": self.seconds,
-                    "history": self.history,
-                },
-                draft,
-            )
+            torch.save(self._state(), draft)
             os.replace(draft, self._checkpoint)
         self.processes.wait()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "settings": self._that_count(),
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "average": None if self.average is None else self.average.values,
+            "stages": None if self.stages is None else self.stages.history(),
+            "done": self.done,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
 
     def _that_count(self) -> dict[str, str]:
         return {name: str(value) for name, value in vars(self.settings).items() if name not in _MAY_CHANGE}
@@ -191,12 +202,7 @@ class Training:
         """Go on from the checkpoint, if there is one."""
         if not self._checkpoint.exists():
             return 0
-        try:
-            state = torch.load(self._checkpoint, map_location=self.processes.device)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as wrong:
-            raise SystemExit(
-                f"{self._checkpoint} cannot be read: it was damaged after it was written. Delete it, or give another --out."
-            ) from wrong
+        state = read_checkpoint(self._checkpoint, self.processes.device, self._state())
         mine, theirs = self._that_count(), state["settings"]
         if differing := [
             f"--{name.replace('_', '-')} was {theirs.get(name)}, is {mine[name]}" for name in mine if mine[name] != theirs.get(name)

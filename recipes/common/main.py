@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from diffq_fx.errors import DiffQError
 from recipes.common.finish import finish
 from recipes.common.loop import Training
-from recipes.common.processes import joined
+from recipes.common.processes import held, joined
 from recipes.common.recipe import Recipe
 from recipes.common.settings import Settings, parse
 
@@ -26,10 +28,21 @@ def main(recipe: type[Recipe[Any]], argv: Sequence[str] | None = None) -> dict[s
     module = sys.modules[recipe.__module__]
     settings = parse(recipe.settings_type, argv, module.__doc__ or "")
     if settings.smoke:
-        settings = replace(settings, **_SMOKE, smoke=False)
+        settings = replace(settings, **_SMOKE, smoke=False, out=settings.out / "smoke")
         if not settings.stop_after:
             _train_and_be_killed(module, settings, argv)
-    with joined(settings.device) as processes:
+    try:
+        result = _trained(recipe, settings)
+    except (DiffQError, OSError) as wrong:
+        raise SystemExit(str(wrong)) from wrong
+    if result:
+        print(json.dumps(result), flush=True)  # noqa: T201
+    return result
+
+
+def _trained(recipe: type[Recipe[Any]], settings: Settings) -> dict[str, Any]:
+    """The result, in the first process."""
+    with joined(settings.device) as processes, held(settings.out) if processes.is_first else nullcontext():
         if processes.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         training = Training(recipe(settings, processes.device), processes)
@@ -37,8 +50,6 @@ def main(recipe: type[Recipe[Any]], argv: Sequence[str] | None = None) -> dict[s
         training.run()
         result = finish(training) if processes.is_first else {}
         processes.wait()
-    if result:
-        print(json.dumps(result), flush=True)  # noqa: T201
     return result
 
 

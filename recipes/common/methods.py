@@ -21,7 +21,7 @@ PAPER_BITS_LR = 1e-4
 
 def make_method(settings: Settings, steps: int) -> Method | None:
     """The method of the settings for a training of so many steps; None for float."""
-    whole, group = max(round(settings.bits), 1), int(settings.group) if settings.group.isdigit() else settings.group
+    whole, group = int(settings.bits), int(settings.group) if settings.group.isdecimal() else settings.group
     common: dict[str, Any] = {"min_size": settings.min_size}
     entries = 2**whole
     match settings.method:
@@ -33,8 +33,7 @@ def make_method(settings: Settings, steps: int) -> Method | None:
                 aim = {"penalty": settings.penalty}
             return DiffQConfig(**aim, **common, group_size=group, training_steps=steps)
         case "diffq-paper":
-            size = group if isinstance(group, int) else 8
-            return replace(DiffQConfig.paper(settings.penalty or 5.0, size), **common)
+            return replace(DiffQConfig.paper(settings.penalty, group), **common)  # pyright: ignore[reportArgumentType]
         case "ste":
             return STE(bits=whole, group_size=group, **common)
         case "lsq":
@@ -44,7 +43,7 @@ def make_method(settings: Settings, steps: int) -> Method | None:
         case "pq":
             return ProductQuantization(entries=entries, rate=settings.noise_rate, noise="proxy", **common)
         case "lc":
-            return LC(codebook=settings.codebook, entries=entries, **common)  # pyright: ignore[reportArgumentType]
+            return LC(codebook=settings.codebook, entries=entries, **common)
 
 
 class Turns:
@@ -93,7 +92,7 @@ class Optimizers:
         self.weights = [each for each in model.parameters() if id(each) not in own]
         self.all = [self._of_weights()]
         follows_the_paper = settings.method == "diffq-paper" or settings.penalty is not None
-        bits_lr = settings.bits_lr or (PAPER_BITS_LR if follows_the_paper else 1e-3)
+        bits_lr = settings.bits_lr if settings.bits_lr is not None else PAPER_BITS_LR if follows_the_paper else 1e-3
         groups = [{"params": scales, "lr": settings.scales_lr, "falls": True}, {"params": bits, "lr": bits_lr, "falls": False}]
         if groups := [group for group in groups if group["params"]]:
             self.all.append(torch.optim.Adam(groups))

@@ -4,9 +4,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,24 @@ class Processes:
 
 
 @contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a folder; the system lets go of it even when this process is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as taken:
+                raise SystemExit(f"--out {folder}: another process trains there. Wait for its end, or give another --out.") from taken
+        yield
+
+
+@contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """Join the others, if torchrun has started several: NCCL between GPUs, gloo between CPUs."""
-    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here. Leave --device out to train on the CPU.")
     count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:

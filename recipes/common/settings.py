@@ -4,13 +4,45 @@ import argparse
 import inspect
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from diffq_fx.methods.learning_compression import CodebookKind
+
 MethodName = Literal["float", "diffq", "diffq-paper", "ste", "lsq", "quant-noise", "pq", "lc"]
 S = TypeVar("S", bound="Settings")
+
+_ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bits": ("method", ("diffq", "ste", "lsq", "quant-noise", "pq", "lc")),
+    "mib": ("method", ("diffq",)),
+    "penalty": ("method", ("diffq", "diffq-paper")),
+    "bits_lr": ("method", ("diffq", "diffq-paper")),
+    "group": ("method", ("diffq", "diffq-paper", "ste", "lsq", "quant-noise")),
+    "scales_lr": ("method", get_args(MethodName)[1:]),
+    "noise_rate": ("method", ("quant-noise", "pq")),
+    **dict.fromkeys(("codebook", "mu_start", "mu_end", "turns"), ("method", ("lc",))),
+    **dict.fromkeys(("finetune_epochs", "finetune_lr"), ("method", ("pq",))),
+    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("drop_every", "drop_by"), ("schedule", ("steps",))),
+}
+"""Options that have an effect only where another has one of these values."""
+_RANGES = {
+    **dict.fromkeys(("epochs", "lr", "mib", "penalty", "mu_start", "mu_end", "finetune_lr", "drop_every", "seconds"), "(0, inf)"),
+    **dict.fromkeys(("weight_decay", "clip_norm", "bits_lr", "scales_lr", "finetune_epochs", "evaluate_every"), "[0, inf)"),
+    **dict.fromkeys(("min_size", "save_every", "limit", "stop_after"), "[0, inf)"),
+    **dict.fromkeys(("batch_size", "size", "least_count", "context", "length", "words", "width", "layers"), "[1, inf)"),
+    **dict.fromkeys(("momentum", "warm_up", "ema", "smoothing"), "[0, 1)"),
+    "bits": "(0, 32]",
+    "noise_rate": "[0, 1]",
+    "drop_by": "(0, 1]",
+    "turns": "[2, inf)",
+    "seed": "[0, 4294967295]",
+}
+"""Where the numbers of all recipes lie."""
+_PAPER = {"penalty": 5.0, "group": "8"}
+"""diffq-paper, where a recipe's preset has no others."""
 
 
 @dataclass(kw_only=True)
@@ -29,7 +61,7 @@ class Settings:
     method: MethodName = "diffq"
     """How weights are compressed; diffq-paper has the settings of the DiffQ paper, pq is product quantization with iPQ."""
     bits: float = 4.0
-    """Bits a weight: the target of diffq, the width of ste, lsq and quant-noise; pq and lc have 2^bits entries."""
+    """Bits a weight: the target of diffq, the width of ste, lsq and quant-noise; pq and an adaptive codebook of lc have 2^bits entries."""
     mib: float | None = None
     """Target of diffq for the size of the whole model in MiB, in place of bits."""
     penalty: float | None = None
@@ -40,8 +72,8 @@ class Settings:
     """Weights with fewer elements stay in float."""
     noise_rate: float = 0.5
     """Share of the weights that quant-noise or pq disturbs in a forward."""
-    codebook: str = "adaptive"
-    """Of lc: adaptive, binary, scaled_binary, ternary, scaled_ternary or powers_of_two."""
+    codebook: CodebookKind = "adaptive"
+    """Of lc; adaptive has 2^bits entries."""
     mu_start: float = 1e-3
     """Of lc: weight of the penalty at the start."""
     mu_end: float = 1.0
@@ -84,8 +116,8 @@ class Settings:
     ema: float = 0.0
     """Decay of a moving average of the weights, which is what is kept in the end; 0 for none."""
 
-    device: str = "auto"
-    """auto, cpu, cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is the GPU where there is one."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the activations in training; auto is bf16 on a GPU."""
     compile: bool = False
@@ -112,13 +144,34 @@ class Settings:
         """What a model's or a method's defaults are where they are not those of the recipe."""
         return {}
 
-    def check(self) -> None:
-        """Refuse what cannot work, naming the option."""
-        for name in ("epochs", "batch_size", "lr", "bits"):
-            if not getattr(self, name) > 0:
-                raise SystemExit(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}.")
-        if self.group not in ("channel", "tensor") and not self.group.isdigit():
-            raise SystemExit(f"--group must be channel, tensor or a number, got {self.group!r}.")
+    def without_effect(self) -> dict[str, str]:
+        """Options that change nothing beside the others, each with the reason."""
+        found = {
+            name: f"is for --{other} {', '.join(values)}, which is {getattr(self, other)} here"
+            for name, (other, values) in _ONLY_FOR.items()
+            if getattr(self, other) not in values
+        }
+        if self.method == "diffq":
+            aim = next((name for name in ("penalty", "mib") if getattr(self, name) is not None), "bits")
+            found |= {name: f"has no effect beside --{aim}" for name in ("mib", "bits") if name != aim}
+        if self.method == "lc" and self.codebook != "adaptive":
+            found["bits"] = f"is for an adaptive codebook, not for {self.codebook}"
+        return found
+
+    def check(self, given: Collection[str]) -> None:
+        """Refuse what cannot work, and what was given without an effect, naming the option."""
+        for name, why in self.without_effect().items():
+            if name in given:
+                raise SystemExit(f"{_option(name)} {why}.")
+        for name, interval in _RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not _lies_in(value, interval):
+                raise SystemExit(f"{_option(name)} must lie in {interval}, got {value}.")
+        if self.method not in ("float", "diffq") and self.bits % 1:
+            raise SystemExit(f"--bits must be a whole number with --method {self.method}, got {self.bits}.")
+        if not (self.group.isdecimal() and int(self.group)) and (self.method == "diffq-paper" or self.group not in ("channel", "tensor")):
+            names = "" if self.method == "diffq-paper" else "channel, tensor or "
+            raise SystemExit(f"--group must be {names}a number from 1, got {self.group!r}.")
         if self.start is not None and not self.start.is_file():
             raise SystemExit(f"--start: there is no file {self.start}. `--method float` leaves one, float.safetensors, in its --out.")
         if self.distil and (self.start is None or self.method == "float"):
@@ -131,16 +184,26 @@ def parse(cls: type[S], argv: Sequence[str] | None, description: str) -> S:
     hints, texts = get_type_hints(cls), _texts(cls)
     for field in fields(cls):
         kind, choices = _kind(hints[field.name])
-        option, text = "--" + field.name.replace("_", "-"), f"{texts.get(field.name, '')} [{field.default}]".replace("%", "%%")
+        option, text = _option(field.name), f"{texts.get(field.name, '')} [{field.default}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             parser.add_argument(option, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
     given = vars(parser.parse_args(argv))
     plain = cls(**given)
-    settings = cls(**{**cls.preset(plain.model, plain.method), **given})
-    settings.check()
+    paper = _PAPER if plain.method == "diffq-paper" else {}
+    settings = cls(**{**paper, **cls.preset(plain.model, plain.method), **given})
+    settings.check(given)
     return settings
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    low, high = map(float, interval[1:-1].split(","))
+    return (low < value or (interval[0] == "[" and value == low)) and (value < high or (interval[-1] == "]" and value == high))
 
 
 def _kind(hint: Any) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 from recipe_data import RECIPES, images, wav
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
+from recipes.common.checkpoint import read_checkpoint
 from recipes.common.main import main
 
 
@@ -53,6 +54,17 @@ def weights(folder, content):
     return ["--start", folder / "f.safetensors"]
 
 
+def checkpoint(folder, content):
+    path = folder / "run/checkpoint.pt"
+    path.parent.mkdir()
+    if content is None:
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+
+
 def pretrained(folder, **files):
     for name, content in files.items():
         write(folder, f"p/{name}.json", content)
@@ -91,18 +103,45 @@ CASES = {
     ),
     "no pairs": ("glue", lambda folder: write(folder, "train.tsv", b"sentence1\tsentence2\tgold_label\n"), "train.tsv has no pair"),
     "a tokenizer that is none": ("glue", lambda folder: pretrained(folder, tokenizer=b"{"), "tokenizer.json cannot be read"),
-    "weights that are none": ("mnist", lambda folder: weights(folder, b"garbage"), "--start .*f.safetensors has other weights"),
+    "weights that are none": ("mnist", lambda folder: weights(folder, b"garbage"), "--start .*f.safetensors is no safetensors file"),
     "weights of another model": (
         "mnist",
         lambda folder: weights(folder, {"conv": torch.zeros(1)}),
         "--start .*f.safetensors has other weights.*Missing key",
     ),
-    "a checkpoint that is none": (
+    "weights that are cut": (
         "mnist",
-        lambda folder: write(folder, "run/checkpoint.pt", b"garbage"),
-        "checkpoint.pt cannot be read.*Delete it",
+        lambda folder: weights(folder, save({"1.bias": torch.zeros(300)})[:-9]),
+        "--start .*f.safetensors is no safetensors file",
     ),
+    "weights of NaN": (
+        "mnist",
+        lambda folder: weights(folder, {"1.bias": torch.full((300,), torch.nan)}),
+        "--start .*f.safetensors has values that are not finite in 1.bias",
+    ),
+    "a run that is a file": ("mnist", lambda folder: write(folder, "run", b""), "File exists.*run"),
+    **{
+        f"a checkpoint that is {what}": (
+            "mnist",
+            lambda folder, content=content: checkpoint(folder, content),
+            "checkpoint.pt cannot be read.*Delete it",
+        )
+        for what, content in {"none": b"garbage", "another dict": {"a": 1}, "a list": [1], "a folder": None}.items()
+    },
 }
+
+
+@pytest.mark.parametrize("where", [0.25, 0.5, 0.75])
+def test_a_flipped_bit_of_a_checkpoint_is_found(tmp_path, where):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": torch.ones(3000)}, path)
+    device = torch.device("cpu")
+    assert read_checkpoint(path, device, ["model"])["model"].sum() == 3000
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="checkpoint.pt cannot be read"):
+        read_checkpoint(path, device, ["model"])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,5 +19,5 @@ def test_two_processes_train_and_finish(tmp_path, name):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", f"recipes.{name}", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([str(each) for each in command], check=True, cwd=ROOT, env=environment)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((tmp_path / "run" / "smoke" / "result.json").read_text())
     assert (result["processes"], result["steps"]) == (2, 2)
