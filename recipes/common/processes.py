@@ -42,11 +42,15 @@ class Processes:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other trainings out of a folder; the system lets go of it even when this process is killed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as wrong:
+        raise SystemExit(f"--out {folder} cannot be written: {wrong.strerror}. Give another.") from wrong
+    with lock:
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as taken:
                 raise SystemExit(f"--out {folder}: another process trains there. Wait for its end, or give another --out.") from taken
         yield

@@ -119,7 +119,7 @@ CASES = {
         lambda folder: weights(folder, {"1.bias": torch.full((300,), torch.nan)}),
         "--start .*f.safetensors has values that are not finite in 1.bias",
     ),
-    "a run that is a file": ("mnist", lambda folder: write(folder, "run", b""), "File exists.*run"),
+    "a run that is a file": ("mnist", lambda folder: write(folder, "run", b""), "--out .*run cannot be written: File exists"),
     **{
         f"a checkpoint that is {what}": (
             "mnist",
