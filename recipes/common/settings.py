@@ -29,8 +29,8 @@ _ONLY_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Options that have an effect only where another has one of these values."""
 _RANGES = {
-    **dict.fromkeys(("epochs", "lr", "mib", "penalty", "mu_start", "mu_end", "finetune_lr", "drop_every", "seconds"), "(0, inf)"),
-    **dict.fromkeys(("weight_decay", "clip_norm", "bits_lr", "scales_lr", "finetune_epochs", "evaluate_every"), "[0, inf)"),
+    **dict.fromkeys(("epochs", "lr", "mib", "penalty", "mu_start", "mu_end", "finetune_lr", "drop_every", "seconds"), "(0, 1e30]"),
+    **dict.fromkeys(("weight_decay", "clip_norm", "bits_lr", "scales_lr", "finetune_epochs", "evaluate_every"), "[0, 1e30]"),
     **dict.fromkeys(("min_size", "save_every", "limit", "stop_after"), "[0, inf)"),
     **dict.fromkeys(("batch_size", "size", "least_count", "context", "length", "words", "width", "layers"), "[1, inf)"),
     **dict.fromkeys(("momentum", "warm_up", "ema", "smoothing"), "[0, 1)"),
@@ -40,7 +40,7 @@ _RANGES = {
     "turns": "[2, inf)",
     "seed": "[0, 4294967295]",
 }
-"""Where the numbers of all recipes lie."""
+"""Where the numbers of all recipes lie; torch computes with float32."""
 _PAPER = {"penalty": 5.0, "group": "8"}
 """diffq-paper, where a recipe's preset has no others."""
 

@@ -41,6 +41,7 @@ NONSENSE = {
     "--stop-after -1": "--stop-after must lie",
     "--epochs inf": "--epochs must lie",
     "--epochs nan": "--epochs must lie",
+    "--weight-decay 1e300": "--weight-decay must lie",
     "--schedule steps --drop-every 0": "--drop-every must lie",
     "--seed 99999999999999999999": "--seed must lie",
     "--method ste --bits 2.5": "--bits must be a whole number with --method ste, got 2.5",
