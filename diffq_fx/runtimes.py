@@ -81,7 +81,8 @@ def runtime_named(name: str) -> Runtime:
         (4, 5, 8)
     """
     if name not in RUNTIMES:
-        raise ValueError(f"DiffQConfig: runtime must be one of {tuple(RUNTIMES)}, got {name!r}.")
+        with_choice = tuple(each for each, runtime in RUNTIMES.items() if len(runtime.preset()["widths"]) > 1)
+        raise ValueError(f"DiffQConfig: runtime must be one of {with_choice}, got {name!r}.")
     return RUNTIMES[name]
 
 

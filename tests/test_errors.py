@@ -77,7 +77,7 @@ def test_constant_weight_works():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        (dict(group_size=0), "group_size must be at least 1, got 0"),
+        (dict(group_size=0), "group_size must be a whole number of at least 1, got 0"),
         (dict(group_size="row"), 'group_size must be "tensor", "channel" or a number'),
         (dict(min_bits=0), "min_bits must be from 1 to 16, got 0"),
         (dict(max_bits=17), "max_bits must be from 1 to 16, got 17"),
@@ -89,7 +89,8 @@ def test_constant_weight_works():
         (dict(noise="laplace"), "noise must be one of"),
         (dict(rest_dtype="int8"), "rest_dtype must be one of"),
         (dict(range_per="row"), 'range_per must be "tensor", "channel", "group" or a number, got'),
-        (dict(range_per=0), "range_per must be at least 1, got 0"),
+        (dict(range_per=0), "range_per must be a whole number of at least 1, got 0"),
+        (dict(range_per=32.5), "range_per must be a whole number of at least 1, got 32.5"),
         (dict(range_per=1), "range_per=1 would store a range for every weight"),
         (dict(range_per=32, group_size=8), "range_per=32 with group_size=8 would have blocks of two lengths"),
         (dict(scale_dtype="bfloat16"), "scale_dtype must be one of"),

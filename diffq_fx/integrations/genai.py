@@ -1,6 +1,8 @@
 """onnxruntime-genai: folders that it runs, made by its own model builder of the exact levels of a converted decoder."""
 
+import copy
 import importlib.util
+import json
 import math
 import subprocess
 import sys
@@ -12,18 +14,25 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
 from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import ExportError, missing
+from diffq_fx.example import in_eval
 from diffq_fx.integrations.olive import HEAD, OliveFolder, check_names, tokenizer_for, write_olive
 from diffq_fx.integrations.olive_weight import HeldWeight
 
-_FILE = "model.onnx"
+_FILE, _SETTINGS = "model.onnx", "genai_config.json"
 _TENSORS = ("qweight", "scales", "qzeros")
-_FULL_FLOAT = "1"
-"""MatMulNBits: accuracy_level of inputs that stay float32."""
+_FULL_FLOAT, _INPUTS_OF_8_BITS = 1, 4
+"""MatMulNBits: accuracy_level of inputs that stay float32, and of those that the runtime rounds."""
+_ANOTHER_WAY = 'export_onnx(..., cache=True, runtime="onnxruntime")'
+_CHECKED_TOKENS, _LONGEST_CHECK = 32, 256
+_TOLERANCE = 1e-3
+"""Relative difference of logits: float32 in another order gives some 1e-6, the least other computation that was met 5e-3."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
     """Write a converted decoder as a folder that onnxruntime-genai runs on a CPU, with the exact levels.
 
     The package's own model builder makes it of what :func:`~diffq_fx.integrations.olive.save_olive` writes. Then every level, scale and
-    zero point of the file is compared with the model's. An embedding that is the head too lies in the file once, as integers.
+    zero point of the file is compared with the model's, and so are the logits of some random tokens, with products
+    in float32. An embedding that is the head too lies in the file once, as integers.
 
     Args:
         model: from ``convert``: a decoder of transformers in whose layers every matrix is quantized, to at most 8 bits.
@@ -57,7 +67,7 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
 
     Raises:
         ExportError: as for :func:`~diffq_fx.integrations.olive.save_olive`; or the builder knows no such architecture, failed, or changed
-            a level.
+            a level; or the runtime computes something else of them.
         ImportError: there is no onnxruntime-genai.
         TypeError: neither a tokenizer nor a folder.
 
@@ -68,10 +78,14 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
         (given := draft.parent / "olive").mkdir()
         with naming(folder, ExportError):
             olive = write_olive(model, given, tokenizer, "export_genai")
-        _build(builder, olive, draft, exact, type(model).__name__)
+        _build(builder, olive, draft, type(model).__name__)
         with naming(folder, ExportError):
             _give_rows_to_embedding(draft / _FILE)
         _check_levels(draft / _FILE, olive)
+        _check_logits(draft, model)
+        if not exact:
+            with naming(folder, ExportError):
+                _round_inputs(draft / _FILE)
         size = sum(path.stat().st_size for path in draft.glob(f"{_FILE}*"))
     return GenAIFolder(Path(folder), olive.held, olive.in_float, size)
 
@@ -99,17 +113,20 @@ def _runtime() -> str:
     return f"{name} {version(name)}"
 
 
-def _build(builder: Path, olive: OliveFolder, target: Path, exact: bool, architecture: str) -> None:
-    options = olive.builder_options | ({"accuracy_level": _FULL_FLOAT} if exact else {})
+def _build(builder: Path, olive: OliveFolder, target: Path, architecture: str) -> None:
+    options = olive.builder_options | {"accuracy_level": str(_FULL_FLOAT)}
     options.pop("shared_embeddings", None)  # an embedding that is the head too lies in the file once: it is made readable afterwards
     extra = [f"{name}={value}" for name, value in options.items()]
     folders = ["-i", olive.path, "-o", target, "-c", olive.path.parent / "cache"]
-    command = [sys.executable, builder, *folders, "-p", "int4", "-e", "cpu", *(["--extra_options", *extra] if extra else [])]
+    command = [sys.executable, builder, *folders, "-p", "int4", "-e", "cpu", "--extra_options", *extra]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (target / _FILE).is_file():
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit status {done.returncode}")
         said = last.replace(str(olive.path), architecture)
-        raise ExportError(f"export_genai: the model builder of {_runtime()} failed. {said}")
+        raise ExportError(
+            f"export_genai: the model builder of {_runtime()} failed. {said.removesuffix('.')}. Where it lacks the architecture or a "
+            f"setting of it, use {_ANOTHER_WAY}."
+        )
 
 
 def _give_rows_to_embedding(path: Path) -> None:
@@ -122,6 +139,16 @@ def _give_rows_to_embedding(path: Path) -> None:
             for tensor in (tensors[name] for name in node.input[2:]):
                 tensor.dims[:] = (tokens, math.prod(tensor.dims) // tokens)
             onnx.save(model, path)
+
+
+def _round_inputs(path: Path) -> None:
+    """Have the runtime round the inputs of products to 8 bits."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = _INPUTS_OF_8_BITS
+    onnx.save(model, path)
 
 
 def _check_levels(path: Path, olive: OliveFolder) -> None:
@@ -144,3 +171,49 @@ def _check_levels(path: Path, olive: OliveFolder) -> None:
                 raise ExportError(f"export_genai: {_runtime()} made other levels or scales of {base!r} than the model has.")
     if left:
         raise ExportError(f"export_genai: the file of {_runtime()} lacks the levels of {', '.join(map(repr, left))}.")
+
+
+def _check_logits(folder: Path, model: nn.Module) -> None:
+    """Compare the runtime's logits with the model's in float32: the builder has its own form of each architecture."""
+    whole: Any = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
+    tokens = _tokens_to_check(json.loads((folder / _SETTINGS).read_text())["model"], getattr(whole.config, "sliding_window", None))
+    try:
+        theirs = _logits_of_runtime(folder, tokens)
+    except Exception as error:  # the runtime raises bare ones too
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportError(
+            f"export_genai: {_runtime()} cannot run what its builder made of a {type(model).__name__}: {said.removesuffix('.')}. "
+            f"Use {_ANOTHER_WAY}."
+        ) from error.with_traceback(None)  # its frames hold the runtime's model
+    with in_eval(whole), torch.no_grad():
+        ours = whole(input_ids=torch.from_numpy(tokens)[None].long().to(whole.device), use_cache=False).logits[0].cpu()
+    ours, theirs = (each.double() - each.double().mean(-1, keepdim=True) for each in (ours, torch.from_numpy(theirs)))
+    difference = float((ours - theirs).norm() / ours.norm())
+    if not difference <= _TOLERANCE:
+        raise ExportError(
+            f"export_genai: {_runtime()} computes something else than this {type(model).__name__}: over {len(tokens)} tokens its logits "
+            f"differ by {difference:.2g} of their norm, and {_TOLERANCE:g} is allowed. Use {_ANOTHER_WAY}."
+        )
+
+
+def _tokens_to_check(settings: dict[str, Any], window: int | None) -> NDArray[np.int32]:
+    """Random ones, none of them special to the runtime; beyond a sliding window and its cache where that is short."""
+    count = beyond if window and (beyond := 2 * window + 2) <= _LONGEST_CHECK else _CHECKED_TOKENS
+    special = np.hstack([settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if settings.get(name) is not None])
+    usual = np.setdiff1d(np.arange(settings["vocab_size"]), special)
+    return np.random.default_rng(0).choice(usual, min(max(count, _CHECKED_TOKENS), settings["context_length"])).astype(np.int32)
+
+
+def _logits_of_runtime(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Of each token; the last two are given one by one, as in a generation."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(folder))
+    search = onnxruntime_genai.GeneratorParams(model)
+    search.set_search_options(max_length=len(tokens), do_sample=False)
+    generator = onnxruntime_genai.Generator(model, search)
+    logits = []
+    for part in (tokens[:-2], tokens[-2:-1], tokens[-1:]):
+        generator.append_tokens(part)
+        logits.append(np.array(generator.get_output("logits")[0]))
+    return np.concatenate(logits)

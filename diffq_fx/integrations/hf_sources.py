@@ -160,10 +160,13 @@ def _batches_of_texts(lines: Sequence[str], data: Path, model: PreTrainedModel, 
 
 def read_tokenizer(folder: Path, how: str) -> Any:
     """The tokenizer of a folder; without one an error that says ``how`` to get on."""
+    if not folder.is_dir():  # transformers would take it for a name of the hub
+        raise DiffQError(f"'{folder}' has no tokenizer: there is no such folder. {how}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # what is missing decides the type
-        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {type(error).__name__}: {error}") from error
+        said = next(iter(str(error).splitlines()), "").strip()
+        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {type(error).__name__}: {said}") from error
     if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
         raise DiffQError(f"'{folder}' has no tokenizer. {how}.")  # transformers makes one without words
     return tokenizer

@@ -94,6 +94,8 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
     described = copy.deepcopy(decoder.config)
     say_nothing(described)
     config = json.loads(described.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    if config.get("sliding_window") and not config.get("layer_types"):  # Mistral's every layer has it; the builder would take none
+        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
     config["quantization_config"] = _quantization_config(held)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -42,6 +42,7 @@ def own_samples(model: nn.Module, count: int = 32, tokens: int = 512, *, rows: i
     causal: Any = model
     if not callable(getattr(model, "generate", None)) or not callable(getattr(model, "get_input_embeddings", None)):
         raise TypeError(f"{_CALLER}: a causal language model of transformers is needed, got {type(model).__name__}: give text as batches.")
+    check_whole(_CALLER, "tokens", tokens, 2, getattr(causal.config, "max_position_embeddings", None))  # None: without end, as BLOOM
     table = causal.get_input_embeddings().weight
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     length = {"min_new_tokens": tokens - 1, "max_new_tokens": tokens - 1, "pad_token_id": 0}  # no text ends early

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks._gguf import greedy, in_float32, values_of
 from diffq_fx import DiffQConfig, ExportError, convert, prepare
-from diffq_fx.export.gguf import export_gguf
+from diffq_fx.export.gguf import export_gguf, refuse_unknown
 from diffq_fx.methods import LC, STE, ProductQuantization
 from diffq_fx.parts import stored_weights
 
@@ -193,6 +193,10 @@ REFUSED = {
         r"weight 'model.embed_tokens.weight': \d+ of its 832 scales are no float16 values.*scale_dtype",
     ),
     "widths": (lambda: rounded(decoder("llama"), STE(bits=9, group_size=32, grid="symmetric", scale_dtype="float16")), "Q8_0, the widest"),
+    "a bias of no tensor": (
+        lambda: rounded(decoder("qwen3", attention_bias=True)),
+        r"tensor 'model.layers.0.self_attn.\w_proj.bias' has no place in the file: the architecture 'qwen3' of llama.cpp",
+    ),
     "codebooks": (
         lambda: rounded(decoder("llama"), ProductQuantization(entries=4, block_size=4)),
         "'model.embed_tokens.weight' is a CodebookWeight, and GGUF holds integers",
@@ -207,6 +211,13 @@ def test_a_model_that_a_file_cannot_hold_leaves_none(case, path):
     with pytest.raises(ExportError, match=f"^export_gguf: .*{says}"):
         export_gguf(model, path, tokenizer=None)
     assert not os.listdir(path.parent)
+
+
+def test_a_tensor_without_a_place_is_met_before_the_compression():
+    with pytest.raises(ExportError, match="^export_gguf: .*has no place in the file"):
+        refuse_unknown(decoder("qwen3", attention_bias=True), None)
+    for name in MODELS:
+        refuse_unknown(decoder(name), None)
 
 
 def test_a_tensor_of_another_library_has_no_place(made, path):
@@ -244,6 +255,10 @@ NO_TOKENIZER = {
     "whole words": (
         lambda folder: change(folder, model=lambda model: {**model, "ignore_merges": True}),
         "ignores merges for words that are tokens, which runtimes do for Llama 3's alone",
+    ),
+    "no merges": (
+        lambda folder: change(folder, model=lambda model: {**model, "merges": []}),
+        "has no merges, and runtimes read no BPE without any",
     ),
     "suffix": (
         lambda folder: change(folder, model=lambda model: {**model, "end_of_word_suffix": "</w>"}),

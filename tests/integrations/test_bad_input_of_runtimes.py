@@ -92,7 +92,7 @@ def made():
 def tokenizer(tmp_path_factory):
     """A folder with a tokenizer that every runtime reads."""
     letters = {letter: index for index, letter in enumerate(["<s>", "</s>", *map(chr, range(97, 123))])}
-    cuts = Tokenizer(models.BPE(letters, []))
+    cuts = Tokenizer(models.BPE(letters | {"ab": len(letters)}, [("a", "b")]))
     cuts.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     folder = tmp_path_factory.mktemp("tokenizer")
     transformers.PreTrainedTokenizerFast(tokenizer_object=cuts, bos_token="<s>", eos_token="</s>").save_pretrained(folder)

@@ -177,8 +177,12 @@ def test_a_model_that_is_not_converted_a_tokenizer_that_is_none_and_a_folder_tha
         TypeError, match="save_olive: tokenizer must be the model's tokenizer of transformers, or a folder with one, got NoneType"
     ):
         save_olive(model, tmp_path / "folder", None)
-    with pytest.raises(ExportError, match="save_olive: .* has no tokenizer.*give the tokenizer itself"):
-        save_olive(model, tmp_path / "folder", tmp_path)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    for words in (tmp_path, tmp_path / "damaged", "nowhere"):
+        with pytest.raises(ExportError, match=r"^save_olive: [^\n]* has no tokenizer[^\n]*give the tokenizer itself[^\n]*$"):
+            save_olive(model, tmp_path / "folder", words)
+    shutil.rmtree(tmp_path / "damaged")
     (tmp_path / "mine").write_text("kept")
     for there in (tmp_path, tmp_path / "mine"):
         with pytest.raises(ExportError, match="is there already"):
@@ -269,6 +273,13 @@ def test_inputs_of_8_bits_are_the_default_and_nearly_always_give_the_same_next_t
     assert fast != ours, "another mode than the exact one"
 
 
+@pytest.mark.slow
+def test_a_sliding_window_in_every_layer_is_one_in_the_runtime_too(runtime, tokenizer, tmp_path):
+    model = convert(prepare(decoder("Mistral", sliding_window=4), IDS, HELD))
+    export_genai(model, tmp_path / "folder", tokenizer, exact=True)
+    assert greedy_of(runtime, tmp_path / "folder") == greedy(model)
+
+
 def test_a_runtime_that_is_not_installed_is_named_with_its_extra(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the package onnxruntime-genai .*: pip install 'diffq-fx\[onnxruntime-genai\]'"):
@@ -282,6 +293,17 @@ BROKEN_BUILDERS = {
         "failed. NotImplementedError: The LlamaForCausalLM model",
     ),
     "writes nothing": ("", "failed. exit status 0"),
+    "computes otherwise": (
+        "import onnx, shutil; shutil.copytree(FOLDER, target, dirs_exist_ok=True); made = target + '/model.onnx'; "
+        "model = onnx.load(made, load_external_data=False); "
+        "[setattr(each, 'f', 0.1) for node in model.graph.node for each in node.attribute if each.name == 'epsilon']; onnx.save(model, made)",
+        r"computes something else than this LlamaForCausalLM: over 32 tokens its logits differ by 0\.\d+ of their norm, and 0.001 is allowed",
+    ),
+    "does not run": (
+        "import shutil; shutil.copytree(FOLDER, target, dirs_exist_ok=True); settings = target + '/genai_config.json'; "
+        "said = open(settings).read().replace('past_key_values.%d.key', 'past.%d'); open(settings, 'w').write(said)",
+        "cannot run what its builder made of a LlamaForCausalLM: .*Use export_onnx",
+    ),
     "rounds again": (
         "import shutil; shutil.copytree(FOLDER, target, dirs_exist_ok=True); data = target + '/model.onnx.data'; "
         "levels = bytearray(open(data, 'rb').read()); levels[AT] ^= 1; open(data, 'wb').write(levels)",
@@ -292,7 +314,7 @@ BROKEN_BUILDERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_BUILDERS)
-def test_a_builder_that_fails_or_changes_a_level_leaves_no_folder(name, runtime, llama, llama_folder, tokenizer, tmp_path, monkeypatch):
+def test_a_builder_that_fails_or_changes_the_model_leaves_no_folder(name, runtime, llama, llama_folder, tokenizer, tmp_path, monkeypatch):
     script, sentence = BROKEN_BUILDERS[name]
     data = (llama_folder.path / "model.onnx.data").read_bytes()
     folder = save_olive(llama, tmp_path / "olive", tokenizer).path

@@ -79,7 +79,7 @@ def test_a_preset_beside_a_fixed_width():
 @pytest.mark.parametrize(
     ("runtime", "settings", "message"),
     [
-        ("llamafile", {}, "runtime must be one of .*'gguf'.*, got 'llamafile'"),
+        ("vllm", {}, r"runtime must be one of \('onnxruntime', 'web', 'openvino', 'onnxruntime-genai', 'gguf'\), got 'vllm'"),
         ("ort-format", {}, r"the runtime 'ort-format' has 8 bits alone and no width to learn. Use STE\(bits=8\)"),
         ("gguf", {"widths": (3, 4)}, r"the runtime 'gguf' has widths of \(4, 5, 8\) on the symmetric grid, got \(3, 4\)"),
         ("gguf", {"grid": "float", "widths": (4, 8)}, r"widths of \(4, 5\) on the float grid, got \(4, 8\)"),

@@ -42,7 +42,14 @@ def batches(count: int = 5) -> list[Tensor]:
 
 def decoder() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+        "max_position_embeddings": 64,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
 
 
@@ -110,7 +117,14 @@ def test_a_decoder_on_its_own_samples() -> None:
     assert float((converted(ids).logits - model(ids).logits).detach().abs().mean()) < 0.1 * float(model(ids).logits.detach().std())
 
 
-@pytest.mark.parametrize(("model", "settings", "error"), [(nn.Linear(2, 2), {}, TypeError), (None, {"tokens": 1}, ValueError)])
-def test_own_samples_refuse(model: nn.Module | None, settings: dict[str, int], error: type[Exception]) -> None:
-    with pytest.raises(error, match="own_samples"):
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "says"),
+    [
+        (nn.Linear(2, 2), {}, TypeError, "a causal language model"),
+        (None, {"tokens": 1}, ValueError, "tokens must be a whole number of at least 2"),
+        (None, {"tokens": 65}, ValueError, "tokens must be a whole number from 2 to 64, got 65"),
+    ],
+)
+def test_own_samples_refuse(model: nn.Module | None, settings: dict[str, int], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=f"own_samples: {says}"):
         own_samples(model or decoder(), **settings)

@@ -17,6 +17,8 @@ class Architecture:
 
     known: gguf.MODEL_ARCH
     activation: str
+    with_bias: frozenset[str] = frozenset()
+    """Tensors that have a bias too, or may: llama.cpp refuses a file with any other."""
     pairs_neighbours: bool = False
     """Whether the runtime's rotary embedding turns channels 2i and 2i + 1 of a head, where transformers turns i and i + half."""
 
@@ -26,11 +28,14 @@ class Architecture:
         return gguf.MODEL_ARCH_NAMES[self.known]
 
 
+_QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+_OF_GPT2 = frozenset({"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"})
+_OF_LLAMA = _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 ARCHITECTURES = {
-    "gpt2": Architecture(gguf.MODEL_ARCH.GPT2, "gelu_new"),
-    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, "silu", pairs_neighbours=True),
-    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, "silu", pairs_neighbours=True),
-    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, "silu"),
+    "gpt2": Architecture(gguf.MODEL_ARCH.GPT2, "gelu_new", _OF_GPT2),
+    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, "silu", _OF_LLAMA, pairs_neighbours=True),
+    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, "silu", _OF_LLAMA, pairs_neighbours=True),
+    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, "silu", _QKV),
     "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3, "silu"),
 }
 """By the ``model_type`` of transformers' config."""
@@ -124,14 +129,16 @@ def row_order(architecture: Architecture, name: str, config: Any, rows: int) -> 
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def file_names(table: gguf.TensorNameMap, names: tuple[str, ...]) -> list[str]:
+def file_names(architecture: Architecture, table: gguf.TensorNameMap, names: tuple[str, ...]) -> list[str]:
     """What a file calls a tensor that a model has under these names; a head that is tied to the embedding is no tensor of its own.
 
     Raises:
-        ExportError: a name is not in the table.
+        ExportError: a name is not in the table, or the architecture has no such bias.
     """
     found = {name: table.get_name(name, (".weight", ".bias")) for name in names}
     for name, known in found.items():
-        if known is None:
-            raise ExportError(f"tensor {name!r} has no place in the file: the architecture has no such tensor")
+        if known is None or (known.endswith(".bias") and known.split(".")[-2] not in architecture.with_bias):
+            raise ExportError(
+                f"tensor {name!r} has no place in the file: the architecture {architecture.name!r} of llama.cpp has no such tensor"
+            )
     return [each for each in dict.fromkeys(map(str, found.values())) if each != HEAD or EMBEDDING not in found.values()]

@@ -107,9 +107,13 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
 
 
 def refuse_unknown(model: nn.Module, tokenizer: str | Path | None) -> None:
-    """The errors of :func:`export_gguf` for an architecture or a tokenizer that it does not know, of a model that is float yet."""
+    """The errors of :func:`export_gguf` for an architecture, tensor or tokenizer that it does not know, of a model that is float yet."""
     with _errors_of_export():
-        _known(unwrapped(model), None if tokenizer is None else Path(tokenizer))
+        whole: Any = unwrapped(model)
+        architecture, _ = _known(whole, None if tokenizer is None else Path(tokenizer))
+        table = gguf.get_tensor_name_map(architecture.known, whole.config.num_hidden_layers)
+        for name in whole.state_dict():
+            file_names(architecture, table, (name,))
 
 
 @contextmanager
@@ -182,7 +186,7 @@ def _entries(model: nn.Module, architecture: Architecture, config: Any) -> list[
     sideways = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}  # of shape (inputs, outputs)
     found = []
     for names, held in named:
-        for name in file_names(table, names):
+        for name in file_names(architecture, table, names):
             if isinstance(held, StoredWeight):
                 made = _quantized(held, name, names[0] in sideways)
             else:

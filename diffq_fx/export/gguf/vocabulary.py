@@ -95,6 +95,8 @@ def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
     model, normalizers, steps = described["model"], _steps(described, "normalizer"), _steps(described, "pre_tokenizer")
     if model["type"] != "BPE":
         raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone: give tokenizer=None")
+    if not model["merges"]:
+        raise ExportError("the tokenizer has no merges, and runtimes read no BPE without any: give tokenizer=None")
     takes_whole_words = bool(model.get("ignore_merges"))
     if model.get("byte_fallback"):
         unknown = [each for each in (*normalizers, *steps) if not any(known.items() <= each.items() for known in _SENTENCEPIECE)]
