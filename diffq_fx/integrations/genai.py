@@ -179,7 +179,7 @@ def _check_logits(folder: Path, model: nn.Module) -> None:
     tokens = _tokens_to_check(json.loads((folder / _SETTINGS).read_text())["model"], getattr(whole.config, "sliding_window", None))
     try:
         theirs = _logits_of_runtime(folder, tokens)
-    except Exception as error:  # the runtime raises bare ones too
+    except Exception as error:  # noqa: BLE001  the runtime raises bare ones too
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
             f"export_genai: {_runtime()} cannot run what its builder made of a {type(model).__name__}: {said.removesuffix('.')}. "
