@@ -179,12 +179,13 @@ def _check_logits(folder: Path, model: nn.Module) -> None:
     tokens = _tokens_to_check(json.loads((folder / _SETTINGS).read_text())["model"], getattr(whole.config, "sliding_window", None))
     try:
         theirs = _logits_of_runtime(folder, tokens)
-    except Exception as error:  # noqa: BLE001  the runtime raises bare ones too
+    except Exception as error:  # the runtime raises bare ones too
+        error.__traceback__ = None  # its frames hold the runtime's model
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(
             f"export_genai: {_runtime()} cannot run what its builder made of a {type(model).__name__}: {said.removesuffix('.')}. "
             f"Use {_ANOTHER_WAY}."
-        ) from error.with_traceback(None)  # its frames hold the runtime's model
+        ) from error
     with in_eval(whole), torch.no_grad():
         ours = whole(input_ids=torch.from_numpy(tokens)[None].long().to(whole.device), use_cache=False).logits[0].cpu()
     ours, theirs = (each.double() - each.double().mean(-1, keepdim=True) for each in (ours, torch.from_numpy(theirs)))
@@ -199,7 +200,7 @@ def _check_logits(folder: Path, model: nn.Module) -> None:
 def _tokens_to_check(settings: dict[str, Any], window: int | None) -> NDArray[np.int32]:
     """Random ones, none of them special to the runtime; beyond a sliding window and its cache where that is short."""
     count = beyond if window and (beyond := 2 * window + 2) <= _LONGEST_CHECK else _CHECKED_TOKENS
-    special = np.hstack([settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if settings.get(name) is not None])
+    special = np.hstack([settings.get(name) or [] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] + [0])
     usual = np.setdiff1d(np.arange(settings["vocab_size"]), special)
     return np.random.default_rng(0).choice(usual, min(max(count, _CHECKED_TOKENS), settings["context_length"])).astype(np.int32)
 
