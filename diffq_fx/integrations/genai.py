@@ -207,12 +207,11 @@ def _tokens_to_check(settings: dict[str, Any], window: int | None) -> NDArray[np
 
 def _logits_of_runtime(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Of each token; the last two are given one by one, as in a generation."""
-    import onnxruntime_genai
-
-    model = onnxruntime_genai.Model(str(folder))
-    search = onnxruntime_genai.GeneratorParams(model)
+    runtime: Any = importlib.import_module("onnxruntime_genai")  # its names are made at run time
+    model = runtime.Model(str(folder))
+    search = runtime.GeneratorParams(model)
     search.set_search_options(max_length=len(tokens), do_sample=False)
-    generator = onnxruntime_genai.Generator(model, search)
+    generator = runtime.Generator(model, search)
     logits = []
     for part in (tokens[:-2], tokens[-2:-1], tokens[-1:]):
         generator.append_tokens(part)
