@@ -310,8 +310,8 @@ def decoders(transformers, tmp_path_factory):
     from tokenizers.models import BPE
 
     folder = tmp_path_factory.mktemp("decoders")
-    letters = {letter: index for index, letter in enumerate(["<s>", "</s>", "Ġ", "Ċ", *map(chr, range(97, 123))])}
-    tokens = Tokenizer(BPE(letters, []))
+    letters = {letter: index for index, letter in enumerate(["<s>", "</s>", "Ġ", "Ċ", *map(chr, range(97, 123)), "th"])}
+    tokens = Tokenizer(BPE(letters, [("t", "h")]))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>")
     (folder / "texts.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
