@@ -120,6 +120,7 @@ def test_what_a_codebook_takes(scale, beside):
         (-128, 127, torch.int8),
         (-1, 255, torch.int16),
         (0, 65535, torch.uint16),
+        (-1, 40000, torch.int32),
         (-1, 65535, torch.int32),
         (0, 2**31, torch.int64),
     ],

@@ -7,7 +7,6 @@ from torch import nn
 from diffq_fx import DiffQConfig, bits_report, convert, prepare
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.methods import STE
-from diffq_fx.storage.packing import narrowed
 
 
 class Scaled(nn.Conv2d):
@@ -66,20 +65,3 @@ def test_equal_tables_are_packed_once_and_small_and_reported(tmp_path):
     assert report.buffer_bits == 8 * (2 * 100 * 100 + 80)
     assert "buffers: 0.01915 MiB beside the parameters" in str(report)
     assert report.buffer_bits == bits_report(prepare(model, x, STE(bits=4))).buffer_bits
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "dtype"),
-    [
-        (0, 255, torch.uint8),
-        (-128, 127, torch.int8),
-        (-1, 255, torch.int16),
-        (0, 65535, torch.uint16),
-        (-1, 40000, torch.int32),
-        (0, 2**31, torch.int64),
-    ],
-)
-def test_narrowed_holds_both_ends(low, high, dtype):
-    table = torch.tensor([low, high] * 64)
-    assert narrowed(table).dtype == dtype
-    assert torch.equal(narrowed(table).to(torch.int64), table)

@@ -12,6 +12,15 @@ from benchmarks.zoo_models.entry import Architecture, tokens
 VOCABULARY, LENGTH = 67, 12
 BODY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
 _DECODER = {**TEXT, "num_key_value_heads": 2, "head_dim": 16}
 _MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -63,16 +72,7 @@ def _decoder(name: str, family: str = "decoder", head: str = "ForCausalLM", **se
 
 
 def _seq2seq(name: str, **settings: Any) -> Architecture:
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 64,
-        "decoder_ffn_dim": 64,
-    }
-    other = {**TEXT, **sizes, "decoder_start_token_id": 2, **dict.fromkeys(BODY), **settings}
+    other = {**TEXT, **SEQ2SEQ, "decoder_start_token_id": 2, **dict.fromkeys(BODY), **settings}
     return tiny(f"{name}ForConditionalGeneration", f"{name}Config", "encoder-decoder", pairs, **other)
 
 

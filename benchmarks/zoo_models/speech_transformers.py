@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.zoo_models.entry import randn
-from benchmarks.zoo_models.language import BODY, TEXT, VOCABULARY, pairs, tiny
+from benchmarks.zoo_models.language import BODY, SEQ2SEQ, TEXT, VOCABULARY, pairs, tiny
 from benchmarks.zoo_models.speech import SPEECH
 
 SERIES = "series over time"
@@ -24,16 +24,7 @@ _WAV = {
     "vocab_size": VOCABULARY,
 }
 _CODEC = {"hidden_size": 16, "num_filters": 4, "codebook_size": 16}
-_SEQ2SEQ = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "decoder_start_token_id": 1,
-}
+_SEQ2SEQ = {**SEQ2SEQ, "decoder_start_token_id": 1}
 _PAST = {"prediction_length": 4, "context_length": 16, "num_input_channels": 2}
 
 

@@ -71,29 +71,20 @@ ARCHITECTURES = [
     tiny(
         "TimesformerModel", "TimesformerConfig", "ViT", lambda batch: randn(batch, 4, 3, 32, 32), image_size=32, patch_size=16, num_frames=4
     ),
-    tiny(
-        "SwinForImageClassification",
-        "SwinConfig",
-        "hierarchical and mixers",
-        images(),
-        image_size=64,
-        patch_size=4,
-        embed_dim=16,
-        depths=[1, 1],
-        num_heads=[1, 2],
-        window_size=4,
-    ),
-    tiny(
-        "Swinv2ForImageClassification",
-        "Swinv2Config",
-        "hierarchical and mixers",
-        images(),
-        image_size=64,
-        patch_size=4,
-        embed_dim=16,
-        depths=[1, 1],
-        num_heads=[1, 2],
-        window_size=4,
+    *(
+        tiny(
+            f"{name}ForImageClassification",
+            f"{name}Config",
+            "hierarchical and mixers",
+            images(),
+            image_size=64,
+            patch_size=4,
+            embed_dim=16,
+            depths=[1, 1],
+            num_heads=[1, 2],
+            window_size=4,
+        )
+        for name in ("Swin", "Swinv2")
     ),
     tiny(
         "ConvNextForImageClassification",
