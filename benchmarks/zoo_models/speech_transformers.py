@@ -115,7 +115,7 @@ ARCHITECTURES = [
         **{**dict.fromkeys(BODY), **_CODEC},
         codebook_dim=16,
         upsampling_ratios=[4, 2],
-        target_bandwidths=[1.5],
+        target_bandwidths=[24.0],  # of two codebooks
     ),
     tiny(
         "VitsModel",

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.zoo_models.convolutional import model_of
 from benchmarks.zoo_models.entry import Architecture, images, randn
-from benchmarks.zoo_models.language import tiny
+from benchmarks.zoo_models.language import BODY, tiny
 
 _BODY = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -82,6 +82,7 @@ ARCHITECTURES = [
             embed_dim=16,
             depths=[1, 1],
             num_heads=[1, 2],
+            num_attention_heads=None,  # else it stands for the list
             window_size=4,
         )
         for name in ("Swin", "Swinv2")
@@ -91,6 +92,7 @@ ARCHITECTURES = [
         "ConvNextConfig",
         "hierarchical and mixers",
         images(),
+        **dict.fromkeys(BODY),
         hidden_sizes=[16, 24, 32, 48],
         depths=[1, 1, 1, 1],
     ),
