@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +132,26 @@ def spaced(text: Tensor, count: int | None) -> Tensor:
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()].flatten()
 
 
-def perplexity(name: str, folder: Path, source: Path, text: Tensor) -> dict[str, float]:
-    """Of windows of 512 tokens, by torch and by the runtime."""
+def perplexity(name: str, folder: Path, source: Path, text: Tensor, readers: Sequence[str]) -> dict[str, float]:
+    """Of windows of 512 tokens, by torch and by the runtime in its modes."""
     windows = text.view(-1, WINDOW)
-    model: Any = torch_model(name, folder, source)
-    with torch.no_grad():
-        found = {"perplexity, torch": perplexity_of(lambda ids: model(input_ids=ids[None]).logits[0], windows)}
-    for mode in modes_of(name):
-        runtime = og.Model(str(folder / name / mode))
-        found[f"perplexity, {mode}"] = perplexity_of(lambda ids, runtime=runtime: logits_of(runtime, ids), windows)
-    return found | {"windows": len(windows)}
+    found: dict[str, float] = {}
+    for reader in readers:
+        if reader == "torch":
+            model: Any = torch_model(name, folder, source)
+            read = partial(torch_logits, model)
+        elif reader in modes_of(name):
+            read = partial(logits_of, og.Model(str(folder / name / reader)))
+        else:
+            continue
+        found[f"perplexity of {len(windows)} windows, {reader}"] = perplexity_of(read, windows)
+    return found
+
+
+@torch.no_grad()
+def torch_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits of every token of a window."""
+    return model(input_ids=ids[None]).logits[0]
 
 
 def perplexity_of(model: Any, windows: Tensor) -> float:
@@ -194,6 +206,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="wikitext2_test.txt")
     parser.add_argument("--valid", type=Path, help="wikitext2_valid.txt, for build")
     parser.add_argument("--windows", type=int, help="for the perplexity, evenly spaced over the text; all by default")
+    parser.add_argument(
+        "--readers", default="torch,exact,fast", help="that the perplexity is measured by; exact is equal to torch, and slow"
+    )
     parser.add_argument("--only", choices=SYSTEMS, help="one system")
     arguments = parser.parse_args()
     kept = arguments.folder / "points.json"
@@ -204,7 +219,8 @@ def main() -> None:
         packages = ("onnxruntime-genai", "onnxruntime", "torch", "transformers")
         print(write_result("language_runtimes", "SmolLM2-135M in onnxruntime-genai", table, packages))
         return
-    measures = {"build": build, "tokens": tokens, "perplexity": perplexity, "speed": speed}
+    readers = arguments.readers.split(",")
+    measures = {"build": build, "tokens": tokens, "perplexity": partial(perplexity, readers=readers), "speed": speed}
     for part in arguments.parts.split(","):
         text = tokens_of(arguments.valid if part == "build" else arguments.text, arguments.model)
         shown = spaced(text, arguments.windows) if part == "perplexity" else text
