@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from diffq_fx.budget.size import mib
-from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
+from diffq_fx.capture.copies import copy_sharing_parameters, passing_copy
 from diffq_fx.capture.gate import Reference, check_faithful, unrepeatable
 from diffq_fx.capture.readers import find_readers
 from diffq_fx.capture.scope import TakenOver, take_over, takeovers
@@ -126,20 +127,21 @@ def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Metho
 
 def _reference(model: nn.Module, example: Example, caller: str) -> Reference:
     """What the original does, run on a copy; whatever it raises is the example's fault."""
-    try:
-        twin = copy_replacing(model, {})
-    except Exception as err:  # any object in the model may refuse to be copied
-        raise PreparationError(
-            f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
-            "  An attribute of the model is in the way of copy.deepcopy(model)."
-        ) from err
-    try:
-        return Reference(model, twin, example)
-    except Exception as err:  # the user's forward may raise anything
-        raise ValueError(
-            f"{caller}: the model does not run on example_inputs ({example}).\n  {type(err).__name__}: {err}\n"
-            "  Give what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device."
-        ) from err
+    with ExitStack() as stack:
+        try:
+            twin = stack.enter_context(passing_copy(model))
+        except Exception as err:  # any object in the model may refuse to be copied
+            raise PreparationError(
+                f"{caller}: the {type(model).__name__} cannot be copied: {type(err).__name__}: {err}\n"
+                "  An attribute of the model is in the way of copy.deepcopy(model)."
+            ) from err
+        try:
+            return Reference(model, twin, example)
+        except Exception as err:  # the user's forward may raise anything
+            raise ValueError(
+                f"{caller}: the model does not run on example_inputs ({example}).\n  {type(err).__name__}: {err}\n  Give what the model"
+                " is called with: a tensor, a tuple of positional or a dict of keyword arguments, on the model's device."
+            ) from err
 
 
 def _first_faithful(
@@ -174,7 +176,8 @@ def _prepare_model_scope(model: nn.Module, example: Example, selection: Selectio
 
 
 def _prepare_module_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> nn.Module:
-    readers, unseen = find_readers(copy_replacing(model, {}), example, selection)
+    with passing_copy(model) as twin:
+        readers, unseen = find_readers(twin, example, selection)
     private = copy_sharing_parameters(model)
     for path, taken_over in ({"": TakenOver()} | takeovers(private, readers, selection.names())).items():
         take_over(private.get_submodule(path), taken_over)

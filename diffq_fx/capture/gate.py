@@ -7,6 +7,7 @@ paths off.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from diffq_fx import _compat
 from diffq_fx.capture.contents import pieces_of
-from diffq_fx.capture.copies import copy_replacing
+from diffq_fx.capture.copies import passing_copy
 from diffq_fx.errors import CaptureError
 from diffq_fx.example import MODES, Example
 from diffq_fx.functional.precision import widened
@@ -185,14 +186,15 @@ def check_faithful(prepared: nn.Module, quantizers: Sequence[WeightQuantizer], e
     twins: dict[int, Any] = {}
     for quantizer in quantizers:
         weight = prepared.get_parameter(quantizer.spec.name)
-        readable[quantizer.spec.name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        readable[quantizer.spec.name] = _compat.lazy_copy(weight)
         nan = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device)  # one value: no memory
         memo[id(weight)] = nn.Parameter(nan.expand(weight.shape), weight.requires_grad)
-    twin = copy_replacing(prepared, memo, twins)
-    for quantizer in quantizers:
-        value = readable[quantizer.spec.name]
-        twins[id(quantizer)].pass_through(lambda value=value: value)
-    if difference := _first_difference(prepared, twin, readable, example, reference):
+    with passing_copy(prepared, memo, twins) as twin:
+        for quantizer in quantizers:
+            twins[id(quantizer)].pass_through(partial(readable.__getitem__, quantizer.spec.name))
+        difference = _first_difference(prepared, twin, readable, example, reference)
+    readable.clear()  # the quantizers of the twin can still read it
+    if difference:
         raise CaptureError(f"with noise off, {difference}")
 
 
@@ -234,4 +236,5 @@ def _read_past(output: Any, weights: Mapping[int, str]) -> str:
 
 def unrepeatable(model: nn.Module, example: Example, reference: Reference) -> str:
     """What differs when the original model runs again from the same seed; empty if nothing does."""
-    return _first_difference(model, copy_replacing(model, {}), {}, example, reference)
+    with passing_copy(model) as twin:
+        return _first_difference(model, twin, {}, example, reference)

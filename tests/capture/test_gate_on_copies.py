@@ -1,11 +1,15 @@
 """prepare runs the model on copies: the user's values, gradients and modes are as they were, whatever the forward does to its weights."""
 
+import gc
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from diffq_fx import CaptureError, DiffQConfig, prepare_diffq
+from diffq_fx.capture.copies import copy_replacing
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -145,3 +149,41 @@ def test_a_function_that_reads_the_weight_of_the_original_is_refused():
 
     with pytest.raises(CaptureError, match=r"weight 'layer\.weight' is read from the model that was given"):
         prepare_diffq(Past(), X, CONFIG)
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_no_copy_of_the_weights_is_left_to_the_garbage_collector(scope):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    gc.collect()
+    gc.disable()
+    try:
+        prepared = prepare_diffq(model, X, CONFIG, scope=scope)
+        held = {each.untyped_storage().data_ptr() for each in (*prepared.parameters(), *prepared.buffers())}
+        shapes = {each.shape for each in model.parameters()}
+        left = [each for each in gc.get_objects() if isinstance(each, nn.Parameter) and each.shape in shapes]
+        assert [each.shape for each in left if each.untyped_storage().data_ptr() not in held] == []
+    finally:
+        gc.enable()
+
+
+def test_a_copy_has_its_own_values():
+    model = nn.Linear(600, 600)
+    before = model.weight.detach().clone()
+    copied = copy_replacing(model, {})
+    copied.weight.data.add_(1)
+    assert torch.equal(model.weight, before)
+    assert torch.equal(copied.weight, before + 1)
+    other = copy_replacing(model, {})
+    model.weight.data.sub_(1)
+    assert torch.equal(other.weight, before)
+    assert other.weight.data_ptr() != model.weight.data_ptr()
+
+
+@pytest.mark.parametrize("values", [torch.from_numpy(np.zeros((300, 300), "float32")), torch.zeros(300, 300).share_memory_()])
+def test_memory_that_is_not_torch_s_is_copied(values):
+    model = nn.Linear(300, 300)
+    model.weight = nn.Parameter(values)
+    copied = copy_replacing(model, {})
+    copied.weight.data.add_(1)
+    assert not model.weight.any()
+    assert copied.weight.data.all()
