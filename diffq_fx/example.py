@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,8 +148,8 @@ def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
     if isinstance(tree, Tensor):
         return [tree]
-    if tree is None or isinstance(tree, int | float | str):
+    if tree is None or isinstance(tree, int | float | str | nn.Module):
         return []
-    if type(tree) in (tuple, list, dict):  # most trees are no more, and torch's pytree is slow
+    if type(tree) in (tuple, list, dict, OrderedDict):  # most trees are no more, and torch's pytree is slow
         return [tensor for part in (tree.values() if isinstance(tree, dict) else tree) for tensor in tensors_of(part)]
     return [leaf for leaf in _compat.tree_leaves(tree) if isinstance(leaf, Tensor)]

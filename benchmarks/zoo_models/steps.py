@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx:
         _loss(_call(twin.train(), entry)).backward()
     without = {name for name, parameter in twin.named_parameters() if parameter.grad is None}
     before = _forward_time(twin, entry)
+    _trace(measured, entry)
     with measured.step("prepare"):
         prepared = prepare_diffq(model, kwargs or args, DiffQConfig(penalty=1.0))
     found["forward_seconds"] = (before + _forward_time(twin, entry)) / 2
@@ -83,9 +85,11 @@ def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx:
             return
         if torch_first:
             _export_float(measured, entry, Path(folder, "float.onnx"))
-        _export(measured, converted, entry, Path(folder, "model.onnx"))
-        if not torch_first:
-            _export_float(measured, entry, Path(folder, "float.onnx"))
+        try:
+            _export(measured, converted, entry, Path(folder, "model.onnx"))
+        finally:  # whether torch refuses the float model too is asked of each
+            if not torch_first:
+                _export_float(measured, entry, Path(folder, "float.onnx"))
 
 
 def _call(model: nn.Module, entry: Architecture, batch: int = BATCH, seed: int = 3) -> list[Tensor]:
@@ -147,6 +151,16 @@ def _check_loaded(loaded: nn.Module, converted: nn.Module, entry: Architecture, 
             raise ArithmeticError(f"output {place} of the packed file's model differs by {(ours - theirs).abs().max():.3g}")
 
 
+def _trace(measured: Measured, entry: Architecture) -> None:
+    """torch's own trace of the float model with torch.fx, where it can."""
+    model = entry.make()
+    try:
+        with measured.step("torch.fx"):
+            torch.fx.symbolic_trace(model)
+    except Exception as error:  # noqa: BLE001  Python in the forward that a Proxy does not pass may raise anything
+        measured.found["torch_fx_failure"] = f"{type(error).__name__}: {error}"[:200]
+
+
 def _export(measured: Measured, converted: nn.Module, entry: Architecture, path: Path) -> None:
     import onnxruntime
 
@@ -181,19 +195,30 @@ def _export_float(measured: Measured, entry: Architecture, path: Path) -> None:
 
     args, kwargs = entry.example()
     example = ExportExample.of(kwargs or args).on_its_own()
-    at = measured.at
-    failure = _failure_of(
-        measured,
-        lambda: torch.onnx.export(
-            entry.make().eval(),
-            example.args,
-            path,
-            kwargs=example.kwargs,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=example.dynamic_sizes(lengths=example.has_lengths),
-        ),
-    )
+    at, export, trace = measured.at, torch.export.export, 0.0
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal trace
+        start = time.process_time()
+        try:
+            return export(*args, **kwargs)
+        finally:
+            trace += time.process_time() - start
+
+    with mock.patch.object(torch.export, "export", timed):
+        failure = _failure_of(
+            measured,
+            lambda: torch.onnx.export(
+                entry.make().eval(),
+                example.args,
+                path,
+                kwargs=example.kwargs,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=example.dynamic_sizes(lengths=example.has_lengths),
+            ),
+        )
+    measured.found["seconds"]["torch.export"] = trace
     measured.at = at
     if failure:
         measured.found["torch_onnx_failure"] = failure

@@ -107,6 +107,31 @@ def test_limits_that_are_stated_are_kept(kind, shapes, path, recwarn):
     assert isinstance(sizes_of(path)[1], str)
 
 
+SAME = {
+    "contiguous from eight on": lambda x: x.contiguous() if x.shape[0] >= 8 else x,
+    "in parts if long": lambda x: torch.cat(x.split(3, 1), 1) if x.shape[1] > 6 else x,
+    "a copy up to five": lambda x: x.clone() if x.shape[0] <= 5 else x,
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_a_branch_whose_sides_compute_the_same_leaves_every_size_dynamic(kind, path, recwarn):
+    model = nn.Sequential(Linear(16, 16, 4), Calls(SAME[kind])).eval()
+    export_onnx(model, torch.randn(4, 5, 16), path)
+    assert all(isinstance(size, str) for size in sizes_of(path)[:2])
+    x = torch.randn(9, 8, 16)
+    np.testing.assert_allclose(run_exact(path, x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 def test_a_limit_of_the_model_is_no_branch(path, recwarn):
     model = Places().eval()
     export_onnx(model, torch.randn(4, 5, 16), path, dynamic_shapes=({0: Dim.AUTO, 1: Dim.AUTO},))

@@ -17,6 +17,7 @@ from diffq_fx import DiffQWarning, ExportError
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx import tracing, translation
 from diffq_fx.export.onnx.examples import ExportExample
+from diffq_fx.export.onnx.tracing import Tracer
 
 
 class Attention(nn.Module):
@@ -262,6 +263,19 @@ def test_the_cause_is_named(model, shape, says, path):
         export_onnx(model.eval(), torch.randn(shape), path)
     assert "\x1b" not in str(caught.value)
     assert "Next steps" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        (lambda x: x * int(x[0, 0]) if x.sum() > 0 else x, r"lambda x: x \* int"),
+        (lambda x: sum(x[:, : int(i)].sum() for i in torch.nonzero(x[:, 0] > 0)), r"for i in torch\.nonzero"),
+        (lambda x: x + len(3), r"x \+ len\(3\)"),
+    ],
+)
+def test_the_line_of_the_forward_at_which_tracing_ends_is_named(function, line, path):
+    with pytest.raises(ExportError, match=rf"(?s)cannot trace the Then: .*\n  at export/test_onnx_inputs_and_causes\.py:\d+: .*{line}"):
+        Tracer(Then(function).eval(), ExportExample.of(torch.ones(3, 16))).trace()
 
 
 class Then(nn.Module):

@@ -19,18 +19,21 @@ _SMALL = 128
 _LARGEST = 2048
 """Sizes up to the one are looked at, and numbers up to the other that a condition of the model names."""
 _MOST_POINTS = 8
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What a model, or its trace, raises at a size that it does not take."""
 
 
 def branches(model: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, dynamic_shapes: Any = None) -> list[str]:
-    """The sizes that a trace limits to a largest one although the model runs beyond it too, each in words.
+    """The sizes that a trace limits to a largest one although the model runs beyond it and gives something else, each in words.
 
     Where the model does not run beyond it, the limit is the model's own (a table of positions); one in ``dynamic_shapes`` is the user's.
+    Where the trace gives the same beyond it, both sides of the branch compute the same (a tensor made contiguous).
     Limits from below are among the :func:`turning_points`: torch also makes them where no code asks (nothing has a size of 1).
     """
     stated, found = stated_limits(dynamic_shapes), []
     for symbol, (least, largest) in _limits(program).items():
         places = _places(program, symbol)
-        if places and largest < _UNLIMITED and largest not in stated and _runs(model, example, places, int(largest) + 1):
+        if places and largest < _UNLIMITED and largest not in stated and _differs(model, program, example, places, int(largest) + 1):
             number, axis = places[0]
             found.append(
                 f"the forward branches on size {axis} of input {number}, and the traced branch holds from {least} to {largest} alone"
@@ -94,10 +97,25 @@ def _places(program: torch.export.ExportedProgram, symbol: str) -> list[tuple[in
     return [(number, axis) for number, tensor in tensors for axis, size in enumerate(tensor.shape) if str(size) == symbol]
 
 
-def _runs(model: nn.Module, example: ExportExample, places: list[tuple[int, int]], size: int) -> bool:
+def _differs(
+    model: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, places: list[tuple[int, int]], size: int
+) -> bool:
+    """Whether the model runs at a size, and the trace does not or gives something else."""
     shapes = [tuple(size if (number, axis) in places else n for axis, n in enumerate(t.shape)) for number, t in enumerate(example.tensors)]
+    resized = example.resized(shapes)
     try:
-        example.resized(shapes).run(model)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+        expected = resized.map(torch.clone).run(model)
+    except _REFUSALS:
         return False
-    return True
+    traced = program.module(check_guards=False)
+    traced._forward_pre_hooks.clear()  # they refuse the size
+    try:
+        found = resized.run(traced)
+    except _REFUSALS:
+        return True
+    return not all(map(_close, found, expected))
+
+
+def _close(found: Any, expected: Any) -> bool:
+    is_tensor = isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor) and found.shape == expected.shape
+    return is_tensor and torch.allclose(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)

@@ -2,11 +2,14 @@
 
 import keyword
 import re
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import fx, nn
 
+import diffq_fx
 from diffq_fx.errors import DiffQError
 from diffq_fx.example import restored_random_state
 from diffq_fx.export.onnx.examples import ExportExample
@@ -69,7 +72,17 @@ def _differ(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 def tracing_cause(error: Exception) -> str:
     """Why torch.export fails, and what to do where that is known."""
-    return next((advice for pattern, advice in _CACHES if re.search(pattern, str(error))), _shown(error))
+    return next((advice for pattern, advice in _CACHES if re.search(pattern, str(error))), _shown(error) + _line_of_the_model(error))
+
+
+def _line_of_the_model(error: Exception) -> str:
+    """Where the forward was: the innermost line that is neither Python's, torch's nor ours."""
+    theirs = (Path(torch.__file__).parent, Path(diffq_fx.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.exists() and file.parent != Path(traceback.__file__).parent and not any(each in file.parents for each in theirs):
+            return f"\n  at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
+    return ""
 
 
 def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:
