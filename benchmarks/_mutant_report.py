@@ -30,7 +30,7 @@ def write_report(
         seconds: of each test that was measured.
         note: what else is to be said of the run.
     """
-    why = {each["key"]: each["why"] for each in map(json.loads, EXPLAINED.read_text().splitlines())} if EXPLAINED.exists() else {}
+    why = explained()
     rows, sums = [], collections.defaultdict(collections.Counter)
     for path, area in areas.items():
         own = [tries for tries in known.values() if tries[0]["module"] == path and tries[-1]["outcome"] != "not run"]
@@ -60,6 +60,11 @@ or more of them. Branch coverage is that of the {len(seconds)} tests that were m
 
 {markdown_table(["where", "change", "now"], listed)}"""
     return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"], command=COMMANDS)
+
+
+def explained() -> dict[str, str]:
+    """Key of each mutant that no test can notice -> why."""
+    return {each["key"]: each["why"] for each in map(json.loads, EXPLAINED.read_text().splitlines())} if EXPLAINED.exists() else {}
 
 
 def _outcome(tries: list[dict], why: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ import pytest
 from benchmarks._mutations import mutated
 
 ROOT = Path(__file__).parent.parent
-QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--doctest-modules"]
 SPARE_BYTES = 2**32
 
 

@@ -3,7 +3,7 @@
     python -m venv .mutants/venv && .mutants/venv/bin/pip install -c constraints.txt -e '.[dev]' coverage
     python -m benchmarks.mutants measure   # which test runs which line, and how long it takes
     python -m benchmarks.mutants run --sample 40   # goes on where it was stopped
-    python -m benchmarks.mutants again     # the survivors, after tests were written or code has gone
+    python -m benchmarks.mutants again     # the survivors that are not explained, after tests were written or code has gone
     python -m benchmarks.mutants report
 
 A mutant meets the tests of the gate that run its line, the fastest first and those that killed others of its module before the rest,
@@ -23,7 +23,7 @@ from functools import cache, partial
 
 import pytest
 
-from benchmarks._mutant_report import write_report
+from benchmarks._mutant_report import explained, write_report
 from benchmarks._mutant_runs import QUIET, ROOT, Server, imported_anew, in_a_fork
 from benchmarks._mutations import changes_of
 from benchmarks._result import RESULTS
@@ -206,17 +206,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="to stop after")
     given, known = parser.parse_args(), records()
     if given.step == "measure":
-        measure(given.tests or TESTS, given.minutes)
+        measure(given.tests or [*TESTS, *modules()], given.minutes)
         return
     if given.step == "report":
         numbers = {path: len(mutants_of(path)) for path in modules()}
+        known = {each["key"]: known[each["key"]] for path in modules() for each in mutants_of(path) if each["key"] in known}  # code goes
         coverage, seconds = (json.loads((KEPT / f"{name}.json").read_text()) for name in ("coverage", "seconds"))
         write_report(known, modules(), numbers, coverage, seconds, given.note)
         return
     if given.step == "run":
         chosen = [each for each in sampled(given.sample, given.seed, given.only) if each["key"] not in known]
     else:
-        survived = {key for key, tries in known.items() if tries[-1]["outcome"] == "survived"}
+        survived = {key for key, tries in known.items() if tries[-1]["outcome"] == "survived"} - explained().keys()
         chosen = [each for path in modules() if given.only in path for each in mutants_of(path) if each["key"] in survived]
     covering = Covering(given.seconds, given.tests)
     for last in (tries[-1] for tries in known.values() if tries[-1].get("test")):

@@ -107,12 +107,20 @@ def test_an_empty_cluster_goes_to_the_run_with_the_largest_error(size):
 def test_a_scaled_codebook_of_nothing_and_one_that_was_there_before():
     entries = (1.0, -1.0, 0.0, 4.0)
     assert torch.equal(codebooks.scaled(torch.zeros(9), entries), torch.tensor(sorted(entries)))
-    values = torch.tensor([1.0, -1.0, 4.0, 0.0]).repeat(50) * 1e-3  # further from the largest weight than any other start
-    values[0] = 4.0
-    start = torch.tensor(sorted(entries)) * 1e-3
-    alone, started = codebooks.scaled(values, entries), codebooks.scaled(values, entries, start=start)
-    assert error(values, started) <= error(values, alone)
-    assert torch.equal(codebooks.scaled(values, entries, start=torch.zeros(4)), alone)
+    values = torch.tensor([1.0, -1.0]).repeat(21_000)
+    values[0] = 205.0  # the others are further from it than any other start
+    start = torch.tensor([-1.0, 0.0, 1.0])
+    alone, started = codebooks.scaled(values, (-2.0, 0.0, 2.0)), codebooks.scaled(values, (-2.0, 0.0, 2.0), start=start)
+    assert error(values, started) <= error(values, start) < error(values, alone)
+    assert error(values, codebooks.scaled(values, (-2.0, 0.0, 2.0), start=torch.zeros(3))) <= error(values, alone)
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 64.0])
+def test_entries_of_any_size_are_scaled_to_the_values(size):
+    entries = [-size, 0.0, size]
+    torch.testing.assert_close(codebooks.scaled(torch.tensor([3.0, -3.0, 0.0]), entries), torch.tensor([-3.0, 0.0, 3.0]))
+    values = torch.tensor([1.0, -1.0] * 50 + [10.0])  # a start near the largest one would leave all others at 0
+    assert error(values, codebooks.scaled(values, entries)) <= brute_scale(values, torch.tensor(entries, dtype=torch.float64)) + 1e-3
 
 
 def test_powers_of_two_follow_the_papers_closed_form():
