@@ -165,7 +165,7 @@ HIERARCHICAL = [
         depths=(2, 1, 1, 1),
         num_heads=(1, 2, 2, 4),
     ),
-    model_of("timm", "hierarchical and mixers", "mixer_s32_224", img_size=64, embed_dim=32, num_blocks=2),
+    model_of("timm", "hierarchical and mixers", "mixer_s32_224", img_size=64, num_blocks=2),
     model_of("timm", "hierarchical and mixers", "resmlp_12_224", img_size=64, embed_dim=32, num_blocks=2),
     model_of("timm", "hierarchical and mixers", "gmlp_ti16_224", img_size=64, embed_dim=32, num_blocks=2),
     model_of("timm", "hierarchical and mixers", "convmixer_768_32", dim=32, depth=3),
