@@ -15,6 +15,7 @@ soundfile, speechbrain, hyperpyyaml, ruamel.yaml, sentencepiece, monai and peft.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -52,10 +53,12 @@ def key_of(entry: Architecture) -> str:
     return f"{entry.library}: {entry.name}"
 
 
-def run(names: list[str], families: list[str], again: list[str], minutes: float, *, onnx: bool) -> None:
+def run(names: list[str], families: list[str], again: list[str], minutes: float, *, onnx: bool, torch_onnx: bool) -> None:
     """Run what has no line yet, a family at a time, until the time is over."""
     import_libraries()
     _export_once()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all pages of the libraries
     end, unfinished = time.monotonic() + 60 * minutes, {None, *again, *(["without ONNX"] if onnx else [])}
     for entry in architectures():
         key = key_of(entry)
@@ -66,7 +69,7 @@ def run(names: list[str], families: list[str], again: list[str], minutes: float,
             return
         if not names and known().get(key, {}).get("outcome") not in unfinished:  # another process may have run it
             continue
-        line = in_own_process(entry, onnx=onnx)
+        line = in_own_process(entry, onnx=onnx, torch_onnx=torch_onnx)
         with LINES.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{key}: {line['outcome']} {line.get('step', '')} {line.get('message', '')[:300]}", flush=True)
@@ -80,13 +83,13 @@ def _export_once() -> None:
     import onnxruntime  # noqa: F401
 
 
-def in_own_process(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
+def in_own_process(entry: Architecture, *, onnx: bool, torch_onnx: bool) -> dict[str, Any]:
     """Fork, measure there, and read the line that comes back; a process that ends without one was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        line = _measured(entry, onnx=onnx)
+        line = _measured(entry, onnx=onnx, torch_onnx=torch_onnx)
         with os.fdopen(writing, "w") as pipe:
             pipe.write(json.dumps(line))
         os._exit(0)
@@ -98,7 +101,7 @@ def in_own_process(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
     return {"model": key_of(entry), "library": entry.library, "name": entry.name, "family": entry.family, **line}
 
 
-def _measured(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
+def _measured(entry: Architecture, *, onnx: bool, torch_onnx: bool) -> dict[str, Any]:
     def out_of_time(*_: Any) -> None:
         raise TimeoutError(f"more than {SECONDS} s of processor time")
 
@@ -113,7 +116,7 @@ def _measured(entry: Architecture, *, onnx: bool) -> dict[str, Any]:
     os.dup2(silence, 2)
     measured = Measured()
     try:
-        measure(entry, measured, torch_first=zlib.crc32(entry.name.encode()) % 2 == 0, onnx=onnx)
+        measure(entry, measured, torch_first=zlib.crc32(entry.name.encode()) % 2 == 0, onnx=onnx, torch_onnx=torch_onnx)
     except Exception as error:  # noqa: BLE001  other people's code and ours: whatever ends a model is its result
         return {**measured.found, **_outcome(error, measured.at)}
     return {**measured.found, "outcome": "whole" if onnx else "without ONNX"}
@@ -235,6 +238,7 @@ def main() -> None:
     parser.add_argument("--again", default="", help="outcomes that are run again, separated by commas")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--no-onnx", action="store_true", help="stop before the export, which takes most of the time; a later run does it")
+    parser.add_argument("--no-torch-onnx", action="store_true", help="torch.onnx exports the float model only where our export fails")
     arguments = parser.parse_args()
     if arguments.step == "report":
         report()
@@ -245,6 +249,7 @@ def main() -> None:
             [x for x in arguments.again.split(",") if x],
             arguments.minutes,
             onnx=not arguments.no_onnx,
+            torch_onnx=not arguments.no_torch_onnx,
         )
 
 

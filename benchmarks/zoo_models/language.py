@@ -63,6 +63,11 @@ def pairs(batch: int) -> dict[str, Any]:
     return {**ids(batch), "decoder_input_ids": tokens(VOCABULARY, batch, 7)}
 
 
+def masked_pairs(batch: int) -> dict[str, Any]:
+    """The same with the masks that some models make for themselves, but not while torch.export traces them."""
+    return {**pairs(batch), **masked(batch), "decoder_attention_mask": torch.ones(batch, 7, dtype=torch.int64)}
+
+
 def _encoder(name: str, head: str = "ForSequenceClassification", **settings: Any) -> Architecture:
     return tiny(f"{name}{head}", f"{name}Config", "encoder", masked, **{**TEXT, **settings})
 
@@ -71,9 +76,9 @@ def _decoder(name: str, family: str = "decoder", head: str = "ForCausalLM", **se
     return tiny(f"{name}{head}", f"{name}Config", family, ids, **{**_DECODER, **settings})
 
 
-def _seq2seq(name: str, **settings: Any) -> Architecture:
+def _seq2seq(name: str, inputs: Callable[[int], Any] = pairs, **settings: Any) -> Architecture:
     other = {**TEXT, **SEQ2SEQ, "decoder_start_token_id": 2, **dict.fromkeys(BODY), **settings}
-    return tiny(f"{name}ForConditionalGeneration", f"{name}Config", "encoder-decoder", pairs, **other)
+    return tiny(f"{name}ForConditionalGeneration", f"{name}Config", "encoder-decoder", inputs, **other)
 
 
 def _t5(name: str, **settings: Any) -> Architecture:
@@ -156,7 +161,7 @@ _EXPERTS = [
         "SwitchTransformersForConditionalGeneration",
         "SwitchTransformersConfig",
         "mixture of experts",
-        pairs,
+        masked_pairs,
         **TEXT,
         **dict.fromkeys(BODY),
         d_model=32,
@@ -198,7 +203,7 @@ _ENCODER_DECODERS = [
     _seq2seq("LED", attention_window=4, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
     _t5("T5"),
     _t5("MT5"),
-    _t5("LongT5", local_radius=4),
+    _t5("LongT5", inputs=masked_pairs, local_radius=4),
     tiny(
         "MarianMTModel",
         "MarianConfig",

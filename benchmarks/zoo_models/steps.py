@@ -17,7 +17,7 @@ from benchmarks.zoo_models.entry import BATCH, Architecture
 from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
 from diffq_fx.errors import DiffQError
 from diffq_fx.example import tensors_of
-from diffq_fx.export import export_onnx, load_packed, save_packed, session_options
+from diffq_fx.export import check_onnx, export_onnx, load_packed, save_packed, session_options
 from diffq_fx.parts import stored_weights
 
 STEPS = 3
@@ -50,8 +50,11 @@ def resident(entry: str) -> int:
     return int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx: bool) -> None:
-    """Take one architecture through all steps, or through those before ONNX; what goes wrong is raised."""
+def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx: bool, torch_onnx: bool) -> None:
+    """Take one architecture through all steps, or through those before ONNX; what goes wrong is raised.
+
+    Where our export fails, torch.onnx exports the float model too, and ``check_onnx`` says whether that was known before the training.
+    """
     found = measured.found
     args, kwargs = entry.example()
     with measured.step("build"):
@@ -83,12 +86,16 @@ def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx:
         _check_loaded(loaded.eval(), converted, entry, expected)
         if not onnx:
             return
-        if torch_first:
+        if torch_onnx and torch_first:
             _export_float(measured, entry, Path(folder, "float.onnx"))
         try:
             _export(measured, converted, entry, Path(folder, "model.onnx"))
-        finally:  # whether torch refuses the float model too is asked of each
-            if not torch_first:
+        except DiffQError as error:
+            found["known_before_training"] = _before_training(entry) in (str(error), found.get("fixed_sizes"))
+            torch_onnx = True
+            raise
+        finally:
+            if torch_onnx and "torch.onnx" not in found["seconds"]:
                 _export_float(measured, entry, Path(folder, "float.onnx"))
 
 
@@ -171,6 +178,7 @@ def _export(measured: Measured, converted: nn.Module, entry: Architecture, path:
     measured.found |= {
         "onnx_bytes": result.file_bytes,
         "onnx_error": result.max_relative_error,
+        "fixed_sizes": dict(result.fixed_sizes),
         "remarks": [str(r)[:300] for r in result.remarks],
     }
     options = session_options(path, exact=True, threads=1)
@@ -187,6 +195,15 @@ def _export(measured: Measured, converted: nn.Module, entry: Architecture, path:
         difference = np.abs(ours.astype(np.float64) - theirs.double().numpy()).max(initial=0.0)
         if not difference <= TOLERANCE * max(theirs.double().abs().max().item(), 1e-6):
             raise ArithmeticError(f"output {place} of the file differs by {difference:.3g} at a batch of {BATCH + 1}")
+
+
+def _before_training(entry: Architecture) -> Any:
+    """Why the float model cannot be exported, or which sizes its file fixes."""
+    args, kwargs = entry.example()
+    try:
+        return dict(check_onnx(entry.make(), kwargs or args).fixed_sizes)
+    except DiffQError as error:
+        return str(error)
 
 
 def _export_float(measured: Measured, entry: Architecture, path: Path) -> None:

@@ -165,16 +165,16 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     Raises:
         CaptureError: says why a graph would not be faithful.
     """
-    graphs, tracers, watched = [], [], reads.watch(copy_sharing_parameters(model))
+    traces, tracers, watched = [], [], reads.watch(copy_sharing_parameters(model))
     for state, training in itertools.product((nullcontext, _other_state), (True, False)):
         tracers.append(_WeightTracer(selection, reads))
-        graphs.append(_traced(watched.train(training), tracers[-1], state))
-    train_code, eval_code, *other_codes = (graph.python_code("self").src for graph in graphs)
+        traces.append(_traced(watched.train(training), tracers[-1], state))
+    train_code, eval_code, *other_codes = (code for _, code in traces)
     if train_code != eval_code:
         raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
     if any(code != eval_code for code in other_codes):
         raise CaptureError("the forward does something else under torch.autocast or torch.no_grad, which one graph cannot")
-    return graphs[1], tracers[1]
+    return traces[1][0], tracers[1]
 
 
 @contextmanager
@@ -196,8 +196,8 @@ def _other_state() -> Iterator[None]:
             torch.set_autocast_dtype(device, dtype)
 
 
-def _traced(module: nn.Module, tracer: _WeightTracer, state: Callable[[], AbstractContextManager[None]]) -> fx.Graph:
-    """One trace, and the proof that the forward did nothing beside what the graph holds."""
+def _traced(module: nn.Module, tracer: _WeightTracer, state: Callable[[], AbstractContextManager[None]]) -> tuple[fx.Graph, str]:
+    """One trace with its code, and the proof that the forward did nothing beside what the graph holds."""
     with restored_random_state(), _refused_while_tracing(tracer):
         before, random_before = _state_of(module), random_fingerprint()
         try:
@@ -218,7 +218,7 @@ def _traced(module: nn.Module, tracer: _WeightTracer, state: Callable[[], Abstra
             tracer.refusal("the forward makes a text of a tensor or its size, which a graph would freeze")
         if tracer.refused:
             raise tracer.refused
-    return graph
+    return graph, code
 
 
 def _state_of(model: nn.Module) -> dict[str, list[Any]]:

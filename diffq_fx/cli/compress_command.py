@@ -178,6 +178,8 @@ def _formats(format: Format | None, source: _Source) -> list[str]:
         raise DiffQError("--format onnxruntime-genai is for a Hugging Face folder: the tokenizer there goes into the result.")
     if format in _RUNTIMES:
         _writer_for(format).refuse_unknown(source.model, source.folder)  # before minutes are spent on it
+    if format == "onnx" and source.first is not None:
+        _onnx("check_onnx", source.model, source.example)
     if format == "all":
         return ["packed", *["hf"] * is_pretrained, "onnx"]
     return [format or ("packed" if source.folder is None else "hf")]
@@ -186,6 +188,13 @@ def _formats(format: Format | None, source: _Source) -> list[str]:
 def _writer_for(runtime: str) -> Any:
     """The module that writes for a runtime."""
     return importlib.import_module(RUNTIMES[runtime].writer.rpartition(".")[0])
+
+
+def _onnx(function: str, *arguments: Any) -> Iterable[str]:
+    """Call a function that exports. Returns its remarks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiffQWarning)  # the remarks, which are told at the end
+        return getattr(importlib.import_module("diffq_fx.export"), function)(*arguments).remarks
 
 
 def _write(formats: list[str], converted: "nn.Module", source: _Source, folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -204,12 +213,10 @@ def _write(formats: list[str], converted: "nn.Module", source: _Source, folder: 
 
 def _write_one(format: str, converted: "nn.Module", source: _Source, folder: Path) -> Iterable[str]:
     """Write a format into a folder, which is empty where it is for onnxruntime-genai. Returns remarks."""
-    from diffq_fx.export import export_onnx, save_packed
+    from diffq_fx.export import save_packed
 
     if format == "onnx":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DiffQWarning)  # the remarks, which are told at the end
-            return export_onnx(converted, source.example, folder / "model.onnx").remarks
+        return _onnx("export_onnx", converted, source.example, folder / "model.onnx")
     if format == "packed":
         save_packed(converted, folder / "packed.safetensors")
     elif format == "hf":

@@ -278,6 +278,22 @@ def test_the_line_of_the_forward_at_which_tracing_ends_is_named(function, line, 
         Tracer(Then(function).eval(), ExportExample.of(torch.ones(3, 16))).trace()
 
 
+class MakesNoMask(Keyword):
+    def __init__(self):
+        super().__init__("first")
+
+    def forward(self, x, mask=None, labels=None, scale=1.0):
+        if mask is None and not torch.compiler.is_compiling():
+            mask = torch.ones_like(x)
+        return self.layer(x) * mask[:, :]
+
+
+@pytest.mark.parametrize(("kwargs", "says"), [({}, "mask, labels"), ({"labels": torch.ones(2, 8)}, "mask")])
+def test_the_arguments_that_an_example_leaves_out_are_named_where_nothing_took_their_place(kwargs, says):
+    with pytest.raises(ExportError, match=rf"example leaves out {says}, one of which may be needed while torch\.export traces"):
+        Tracer(MakesNoMask().eval(), ExportExample.of({"x": torch.ones(2, 8), **kwargs})).trace()
+
+
 class Then(nn.Module):
     def __init__(self, function):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from diffq_fx.export.onnx.exporter import export_onnx
 from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, WeightRecord, read_metadata
+from diffq_fx.export.onnx.rehearsal import check_onnx
 from diffq_fx.export.onnx.sessions import session_options
 
-__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "export_onnx", "read_metadata", "session_options"]
+__all__ = ["ExportMetadata", "ExportResult", "WeightRecord", "check_onnx", "export_onnx", "read_metadata", "session_options"]

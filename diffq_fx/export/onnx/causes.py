@@ -1,5 +1,6 @@
 """Why a model cannot be exported, in the words of whatever failed first: torch.onnx wraps it in several layers of its own."""
 
+import inspect
 import keyword
 import re
 import traceback
@@ -73,6 +74,14 @@ def _differ(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 def tracing_cause(error: Exception) -> str:
     """Why torch.export fails, and what to do where that is known."""
     return next((advice for pattern, advice in _CACHES if re.search(pattern, str(error))), _shown(error) + _line_of_the_model(error))
+
+
+def left_out(model: nn.Module, example: ExportExample) -> str:
+    """The arguments whose default None a forward may replace, but not while it is traced."""
+    signature = inspect.signature(model.forward)
+    given = signature.bind_partial(*example.args, **example.kwargs).arguments
+    names = [name for name, each in signature.parameters.items() if each.default is None and name not in given]
+    return f" The example leaves out {', '.join(names)}, one of which may be needed while torch.export traces." if names else ""
 
 
 def _line_of_the_model(error: Exception) -> str:

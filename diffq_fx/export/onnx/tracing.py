@@ -12,7 +12,7 @@ from torch import nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
-from diffq_fx.export.onnx.causes import tracing_cause
+from diffq_fx.export.onnx.causes import left_out, tracing_cause
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.experts import experts_in_batches
 from diffq_fx.export.onnx.keywords import keywords_named
@@ -131,7 +131,7 @@ class Tracer:
             raise ExportError(
                 f"torch.export cannot trace the {type(self.converted).__name__}: {tracing_cause(error)}\n"
                 "  Check the example inputs, and dynamic_shapes if you gave them (their example sizes must be 2 or more); "
-                "control flow that depends on values needs torch.cond."
+                f"control flow that depends on values needs torch.cond.{left_out(self.converted, example) * ('NoneType' in str(error))}"
             ) from error
         check_recurrent_layers(program.graph)
         return program
