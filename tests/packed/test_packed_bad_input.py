@@ -221,6 +221,15 @@ def test_forgeries_are_named_before_anything_is_allocated(tmp_path, files, chang
         tracemalloc.stop()
 
 
+def test_nothing_is_hidden_behind_small_tensors(tmp_path):
+    zeros = {f"t{i}": torch.zeros(1000) for i in range(8)}
+    forgery = Forgery(save_packed(converted(store("a", (4, 4)), **zeros), tmp_path / "m").read_bytes())
+    start, stop = forgery.header["diffq_fx/small"]["data_offsets"]
+    forgery.body[stop - 1] = 1
+    forgery.contents["small_section"][1] = zlib.crc32(forgery.body[start:stop])
+    refuse(tmp_path / "m", forgery.build(), "small tensors cannot be decoded: something is hidden in the zeros")
+
+
 def test_a_header_that_is_longer_than_the_file_or_nested_without_end(tmp_path):
     refuse(tmp_path / "m", struct.pack("<Q", 2**62) + b"{}", "do not begin with the length of a header")
     text = b'{"a":' + b"[" * 10**6

@@ -46,6 +46,16 @@ def test_coders_give_back_symbols(coder, count, width, seed):
     assert np.array_equal(coder.decode(memoryview(coder.encode(symbols)), count), symbols)
 
 
+def test_a_plane_is_read_in_pieces_of_any_length(monkeypatch):
+    symbols = values_of(5, 2000, 0, peaked=True)
+    coded = memoryview(deflate.encode(symbols))
+    for at_once in (7, len(coded) // 2, len(coded) - 1, len(coded), len(coded) + 1):
+        monkeypatch.setattr(deflate, "_AT_ONCE", at_once)
+        assert np.array_equal(deflate.decode(coded, 2000), symbols)
+    with pytest.raises(PackedFileError, match="a coded plane is damaged"):
+        deflate.decode(memoryview(b"\xff" * 20), 2000)
+
+
 @pytest.mark.parametrize("coder", [ans, deflate])
 @pytest.mark.parametrize("only", [0, 255])
 def test_one_symbol_alone_takes_next_to_nothing(coder, only):
