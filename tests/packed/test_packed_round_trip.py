@@ -244,11 +244,20 @@ def test_every_type_of_buffer(tmp_path):
         "strided_": torch.randn(4, 6).t(),
     }
     path = tmp_path / "m.safetensors"
-    round_trip(converted(store("w", (4, 40)), **buffers), path, "entropy")
+    round_trip(converted(store("w", (4, 40), scale_dtype=torch.float16), **buffers), path, "entropy")
     stored = {t.name: (t.dtype, t.stored_dtype) for t in inspect_packed(path).tensors}
     assert stored["exact_half_"] == ("F32", "F16")  # no bit is lost
     assert stored["float_"] == ("F32", "F32")
     assert stored["odd_"] == ("F32", "F32")
+
+
+def test_a_tensor_of_two_names_is_stored_once(tmp_path):
+    shared = torch.randn(30)
+    model = converted(store("w", (4, 40)), one=shared, two=shared)
+    tensors = load_packed(path := save_packed(model, tmp_path / "m"))
+    assert torch.equal(tensors["one"], shared)
+    assert tensors["one"] is tensors["two"]
+    assert [(tensor.name, tensor.aliases) for tensor in inspect_packed(path).tensors] == [("one", ("two",))]
 
 
 def test_a_target_in_any_memory_order(tmp_path):
