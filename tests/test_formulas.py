@@ -75,6 +75,15 @@ def test_gradients_that_say_nothing_stay_small():
         assert 0 <= float(in_a_row(grads).abs().max()) < 1e-3
 
 
+def test_gradients_of_many_groups_are_brought_to_the_same_size():
+    state, growth = controlled()
+    grads = [torch.randn_like(each) for each in growth]
+    expected = 1e-3 * in_a_row(grads)
+    with open_rows(state, dict(enumerate(grads))) as rows:
+        project(state, rows, torch.tensor([0.0, 1.0, 1e8, 0.0, 0.0, 1e8]), 1.0)  # a hundred million groups, root mean square 1
+    torch.testing.assert_close(in_a_row(grads), expected)
+
+
 def test_a_penalty_is_the_derivative_of_the_size():
     state, growth = controlled()
     grads = [torch.randn_like(each) for each in growth]

@@ -115,6 +115,25 @@ def test_dtypes_and_strides(dtype, contiguous):
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_channel_along_any_axis_gets_its_own_step_and_the_noise_of_its_row(axis):
+    shape = (4, 6, 8)
+    step = torch.zeros(shape[axis], 1)
+    step[1] = 1.0
+    torch.manual_seed(5)
+    noisy = add_noise(torch.zeros(shape), step, axis=axis, block=4 * 6 * 8 // shape[axis])
+    torch.manual_seed(5)
+    noise = draws.noise_bytes(draws.draw_seed(torch.device("cpu")), 0, noisy.numel()).view(shape[axis], -1) / 256
+    torch.testing.assert_close(noisy.movedim(axis, 0).flatten(1), noise * step)
+
+
+def test_some_weights_have_the_noise_that_they_have_among_all():
+    seed = torch.tensor([7])
+    every = draws.noise_bytes(seed, 0, 64)
+    for first, count in ((0, 8), (3, 9), (8, 8), (9, 6), (17, 40)):
+        assert torch.equal(draws.noise_bytes(seed, first, count), every[first : first + count])
+
+
 def test_short_last_block_gets_its_own_step():
     step = torch.tensor([[0.0, 1.0]])
     noisy = add_noise(torch.zeros(1, 5), step, axis=0, block=4)
@@ -215,7 +234,9 @@ def test_tables_that_inference_mode_has_made_serve_training():
     draws._kept_table.cache_clear()
     with torch.inference_mode():
         draws.gaussian_table(torch.device("cpu"))
-    assert not draws.gaussian_table(torch.device("cpu")).is_inference()
+    table = draws.gaussian_table(torch.device("cpu"))
+    assert not table.is_inference()
+    assert draws.gaussian_table(torch.device("cpu")) is table, "copied to a device once"
 
 
 def test_closed_forms_have_a_first_derivative_alone():
@@ -230,10 +251,10 @@ def test_closed_forms_have_a_first_derivative_alone():
 
 def test_ranks_that_were_seeded_alike_draw_other_seeds(monkeypatch):
     found = []
-    for rank in (0, 1, 2, 7):
+    for rank in range(40):
         monkeypatch.setattr(draws, "_rank", lambda rank=rank: rank)
         torch.manual_seed(3)
         found.append(draws.draw_seed(torch.device("cpu")).item())
     step = 0x9E3779B97F4A7C15
-    assert found == [(found[0] + rank * step % 2**63) % 2**63 for rank in (0, 1, 2, 7)]
-    assert len(set(found)) == 4
+    assert found == [(found[0] + rank * step % 2**63) % 2**63 for rank in range(40)]
+    assert len(set(found)) == 40

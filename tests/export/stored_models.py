@@ -14,8 +14,8 @@ from diffq_fx.weights import WeightSpec
 def store(weight, bits, *, name="weight", axis=0, group="channel", ranges="channel", grid="affine"):
     """Round a weight to ``bits`` (a number, or one per group) and keep the integers."""
     weight = weight.detach()
-    spec = WeightSpec(name=name, shape=tuple(weight.shape), axis=axis, group_size=group, range_size=ranges, grid=grid)
-    rows = to_rows(weight, axis)
+    spec = WeightSpec(name=name, shape=tuple(weight.shape), axis=axis, dtype=weight.dtype, group_size=group, range_size=ranges, grid=grid)
+    rows = to_rows(weight.float(), axis)
     bits = torch.as_tensor(bits).expand(spec.bits_layout.shape).contiguous()
     low, high = functional.weight_range(rows, spec.range_layout, grid)
     params = functional.quant_params(low, high, bits, grid)

@@ -353,7 +353,8 @@ TABLES = [
 
 
 def test_embeddings_pick_integer_rows(path, tmp_path):
-    model = Parallel(*(Table(torch.randn(4000, 100), name=f"t{i}", **options) for i, options in enumerate(TABLES))).eval()
+    tables = [Table(torch.randn(4000, 100), name=f"t{i}", **options) for i, options in enumerate(TABLES)]
+    model = Parallel(*tables, Table(torch.randn(4000, 100).half(), 4, name="half")).eval()
     result = export_onnx(model, torch.zeros(1, 7, dtype=torch.long), path)
     assert {record.rule for record in result.weights} == {"rows"}
     assert {record.reason for record in result.weights} == {None}
@@ -363,7 +364,7 @@ def test_embeddings_pick_integer_rows(path, tmp_path):
     assert not {"DequantizeLinear", "Transpose"} & set(ops)
     optimized = onnx.load(path.with_suffix(".optimized")).graph
     large = [tensor for tensor in optimized.initializer if np.prod(tensor.dims) >= 4000 * 100]
-    assert len(large) == len(TABLES), "no float table beside the integers"
+    assert len(large) == len(TABLES) + 1, "no float table beside the integers"
     assert not [tensor.name for tensor in large if tensor.data_type == onnx.TensorProto.FLOAT]
 
 

@@ -57,6 +57,7 @@ def test_a_weight_is_one_node(path, tmp_path):
     assert len(file.functions) == 4, "with and without zero points, of parts, of blocks"
     assert calls[0].op_type == calls[1].op_type == "DequantizeLinear"
     assert list(file.functions[0].input) == ["levels", "scale", "zero_point"]
+    assert [list(function.output) for function in file.functions] == [["weight"]] * 4
     imports = {entry.domain: entry.version for entry in file.opset_import}
     assert imports.pop("diffq_fx") == 1
     assert all({entry.domain: entry.version for entry in function.opset_import} == imports for function in file.functions)
@@ -102,6 +103,14 @@ FUSED = {
 }
 
 
+BODIES = {
+    "float": {("DequantizeLinear", "weight")},
+    "dynamic": {("DynamicQuantizeMatMul", "product"), ("DequantizeLinear", "weight")},
+    "int8": {("DynamicQuantizeMatMul", "product"), ("DequantizeLinear", "weight")},
+}
+"""Functions of the file and what they give out."""
+
+
 @pytest.mark.parametrize("activations", FUSED)
 def test_what_onnxruntime_fuses_is_one_node_too(activations, path):
     """A product of integers is one call with its activation: a standard DequantizeLinear of the weight in front of a MatMul is no way.
@@ -112,7 +121,9 @@ def test_what_onnxruntime_fuses_is_one_node_too(activations, path):
     result = export_onnx(Both().eval(), inputs, path, activations=activations, calibration=[inputs] if activations == "int8" else None)
     assert FUSED[activations].items() <= result.operators.items()
     assert not {"Cast", "Mul", "Sub", "Gather"} & result.operators.keys()
-    graph = onnx.load(path).graph
+    file = onnx.load(path)
+    graph = file.graph
+    assert {(each.name.rstrip("0123456789"), *each.output) for each in file.functions} == BODIES[activations]
     kinds = {"float": "DequantizeLinear"}.get(activations, "DynamicQuantizeMatMul")
     readers = {name: [node for node in graph.node if name in node.input] for record in result.weights for name in record.initializers}
     assert all(len(nodes) == 1 for nodes in readers.values())

@@ -1,6 +1,7 @@
 """What the layout rules find in a graph and predict of it, on graphs of a few nodes: readers of weights, values to round, costs."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -9,12 +10,16 @@ import pytest
 import torch
 from stored_models import store
 
+from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout import rounding
 from diffq_fx.export.onnx.layout.consumers import LinearUse, find_uses
-from diffq_fx.export.onnx.layout.convolution import fold_batch_norm
+from diffq_fx.export.onnx.layout.convolution import choose_convolutions, fold_batch_norm
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile
 from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, make_node, only_reader
 from diffq_fx.export.onnx.layout.linear import refusal
+from diffq_fx.export.onnx.layout.products import MAX_INPUTS, Form, choose_form
+from diffq_fx.export.onnx.layout.request import LayoutRequest
+from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import one_container, read_table
 
 OPSET = 'ir_version: 10, opset_import: ["" : 21]'
@@ -89,6 +94,12 @@ def test_linear_readers_are_found_through_what_rearranges_the_weight(nodes, expe
             ["Relu"],
             {False},
         ),
+        (
+            "a, b = Split <axis = 0, num_outputs = 2> (w) c, d = Split <axis = 0, num_outputs = 2> (a) t = Transpose (c) y = MatMul (x, t)",
+            ["MatMul"],
+            {False},
+        ),
+        ("s = Shape (x) a, b = Split <axis = 0> (w, s) t = Transpose (a) y = MatMul (x, t)", ["MatMul"], {False}),
     ],
 )
 def test_other_readers_are_named_by_what_they_come_to(nodes, others, turned):
@@ -124,7 +135,7 @@ def test_readers_that_have_a_form_of_their_own():
 
 @pytest.mark.parametrize(
     ("shape", "rows", "is_open"),
-    [([3, 6], 3, False), ([2, 5, 6], 10, False), (["N", 5, 6], 35, True), (["M", 6], 1, True), (None, 1, True), (["2*N", 6], 14, True)],
+    [([3, 6], 3, False), ([2, 5, 6], 10, False), (["N", 5, 6], 35, True), ([2, "N", 6], 14, True), (["M", 6], 1, True), (None, 1, True), (["2*N", 6], 14, True)],
 )
 def test_rows_of_a_product_at_the_example(shape, rows, is_open):
     activation = ir.val("x", ir.DataType.FLOAT, shape)
@@ -279,6 +290,45 @@ def test_a_batch_norm_is_put_into_scales_and_bias(bias, halved):
     assert graph.outputs[0] is graph[0].outputs[0]
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "bits", "reason"),
+    [
+        ((8, 4, 3), 1, 8, None),
+        ((8, 4, 3), 1, 9, "int8 convolutions take up to 8 bits, the widest channel has 9"),
+        ((1, MAX_INPUTS, 1), 1, 4, None),
+        ((1, MAX_INPUTS // 2 + 1, 2), 1, 4, f"{MAX_INPUTS + 1} inputs of a filter: .*"),
+        ((64, 32, 3), 2, 4, None),
+        ((64, 16, 40), 4, 4, "4 groups of 16 channels: .*"),
+        ((32, 64, 3), 2, 4, "2 groups of 16 channels: .*"),
+        ((62, 64, 3), 2, 4, "2 groups of 31 channels: .*"),
+        ((64, 1, 3), 64, 4, None),
+        ((128, 1, 3), 64, 4, "64 groups of 1 channels: .*"),
+    ],
+)
+def test_which_convolutions_can_be_integer_ones(shape, groups, bits, reason):
+    outputs, inputs, _ = shape
+    graph = graph_of(
+        f"(float[1, {inputs * groups}, 99] x, float[{outputs}, {inputs}, {shape[2]}] w) => (float[a, b, c] y)",
+        f"y = Conv <group = {groups}> (x, w)",
+    )
+    table = read_table(store(torch.rand(shape), bits))
+    uses = find_uses(graph.inputs[1], 0, graph)
+    (found,) = choose_convolutions(table, uses, LayoutRequest(machines=None, activations="int8"))[1].values()
+    assert (found is None) == (reason is None)
+    assert reason is None or re.fullmatch(reason, found)
+
+
+def test_a_channel_that_is_scaled_by_nothing_stays_zero():
+    """As a BatchNorm whose gamma is 0 leaves it, with a zero point at a half-integer."""
+    table = read_table(store(torch.tensor([[-1.0, 1.0], [-1.0, 2.0]])[:, :, None], 1, grid="half"))
+    table = replace(table, scale=table.scale * np.float32([[0], [1]]))
+    graph = graph_of("(float[1, 2, 9] x, float[2, 2, 1] w) => (float[a, b, c] y)", "y = Conv (x, w)")
+    found, _ = choose_convolutions(table, find_uses(graph.inputs[1], 0, graph), LayoutRequest(machines=None, activations="int8"))
+    assert (found.scale > 0).all()
+    np.testing.assert_array_equal((found.levels - found.zero_point) * found.scale, (table.levels - table.zero_point) * table.scale)
+    np.testing.assert_array_equal(found.zero_point % 2, [[0], table.zero_point[1] % 2])
+
+
 # --- what a product costs
 
 COST = Cost(1.0, 2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0)
@@ -335,7 +385,40 @@ def test_half_integer_zero_points_are_doubled_away():
     assert table.most_bits == 2
     alike = read_table(store(weight, 1, grid="half"))
     assert alike.factor.tolist() == [[2]]
-    assert read_table(store(weight, 4, grid="affine")).factor is None
+    plain = read_table(store(weight, 4, grid="affine"))
+    assert plain.factor is None
+    assert plain.learned_levels is plain.levels
+    stored.bits[0], stored.levels = 15, stored.levels * 0
+    assert read_table(stored).zero_point.ravel().tolist() == [1, 2], "half a level at the widest channel: all are doubled"
+    stored.bits[0] = 16
+    with pytest.raises(ExportError, match="half-integer zero point at 16 bits, .* up to 15 are possible"):
+        read_table(stored)
+
+
+def test_the_middle_of_the_levels_moves_where_it_would_be_no_zero_point():
+    """A kernel that is fast for zero points other than 0 gets some."""
+    table = read_table(store(torch.randn(2, 128), 8))
+    table = replace(table, levels=np.tile(np.arange(1, 129, dtype=np.int32), (2, 1)), zero_point=np.full((2, 1), 64, np.int32))
+    assert choose_form(table, "moved") == Form(ir.DataType.INT8, centred=False, offset=65)
+    assert choose_form(table, "any") == Form(ir.DataType.INT8, centred=True, offset=0)
+
+
+def test_scales_of_float16_stay_so_where_that_is_exact():
+    table = read_table(store(torch.randn(3, 8), 4))
+    for dtype, scale, held in (
+        (torch.float32, [[0.5], [1.0], [2.0]], np.float32),
+        (torch.float16, [[0.5], [1.0], [2.0]], np.float16),
+        (torch.float16, [[0.5], [0.1], [2.0]], np.float32),
+    ):
+        halves = replace(table, spec=replace(table.spec, scale_dtype=dtype), scale=np.float32(scale))
+        emitter = Emitter(graph_of("(float[2] x) => (float[2] y)", "y = Relu (x)"))
+        value = StoredTable(emitter, one_container(halves, "weight")).scale
+        assert value.dtype == ir.DataType.FLOAT
+        assert emitter.graph.initializers["weight.scale"].const_value.numpy().dtype == held
+
+
+def test_blocks_need_the_opset_that_has_them():
+    assert [LayoutRequest(machines=None, opset=opset).has_blocks for opset in (None, 20, 21, 22)] == [True, False, True, True]
 
 
 def test_what_a_storage_takes():

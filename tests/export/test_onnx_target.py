@@ -1,6 +1,7 @@
 """export_onnx(target=...): the decision over profiles, the measurement, and what is written about both."""
 
 import itertools
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -282,11 +283,13 @@ def test_inspect_shows_target_and_reasons(path):
 
 def test_every_record_says_what_was_taken(path):
     conv, x = Conv(F.conv2d, (8, 4, 3, 3), 4), torch.randn(1, 4, 8, 8)
+    conv.weight.spec = replace(conv.weight.spec, aliases=("tied",))
     taken = [
         export_onnx(conv.eval(), x, path, **settings).weights[0]
         for settings in ({}, {"layout": "qdq"}, {"activations": "int8", "calibration": [x]})
     ]
     assert [record.rule for record in taken] == ["fold", "qdq", "int8"]
+    assert {record.aliases for record in taken} == {("tied",)}
     assert [record.choice.partition(":")[0] for record in taken] == [
         "float, made once when the file is loaded",
         "one DequantizeLinear",
@@ -294,8 +297,9 @@ def test_every_record_says_what_was_taken(path):
     ]
     assert "read by Conv" in taken[0].reason
     coded = convert(prepare(nn.Linear(64, 32), torch.randn(2, 64), LC(entries=5)))
-    assert export_onnx(coded, torch.randn(2, 64), path).weights[0].choice == "float, looked up once when the file is loaded"
-    assert read_metadata(path).weights[0].choice == "float, looked up once when the file is loaded"
+    (record,) = export_onnx(coded, torch.randn(2, 64), path).weights
+    assert (record.grid, record.rule, record.choice) == ("codebook", "codebook", "float, looked up once when the file is loaded")
+    assert read_metadata(path).weights == (record,)
 
 
 def test_a_batch_that_is_fixed_is_judged_as_it_is(path, monkeypatch):

@@ -155,6 +155,7 @@ FORGERIES = {
     ),
     "another type": (lambda f: weight(f).update(dtype="int8"), "weight 'a': expected one of the types float32, .* got 'int8'"),
     "half zero points of another grid": (lambda f: weight(f).update(zero_point="halves"), "zero_point 'halves' are not known"),
+    "extents of ranges of one group each": (lambda f: weight(f).update(scale="extents"), "weight 'a': its scales cannot be extents"),
     "a name twice": (lambda f: weight(f).update(name="bias"), "two tensors have one name"),
     "rows twice": (lambda f: shard(f)["spans"].append(shard(f)["spans"][0]), "too small|rows are not in order"),
     "rows missing": (lambda f: shard(f)["spans"].pop(), "expected 6 rows, got 0"),
@@ -173,6 +174,7 @@ FORGERIES = {
         lambda f: f.contents["small"]["bias"].update(shape=[9000]),
         "describes 36010 bytes of small tensors, which the file does not hold",
     ),
+    "a tensor that is text": (lambda f: f.contents["small"].update(bias="x"), "tensor 'bias' is described by 'x'"),
     "a small tensor that is large": (
         lambda f: f.contents["small"]["bias"].update(shape=[40000]),
         "tensor 'bias' of 160000 bytes does not lie",
@@ -219,6 +221,19 @@ def test_forgeries_are_named_before_anything_is_allocated(tmp_path, files, chang
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_byte_behind_the_last_tensor(tmp_path, files):
+    refuse(tmp_path / "m", files["large"][0] + b"\0", "its tensors end at byte")
+
+
+def test_nothing_is_hidden_behind_small_tensors(tmp_path):
+    zeros = {f"t{i}": torch.zeros(1000) for i in range(8)}
+    forgery = Forgery(save_packed(converted(store("a", (4, 4)), **zeros), tmp_path / "m").read_bytes())
+    start, stop = forgery.header["diffq_fx/small"]["data_offsets"]
+    forgery.body[stop - 1] = 1
+    forgery.contents["small_section"][1] = zlib.crc32(forgery.body[start:stop])
+    refuse(tmp_path / "m", forgery.build(), "small tensors cannot be decoded: something is hidden in the zeros")
 
 
 def test_a_header_that_is_longer_than_the_file_or_nested_without_end(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from packed_models import assert_equal, converted, expected, store
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -56,6 +57,8 @@ def test_unpack_writes_a_state_dict(packed, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "MiB" in result.stdout
     assert_equal(load_file(tmp_path / "float.safetensors"), expected(model))
+    with safe_open(tmp_path / "float.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "which transformers asks for"
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8, 16])
@@ -90,7 +93,8 @@ def test_pack_rounds_to_the_nearest_level(tmp_path, bits, compression):
 def test_pack_says_the_error_that_it_made(tmp_path):
     tensors = {"good": torch.randint(0, 4, (30, 200)).float(), "poor": torch.randn(30, 40), "zero": torch.zeros(4, 4), "b": torch.randn(4)}
     save_file(tensors, source := tmp_path / "float.safetensors")
-    answer = json.loads(invoke("pack", source, target := tmp_path / "packed", "--bits", 2, "--json").stdout)
+    target = tmp_path / "packed"
+    answer = json.loads(invoke("pack", source, target, "--bits", 2, "--group-size", "tensor", "--json").stdout)
     found, told = load_packed(target), {weight["name"]: weight["relative_squared_error"] for weight in answer["weights"]}
     squares = {name: ((found[name] - tensors[name]).square().sum(), tensors[name].square().sum()) for name in told}
     assert told == {name: pytest.approx(float(error / (whole or 1)), rel=1e-4) for name, (error, whole) in squares.items()}
@@ -98,7 +102,7 @@ def test_pack_says_the_error_that_it_made(tmp_path):
     assert answer["relative_squared_error"] == pytest.approx(float(overall), rel=1e-4)
     assert told["good"] < 1e-9 < told["poor"]
     assert answer["file_bytes"] == target.stat().st_size
-    printed = " ".join(invoke("pack", source, target, "--bits", 2).stdout.split())
+    printed = " ".join(invoke("pack", source, target, "--bits", 2, "--group-size", "tensor").stdout.split())
     assert f"{overall:.3g} over all weights, at most {told['poor']:.3g}, of 'poor'" in printed
 
 
@@ -133,7 +137,8 @@ def test_pack_without_a_weight_to_round(tensors, exclude, tmp_path):
 
 
 def test_errors_are_one_message_and_exit_code_2(tmp_path):
-    garbage, source, out = tmp_path / "garbage", tmp_path / "float.safetensors", tmp_path / "out"
+    garbage, pickled, source, out = (tmp_path / name for name in ("garbage", "pickled", "float.safetensors", "out"))
+    torch.save({"a": torch.randn(4, 4)}, pickled)
     garbage.write_bytes(b"\x10\0\0\0\0\0\0\0{garbage")
     save_file({"a": torch.full((4, 4), float("nan")), "b": torch.randn(4, 4)}, source)
     cases = {
@@ -142,6 +147,7 @@ def test_errors_are_one_message_and_exit_code_2(tmp_path):
         ("unpack", source, out): "is a safetensors file without what save_packed adds to one",
         ("unpack", tmp_path / "missing", out): "cannot be opened: No such file",
         ("pack", garbage, out): "is not a safetensors file that can be read",
+        ("pack", pickled, out): "a safetensors file is wanted",
         ("pack", tmp_path / "missing", out): "is not a safetensors file that can be read",
         ("pack", source, out): "weight 'a' of shape (4, 4) has values that are not finite",
         ("pack", source, out, "--bits", "17"): "bits must be from 1 to 16, got 17",

@@ -46,6 +46,16 @@ def test_coders_give_back_symbols(coder, count, width, seed):
     assert np.array_equal(coder.decode(memoryview(coder.encode(symbols)), count), symbols)
 
 
+def test_a_plane_is_read_in_pieces_of_any_length(monkeypatch):
+    symbols = values_of(5, 2000, 0, peaked=True)
+    coded = memoryview(deflate.encode(symbols))
+    for at_once in (7, len(coded) // 2, len(coded) - 1, len(coded), len(coded) + 1):
+        monkeypatch.setattr(deflate, "_AT_ONCE", at_once)
+        assert np.array_equal(deflate.decode(coded, 2000), symbols)
+    with pytest.raises(PackedFileError, match="a coded plane is damaged"):
+        deflate.decode(memoryview(b"\xff" * 20), 2000)
+
+
 @pytest.mark.parametrize("coder", [ans, deflate])
 @pytest.mark.parametrize("only", [0, 255])
 def test_one_symbol_alone_takes_next_to_nothing(coder, only):
@@ -176,10 +186,12 @@ def test_a_head_without_high_bits_is_damaged():
         streams_of(damaged, expected)
 
 
-def test_a_symbol_that_hardly_occurs_is_coded():
+def test_symbols_that_hardly_occur_take_no_more_than_they_tell():
     symbols = np.zeros(300_000, np.uint8)
-    symbols[123_456] = 1
-    assert np.array_equal(ans.decode(memoryview(ans.encode(symbols)), len(symbols)), symbols)
+    symbols[1000:1255] = np.arange(1, 256)
+    coded = ans.encode(symbols)
+    assert len(coded) < ans.estimated_bits(np.bincount(symbols) / len(symbols), len(symbols)) / 8
+    assert np.array_equal(ans.decode(memoryview(coded), len(symbols)), symbols)
 
 
 def test_a_coded_sequence_without_sense_is_refused():

@@ -163,6 +163,7 @@ def test_a_wrapper_of_several_parts_is_saved_whole(tmp_path):
         module.levels.zero_()
     assert_equal(load_packed(other, path).state_dict(), model.state_dict())
     assert other.first.weight_quantized is other.again.weight_quantized
+    assert other.second.weight_quantized.spec == model.second.weight_quantized.spec, "its name is that in its part"
 
 
 def test_a_wrapper_with_a_part_that_is_not_converted_is_refused_by_its_name(tmp_path):

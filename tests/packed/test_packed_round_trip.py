@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import assert_equal, bits_of, converted, expected, float_twin, round_trip, store, stored_in
 
+from benchmarks._damage import Forgery
 from diffq_fx import PackedFileError, convert, prepare
 from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.export import load_packed, save_packed
 from diffq_fx.export.packed.integer_kind import PackedIntegers
 from diffq_fx.export.packed.packed_report import inspect_packed
 from diffq_fx.file_kinds import foreign_kind
+from diffq_fx.functional import QuantParams
 from diffq_fx.kernels import extension
 from diffq_fx.methods import STE
 from diffq_fx.storage import IntegerWeight
@@ -236,15 +238,26 @@ def test_every_type_of_buffer(tmp_path):
         "byte_": torch.arange(3, dtype=torch.uint8),
         "small_": torch.tensor([-3], dtype=torch.int8),
         "empty_": torch.zeros(0, 4),
+        "empty_too_": torch.zeros(3, 0),
+        "empty_integers_": torch.zeros(0, dtype=torch.int64),
         "scalar_": torch.tensor(3.25),
         "strided_": torch.randn(4, 6).t(),
     }
     path = tmp_path / "m.safetensors"
-    round_trip(converted(store("w", (4, 40)), **buffers), path, "entropy")
+    round_trip(converted(store("w", (4, 40), scale_dtype=torch.float16), **buffers), path, "entropy")
     stored = {t.name: (t.dtype, t.stored_dtype) for t in inspect_packed(path).tensors}
     assert stored["exact_half_"] == ("F32", "F16")  # no bit is lost
     assert stored["float_"] == ("F32", "F32")
     assert stored["odd_"] == ("F32", "F32")
+
+
+def test_a_tensor_of_two_names_is_stored_once(tmp_path):
+    shared = torch.randn(30)
+    model = converted(store("w", (4, 40)), one=shared, two=shared)
+    tensors = load_packed(path := save_packed(model, tmp_path / "m"))
+    assert torch.equal(tensors["one"], shared)
+    assert tensors["one"] is tensors["two"]
+    assert [(tensor.name, tensor.aliases) for tensor in inspect_packed(path).tensors] == [("one", ("two",))]
 
 
 def test_a_target_in_any_memory_order(tmp_path):
@@ -310,6 +323,32 @@ def test_inspection_adds_up(tmp_path):
         assert 0.93 * report.entropy_bytes < report.coded_bytes < 1.05 * report.entropy_bytes
     parts = sum(r.coded_bytes + r.side_bytes for r in found.weights) + sum(t.stored_bytes for t in found.tensors)
     assert 0 < found.header_bytes == round(path.stat().st_size - parts) < 2000
+    assert found.to_dict()["header_bytes"] == found.header_bytes
+
+
+def test_inspection_gives_each_its_own_bytes(tmp_path):
+    alike = {grid: store(grid, (64, 64), bits=4, grid=grid) for grid in ("affine", "symmetric")}
+    four = store("four", (1, 4), bits=2)
+    four = IntegerWeight(four.spec, torch.arange(4, dtype=torch.int32)[None], QuantParams(four.scale, four.zero_point, None), four.bits)
+    table = torch.arange(100_000) % 30_000
+    model = converted(four, *alike.values(), table=table, wide=torch.randn(200, 200), ten=torch.randn(10), thirty=torch.randn(30))
+    path = save_packed(model, tmp_path / "m.safetensors")
+    found = inspect_packed(path)
+    weights, tensors = ({each.name: each for each in every} for every in (found.weights, found.tensors))
+    assert (weights["four"].entropy_bytes, weights["four"].bit_packed_bytes) == (1.0, 1)
+    assert weights["affine"].side_bytes > weights["symmetric"].side_bytes, "it has zero points"
+    assert (tensors["wide"].stored_bytes, tensors["table"].stored_bytes) == (160_000, 200_000)
+    assert tensors["thirty"].stored_bytes == pytest.approx(3 * tensors["ten"].stored_bytes)
+    (small,) = Forgery(path.read_bytes()).header["diffq_fx/small"]["shape"]
+    assert tensors["thirty"].stored_bytes + tensors["ten"].stored_bytes == pytest.approx(small)
+    assert_equal(load_packed(path), expected(model))
+
+
+def test_what_all_weights_of_a_kind_say_is_said_once(tmp_path):
+    model = converted(*(store(name, (4, 40), bits=5, group=group) for name, group in (("a", 8), ("b", 8), ("c", "channel"))))
+    contents = Forgery(save_packed(model, tmp_path / "m").read_bytes()).contents
+    assert {"dtype": "float32", "grid": "affine", "consumer": "linear"}.items() <= contents["defaults"]["integer"].items()
+    assert [sorted(each) for each in contents["weights"]] == [["group_size", "kind", "name", "range_size", "shape"]] * 3
 
 
 ALL_KINDS = {

@@ -170,6 +170,15 @@ def test_a_size_that_coding_makes_go_up_and_down_is_met(swing):
     assert int(lowest.max()) == 2  # what nothing meets
 
 
+@pytest.mark.parametrize(
+    ("ladder", "bits", "widths"), [((2, 3, 4, 5, 6, 7, 8), [2.8, 5.3], [3, 5]), ((2, 4, 5, 6, 7, 8), [2.9, 5.55, 5.55], [2, 6, 6])]
+)
+def test_groups_furthest_on_the_way_to_the_next_width_get_it(ladder, bits, widths):
+    groups = FlatGroups([spec(shape=(len(bits), 1000))], torch.device("cpu"), limits=[WidthLimits(2, 8, ladder)])
+    budget = exact_bits(groups, torch.tensor(widths))
+    assert allocate_widths(groups, torch.tensor(bits), budget).tolist() == widths
+
+
 def test_allocation_keeps_the_order_of_the_bits():
     groups = FlatGroups([spec(shape=(64, 16))], torch.device("cpu"), limits=[WidthLimits(2, 8, tuple(range(2, 9)))])
     bits = torch.linspace(2, 8, 64)
