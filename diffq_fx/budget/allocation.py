@@ -14,7 +14,7 @@ _PAYLOAD_ROUNDS = 20
 _CLOSE_ENOUGH = 1e-3
 _LAST_GROUPS = 4096
 _CODING_ROUNDS = 8
-_CLOSE_ENOUGH_CODED = 2e-3
+CLOSE_ENOUGH_CODED = 2e-3
 _MANY_GROUPS = 1 << 17
 _BINS = 1 << 14
 
@@ -65,7 +65,7 @@ def allocate_coded_widths(
             exceeds = budget
         else:
             best, fits = width_T, budget
-            if room <= _CLOSE_ENOUGH_CODED * target_bits:
+            if room <= CLOSE_ENOUGH_CODED * target_bits:
                 break
         budget = before_coding + room
         if not fits < budget < exceeds:  # what is saved goes up and down in turn

@@ -68,8 +68,7 @@ class Method(ABC):
         for setting, hint in get_type_hints(type(self)).items():
             if (choices := _choices(hint)) and (value := getattr(self, setting)) not in choices:
                 raise ValueError(f"{name}: {setting} must be one of {choices}, got {value!r}.")
-        if isinstance(self.min_size, bool) or not isinstance(self.min_size, int | float) or not self.min_size >= 0:
-            raise ValueError(f"{name}: min_size must be a number of weights, 0 or more, got {self.min_size!r}.")
+        check_whole(name, "min_size", self.min_size, 0)
         if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f'{name}: exclude is a tuple of patterns such as ("*.bias",), got {self.exclude!r}.')
 
@@ -104,14 +103,14 @@ def check_group(method: str, setting: str, size: Any, names: tuple[str, ...] = (
         >>> check_group("STE", "group_size", 0)
         Traceback (most recent call last):
         ...
-        ValueError: STE: group_size must be at least 1, got 0.
+        ValueError: STE: group_size must be a whole number of at least 1, got 0.
     """
     if isinstance(size, str):
         if size not in names:
             known = ", ".join(f'"{name}"' for name in names)
             raise ValueError(f"{method}: {setting} must be {known} or a number, got {size!r}.")
-    elif isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{method}: {setting} must be at least 1, got {size}.")
+    else:
+        check_whole(method, setting, size, 1)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -140,9 +140,6 @@ class DiffQSettings(Method):
             )
 
     def _check_groups(self) -> None:
-        for name in ("group_size", "range_per"):
-            if not isinstance(size := getattr(self, name), str):
-                check_whole("DiffQConfig", name, size, 1)
         check_group("DiffQConfig", "group_size", self.group_size)
         check_group("DiffQConfig", "range_per", self.range_per, ("tensor", "channel", "group"))
         if self.range_per != "group":

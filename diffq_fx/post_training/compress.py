@@ -150,10 +150,10 @@ class _OwnState:
 def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:
     compression: Compression = vars(model)[CHILD]
     seek_bits(model, compression, wanted, data, limits, bar)
-    failed = round_weights(model, compression, data, limits, bar)
+    best, failed = round_weights(model, compression, wanted, data, limits, bar)
     bar.stage("tuning", limits.steps)
-    tuned = tune(model, compression, wanted, data, limits, bar)
-    compression.notes += (*_notes(data, wanted, tuned), *failed)
+    tuned = tune(model, compression, wanted, data, limits, bar, best)
+    compression.notes += (*failed, *_notes(data, wanted, tuned))
 
 
 def _choice(config: DiffQConfig | Mapping[str, Method] | None) -> MethodChoice:

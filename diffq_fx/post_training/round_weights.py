@@ -1,6 +1,8 @@
 """Ranges by the error of the output, and rounding with error compensation, in the order of the weights in the model."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,15 +10,19 @@ from torch import Tensor, nn
 from diffq_fx.budget.coded_levels import PRICE, CodedLevels
 from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.compression import Compression
-from diffq_fx.functional.groups import from_rows, to_rows
+from diffq_fx.example import Example
+from diffq_fx.functional.groups import from_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
+from diffq_fx.post_training.best import Best
 from diffq_fx.post_training.compensation import compensate, shrunk
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
-from diffq_fx.training.phases import hold_coded_size
+from diffq_fx.post_training.reference import FloatOutputs
+from diffq_fx.training.phases import coded_excess, stretch_ranges
 
+_T = TypeVar("_T")
 _RANGE_BATCHES = 8
 """Batches that the diagonals of second moments are gathered from, which ranges need."""
 _MOMENT_BATCHES, _LEAST_BATCHES, _MOMENT_SHARE = 16, 4, 0.2
@@ -25,18 +31,24 @@ _MOMENT_BYTES = 1 << 28
 """Of the matrices that are in memory at once."""
 _PARTS = 4
 """The inputs of a weight are those after all weights of earlier parts are rounded."""
+_FITS, _ROUNDINGS, _ROUNDING_SHARE = 8, 3, 0.5
+"""How often ranges are scaled until the code takes the target: that of levels chosen one by one, and, within a part of the time, that of
+compensated ones, which are found anew each time."""
 _IN_THE_CELL = 0.45
 """Steps that a weight may keep between itself and its level: tuning goes on from there."""
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, compression: Compression, data: Calibration, limits: Limits, bar: ProgressBar) -> tuple[str, ...]:
+def round_weights(
+    model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar
+) -> tuple[Best, tuple[str, ...]]:
     """Find the ranges, make widths and ranges final and round all weights; afterwards each weight lies in the cell of its level.
 
-    A weight whose inputs are not known, or whose moments cannot be used, is rounded to the nearest levels.
+    A weight whose inputs are not known, or whose moments cannot be used, is rounded to the nearest levels; all are, where the outputs of
+    the held-out batches then agree better.
 
     Returns:
-        A sentence for each reason, with the weights' names.
+        The better state, and a sentence for each reason, with the weights' names.
     """
     parts, range_batches = list(_in_parts(compression.learned)), data.tuned_on[:_RANGE_BATCHES]
     bar.stage("ranges", 1)
@@ -51,39 +63,76 @@ def round_weights(model: nn.Module, compression: Compression, data: Calibration,
             quantizer.importance.copy_(importance)
     compression.price = PRICE if compression.is_coded else 0.0
     compression.freeze()
-    bar.stage("rounding", len(compression.learned))
+    price, compression.price = compression.price, 0.0
+    best, floats = Best(model, wanted, data, limits), [quantizer.weight.detach().clone() for quantizer in compression.learned]
+
+    def fit(rounded: Callable[[], _T], rounds: int) -> _T:
+        """Round the weights, and again with longer or shorter steps while the code does not take the target; the best state is kept."""
+        while True:
+            for quantizer, value in zip(compression.learned, floats, strict=True):
+                quantizer.weight.copy_(value)
+            result, rounds, excess = rounded(), rounds - 1, coded_excess(compression)
+            last = not excess or not rounds or limits.share > _ROUNDING_SHARE
+            if excess <= 0 or (last and best.distance == math.inf):
+                best.look()
+            if last:
+                return result
+            stretch_ranges(compression, excess)
+
+    fit(lambda: _nearest(compression.learned, price), _FITS)
+    best.restore()
+    plain = best.distance
+    left = fit(lambda: _compensate(model, parts, batches, price, bar), _ROUNDINGS)
+    best.restore()
+    compression.note(rest_bits=compression.rest_bits_now())
+    failed = [f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items()]
+    if not best.distance < plain:
+        failed.append(f"rounded to the nearest levels (error compensation gives a distance of {best.latest:.4g}): all weights")
+    return best, tuple(failed)
+
+
+def _nearest(quantizers: Sequence[DiffQWeight], price: float) -> None:
+    """Round to the nearest levels, which the quantizers do by themselves, or to those with a short code as well."""
+    for quantizer in quantizers if price else ():
+        weight = _on_grid(quantizer)
+        _move(quantizer, weight, CodedLevels(weight, price).cheapest(weight).rows)
+
+
+def _compensate(
+    model: nn.Module, parts: Sequence[Sequence[DiffQWeight]], batches: Sequence[Example], price: float, bar: ProgressBar
+) -> dict[str, list[str]]:
+    """Round all weights; why some without compensation, and their names."""
+    bar.stage("rounding", sum(map(len, parts)))
     left: dict[str, list[str]] = {}
     for part in parts:
         moments = second_moments(model, batches, part)
         for quantizer in part:
-            if reason := _round(quantizer, moments.pop(quantizer.spec.name), compression.price):
-                left.setdefault(reason, []).append(quantizer.spec.name)
+            weight = _on_grid(quantizer)
+            code = CodedLevels(weight, price) if price else None
+            try:
+                _move(quantizer, weight, _compensated(weight, moments.pop(quantizer.spec.name), code))
+            except ValueError as error:
+                left.setdefault(str(error), []).append(quantizer.spec.name)
+                if code is not None:
+                    _move(quantizer, weight, code.cheapest(weight).rows)
             bar.advance()
-    compression.price = 0.0
-    hold_coded_size(compression)
-    return tuple(f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items())
+    return left
 
 
-def _round(quantizer: DiffQWeight, moments: Moments, price: float) -> str:
-    """Round one weight; why without compensation, if it is."""
-    spec, bits = quantizer.spec, quantizer.rounded_bits()
-    rows_OI = to_rows(quantizer.weight.detach(), spec.axis).float()
-    weight = RoundedWeight(spec, rows_OI, bits, quantizer.params(rows_OI, bits))
-    code = CodedLevels(weight, price) if price else None
-    try:
-        rounded_OI, reason = _compensated(weight, moments, code), ""
-    except ValueError as error:
-        reason = str(error)
-        if code is None:
-            return reason
-        rounded_OI = code.cheapest(weight).rows
+def _on_grid(quantizer: DiffQWeight) -> RoundedWeight:
+    weight = quantizer.rounded_at(quantizer.rounded_bits())
+    return weight._replace(rows=weight.rows.float())
+
+
+def _move(quantizer: DiffQWeight, weight: RoundedWeight, rounded_OI: Tensor) -> None:
+    """Put a weight into the cells of these levels."""
+    spec, rows_OI = weight.spec, weight.rows
     cell_OI = spec.scale_layout.expand(weight.params.scale) * _IN_THE_CELL
     within_OI = rounded_OI + torch.clamp(rows_OI - rounded_OI, -cell_OI, cell_OI)
     if quantizer.clip is None:  # the range follows the weights: its ends stay, and no weight goes beyond
         low_OI, high_OI = (spec.range_layout.expand(end) for end in spec.range_layout.aminmax(rows_OI))
         within_OI = torch.where((rows_OI == low_OI) | (rows_OI == high_OI), rows_OI, within_OI.clamp(low_OI, high_OI))
     quantizer.weight.copy_(from_rows(within_OI, spec.shape, spec.axis))
-    return reason
 
 
 def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | None) -> Tensor:

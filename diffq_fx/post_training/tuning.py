@@ -14,6 +14,7 @@ from diffq_fx.errors import DivergenceError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods.diffq import DiffQWeight
 from diffq_fx.post_training.batches import Calibration
+from diffq_fx.post_training.best import Best
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
@@ -53,36 +54,6 @@ def quantize_in_eval(model: nn.Module, compression: Compression) -> None:
         quantizer.train()
 
 
-@torch.no_grad()
-def held_out_distance(model: nn.Module, wanted: FloatOutputs, data: Calibration) -> float:
-    """Mean distance of the held-out batches' outputs."""
-    return math.fsum(float(wanted.distance(model, example)) for example in data.held_out) / len(data.held_out)
-
-
-class Best:
-    """The state with the smallest distance so far."""
-
-    def __init__(self, model: nn.Module, distance: float) -> None:
-        self._state = [*model.parameters(), *model.buffers()]
-        self._values = [tensor.detach().clone() for tensor in self._state]
-        self.distance = distance
-
-    def keep(self, distance: float) -> bool:
-        """Keep the present state if it is better."""
-        if not distance < self.distance:
-            return False
-        self.distance = distance
-        for value, tensor in zip(self._values, self._state, strict=True):
-            value.copy_(tensor.detach())
-        return True
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Go back to it."""
-        for value, tensor in zip(self._values, self._state, strict=True):
-            tensor.copy_(value)
-
-
 class Masters:
     """Float32 values of the parameters in half precision, in which steps add up that are smaller than those can hold."""
 
@@ -105,14 +76,20 @@ class Masters:
                 parameter.data = half.copy_(master)
 
 
-def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> Tuned:
+def tune(
+    model: nn.Module,
+    compression: Compression,
+    wanted: FloatOutputs,
+    data: Calibration,
+    limits: Limits,
+    bar: ProgressBar,
+    best: Best,
+) -> Tuned:
     """Train weights (straight-through estimator), ranges, norms and biases; keep the state that agrees best on the held-out batches."""
     quantize_in_eval(model, compression)
-    entered = limits.share
-    best = Best(model, held_out_distance(model, wanted, data))
     before, began = best.distance, limits.share
     compression.history.add(compression.known.steps, {_CURVE: before})
-    last = 1 - 2 * (began - entered)  # a look at the held-out batches comes last; the step before it and the conversion take as much
+    last = 1 - 2 * best.took  # a look at the held-out batches comes last; the step before it and the conversion take as much
 
     def over(steps: int) -> float:
         """Which part of the tuning is over; of the time whole hundredths, so that a run that needs little of it is the same twice."""
@@ -123,7 +100,7 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         reestimate_batch_norm(model, data.large())
         quantize_in_eval(model, compression)
-        if not best.keep(held_out_distance(model, wanted, data)):
+        if not best.look():
             best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95), fused=True)  # a fifth of a decoder's step otherwise
     masters = Masters(model.parameters())
@@ -145,9 +122,8 @@ def tune(model: nn.Module, compression: Compression, wanted: FloatOutputs, data:
         share = over(steps)
         if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
             looked_at, last_look = share, steps
-            distance = held_out_distance(model, wanted, data)
-            compression.history.add(compression.known.steps, {_CURVE: distance})
-            worse = 0 if best.keep(distance) else worse + 1
+            worse = 0 if best.look() else worse + 1
+            compression.history.add(compression.known.steps, {_CURVE: best.latest})
     best.restore()
     return Tuned(steps, before, best.distance, diverged)
 

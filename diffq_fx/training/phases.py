@@ -9,6 +9,7 @@ from torch.optim.optimizer import Optimizer
 
 from diffq_fx import _compat
 from diffq_fx.budget import pressure, sensitivity
+from diffq_fx.budget.allocation import CLOSE_ENOUGH_CODED
 from diffq_fx.budget.size import MIB_BITS, exact_bits
 from diffq_fx.compression import Compression
 from diffq_fx.errors import DivergenceError
@@ -161,17 +162,25 @@ def measure_coding(compression: Compression) -> None:
 
 
 def hold_coded_size(compression: Compression) -> None:
-    """Scale all ranges so that final widths take the target again: steps that are 1 % longer save 0.014 bits a weight."""
-    if not compression.is_coded:
-        return
+    """Scale all ranges so that final widths take the target again."""
     compression.note(rest_bits=compression.rest_bits_now())
-    budget = compression.budget_bits()
+    stretch_ranges(compression, coded_excess(compression))
+
+
+def coded_excess(compression: Compression) -> float:
+    """Coded bits a weight that final widths take beyond a little less than the target; 0 where they take about that, or there is none."""
+    budget = compression.budget_bits() if compression.is_coded else None
     if budget is None:
-        return
-    groups, width_T = compression.groups(), compression.width_T()
-    excess = exact_bits(groups, width_T) - compression.saved_at(width_T) - (budget - compression.known.bits_saved)
-    bits_a_weight = min(max(excess / groups.num_weights, -_LARGEST_STRETCH), _LARGEST_STRETCH)
-    compression.range_scale.mul_(2**bits_a_weight)
+        return 0.0
+    groups, width_T, target = compression.groups(), compression.width_T(), budget - compression.known.bits_saved
+    excess, room = exact_bits(groups, width_T) - compression.saved_at(width_T) - target, CLOSE_ENOUGH_CODED * target
+    return 0.0 if -room <= excess <= 0 else (excess + room / 2) / groups.num_weights
+
+
+def stretch_ranges(compression: Compression, bits: float) -> None:
+    """Scale all ranges so that a weight takes so many bits less: steps that are 1 % longer save 0.014."""
+    if bits:
+        compression.range_scale.mul_(2 ** min(max(bits, -_LARGEST_STRETCH), _LARGEST_STRETCH))
 
 
 def _in_runs(rising: Sequence[int]) -> list[slice]:
