@@ -1,5 +1,6 @@
 """Sizes of inputs are dynamic where the model allows it; of the others the file says why they are fixed."""
 
+import math
 import re
 import warnings
 
@@ -109,6 +110,25 @@ class Around(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.base(*args, **kwargs)
+
+
+class Before(Then):
+    def forward(self, x):
+        return self.layer(self.function(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.pad(x, (0, 0, 0, -x.shape[1] % 4)),
+        lambda x: x[:, : 1 + -x.shape[1] % 3],
+        lambda x: F.pad(x, (0, 0, 0, math.ceil(x.shape[1] / 4))),
+    ],
+)
+def test_a_size_that_the_graph_cannot_write_as_an_expression(function, path):
+    model, other = Before(function).eval(), torch.randn(3, 9, 16)
+    export_onnx(model, torch.randn(2, 7, 16), path)
+    assert_same(run_exact(path, other), model(other))
 
 
 def test_keywords_that_the_signature_does_not_name(path):

@@ -155,4 +155,9 @@ def _renamed(size: int | ir.SymbolicDim, names: dict[str, str], pattern: re.Patt
         return size
     if size.value.isdigit():  # a size that the model's own code fixes is written as a symbol of that name
         return int(size.value)
-    return ir.SymbolicDim(pattern.sub(lambda match: names[match[1]], size.value))
+    renamed = ir.SymbolicDim(pattern.sub(lambda match: names[match[1]], size.value))
+    try:
+        renamed.free_symbols()
+    except ValueError:  # an expression with a function that no size in ONNX has, such as a remainder
+        return ir.SymbolicDim(None)
+    return renamed
