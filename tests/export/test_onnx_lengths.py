@@ -131,6 +131,16 @@ def test_a_size_that_the_graph_cannot_write_as_an_expression(function, path):
     assert_same(run_exact(path, other), model(other))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x.squeeze(1), lambda x: x[:, :, None].squeeze((1, 2)), lambda x: x[..., None].squeeze(-1).squeeze(-1)],
+)
+def test_what_is_squeezed_where_a_size_is_not_one_stays_as_it_is(function, path):
+    model, x = Before(function).eval(), torch.randn(3, 5, 16)
+    export_onnx(model, x[:2], path)
+    assert_same(run_exact(path, x), model(x))
+
+
 def test_keywords_that_the_signature_does_not_name(path):
     model = Around().eval()
     result = export_onnx(model, {"ids": torch.randint(20, (2, 7)), "mask": torch.ones(2, 7, dtype=torch.long)}, path)

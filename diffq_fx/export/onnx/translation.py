@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateHashedInitializersPass, InlinePass
+from onnxscript import opset20
 from onnxscript.values import Op, Opset
 from torch import nn
 
@@ -66,6 +67,7 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
     placeholder = _placeholder()
     table: dict[Any, Any] = {torch.ops.diffq_fx.dequantize.default: placeholder, torch.ops.diffq_fx.look_up.default: placeholder}
+    table[torch.ops.aten.squeeze.dim] = _squeeze
     options: dict[str, Any] = {"custom_translation_table": table, "opset_version": BASE_OPSET, "optimize": optimize}
     translated = torch.onnx.export(program, (), dynamo=True, verbose=False, **options)
     if translated is None:
@@ -80,6 +82,11 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
     for described in (translated.model, graph, *graph.initializers.values(), *graph.inputs, *graph.outputs):
         described.metadata_props.clear()
     return translated.model
+
+
+def _squeeze(tensor: Any, dim: int) -> Any:
+    """As PyTorch has it, which leaves a size that is not one; onnxscript's translation squeezes any, and the file does not load."""
+    return opset20.Squeeze(tensor, [dim]) if len(tensor.shape) and tensor.shape[dim] == 1 else opset20.Identity(tensor)
 
 
 def _placeholder() -> Any:
