@@ -168,7 +168,7 @@ HIERARCHICAL = [
     model_of("timm", "hierarchical and mixers", "mixer_s32_224", img_size=64, num_blocks=2),
     model_of("timm", "hierarchical and mixers", "resmlp_12_224", img_size=64, num_blocks=2),
     model_of("timm", "hierarchical and mixers", "gmlp_ti16_224", img_size=64, num_blocks=2),
-    model_of("timm", "hierarchical and mixers", "convmixer_768_32", dim=32, depth=3),
+    model_of("timm", "hierarchical and mixers", "convmixer_768_32", depth=3),
     model_of("timm", "hierarchical and mixers", "poolformer_s12", depths=(1, 1, 1, 1), dims=(16, 24, 32, 48)),
     model_of("timm", "hierarchical and mixers", "caformer_s18", depths=(1, 1, 1, 1), dims=(16, 32, 32, 64)),
     model_of("timm", "hierarchical and mixers", "pvt_v2_b0", embed_dims=(16, 32, 32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),

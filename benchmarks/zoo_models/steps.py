@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -236,6 +237,11 @@ def _export_float(measured: Measured, entry: Architecture, path: Path) -> None:
             ),
         )
     measured.found["seconds"]["torch.export"] = trace
+    if not failure:
+        sizes = [
+            [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in onnx.load(path, load_external_data=False).graph.input
+        ]
+        measured.found["torch_onnx_fixes_batch"] = any(BATCH in each[:1] for each in sizes)
     measured.at = at
     if failure:
         measured.found["torch_onnx_failure"] = failure

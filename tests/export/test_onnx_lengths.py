@@ -141,6 +141,20 @@ def test_what_is_squeezed_where_a_size_is_not_one_stays_as_it_is(function, path)
     assert_same(run_exact(path, x), model(x))
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda x: torch._check_tensor_all(x.isfinite()),
+        lambda x: torch._assert_async(torch._is_any_true(x.isfinite())),
+        lambda x: torch._assert_async(torch.linalg.svdvals(x[0, :2, :2])[0] >= 0),
+    ],
+)
+def test_what_computes_the_condition_of_an_assertion_is_left_out_with_it(check, path):
+    model, x = Before(lambda x: (check(x), x.mul_(2), x)[2]).eval(), torch.randn(3, 5, 16)
+    export_onnx(model, x[:2].clone(), path)
+    assert_same(run_exact(path, x.clone()), model(x.clone()))
+
+
 def test_keywords_that_the_signature_does_not_name(path):
     model = Around().eval()
     result = export_onnx(model, {"ids": torch.randint(20, (2, 7)), "mask": torch.ones(2, 7, dtype=torch.long)}, path)

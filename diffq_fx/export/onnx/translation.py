@@ -24,6 +24,8 @@ from diffq_fx.storage import StoredWeight
 BASE_OPSET = 20
 """The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
 
+_ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
+
 TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 
 
@@ -41,6 +43,7 @@ def translate(program: torch.export.ExportedProgram, converted: nn.Module) -> tu
         ExportError: torch.onnx cannot follow the model.
     """
     _number_levels(program, converted)
+    _leave_assertions_out(program)
     try:
         return _to_onnx(program, optimize=True), ()
     except (torch.onnx.errors.OnnxExporterError, *TRACING_ERRORS) as error:
@@ -62,6 +65,13 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             number = number_of.setdefault(tensors[name].data_ptr(), len(number_of))
             mark = torch.frombuffer(bytearray(b"levels" + number.to_bytes(8, "little")), dtype=torch.uint8)
             holder[name] = mark.to(tensors[name].device)  # torch.onnx runs the graph once more, without values
+
+
+def _leave_assertions_out(program: torch.export.ExportedProgram) -> None:
+    """Take assertions out of the graph, and what computes their conditions alone: torch.onnx would translate it."""
+    for node in [node for node in program.graph.nodes if str(node.target).startswith(_ASSERTIONS)]:
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
