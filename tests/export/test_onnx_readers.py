@@ -135,7 +135,15 @@ def test_readers_that_have_a_form_of_their_own():
 
 @pytest.mark.parametrize(
     ("shape", "rows", "is_open"),
-    [([3, 6], 3, False), ([2, 5, 6], 10, False), (["N", 5, 6], 35, True), ([2, "N", 6], 14, True), (["M", 6], 1, True), (None, 1, True), (["2*N", 6], 14, True)],
+    [
+        ([3, 6], 3, False),
+        ([2, 5, 6], 10, False),
+        (["N", 5, 6], 35, True),
+        ([2, "N", 6], 14, True),
+        (["M", 6], 1, True),
+        (None, 1, True),
+        (["2*N", 6], 14, True),
+    ],
 )
 def test_rows_of_a_product_at_the_example(shape, rows, is_open):
     activation = ir.val("x", ir.DataType.FLOAT, shape)
