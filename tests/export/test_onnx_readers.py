@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from stored_models import store
 
 from diffq_fx.errors import ExportError
@@ -252,6 +253,10 @@ def test_limits_of_the_integers_take_the_place_of_a_relu_or_clip(behind, limits)
     if limits is not None:
         assert first.value.name == "y"
         assert first.limits.op_type == limits
+        rounding.round_values(Emitter(graph), list(given.values()), dict.fromkeys((entry.source.name for entry in given.values()), (0, 6)))
+        assert limits not in [node.op_type for node in graph]
+        readers = [reader for node in graph for value in node.inputs if value is not None for reader in value.consumers()]
+        assert all(reader.graph is graph for reader in readers), "what was taken out reads nothing any more"
 
 
 def test_what_is_only_moved_shares_the_range_of_its_source():
@@ -294,6 +299,7 @@ def test_a_batch_norm_is_put_into_scales_and_bias(bias, halved):
     np.testing.assert_allclose(folded.scale, table.scale * factor[:, None], rtol=1e-6)
     np.testing.assert_allclose(constant_of(graph[0].inputs[2]), ((b if bias else 0) - mean) * factor + beta, rtol=1e-6)
     assert [node.op_type for node in graph] == ["Conv"]
+    assert not any(value.uses() for name, value in graph.initializers.items() if name in numbers and name != "b")
     assert graph.outputs[0].name == "y"
     assert graph.outputs[0] is graph[0].outputs[0]
 
@@ -423,6 +429,20 @@ def test_scales_of_float16_stay_so_where_that_is_exact():
         value = StoredTable(emitter, one_container(halves, "weight")).scale
         assert value.dtype == ir.DataType.FLOAT
         assert emitter.graph.initializers["weight.scale"].const_value.numpy().dtype == held
+
+
+@pytest.mark.parametrize("form", ["weight", "transposed"])
+def test_scales_are_repeated_for_the_blocks_of_a_kernel(form):
+    table = read_table(store(torch.randn(4, 100), 4, group=48, ranges=48))
+    stored = StoredTable(Emitter(graph_of("(float[2] x) => (float[2] y)", "y = Relu (x)")), one_container(table, form))
+    repeated, graph = stored.along_inputs(stored.scale, block=16, length=7), stored.emit.graph
+    stored.emit.flush()
+    graph.outputs.append(repeated)
+    _, found = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, {"x": np.zeros(2, np.float32)})
+    expected = table.scale.repeat(3, axis=1)[:, :7]  # 48 inputs are 3 blocks; the last ones are those of the short one
+    np.testing.assert_array_equal(found, expected if form == "weight" else expected.T)
+    alone = StoredTable(stored.emit, one_container(read_table(store(torch.randn(4, 100), 4)), form))
+    assert alone.along_inputs(alone.scale, block=128, length=1) is alone.scale
 
 
 def test_blocks_need_the_opset_that_has_them():
