@@ -228,6 +228,7 @@ def test_stored_codes_give_the_weight_back(axis, entries, block):
         ([-0.7, 0.0, 0.7], 2),
         ([-1.0, 0.0, 1.0], 2),
         ([-1.0, -0.5, 0.0, 0.5, 1.0], 4),
+        ([-1.0, -0.125, 0.0, 0.125, 0.875], 4),
         ([-0.3, 0.4], None),
         ([-0.2, 0.1, 0.2, 0.4], None),  # 4 does not fit into the codes' two bits
         ([0.0, 0.0], None),
@@ -240,3 +241,10 @@ def test_codebooks_that_are_integers(entries, width):
     assert (integers and integers.container_bits) == width
     if integers is not None:
         assert torch.equal(integers(), stored())
+        assert integers.spec.scale_layout.shape == integers.spec.bits_layout.shape == integers.bits.shape == (1, 1)
+        assert repr(integers) == f"IntegerWeight('w', shape=(4, 6), container_bits={width})"
+
+
+def test_blocks_of_a_codebook_are_no_integers():
+    stored = CodebookWeight(WeightSpec(name="w", shape=(4, 6), axis=0), torch.randint(2, (4, 3)), torch.tensor([[-1.0, 1.0], [1.0, 1.0]]))
+    assert stored.as_integers() is None

@@ -33,7 +33,7 @@ def observe(spec: WeightSpec, grad: Tensor | None, sums: Tensor) -> None:
     layout = spec.bits_layout
     square_OI = to_rows(grad.detach(), spec.axis).float().square()
     mean = layout.sum(square_OI) / layout.counts_on(square_OI.device)
-    sums[0] += mean.nan_to_num(0, 0, 0)
+    sums[0] += mean.nan_to_num(0, 0)
     sums[1] += mean > 0
 
 

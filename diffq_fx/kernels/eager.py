@@ -78,10 +78,10 @@ def _noise_in_tiles(tensor_GS: Tensor, seed: Tensor, gaussian: bool) -> Iterator
     """
     groups, size = height, width = tensor_GS.shape
     if tensor_GS.device.type == "cpu":
-        height, width = (min(groups, TILE // size), size) if 0 < size <= TILE else (1, TILE)
+        height, width = (min(groups, TILE // size), size) if size <= TILE else (1, TILE)
     buffer_HS = tensor_GS.new_empty(height, width, dtype=torch.promote_types(tensor_GS.dtype, torch.float32))
-    for top in range(0, groups, max(height, 1)):
-        for left in range(0, size, max(width, 1)):
+    for top in range(0, groups, height):
+        for left in range(0, size, width):
             tile = slice(top, min(top + height, groups)), slice(left, min(left + width, size))
             rows, columns = tile[0].stop - top, tile[1].stop - left
             noise = noise_bytes(seed, top * size + left, rows * columns).view(rows, columns)

@@ -1,6 +1,7 @@
 """Converted models made by hand, and what onnxruntime makes of their files."""
 
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 from torch import nn
@@ -90,6 +91,15 @@ class Parallel(nn.Module):
 
     def forward(self, *inputs):
         return tuple(branch(*inputs) for branch in self.branches)
+
+
+_OPSET = 'ir_version: 10, opset_import: ["" : 21]'
+
+
+def graph_of(signature, nodes):
+    """A graph whose values all have a shape."""
+    text = f"<{_OPSET}> agraph {signature} {{ {nodes} }}"
+    return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)).graph
 
 
 def levels_in(path):

@@ -4,31 +4,19 @@ import re
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from stored_models import store
+from stored_models import graph_of, store
 
-from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout import rounding
 from diffq_fx.export.onnx.layout.consumers import LinearUse, find_uses
 from diffq_fx.export.onnx.layout.convolution import choose_convolutions, fold_batch_norm
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile
 from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, make_node, only_reader
-from diffq_fx.export.onnx.layout.linear import refusal
-from diffq_fx.export.onnx.layout.products import MAX_INPUTS, Form, choose_form
+from diffq_fx.export.onnx.layout.products import MAX_INPUTS
 from diffq_fx.export.onnx.layout.request import LayoutRequest
-from diffq_fx.export.onnx.layout.stored import StoredTable
-from diffq_fx.export.onnx.layout.table import one_container, read_table
-
-OPSET = 'ir_version: 10, opset_import: ["" : 21]'
-
-
-def graph_of(signature, nodes):
-    """A graph whose values all have a shape."""
-    text = f"<{OPSET}> agraph {signature} {{ {nodes} }}"
-    return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text), data_prop=True)).graph
+from diffq_fx.export.onnx.layout.table import read_table
 
 
 def uses_of(nodes, *, weight="float[12, 6] w", x="float[N, 6] x", outputs="float[a, b] y", axis=0):
@@ -135,7 +123,15 @@ def test_readers_that_have_a_form_of_their_own():
 
 @pytest.mark.parametrize(
     ("shape", "rows", "is_open"),
-    [([3, 6], 3, False), ([2, 5, 6], 10, False), (["N", 5, 6], 35, True), ([2, "N", 6], 14, True), (["M", 6], 1, True), (None, 1, True), (["2*N", 6], 14, True)],
+    [
+        ([3, 6], 3, False),
+        ([2, 5, 6], 10, False),
+        (["N", 5, 6], 35, True),
+        ([2, "N", 6], 14, True),
+        (["M", 6], 1, True),
+        (None, 1, True),
+        (["2*N", 6], 14, True),
+    ],
 )
 def test_rows_of_a_product_at_the_example(shape, rows, is_open):
     activation = ir.val("x", ir.DataType.FLOAT, shape)
@@ -244,6 +240,10 @@ def test_limits_of_the_integers_take_the_place_of_a_relu_or_clip(behind, limits)
     if limits is not None:
         assert first.value.name == "y"
         assert first.limits.op_type == limits
+        rounding.round_values(Emitter(graph), list(given.values()), dict.fromkeys((entry.source.name for entry in given.values()), (0, 6)))
+        assert limits not in [node.op_type for node in graph]
+        readers = [reader for node in graph for value in node.inputs if value is not None for reader in value.consumers()]
+        assert all(reader.graph is graph for reader in readers), "what was taken out reads nothing any more"
 
 
 def test_what_is_only_moved_shares_the_range_of_its_source():
@@ -286,6 +286,7 @@ def test_a_batch_norm_is_put_into_scales_and_bias(bias, halved):
     np.testing.assert_allclose(folded.scale, table.scale * factor[:, None], rtol=1e-6)
     np.testing.assert_allclose(constant_of(graph[0].inputs[2]), ((b if bias else 0) - mean) * factor + beta, rtol=1e-6)
     assert [node.op_type for node in graph] == ["Conv"]
+    assert not any(value.uses() for name, value in graph.initializers.items() if name in numbers and name != "b")
     assert graph.outputs[0].name == "y"
     assert graph.outputs[0] is graph[0].outputs[0]
 
@@ -366,93 +367,3 @@ def test_kernels_by_their_names():
     ]
     assert Kernel("fused 8", 16).bits == 8
     assert [kernel.is_dynamic for kernel in (FLOAT, Kernel("fused 4", 32), Kernel("dynamic int8"))] == [False, False, True]
-
-
-# --- the numbers of a weight
-
-
-def test_half_integer_zero_points_are_doubled_away():
-    weight = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [-1.0, 0.0, 1.0, 2.0]])
-    stored = store(weight, torch.tensor([[1], [2]]), grid="half")
-    table = read_table(stored)
-    doubled = (table.levels - table.zero_point) * table.scale
-    np.testing.assert_array_equal(doubled, stored().numpy())
-    learned, is_half = table.learned_zero_point
-    np.testing.assert_array_equal(learned + is_half / 2, stored.zero_point.numpy())
-    np.testing.assert_array_equal(table.learned_levels, stored.levels_OI().numpy())
-    assert table.factor.ravel().tolist() == [2, 1]
-    assert "doubled for half-integer zero points" in table.widest
-    assert table.most_bits == 2
-    alike = read_table(store(weight, 1, grid="half"))
-    assert alike.factor.tolist() == [[2]]
-    plain = read_table(store(weight, 4, grid="affine"))
-    assert plain.factor is None
-    assert plain.learned_levels is plain.levels
-    stored.bits[0], stored.levels = 15, stored.levels * 0
-    assert read_table(stored).zero_point.ravel().tolist() == [1, 2], "half a level at the widest channel: all are doubled"
-    stored.bits[0] = 16
-    with pytest.raises(ExportError, match="half-integer zero point at 16 bits, .* up to 15 are possible"):
-        read_table(stored)
-
-
-def test_the_middle_of_the_levels_moves_where_it_would_be_no_zero_point():
-    """A kernel that is fast for zero points other than 0 gets some."""
-    table = read_table(store(torch.randn(2, 128), 8))
-    table = replace(table, levels=np.tile(np.arange(1, 129, dtype=np.int32), (2, 1)), zero_point=np.full((2, 1), 64, np.int32))
-    assert choose_form(table, "moved") == Form(ir.DataType.INT8, centred=False, offset=65)
-    assert choose_form(table, "any") == Form(ir.DataType.INT8, centred=True, offset=0)
-
-
-def test_scales_of_float16_stay_so_where_that_is_exact():
-    table = read_table(store(torch.randn(3, 8), 4))
-    for dtype, scale, held in (
-        (torch.float32, [[0.5], [1.0], [2.0]], np.float32),
-        (torch.float16, [[0.5], [1.0], [2.0]], np.float16),
-        (torch.float16, [[0.5], [0.1], [2.0]], np.float32),
-    ):
-        halves = replace(table, spec=replace(table.spec, scale_dtype=dtype), scale=np.float32(scale))
-        emitter = Emitter(graph_of("(float[2] x) => (float[2] y)", "y = Relu (x)"))
-        value = StoredTable(emitter, one_container(halves, "weight")).scale
-        assert value.dtype == ir.DataType.FLOAT
-        assert emitter.graph.initializers["weight.scale"].const_value.numpy().dtype == held
-
-
-def test_blocks_need_the_opset_that_has_them():
-    assert [LayoutRequest(machines=None, opset=opset).has_blocks for opset in (None, 20, 21, 22)] == [True, False, True, True]
-
-
-def test_what_a_storage_takes():
-    table = read_table(store(torch.randn(10, 33), torch.tensor([[2]] * 3 + [[4]] * 5 + [[8]] * 2)))
-    whole = one_container(table, "weight")
-    assert (whole.width, whole.widest, whole.file_bytes, whole.part_bits) == (8, 8, 330, 8)
-    parts = type(whole)(table, "weight", table.widths)
-    assert (parts.width, parts.widest, parts.part_bits) == (None, 8, 2)
-    assert parts.part_of_row.tolist() == [0] * 3 + [1] * 5 + [2] * 2
-    assert parts.file_bytes == 25 + 83 + 66 + 500 + 10 * 2 // 8 + 2 * 150
-    assert {width: rows.tolist() for width, rows in parts.parts.items()} == {2: [0, 1, 2], 4: [3, 4, 5, 6, 7], 8: [8, 9]}
-
-
-def test_levels_that_do_not_fit_int8_stretch_their_scale():
-    table = read_table(store(torch.tensor([[0.0, 3.0, 1.0], [-1.0, 1.0, 0.5]]), 8))
-    assert table.int8_stretch.ravel().tolist() == pytest.approx([255 / 127, 128 / 127], rel=0.01)
-    assert read_table(store(torch.randn(2, 9), 7)).int8_stretch.ravel().tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("bits", "settings", "transposed", "reason"),
-    [
-        (8, {}, True, None),
-        (9, {}, True, "onnxruntime fuses up to 8 bits, the widest channel has 9"),
-        (4, {}, False, r"scales lie along the inputs of this MatMul \(axis=0\), not along its outputs"),
-        (4, {"group": "tensor", "ranges": "tensor"}, False, None),
-        (4, {"group": 16, "ranges": 16}, True, None),
-        (4, {"group": 48, "ranges": 48}, True, None),
-        (4, {"group": 24, "ranges": 24}, True, "blocks of 24 inputs: onnxruntime fuses multiples of 16"),
-    ],
-)
-def test_weights_that_no_product_can_be_fused_with(bits, settings, transposed, reason):
-    table = read_table(store(torch.randn(6, 96), bits, **settings))
-    use = LinearUse(None, make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, transposed, None)
-    found = refusal(table, use)
-    assert (found is None) == (reason is None)
-    assert reason is None or re.fullmatch(reason, found)

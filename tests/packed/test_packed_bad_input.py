@@ -174,7 +174,7 @@ FORGERIES = {
         lambda f: f.contents["small"]["bias"].update(shape=[9000]),
         "describes 36010 bytes of small tensors, which the file does not hold",
     ),
-    "a tensor that is text": (lambda f: f.contents["small"].update(bias="x"), "tensor 'bias' is described by 'x'"),
+    "a tensor that is text": (lambda f: f.contents["tensors"].update(large="x"), "tensor 'large' is described by 'x'"),
     "a small tensor that is large": (
         lambda f: f.contents["small"]["bias"].update(shape=[40000]),
         "tensor 'bias' of 160000 bytes does not lie",

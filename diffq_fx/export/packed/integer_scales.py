@@ -42,9 +42,7 @@ def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
 
 def _candidates(middle: Floats) -> list[Floats]:
     """Floats that may round to the same scale as ``middle``; zero for a range without extent, whose scales are all 1."""
-    below, above = np.full_like(middle, -np.inf), np.full_like(middle, np.inf)
-    nearest = [np.nextafter(middle, below), np.nextafter(middle, above)]
-    return [np.zeros_like(middle), middle, *nearest, np.nextafter(nearest[0], below), np.nextafter(nearest[1], above)]
+    return [np.zeros_like(middle), middle, np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf)]
 
 
 def array_of(tensor: Any) -> NDArray[Any]:

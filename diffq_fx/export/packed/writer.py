@@ -86,7 +86,7 @@ def model_contents(model: nn.Module) -> tuple[list[tuple[StoredWeight, StoredWei
         raise PackedFileError(f"the {type(root).__name__} was never converted. Prepare, train and convert it first")
     places = tuple(f"{name}." for name, m in root.named_modules(remove_duplicate=False) if isinstance(m, StoredWeight))
     own = {name for _, stored in weights for name in stored.spec.names}  # a layer with a state_dict of its own makes them
-    rest = {name: value for name, value in root.state_dict(keep_vars=True).items() if name not in own and not name.startswith(places)}
+    rest = {name: value for name, value in root.state_dict().items() if name not in own and not name.startswith(places)}
     return weights, grouped_by_storage(rest)
 
 

@@ -114,7 +114,6 @@ def _merge_placeholders(model: ir.Model, weights: Mapping[str, StoredWeight]) ->
         _, first = placed.setdefault(id(weight), (weight, output))
         if first is not output:
             output.replace_all_uses_with(first, replace_graph_outputs=True)
-        node.replace_input_with(0, None)
     for source in weights:
         model.graph.initializers.pop(source, None)  # its name is free for the levels in their ONNX container
     return list(placed.values())

@@ -49,7 +49,6 @@ def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved:
     node.resize_inputs(3)
     node.replace_input_with(2, new_bias)
     old, new = norm.outputs[0], node.outputs[0]
-    norm.replace_input_with(0, None)
     describe_like(new, old)
     if old.is_graph_output():
         old.name, new.name = f"{old.name}.normalized", old.name

@@ -42,8 +42,6 @@ def _integer_nodes(
 ) -> list[ir.Node]:
     name = stored.emit.unique(f"{stored.name}.product")
     rounded = ir.node("DynamicQuantizeLinear", [activation], num_outputs=3)
-    for output, label in zip(rounded.outputs, ("levels", "scale", "zero_point"), strict=True):
-        output.name = f"{name}.activation.{label}"
     rounded_levels, activation_scale, activation_zero_point = rounded.outputs
     product = make_node("MatMulInteger", [rounded_levels, levels, activation_zero_point, zero_point], f"{name}.int32")
     unscaled = make_node("Cast", product.outputs, f"{name}.unscaled", to=int(ir.DataType.FLOAT))

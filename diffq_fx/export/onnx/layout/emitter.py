@@ -57,10 +57,6 @@ class Emitter:
     def argsort(self, values: ir.Value, count: ir.Value) -> ir.Value:
         """Add the node that sorts ``count`` whole numbers, equal ones in their order; gives their places."""
         node = ir.node("TopK", [values, count], {"largest": 0}, num_outputs=2)
-        node.name = self.unique("TopK")
-        for output in node.outputs:
-            output.name = self.unique(node.name)
-        node.outputs[1].dtype = ir.DataType.INT64
         self._nodes.append(node)
         return node.outputs[1]
 

@@ -16,7 +16,7 @@ def emit_looked_up(emit: Emitter, weight: CodebookWeight, container: int) -> tup
     spec, codes_OC = weight.spec, weight.codes_OC().cpu().numpy()
     codes = emit.initializer(f"{spec.name}.codes", integer_tensor(codes_OC, container, signed=False))
     index = emit.cast(codes, ir.DataType.INT32)
-    value = emit.op("Gather", [_entries(emit, weight), index], dtype=ir.DataType.FLOAT, axis=0)  # (O, C, D)
+    value = emit.op("Gather", [_entries(emit, weight), index])  # (O, C, D)
     filled = codes_OC.shape[1] * weight.block_size
     if filled > spec.columns:
         value = emit.op("Reshape", [value, emit.sizes(spec.rows, filled)])

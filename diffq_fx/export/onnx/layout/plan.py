@@ -43,10 +43,9 @@ class WeightPlan:
         return bool(self.uses.gathers) and not in_float and not self.uses.others and picks_rows(self.table)
 
     @property
-    def slowness(self) -> float:
-        """Time of all linear readers as a part of that in float, each on the machine where it is largest."""
-        in_float = sum(choice.float_time for choice in self.products)
-        return sum(choice.slowness * choice.float_time for choice in self.products) / in_float if in_float else 1.0
+    def time(self) -> float:
+        """Microseconds of all linear readers, each by the machine where it is slowest beside float."""
+        return sum(choice.slowness * choice.float_time for choice in self.products)
 
 
 def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
@@ -65,8 +64,8 @@ def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest)
             shared = any(choice.kernel.block for choice in chosen)
             chosen.append(choose_kernel(storage, use, request, shared=shared))
         plans.append(WeightPlan(uses, storage, tuple(chosen)))
-    fastest = min(plan.slowness for plan in plans)
-    best = min((p for p in plans if p.slowness <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.storage.file_bytes)
+    fastest = min(plan.time for plan in plans)
+    best = min((p for p in plans if p.time <= _TIME_FOR_BYTES * fastest), key=lambda plan: plan.storage.file_bytes)
     if all(choice.kernel == FLOAT for choice in best.products):
         return _all_in_float(table, uses, best.products)
     return best

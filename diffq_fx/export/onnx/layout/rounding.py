@@ -150,7 +150,6 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
         describe_like(new.outputs[0], value)
         _redirect(value, new.outputs[0], [node] if in_front else [reader for reader in value.consumers() if reader is not new])
         (emitter.graph.insert_before if in_front else emitter.graph.insert_after)(node, [new])
-    emitter.flush()
 
 
 def _dequantize_of(value: ir.Value | None) -> ir.Node | None:
