@@ -54,7 +54,7 @@ def test_a_weight_is_one_node(path, tmp_path):
     assert [node.name for node in calls] == [f"{name.replace(' ', '.')}.dequantized" for name in WEIGHTS]
     assert {node.domain for node in calls} == {"diffq_fx"}
     assert len(file.graph.node) == 2 * len(WEIGHTS)
-    assert len(file.functions) == 4, "with and without zero points, of parts, of blocks"
+    assert len(file.functions) == 5, "of bytes with and without zero points, of wide levels, of parts, of blocks"
     assert calls[0].op_type == calls[1].op_type == "DequantizeLinear"
     assert list(file.functions[0].input) == ["levels", "scale", "zero_point"]
     assert [list(function.output) for function in file.functions] == [["weight"]] * 4

@@ -17,7 +17,7 @@ from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.differences import difference_of
 from diffq_fx.export.onnx.examples import ExportExample, Hidden
 from diffq_fx.export.onnx.files import load_graph
-from diffq_fx.export.onnx.sessions import EXACT_LEVEL, open_session, run_session, to_numpy
+from diffq_fx.export.onnx.sessions import EXACT_LEVEL, UNFOLDED, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
 
 TOLERANCE = 1e-4
@@ -68,6 +68,10 @@ class DraftFiles:
     """The session entries that it asks for."""
     exact: Path
     """The same numbers with activations that are not rounded in the graph; the published file itself if it rounds none there."""
+    unfolded: frozenset[str] = frozenset()
+    """Levels whose float weights the check computes at every run, where onnxruntime would hold all of them several times."""
+    unfolded_exact: frozenset[str] = frozenset()
+    """Those of ``exact``."""
 
 
 class _Comparison:
@@ -132,7 +136,9 @@ def check_parity(
         SizeError: the model does not run at another size, or the file has dynamic sizes and differs at one.
         ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
-    exact = _Comparison(files.exact, reference, example, open_session(files.exact, 0, {**files.entries, **dict([EXACT_LEVEL])}))
+    entries = {**files.entries, **dict([EXACT_LEVEL])}
+    session = open_session(files.exact, 0, entries, unfolded=files.unfolded_exact)
+    exact = _Comparison(files.exact, reference, example, session)
     generator = torch.Generator().manual_seed(_SEED)
     worst, compared = (0.0, 0.0), []
     for sizes in [traced.sizes, traced.other_sizes] if traced.sizes else [traced.sizes]:
@@ -150,7 +156,7 @@ def check_parity(
         with _at(sizes):
             exact.check(*outputs, fresh)
     remark = exact.remark()
-    del exact  # a session holds the weights, those that it has folded as floats: one at a time
+    del exact, session  # a session holds the weights, those that it has folded as floats: one at a time
     fast_worst, kernels = _as_it_runs(files, compared if typical is None else [(typical, _expected(reference, typical))])
     dequantized = _dequantized_at_run(files) if any(operator == "DequantizeLinear" for _, operator in kernels) else ()
     return Parity(*worst, fast_worst, dict(Counter(operator for _, operator in kernels)), dequantized, remark)
@@ -158,10 +164,11 @@ def check_parity(
 
 def _as_it_runs(files: DraftFiles, compared: list[tuple[ExportExample, list[np.ndarray]]]) -> tuple[float, list[tuple[str, str]]]:
     """The largest relative difference of the file as it runs by default, and the kernels of its last run."""
-    session = open_session(files.published, 0, files.entries, files.published.with_name("profile"))
+    session = open_session(files.published, 0, files.entries, files.published.with_name("profile"), unfolded=files.unfolded)
     pairs = [(run_session(session, _feeds(session, inputs), files.published), expected) for inputs, expected in compared]
     worst = max((_relative(found, expected) for found, expected in pairs), default=0.0)
-    return worst, _kernels(Path(session.end_profiling()))
+    kernels = _kernels(Path(session.end_profiling()))
+    return worst, [kernel for kernel in kernels if not kernel[0].startswith(UNFOLDED)]
 
 
 def _feeds(session: Any, inputs: ExportExample) -> dict[str, np.ndarray]:
@@ -179,7 +186,7 @@ def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
-        open_session(files.published, 0, files.entries, optimized=optimized)
+        open_session(files.published, 0, files.entries, optimized=optimized, unfolded=files.unfolded)
         left = [node for node in load_graph(optimized).graph.node if node.op_type == "DequantizeLinear"]
     names = {output: node.name for node in load_graph(files.published).graph.node for output in node.output}
     return tuple(names[node.output[0]] for node in left if node.output[0] in names)

@@ -3,7 +3,7 @@
 A file may ask for session entries there: ``diffq_fx.session.qdq_matmulnbits_accuracy_level = 4`` sets onnxruntime's entry of that name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 """Keeps activations in float inside fused products."""
+UNFOLDED = "unfolded/"
+"""So begin the names of the nodes that :func:`open_session` keeps from being folded."""
 _FAST_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Rounds them to int8, block by block."""
 
@@ -105,7 +107,12 @@ def _options(threads: int, entries: Mapping[str, str]) -> Any:
 
 
 def open_session(
-    path: str | Path, threads: int, entries: Mapping[str, str], profile: Path | None = None, optimized: Path | None = None
+    path: str | Path,
+    threads: int,
+    entries: Mapping[str, str],
+    profile: Path | None = None,
+    optimized: Path | None = None,
+    unfolded: Collection[str] = (),
 ) -> "InferenceSession":
     """Load a file with onnxruntime's CPU provider.
 
@@ -115,6 +122,7 @@ def open_session(
         entries: session entries, see :func:`session_entries`.
         profile: how the name of a profile shall begin; None for none.
         optimized: where to write the graph as onnxruntime runs it; None for nowhere.
+        unfolded: initializers that are no constants to onnxruntime: what hangs on them is computed at every run, and kept only during it.
 
     Raises:
         DiffQError: onnxruntime cannot load the file.
@@ -129,10 +137,34 @@ def open_session(
         options.profile_file_prefix = str(profile)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if unfolded:
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would keep the memory of one run for the next
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))
+    source = _with_defaults(path, unfolded) if unfolded else str(path)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except _compat.onnxruntime_errors() as error:
         raise DiffQError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {str(error).strip()}") from error
+
+
+def _with_defaults(path: str | Path, names: Collection[str]) -> bytes:
+    """The file with some initializers as the defaults of optional inputs, which are no constants.
+
+    Its functions are inlined here: onnxruntime would run what it inlines itself before everything else, and all weights were there at once.
+    """
+    from onnx import helper, inliner
+
+    model = inliner.inline_local_functions(load_graph(path))
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    unfolded, known = tensors.keys() & names, {"", *tensors}
+    model.graph.input.extend(helper.make_tensor_value_info(name, tensors[name].data_type, tensors[name].dims) for name in unfolded)
+    for node in model.graph.node:
+        if known.issuperset(node.input):
+            known.update(node.output)
+            if unfolded.intersection(node.input):
+                unfolded.update(node.output)
+                node.name = f"{UNFOLDED}{node.output[0]}"
+    return model.SerializeToString()
 
 
 def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:

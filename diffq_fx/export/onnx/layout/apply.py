@@ -137,7 +137,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Value, request:
         if choice.kernel.is_dynamic:
             factor = factor or emit_factor(stored, choose_form(plan.table))
             emit_dynamic(stored, factor, use, in_float=request.twin)
-            rules.append("dynamic")
+            rules.append("fold" if request.twin else "dynamic")
         elif choice.kernel != FLOAT:
             emit_fused(stored, use, choice.kernel, copy=rules.count("linear"))
             rules.append("linear")

@@ -1,0 +1,121 @@
+"""Memory of an export: onnxruntime keeps several float copies of what it folds, so the check of a large model does not let it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from stored_models import Conv, Linear, Parallel, Tied, optimized
+from torch.nn import functional as F
+
+from diffq_fx.errors import ExportError
+from diffq_fx.export import export_onnx
+from diffq_fx.export.onnx import pipeline
+from diffq_fx.export.onnx.sessions import UNFOLDED, open_session, run_session
+
+MIXED = torch.tensor([2, 3, 4, 5, 8, 9]).repeat(4)[:, None]
+MODELS = {
+    "matrix": (lambda: Linear(24, 16, 4), torch.randn(2, 24)),
+    "convolutions": (lambda: Parallel(*(Conv(F.conv1d, (24, 8, 3), b, name=f"w{i}") for i, b in enumerate((4, MIXED)))), torch.randn(2, 8, 9)),
+    "embedding and head": (lambda: Tied(50, 16, 4), torch.randint(50, (1, 3))),
+    "dynamic": (lambda: Linear(512, 512, 8), torch.randn(32, 512)),
+}
+
+
+@pytest.fixture
+def folds_nothing(monkeypatch):
+    monkeypatch.setattr(pipeline, "_MANY_FLOATS", 0)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_check_of_a_large_model(case, path, monkeypatch):
+    """Nothing is folded, and what is computed for that reason is no operator of the file."""
+    make, example = MODELS[case]
+    model, options = make().eval(), {"activations": "dynamic"} if case == "dynamic" else {}
+    small = export_onnx(model, example, path, **options)
+    content = path.read_bytes()
+    monkeypatch.setattr(pipeline, "_MANY_FLOATS", 0)
+    asked = []
+    monkeypatch.setattr("diffq_fx.export.onnx.parity.open_session", lambda *a, **k: asked.append(k["unfolded"]) or open_session(*a, **k))
+    large = export_onnx(model, example, path, **options)
+    assert path.read_bytes() == content
+    assert asked[0] == {name for record in large.weights for name in record.initializers}, "the exact file"
+    assert asked[1] == (set() if case == "dynamic" else asked[0])
+    assert large.max_relative_error <= 1e-4
+    products = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Transpose", "ReorderInput", "ReorderOutput"}
+    assert small.operators.keys() - products == large.operators.keys() - products
+    assert not {"Cast", "Sub", "Mul", "Concat"} & large.operators.keys()
+
+
+def test_a_wrong_large_file_is_refused(old_file, folds_nothing, monkeypatch):
+    wrong = lambda *a, **k: {name: value * 1.01 for name, value in run_session(*a, **k).items()}  # noqa: E731
+    monkeypatch.setattr("diffq_fx.export.onnx.parity.run_session", wrong)
+    with pytest.raises(ExportError, match="differs from PyTorch"):
+        export_onnx(Linear(24, 16, 4).eval(), torch.randn(2, 24), old_file)
+    assert old_file.read_bytes() == b"the old file"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_unfolded(external, path, tmp_path):
+    """What hangs on the named initializers is computed at every run, the rest is folded."""
+    made = [numpy_helper.from_array(np.arange(64, dtype=np.uint8).reshape(8, 8), name) for name in ("a", "b")]
+    nodes = [helper.make_node("Cast", [name], [f"{name}.float"], to=1) for name in ("a", "b")]
+    nodes += [helper.make_node("MatMul", [left, f"{name}.float"], [right]) for left, name, right in (("x", "a", "h"), ("h", "b", "y"))]
+    ends = [helper.make_tensor_value_info(name, 1, [1, 8]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], made)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path, save_as_external_data=external, size_threshold=0)
+    session = open_session(path, 1, {}, optimized=tmp_path / "optimized.onnx", unfolded=["b", "not there"])
+    assert [node.name for node in onnx.load(tmp_path / "optimized.onnx").graph.node if node.op_type == "Cast"] == [f"{UNFOLDED}b.float"]
+    assert [entry.name for entry in session.get_inputs()] == ["x"]
+    x, weight = np.ones((1, 8), np.float32), np.arange(64, dtype=np.float32).reshape(8, 8)
+    assert (run_session(session, {"x": x}, path)["y"] == x @ weight @ weight).all()
+
+
+@pytest.mark.parametrize(("bits", "between"), [(2, "INT8"), (4, "INT8"), (8, "FLOAT"), (12, "FLOAT")])
+@pytest.mark.parametrize("group", ["channel", 8])
+def test_difference_in_bytes(bits, between, group, path, tmp_path):
+    """A quarter of the memory while it is folded; the weight is the same bit by bit."""
+    model = Conv(F.conv1d, (16, 8, 3), bits, group=group, ranges=group).eval()
+    export_onnx(model, torch.randn(1, 8, 9), path)
+    (function,) = onnx.load(path).functions
+    before = function.node[[node.op_type for node in function.node].index("Cast")]
+    assert helper.get_node_attr_value(before, "to") == onnx.TensorProto.DataType.Value(between)
+    folded = [numpy_helper.to_array(tensor) for tensor in optimized(path, tmp_path).initializer]
+    weight = model.weight().detach().numpy()
+    assert any(value.size == weight.size and np.array_equal(np.sort(value, None), np.sort(weight, None)) for value in folded)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_of_an_export(path):
+    """64 MiB of float weights: the resident set grows by less than 2.5 times as much; folded in the check it would be 4 times."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, __file__, path], check=True, capture_output=True, text=True, env=environment)
+    assert float(run.stdout) < 2.5
+
+
+def grown(path):
+    """What an export adds to the resident set at most, as a part of the float weights."""
+
+    def resident(entry):
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+
+    def export(channels, count):
+        layers = [Conv(F.conv1d, (channels, channels, 1), 4, name=f"w{i}") for i in range(count)]
+        return lambda: export_onnx(Parallel(*layers).eval(), torch.randn(1, channels, 4), path)
+
+    export(8, 1)()  # everything is imported
+    large = export(1024, 16)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    large()
+    return (resident("VmHWM") - before) / 2**16
+
+
+if __name__ == "__main__":
+    print(grown(sys.argv[1]))
