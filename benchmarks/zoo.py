@@ -40,7 +40,7 @@ LINES = RESULTS / "zoo.jsonl"
 SECONDS, GIB = 240, 6
 BEFORE_PREPARE = ("build", "float step")
 OUTCOMES = ("whole", "all but ONNX", "without ONNX", "refused", "failed", "float fails")
-MOST_FORWARDS, MOST_TORCH = 20, 5
+MOST_FORWARDS, MOST_TORCH, SLOW = 20, 5, 0.005
 
 
 def known() -> dict[str, dict[str, Any]]:
@@ -155,6 +155,40 @@ def _text(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def _of_torch(line: dict[str, Any]) -> str:
+    """What torch.onnx does with the float model, if it was asked."""
+    if "torch_onnx_failure" in line:
+        return f"refuses the float model too: {line['torch_onnx_failure']}"
+    return "fixes the batch of the float model too" if line.get("torch_onnx_fixes_batch") else ""
+
+
+def _of_all_steps(ran: list[dict[str, Any]]) -> str:
+    """Counts of those that were taken through every step; what torch refuses in float too is counted apart."""
+    tried = [line for line in ran if line["outcome"] != "without ONNX"]
+    whole = sum(line["outcome"] == "whole" for line in tried)
+    of_torch = sum(line["outcome"] == "all but ONNX" and bool(_of_torch(line)) for line in tried)
+    told = sum(line["outcome"] == "refused" or bool(line.get("known_before_training")) for line in tried)
+    return (
+        f"Of {len(tried)} that were taken through every step {whole} are whole. {of_torch} more are whole but for ONNX, where torch.onnx "
+        f"refuses the float model too or fixes its batch; without these {whole / (len(tried) - of_torch):.1%} are whole. "
+        f"Of the {len(tried) - whole} that are not whole {told} were refused with the same words before a training."
+    )
+
+
+def _prepare_beside_torch(ran: list[dict[str, Any]]) -> str:
+    """What a fixed cost of prepare does on nets whose forward takes milliseconds, and what torch's own traces take."""
+    timed = [line for line in ran if _ratios(line)[0] is not None]
+    slow = [_ratios(line)[0] for line in timed if line["forward_seconds"] > SLOW]
+    parts = [f"Of the {len(slow)} whose forward takes more than {SLOW * 1000:.0f} ms {sum(r <= MOST_FORWARDS for r in slow)} are within."]
+    for name in ("torch.fx", "torch.export"):
+        own = [line for line in timed if name in line["seconds"] and not (name == "torch.export" and "torch_onnx_failure" in line)]
+        if own:
+            theirs = statistics.median(line["seconds"][name] / line["forward_seconds"] for line in own)
+            ours = statistics.median(line["seconds"]["prepare"] / line["forward_seconds"] for line in own)
+            parts.append(f"{name} alone traces {len(own)} of them, in {theirs:.1f} forwards (median); prepare takes {ours:.1f} there.")
+    return " ".join(parts)
+
+
 def report() -> None:
     """Write the table of everything that was run."""
     chosen = {key_of(entry) for entry in architectures()}
@@ -180,9 +214,9 @@ def report() -> None:
             )
         )
         if "message" in line:
-            torch_too = f" torch.onnx on the float model: {line['torch_onnx_failure']}" if "torch_onnx_failure" in line else ""
-            message = " ".join(line["message"].split()) + torch_too
-            messages.append((line["model"], line["outcome"], line["step"], message.replace("|", "\\|")))
+            texts = (" ".join(text.split()).replace("|", "\\|") for text in (line["message"], _of_torch(line)))
+            known = {True: "yes", False: "no", None: "yes, prepare says it" if line["outcome"] == "refused" else ""}
+            messages.append((line["model"], line["outcome"], line["step"], known[line.get("known_before_training")], *texts))
     counts, families = Counter(line["outcome"] for line in ran), Counter(line["family"] for line in ran)
     header = ("model", "library", "family", "weights", "scope", "outcome", "prepare, forwards", "export / torch.onnx", "peak MiB")
     body = [
@@ -190,7 +224,9 @@ def report() -> None:
         + ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
         + ".",
         "Families: " + ", ".join(f"{name} {count}" for name, count in families.items()) + ".",
-        f"Prepare in forwards (train mode, batch of 2, median of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}.",
+        _of_all_steps(ran),
+        f"Prepare in forwards (train mode, batch of 2, median of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}. "
+        + _prepare_beside_torch(ran),
         f"export_onnx (with its check in onnxruntime) over torch.onnx's export of the float model: {_spread(exports, MOST_TORCH)}.",
         *(
             ["Without ONNX: all steps before the export were run, and were right; the export itself was not run yet."]
@@ -200,7 +236,8 @@ def report() -> None:
         "Processor time on a machine with other load; peak MiB is the largest of all steps, above the memory before the step.",
         markdown_table(header, rows),
         "## What is not whole",
-        markdown_table(("model", "outcome", "step", "message"), messages),
+        "Known before a training: check_onnx, called with the float model, says the same. Torch: what torch.onnx says of the float model.",
+        markdown_table(("model", "outcome", "step", "known before a training", "message", "torch"), messages),
     ]
     left = [f"{line['model']} ({line['message'].splitlines()[0][:120]})" for line in lines if line["outcome"] == "float fails"]
     if left:

@@ -20,6 +20,16 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says.
+
+    Example:
+        >>> first_line(ValueError("no")), first_line(KeyError())
+        ('ValueError: no', 'KeyError')
+    """
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+
+
 class DiffQError(Exception):
     """A model, graph or file that diffq_fx cannot work on."""
 

@@ -15,7 +15,7 @@ from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.capture.readers import CALLED_WHOLE
 from diffq_fx.capture.scope import HANDED
 from diffq_fx.capture.watch import Reads, same
-from diffq_fx.errors import CaptureError
+from diffq_fx.errors import CaptureError, first_line
 from diffq_fx.example import random_fingerprint, restored_random_state
 from diffq_fx.selection import Selection
 from diffq_fx.weights import owner_of
@@ -206,7 +206,7 @@ def _traced(module: nn.Module, tracer: _WeightTracer, state: Callable[[], Abstra
             with state():
                 graph = tracer.trace(module)
         except Exception as err:  # a traced forward is the user's code and may raise anything
-            raise tracer.refused or CaptureError(_first_line(err)) from err
+            raise tracer.refused or CaptureError(first_line(err)) from err
         if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
             tracer.refusal("the forward makes a tensor that does not depend on its inputs, which a graph would freeze")
         if random_fingerprint() != random_before:
@@ -238,10 +238,6 @@ def _state_of(model: nn.Module) -> dict[str, list[Any]]:
 def _changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
     pairs = ((name, before.get(name, []), now.get(name, [])) for name in {**before, **now})
     return [name for name, a, b in pairs if len(a) != len(b) or not all(map(same, a, b))]
-
-
-def _first_line(err: Exception) -> str:
-    return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}".rstrip(": ")
 
 
 @contextmanager

@@ -288,6 +288,16 @@ def test_the_gate_sees_another_gradient(found, says):
     assert re.search(says, gate._gradient_difference(found, G))
 
 
+def test_what_the_backward_raises_is_shown_and_its_type_alone_compared():
+    kept = nn.Parameter(torch.ones(3))
+    output = kept.exp()
+    with torch.no_grad():
+        output.mul_(2)  # which the backward of exp reads
+    raised = gate._gradients(output, {"kept": kept})
+    assert re.match(r"a RuntimeError: one of the variables needed for gradient computation", raised)
+    assert gate._gradient_difference(raised, "a RuntimeError: at 0x7f") == ""
+
+
 def test_the_gate_takes_another_order_of_summation_for_the_same():
     assert gate._gradient_difference(G | {"w": G["w"] * (1 + 1e-6)}, G) == ""
 
