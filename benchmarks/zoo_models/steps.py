@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -26,6 +26,9 @@ FORWARD_SECONDS = 0.06
 """Of processor time, which counts in ticks of 4 ms: forwards are repeated until it is over."""
 TOLERANCE = 1e-3
 """Of the file at another batch, relative to the largest output; export_onnx itself has compared at 1e-4."""
+
+
+Until = Literal["prepare", "packed", "onnx"]
 
 
 class Measured:
@@ -51,8 +54,8 @@ def resident(entry: str) -> int:
     return int(re.search(rf"{entry}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx: bool, torch_onnx: bool) -> None:
-    """Take one architecture through all steps, or through those before ONNX; what goes wrong is raised.
+def measure(entry: Architecture, measured: Measured, *, torch_first: bool, until: Until, torch_onnx: bool) -> None:
+    """Take one architecture through the steps; what goes wrong is raised.
 
     Where our export fails, torch.onnx exports the float model too, and ``check_onnx`` says whether that was known before the training.
     """
@@ -72,6 +75,8 @@ def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx:
     found["forward_seconds"] = (before + _forward_time(twin, entry)) / 2
     found["weights"] = len(prepared.compression.quantizers)
     found["scope"], found["scope_reason"] = prepared.compression.scope, prepared.compression.scope_reason[:300]
+    if until == "prepare":
+        return
     with measured.step("train"):
         _train(prepared, entry, without)
     with measured.step("eval"):
@@ -85,7 +90,7 @@ def measure(entry: Architecture, measured: Measured, *, torch_first: bool, onnx:
             loaded = load_packed(entry.make(), file)
         found["packed_bytes"] = file.stat().st_size
         _check_loaded(loaded.eval(), converted, entry, expected)
-        if not onnx:
+        if until == "packed":
             return
         if torch_onnx and torch_first:
             _export_float(measured, entry, Path(folder, "float.onnx"))
