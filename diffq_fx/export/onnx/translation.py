@@ -96,7 +96,8 @@ def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Mod
 
 def _squeeze(tensor: Any, dim: int) -> Any:
     """As PyTorch has it, which leaves a size that is not one; onnxscript's translation squeezes any, and the file does not load."""
-    return opset20.Squeeze(tensor, [dim]) if len(tensor.shape) and tensor.shape[dim] == 1 else opset20.Identity(tensor)
+    axes: Any = [dim]
+    return opset20.Squeeze(tensor, axes) if len(tensor.shape) and tensor.shape[dim] == 1 else opset20.Identity(tensor)
 
 
 def _placeholder() -> Any:
