@@ -93,7 +93,7 @@ class Parallel(nn.Module):
         return tuple(branch(*inputs) for branch in self.branches)
 
 
-_OPSET = 'ir_version: 10, opset_import: ["" : 21]'
+_OPSET = 'ir_version: 10, opset_import: ["" : 21, "diffq_fx" : 1]'
 
 
 def graph_of(signature, nodes):
