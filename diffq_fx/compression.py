@@ -87,7 +87,7 @@ class Compression(TrainingState):
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
         self._groups: FlatGroups | None = None
-        self._allocated: int | None = None
+        self._allocated: tuple[int, float] | None = None
         self._passes = 0
         device = self.steps.device
         sums = torch.zeros(len(learned), 6, dtype=widest_float(device), device=device) if learned and self.config.has_target else None
@@ -309,10 +309,10 @@ class Compression(TrainingState):
             if (logits := quantizer._parameters.get("logits")) is None or logits.shape != quantizer.width.shape:
                 refuse_flat(quantizer.spec.name)
 
-    def _checksum(self) -> int:
+    def _checksum(self) -> tuple[int, float]:
         weights = [quantizer.weight for quantizer in self.learned] if self.is_coded else []
         widths = [quantizer.width for quantizer in self.learned]
-        return device_checksum([*wholes([*self.logits, *weights]), *widths, self.bits_frozen, self.coding])  # one for all ranks
+        return device_checksum([*wholes([*self.logits, *weights]), *widths, self.bits_frozen, self.coding]), self.price  # one for all ranks
 
     def _rounded_bits(self) -> Tensor:
         """The whole widths of all groups, within the target where there is one, shape (T,)."""

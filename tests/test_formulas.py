@@ -331,7 +331,9 @@ def test_a_level_is_chosen_by_its_error_and_its_code(grid, group_size, range_siz
     tries = [torch.minimum((near + shift).clamp(min=0), top) for shift in (0, -1, 1)]
     values = [functional.dequantize(each, params, layout) for each in tries]
     errors = [((rows - each) / layout.expand(params.scale)).square() for each in values]
-    chosen = rows
+    ranges, chosen = weight.spec.range_layout, rows
+    at_ends = sum(rows == ranges.expand(end) for end in ranges.aminmax(rows)) > 0
+    assert at_ends.sum() >= 2 * ranges.num_groups
     for _ in range(3):  # the code is fitted to the nearest levels, then twice to those it chose
         found = coded_symbols(weight, chosen)
         most = 2 ** int(weight.width.max())  # as many places as the widest has levels
@@ -341,6 +343,7 @@ def test_a_level_is_chosen_by_its_error_and_its_code(grid, group_size, range_siz
             length = [-math.log2((counts[each] + 0.5) / (of_width[each[0]] + 0.5 * most)) for each in coded_symbols(weight, value)]
             costs.append(error + price * torch.tensor(length).view_as(error))
         chosen = torch.stack(values).gather(0, torch.stack(costs).argmin(0, keepdim=True))[0]
+        chosen = torch.where(at_ends, rows, chosen)  # the grid follows them
     torch.testing.assert_close(CodedLevels(weight, price).cheapest(weight).rows, chosen)
 
 

@@ -36,12 +36,12 @@ class CodedLevels:
         self.lengths = -torch.log2((counts + 0.5) / (counts + 0.5).sum(1, keepdim=True)).float().reshape(-1)
 
     def cheapest(self, weight: RoundedWeight) -> RoundedWeight:
-        """The weight on its levels, chosen one by one."""
+        """The weight on its levels, chosen one by one; but for the ends of the ranges, which stay: the grid follows them."""
         layout, rows_OI = weight.spec.scale_layout, torch.empty_like(weight.rows)
         for part in layout.row_slices(rows_OI.device):
             width = rows_of(weight.width, part)
             rows_OI[part] = self.choose(weight.rows[part], weight.params.of_rows(part), width, layout.of_rows(part))
-        return weight._replace(rows=rows_OI)
+        return weight._replace(rows=torch.where(weight.spec.range_layout.at_ends(weight.rows), weight.rows, rows_OI))
 
     def choose(self, values: Tensor, params: QuantParams, width: Tensor, layout: GroupLayout, worth: Tensor | float = 1.0) -> Tensor:
         """The nearest level of each value or one of its two neighbours: the least ``worth ((w - q) / step)^2 + price * length(q)``."""

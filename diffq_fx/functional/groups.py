@@ -111,6 +111,11 @@ class GroupLayout:
         blocks = self.blocks(rows_OI, edge=True)
         return blocks.amin(-1), blocks.amax(-1)  # several times faster than aminmax along an axis
 
+    def at_ends(self, rows_OI: Tensor) -> Tensor:
+        """Which weights are the smallest or the largest of their group, bool, shape (O, I)."""
+        low_OI, high_OI = map(self.expand, self.aminmax(rows_OI))
+        return (rows_OI == low_OI) | (rows_OI == high_OI)
+
     def sum(self, rows_OI: Tensor) -> Tensor:
         """Sum over each group, shape (R, C)."""
         if self.kind == "tensor":

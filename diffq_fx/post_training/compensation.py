@@ -35,6 +35,7 @@ def compensate(
     damping: float = _DAMPING,
     falling: bool = True,
     code: CodedLevels | None = None,
+    kept_OI: Tensor | None = None,
 ) -> Tensor:
     """Round a weight onto its grid so that the output of its layer changes little.
 
@@ -50,6 +51,7 @@ def compensate(
         damping: part of the mean of the diagonal that is added to it; above 0.
         falling: whether columns are rounded in the order of falling moments, not from the first to the last.
         code: what levels cost beside their error, where that counts (CERWU, arXiv:2505.18758).
+        kept_OI: which weights take their nearest level whatever the others' errors are, bool: the ends of ranges that follow the weights.
 
     Returns:
         Weights of the grid, shape (O, I), in the scale's type: exactly those that :func:`diffq_fx.functional.dequantize` gives, which
@@ -80,7 +82,8 @@ def compensate(
     for top in range(0, layout.rows, height):
         part = slice(top, min(top + height, layout.rows))
         grid = _Columns(params.of_rows(part), rows_of(bits, part), layout.of_rows(part), order_I, worth_GI, code)
-        rounded_OI[part] = _rounded(rows_OI[part], spread_GII, grid)
+        fixed_OI = None if kept_OI is None else torch.where(kept_OI[part], nearest_OI[part], torch.nan)
+        rounded_OI[part] = _rounded(rows_OI[part], spread_GII, grid, fixed_OI)
         if code is not None:
             continue
         better = output_error(rounded_OI[part] - rows_OI[part], moments) <= output_error(nearest_OI[part] - rows_OI[part], moments)
@@ -197,11 +200,15 @@ class _Columns:
         return self.code.choose(values_O1, own, bits, self.column, worth_O1).view_as(values_GR)
 
 
-def _rounded(rows_OI: Tensor, spread_GII: Tensor, grid: _Columns) -> Tensor:
+def _rounded(rows_OI: Tensor, spread_GII: Tensor, grid: _Columns, fixed_OI: Tensor | None) -> Tensor:
+    """The rows on their levels; those that are fixed where ``fixed_OI`` is not NaN."""
     groups, columns = len(spread_GII), rows_OI.shape[1]
-    if grid.order_I is not None:
-        rows_OI = rows_OI[:, grid.order_I]
-    rest_GIR = rows_OI.reshape(groups, -1, columns).mT.contiguous()  # a column lies in one row
+
+    def by_columns(values_OI: Tensor) -> Tensor:
+        ordered_OI = values_OI if grid.order_I is None else values_OI[:, grid.order_I]
+        return ordered_OI.reshape(groups, -1, columns).mT.contiguous()  # a column lies in one row
+
+    rest_GIR, fixed_GIR = by_columns(rows_OI), None if fixed_OI is None else by_columns(fixed_OI)
     rounded_GIR = torch.empty_like(rest_GIR)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
@@ -209,6 +216,8 @@ def _rounded(rows_OI: Tensor, spread_GII: Tensor, grid: _Columns) -> Tensor:
         for index in range(first, last):
             own_GR = rest_GIR[:, index]
             rounded_GR = grid.round(own_GR, index)
+            if fixed_GIR is not None:
+                rounded_GR = torch.where(fixed_GIR[:, index].isnan(), rounded_GR, fixed_GIR[:, index])
             rounded_GIR[:, index] = rounded_GR
             error_GR = errors_GBR[:, index - first] = own_GR - rounded_GR
             block_GBR[:, index - first + 1 :] -= spread_GII[:, index, index + 1 : last, None] * error_GR[:, None]

@@ -31,7 +31,7 @@ _MOMENT_BYTES = 1 << 28
 """Of the matrices that are in memory at once."""
 _PARTS = 4
 """The inputs of a weight are those after all weights of earlier parts are rounded."""
-_FITS, _ROUNDINGS, _ROUNDING_SHARE = 8, 3, 0.5
+_FITS, _ROUNDINGS, _ROUNDING_SHARE = 4, 3, 0.5
 """How often ranges are scaled until the code takes the target: that of levels chosen one by one, and, within a part of the time, that of
 compensated ones, which are found anew each time."""
 _IN_THE_CELL = 0.45
@@ -110,7 +110,8 @@ def _compensate(
             weight = _on_grid(quantizer)
             code = CodedLevels(weight, price) if price else None
             try:
-                _move(quantizer, weight, _compensated(weight, moments.pop(quantizer.spec.name), code))
+                kept_OI = weight.spec.range_layout.at_ends(weight.rows) if quantizer.clip is None else None
+                _move(quantizer, weight, _compensated(weight, moments.pop(quantizer.spec.name), code, kept_OI))
             except ValueError as error:
                 left.setdefault(str(error), []).append(quantizer.spec.name)
                 if code is not None:
@@ -130,17 +131,17 @@ def _move(quantizer: DiffQWeight, weight: RoundedWeight, rounded_OI: Tensor) -> 
     cell_OI = spec.scale_layout.expand(weight.params.scale) * _IN_THE_CELL
     within_OI = rounded_OI + torch.clamp(rows_OI - rounded_OI, -cell_OI, cell_OI)
     if quantizer.clip is None:  # the range follows the weights: its ends stay, and no weight goes beyond
-        low_OI, high_OI = (spec.range_layout.expand(end) for end in spec.range_layout.aminmax(rows_OI))
-        within_OI = torch.where((rows_OI == low_OI) | (rows_OI == high_OI), rows_OI, within_OI.clamp(low_OI, high_OI))
+        low_OI, high_OI = map(spec.range_layout.expand, spec.range_layout.aminmax(rows_OI))
+        within_OI = torch.where(spec.range_layout.at_ends(rows_OI), rows_OI, within_OI.clamp(low_OI, high_OI))
     quantizer.weight.copy_(from_rows(within_OI, spec.shape, spec.axis))
 
 
-def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | None) -> Tensor:
+def _compensated(weight: RoundedWeight, moments: Moments, code: CodedLevels | None, kept_OI: Tensor | None) -> Tensor:
     if moments.matrix is None:
         raise ValueError(moments.reason or f"rows of more than {MOST_COLUMNS} weights")
     with torch.autocast(weight.rows.device.type, enabled=False):
         matrices = shrunk(moments.matrix, moments.count)
-        return compensate(weight.rows, matrices, weight.params, weight.width, weight.spec.scale_layout, code=code)
+        return compensate(weight.rows, matrices, weight.params, weight.width, weight.spec.scale_layout, code=code, kept_OI=kept_OI)
 
 
 def _in_parts(quantizers: Sequence[DiffQWeight]) -> Iterator[list[DiffQWeight]]:

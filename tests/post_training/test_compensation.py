@@ -111,6 +111,19 @@ def test_the_length_of_the_code_counts_where_it_is_asked_for(case):
     assert errors[0] < errors[1]
 
 
+@pytest.mark.parametrize("coded", [False, True])
+def test_kept_weights_take_their_nearest_levels_and_others_make_up_for_them(coded):
+    rows, moments, kept = torch.randn(24, 72), second_moments(72), torch.rand(24, 72) < 0.1
+    params, widths, layout = grid_of(rows, "channel", "channel", 3)
+    spec = WeightSpec(name="w", shape=(24, 72), axis=0, group_size="channel", range_size="channel", grid="affine")
+    code = CodedLevels(RoundedWeight(spec, rows, widths, params), PRICE) if coded else None
+    values = compensate(rows, moments, params, widths, layout, code=code, kept_OI=kept)
+    free, plain = compensate(rows, moments, params, widths, layout, code=code), nearest(rows, params, widths, layout)
+    assert torch.equal(values[kept], plain[kept])
+    errors = [float(output_error(each - rows, moments).sum()) for each in (values, torch.where(kept, plain, free), plain)]
+    assert errors[0] < min(errors[1:])
+
+
 def test_falling_order_is_the_same_with_columns_in_that_order():
     moments, rows = second_moments(30), torch.randn(8, 30)
     params, widths, layout = grid_of(rows, "channel", "channel", 3)

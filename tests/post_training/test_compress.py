@@ -132,8 +132,9 @@ class TestResult:
             found.append(coded_excess(compression))
             return tuned(model, compression, *args)  # pyright: ignore[reportArgumentType]
 
-        tuned = stages.tune
+        tuned, seen = stages.tune, list[float]()
         monkeypatch.setattr(stages, "tune", noted)
+        monkeypatch.setattr(round_weights, "coded_excess", lambda compression: seen.append(coded_excess(compression)) or seen[-1])
         distances = []
         for compensates in (True, False):
             monkeypatch.setattr(round_weights, "compensate", round_weights.compensate if compensates else no_factor)
@@ -141,6 +142,7 @@ class TestResult:
             distances.append(float(re.findall(r"output: (\S+) after rounding", notes[-1])[0]))
         assert distances[0] < 0.95 * distances[1]
         assert max(found) <= 0
+        assert abs(seen[0]) < 0.05  # the widths are those of this rounding
 
     @pytest.mark.parametrize("settings", [{}, {"size_of": "packed_file"}], ids=str)
     def test_is_never_worse_than_rounding_to_nearest(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
