@@ -173,6 +173,27 @@ def test_rows_of_a_table_are_picked_as_integers(case):
     np.testing.assert_allclose(run(ids)[0], F.embedding(ids, weight()), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("activations", "rule"), [("float", "linear+rows"), ("dynamic", "dynamic+rows")])
+def test_a_table_that_is_the_head_too(activations, rule):
+    weight = store(torch.randn(2048, 256), 4)
+    nodes = "a = diffq_fx.Weight (w) e = Gather (a, x) b = diffq_fx.Weight (w) t = Transpose (b) y = MatMul (e, t)"
+    _, record, run = laid_out("(int64[1, 8] x) => (float[1, 8, 2048] y)", nodes, weight, {"activations": activations})
+    assert (record.rule, record.reason) == (rule, None)
+    ids = torch.randint(2048, (1, 8))
+    expected = F.embedding(ids, weight()) @ weight().T
+    assert np.abs(run(ids)[0] - expected.numpy()).max() < (0.02 if activations == "dynamic" else 1e-4) * expected.abs().max()
+
+
+def test_a_transposed_convolution_reads_a_float_weight_and_says_why():
+    weight = store(torch.randn(4, 6, 3), 4, axis=1)
+    ops, record, run = laid_out("(float[1, 4, 9] x) => (float[1, 6, 11] y)", "a = diffq_fx.Weight (w) y = ConvTranspose (x, a)", weight)
+    assert (record.rule, ops) == ("fold", ["DequantizeLinear", "ConvTranspose"])
+    assert record.reason.startswith("read by ConvTranspose")
+    assert record.reason.endswith("no integer kernel for ConvTranspose")
+    x = torch.randn(1, 4, 9)
+    np.testing.assert_allclose(run(x)[0], F.conv_transpose1d(x, weight()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("group", "is_folded"), [("channel", True), (6, False)])
 def test_a_batch_norm_behind_a_weight_without_blocks_is_folded(group, is_folded):
     weight = store(torch.randn(8, 4, 3), 4, group=group, ranges=group)
