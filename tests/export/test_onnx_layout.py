@@ -89,11 +89,17 @@ def laid_out(signature, nodes, weight, settings=MappingProxyType({}), **numbers)
     return [node.op_type for node in graph], record, lambda x: ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x.numpy()})
 
 
-@pytest.mark.parametrize("bits", [4, 12, torch.tensor([[2], [8], [4]]), "codes"])
+@pytest.mark.parametrize("bits", [4, 12, torch.tensor([[2], [8], [4]]), "codes", "codes of int8"])
 def test_all_readers_of_a_weight_read_one(bits):
-    weight = store(torch.randn(3, 5), 4 if bits == "codes" else bits, name="m")
     if isinstance(bits, str):
-        weight = CodebookWeight(WeightSpec(name="m", shape=(3, 5), axis=0), torch.randint(4, (3, 3)), torch.randn(4, 2))
+        codebook = (
+            (torch.randn(3, 2), None)
+            if bits == "codes"
+            else (torch.tensor([[3, -90], [7, 5], [-1, 100]], dtype=torch.int8), torch.tensor(0.1))
+        )
+        weight = CodebookWeight(WeightSpec(name="m", shape=(3, 5), axis=0), torch.arange(9).view(3, 3) % 3, *codebook)
+    else:
+        weight = store(torch.randn(3, 5), bits, name="m")
     nodes = "a = diffq_fx.Weight (w) y = Add (x, a) b = diffq_fx.Weight (w) z = Neg (b) u = diffq_fx.Weight (w)"
     weight.spec = replace(weight.spec, aliases=("tied",))
     ops, record, run = laid_out("(float[3, 5] x) => (float[3, 5] y, float[3, 5] z, float[3, 5] u)", nodes, weight)
