@@ -1,6 +1,7 @@
 """The parts of the layout that decide: storage, cost, names of sizes; and graphs of a few nodes, laid out."""
 
 import re
+from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
 
@@ -80,17 +81,30 @@ def laid_out(signature, nodes, weight, settings=MappingProxyType({}), **numbers)
     (record,) = apply_layout(model, {"w": weight}, request).records
     call_functions(model)
     graph.inputs.pop()  # the weight of the placeholders
+    for function in model.functions.values():
+        assert [value.name for value in function.outputs] == ["product" if "MatMul" in function.name else "weight"]
+    read = {value.name: value for node in graph for value in node.inputs if value is not None and (node.domain or ".levels" in value.name)}
+    assert set(record.initializers) <= read.keys(), "the numbers of a weight are the file's, not a function's"
+    assert not any(name.startswith("sizes") or name.endswith(".offset") for name in read), "what does not depend on them is a function's"
     return [node.op_type for node in graph], record, lambda x: ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x.numpy()})
 
 
-@pytest.mark.parametrize("bits", [4, torch.tensor([[2], [8], [4]]), "codes"])
+@pytest.mark.parametrize("bits", [4, 12, torch.tensor([[2], [8], [4]]), "codes", "codes of int8"])
 def test_all_readers_of_a_weight_read_one(bits):
-    weight = store(torch.randn(3, 5), 4 if bits == "codes" else bits, name="m")
     if isinstance(bits, str):
-        weight = CodebookWeight(WeightSpec(name="m", shape=(3, 5), axis=0), torch.randint(4, (3, 3)), torch.randn(4, 2))
+        codebook = (
+            (torch.randn(3, 2), None)
+            if bits == "codes"
+            else (torch.tensor([[3, -90], [7, 5], [-1, 100]], dtype=torch.int8), torch.tensor(0.1))
+        )
+        weight = CodebookWeight(WeightSpec(name="m", shape=(3, 5), axis=0), torch.arange(9).view(3, 3) % 3, *codebook)
+    else:
+        weight = store(torch.randn(3, 5), bits, name="m")
     nodes = "a = diffq_fx.Weight (w) y = Add (x, a) b = diffq_fx.Weight (w) z = Neg (b) u = diffq_fx.Weight (w)"
+    weight.spec = replace(weight.spec, aliases=("tied",))
     ops, record, run = laid_out("(float[3, 5] x) => (float[3, 5] y, float[3, 5] z, float[3, 5] u)", nodes, weight)
     assert record.rule == ("codebook" if isinstance(bits, str) else "fold")
+    assert record.aliases == ("tied",)
     assert ops == ["DequantizeLinear", "Add", "Neg"]
     x, known = torch.randn(3, 5), weight()
     for found, expected in zip(run(x), (x + known, -known, known), strict=True):
@@ -173,6 +187,33 @@ def test_rows_of_a_table_are_picked_as_integers(case):
     np.testing.assert_allclose(run(ids)[0], F.embedding(ids, weight()), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(("activations", "rule"), [("float", "linear+rows"), ("dynamic", "dynamic+rows")])
+def test_a_table_that_is_the_head_too(activations, rule):
+    weight = store(torch.randn(2048, 256), 4)
+    nodes = "a = diffq_fx.Weight (w) e = Gather (a, x) b = diffq_fx.Weight (w) t = Transpose (b) y = MatMul (e, t)"
+    _, record, run = laid_out("(int64[1, 8] x) => (float[1, 8, 2048] y)", nodes, weight, {"activations": activations})
+    assert (record.rule, record.reason) == (rule, None)
+    ids = torch.randint(2048, (1, 8))
+    expected = F.embedding(ids, weight()) @ weight().T
+    assert np.abs(run(ids)[0] - expected.numpy()).max() < (0.02 if activations == "dynamic" else 1e-4) * expected.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["onnxruntime", "qdq"])
+def test_a_transposed_convolution_reads_a_float_weight_and_says_why(layout):
+    weight = store(torch.randn(4, 6, 3), 4, axis=1)
+    nodes = "a = diffq_fx.Weight (w) y = ConvTranspose (x, a)"
+    ops, record, run = laid_out("(float[1, 4, 9] x) => (float[1, 6, 11] y)", nodes, weight, {"layout": layout})
+    assert ops == ["DequantizeLinear", "ConvTranspose"]
+    if layout == "qdq":
+        assert (record.rule, record.reason) == ("qdq", None)
+    else:
+        assert record.rule == "fold"
+        assert record.reason.startswith("read by ConvTranspose")
+        assert record.reason.endswith("no integer kernel for ConvTranspose")
+    x = torch.randn(1, 4, 9)
+    np.testing.assert_allclose(run(x)[0], F.conv_transpose1d(x, weight()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("group", "is_folded"), [("channel", True), (6, False)])
 def test_a_batch_norm_behind_a_weight_without_blocks_is_folded(group, is_folded):
     weight = store(torch.randn(8, 4, 3), 4, group=group, ranges=group)
@@ -181,8 +222,9 @@ def test_a_batch_norm_behind_a_weight_without_blocks_is_folded(group, is_folded)
     numbers = {"g": norm.weight.data, "b": norm.bias.data, "m": norm.running_mean, "v": norm.running_var}
     nodes = "a = diffq_fx.Weight (w) c = Conv (x, a) y = BatchNormalization (c, g, b, m, v)"
     arrays = {name: value.numpy() for name, value in numbers.items()}
-    ops, _, run = laid_out("(float[1, 4, 9] x) => (float[1, 8, 7] y)", nodes, weight, **arrays)
+    ops, record, run = laid_out("(float[1, 4, 9] x) => (float[1, 8, 7] y)", nodes, weight, **arrays)
     assert ("BatchNormalization" not in ops) is is_folded
+    assert record.reason.startswith("read by Conv,")
     x = torch.randn(1, 4, 9)
     with torch.no_grad():
         np.testing.assert_allclose(run(x)[0], norm(F.conv1d(x, weight())), rtol=1e-4, atol=1e-5)

@@ -319,6 +319,20 @@ def test_which_convolutions_can_be_integer_ones(shape, groups, bits, reason):
     assert reason is None or re.fullmatch(reason, found)
 
 
+@pytest.mark.parametrize(("steps", "reason"), [(2.0**29, None), (2.0**31, "the bias of channel 1 is 2.1e.09 int32 steps: .*")])
+def test_a_bias_fits_int32_steps_of_the_product(steps, reason):
+    graph = graph_of("(float[1, 2, 9] x, float[3, 2, 1] w, float[3] b) => (float[a, b0, c] y)", "y = Conv (x, w, b)")
+    table = read_table(store(torch.randn(3, 2, 1), 4))
+    bias = graph.inputs.pop()
+    step, _ = rounding.grid((-1.0, 1.0))
+    bias.const_value = ir.tensor(np.float32([1, steps, 1]) * step * table.scale[:, 0], name="b")
+    graph.register_initializer(bias)
+    request = LayoutRequest(machines=None, activations="int8", ranges={"x": (-1.0, 1.0)})
+    (found,) = choose_convolutions(table, find_uses(graph.inputs[1], 0, graph), request)[1].values()
+    assert (found is None) == (reason is None)
+    assert reason is None or re.fullmatch(reason, found)
+
+
 def test_a_channel_that_is_scaled_by_nothing_stays_zero():
     """As a BatchNorm whose gamma is 0 leaves it, with a zero point at a half-integer."""
     table = read_table(store(torch.tensor([[-1.0, 1.0], [-1.0, 2.0]])[:, :, None], 1, grid="half"))

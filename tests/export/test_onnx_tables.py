@@ -16,7 +16,7 @@ from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.linear import refusal
 from diffq_fx.export.onnx.layout.plan import WeightPlan
-from diffq_fx.export.onnx.layout.products import Form, choose_form
+from diffq_fx.export.onnx.layout.products import Form, choose_form, is_rounded_anew
 from diffq_fx.export.onnx.layout.records import record_of
 from diffq_fx.export.onnx.layout.request import LayoutRequest
 from diffq_fx.export.onnx.layout.stored import StoredTable
@@ -123,7 +123,12 @@ def test_what_is_remarked_about_a_weight():
 def test_levels_that_do_not_fit_int8_stretch_their_scale():
     table = read_table(store(torch.tensor([[0.0, 3.0, 1.0], [-1.0, 1.0, 0.5]]), 8))
     assert table.int8_stretch.ravel().tolist() == pytest.approx([255 / 127, 128 / 127], rel=0.01)
-    assert read_table(store(torch.randn(2, 9), 7)).int8_stretch.ravel().tolist() == [1.0, 1.0]
+    even, uneven = (read_table(store(weight, bits)) for weight, bits in ((torch.randn(2, 9), 7), (torch.tensor([[-1.0, 2.0, 0.5]]), 8)))
+    assert even.int8_stretch.ravel().tolist() == [1.0, 1.0]
+    common = Form(ir.DataType.UINT8, centred=True, offset=-128)
+    assert is_rounded_anew(uneven, common)
+    assert not is_rounded_anew(even, common)
+    assert not is_rounded_anew(uneven, common._replace(dtype=ir.DataType.INT8))
 
 
 @pytest.mark.parametrize(
