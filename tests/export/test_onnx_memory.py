@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 from stored_models import Conv, Linear, Parallel, Tied, optimized
+from torch import nn
 from torch.nn import functional as F
 
 from diffq_fx.errors import ExportError
@@ -93,10 +94,10 @@ def test_difference_in_bytes(bits, between, group, path, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_of_an_export(path):
-    """64 MiB of float weights: the resident set grows by less than 2.5 times as much; folded in the check it would be 4 times."""
+    """80 MiB of float weights: half as much is needed (0.5 measured), and 2.6 times as much where the check folds them."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, __file__, path], check=True, capture_output=True, text=True, env=environment)
-    assert float(run.stdout) < 2.5
+    assert float(run.stdout) < 1.2
 
 
 def grown(path):
@@ -106,15 +107,15 @@ def grown(path):
         return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
 
     def export(channels, count):
-        layers = [Conv(F.conv1d, (channels, channels, 1), 4, name=f"w{i}") for i in range(count)]
-        return lambda: export_onnx(Parallel(*layers).eval(), torch.randn(1, channels, 4), path)
+        layers = [Linear(channels, channels, 4, axis=1, name=f"w{i}") for i in range(count)]
+        return lambda: export_onnx(nn.Sequential(*layers).eval(), torch.randn(2, channels), path)
 
     export(8, 1)()  # everything is imported
-    large = export(1024, 16)
+    large = export(1024, 20)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     large()
-    return (resident("VmHWM") - before) / 2**16
+    return (resident("VmHWM") - before) / (20 * 2**12)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ class ExportResult(ExportMetadata):
     """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster; on the first item
     of the calibration, on random inputs without one."""
     operators: dict[str, int] | None
-    """Operators that onnxruntime runs in one inference; None with ``verify=False``."""
+    """Operators that onnxruntime runs in one inference, as the check met them: it does not fold more than 2^24 weights, so that products
+    with them may have other names there. None with ``verify=False``."""
     remarks: tuple[str, ...]
     """What is worth knowing about the file as a whole."""
 

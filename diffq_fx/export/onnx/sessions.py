@@ -3,6 +3,7 @@
 A file may ask for session entries there: ``diffq_fx.session.qdq_matmulnbits_accuracy_level = 4`` sets onnxruntime's entry of that name.
 """
 
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,32 +140,37 @@ def open_session(
         options.optimized_model_filepath = str(optimized)
     if unfolded:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would keep the memory of one run for the next
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(path).parent))
-    source = _with_defaults(path, unfolded) if unfolded else str(path)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is mapped
+            source = _save_unfolded(path, unfolded, folder) if unfolded else path
+            return onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except _compat.onnxruntime_errors() as error:
         raise DiffQError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {str(error).strip()}") from error
 
 
-def _with_defaults(path: str | Path, names: Collection[str]) -> bytes:
-    """The file with some initializers as the defaults of optional inputs, which are no constants.
+def _save_unfolded(path: str | Path, names: Collection[str], folder: str) -> Path:
+    """Write the file anew with some initializers as the defaults of optional inputs, which are no constants.
 
     Its functions are inlined here: onnxruntime would run what it inlines itself before everything else, and all weights were there at once.
+    The tensors lie outside of the graph, since onnxruntime maps these into memory and copies others twice.
     """
-    from onnx import helper, inliner
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass
 
-    model = inliner.inline_local_functions(load_graph(path))
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    unfolded, known = tensors.keys() & names, {"", *tensors}
-    model.graph.input.extend(helper.make_tensor_value_info(name, tensors[name].data_type, tensors[name].dims) for name in unfolded)
-    for node in model.graph.node:
-        if known.issuperset(node.input):
-            known.update(node.output)
-            if unfolded.intersection(node.input):
-                unfolded.update(node.output)
-                node.name = f"{UNFOLDED}{node.output[0]}"
-    return model.SerializeToString()
+    model = ir.load(path)
+    InlinePass()(model)
+    initializers = model.graph.initializers
+    unfolded, known = {initializers[name] for name in names if name in initializers}, {None, *initializers.values()}
+    model.graph.inputs.extend(unfolded)
+    for node in model.graph:
+        if known.issuperset(node.inputs):
+            known.update(node.outputs)
+            if not unfolded.isdisjoint(node.inputs):
+                unfolded.update(node.outputs)
+                node.name = f"{UNFOLDED}{node.outputs[0].name}"
+    written = Path(folder, "unfolded.onnx")
+    ir.save(model, written, external_data="unfolded.data")
+    return written
 
 
 def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:
