@@ -120,7 +120,7 @@ def reason_against(name: str, spec: WeightSpec) -> str:
     if not runtime.blocked_matrices:
         return ""
     if len(spec.shape) != 2:
-        return f"the runtime {name!r} has matrices alone"
+        return f'the runtime {name!r} has matrices alone, no experts in one tensor and no kernels of convolutions ("onnxruntime" has them)'
     if spec.columns % block or (spec.range_layout.kind != "block" and spec.columns not in runtime.blocks):
         return f"the runtime {name!r} has whole blocks of {spec.range_size} inputs, and its rows have {spec.columns}"
     return ""

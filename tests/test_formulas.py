@@ -302,11 +302,11 @@ def coded_symbols(weight, rows):
 @pytest.mark.parametrize(("grid", "group_size", "range_size"), GRIDS)
 def test_what_coding_saves(grid, group_size, range_size):
     weights = [rounded(grid, group_size, range_size, seed) for seed in (0, 1)]
-    saved, scales, widths = 0.0, [], []
+    saved, levels, scales, widths = 0.0, 0.0, [], []
     for each in weights:
         own, found = each.spec, coded_symbols(each, each.rows)
         of_width = {b: [q for width, q in found if width == b] for b, _ in found}
-        saved += max(0.0, sum(b * len(levels) - code_length(levels) for b, levels in of_width.items()))
+        levels += max(0.0, sum(b * len(of_b) - code_length(of_b) for b, of_b in of_width.items()))
         flat = each.width.flatten().tolist()
         saved -= -len(flat) * math.ceil(math.log2(1 + max(flat) - min(flat)))
         widths += flat
@@ -318,6 +318,7 @@ def test_what_coding_saves(grid, group_size, range_size):
         extent = each.params.scale * (2.0**each.width - 1)
         scales += [part[:rows, :columns].float() for part in (extent, each.params.offset) if part is not None]
     saved -= code_length(widths)
+    saved += max(0.0, levels - sum(96 + 16 * min(2**b, 16) for b in set(widths)))
     expected = saved + 32 * sum(each.numel() for each in scales) - by_places(scales)
     assert bits_saved(weights) == pytest.approx(expected, abs=1)
 

@@ -21,6 +21,8 @@ _HEADER_BITS, _ENTRY_BITS = 8 * 800, 28
 _ITEM = 4
 """Bytes of a number: those at the same place in all numbers have one model, since the highest are much alike."""
 _TABLE_BITS = 4
+_STREAM_BITS, _LEVEL_BITS, _MOST_LEVELS = 8 * 12, 16, 16
+"""What a file has beside the levels of one width: for their stream, and in its table for each of at most so many levels."""
 
 
 @torch.no_grad()
@@ -63,15 +65,18 @@ class RoundedWeight(NamedTuple):
 def bits_saved(weights: Iterable[RoundedWeight]) -> int:
     """Bits that order-0 entropy coding takes off bit packing: of levels ``sum_q n_b(q) (b + log2 (n_b(q) / n_b))``.
 
-    Each weight has one model for each width b, of levels relative to their zero point; all scales have one for each byte, and all widths
-    have one, about as :func:`~diffq_fx.export.packed.save_packed` codes them. Below 0 where the widths take more than is saved elsewhere.
+    Each weight has one model for each width b, of levels relative to their zero point; each width has a table of 12 bytes and 2 for each
+    level up to 16. All scales have one model for each byte, and all widths have one, about as :func:`~diffq_fx.export.packed.save_packed`
+    codes them. Below 0 where the widths take more than is saved elsewhere.
     """
-    saved, scales, widths = 0.0, [], []
+    saved, levels, scales, widths = 0.0, 0.0, [], []
     for each in weights:
-        saved += _levels_saved(each) + _ends_saved(each.spec, each.width)
+        levels += _levels_saved(each)
+        saved += _ends_saved(each.spec, each.width)
         scales += _of_ranges(each)
         widths.append(each.width.reshape(-1))
-    saved += _widths_saved(widths)
+    tables = sum(_STREAM_BITS + _LEVEL_BITS * min(2**width, _MOST_LEVELS) for width in torch.cat(widths).unique().tolist())
+    saved += _widths_saved(widths) + max(levels - tables, 0)
     return round(saved) + 8 * sum(scale.numel() * scale.element_size() for scale in scales) - coded_bits(scales)
 
 

@@ -22,7 +22,10 @@ from diffq_fx.export.onnx.sessions import UNFOLDED, open_session, run_session
 MIXED = torch.tensor([2, 3, 4, 5, 8, 9]).repeat(4)[:, None]
 MODELS = {
     "matrix": (lambda: Linear(24, 16, 4), torch.randn(2, 24)),
-    "convolutions": (lambda: Parallel(*(Conv(F.conv1d, (24, 8, 3), b, name=f"w{i}") for i, b in enumerate((4, MIXED)))), torch.randn(2, 8, 9)),
+    "convolutions": (
+        lambda: Parallel(*(Conv(F.conv1d, (24, 8, 3), b, name=f"w{i}") for i, b in enumerate((4, MIXED)))),
+        torch.randn(2, 8, 9),
+    ),
     "embedding and head": (lambda: Tied(50, 16, 4), torch.randint(50, (1, 3))),
     "dynamic": (lambda: Linear(512, 512, 8), torch.randn(32, 512)),
 }

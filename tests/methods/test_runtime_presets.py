@@ -134,6 +134,30 @@ def test_a_weight_that_a_runtime_cannot_hold_is_refused_by_prepare(runtime, mode
         assert [quantizer.spec.name for quantizer in prepared.compression.quantizers] == ["2.weight"]
 
 
+class Experts(nn.Module):
+    """Four experts in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 64, 64) / 8)
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.experts).mean(1)
+
+
+@pytest.mark.parametrize("runtime", ["gguf", "onnxruntime-genai", "onnxruntime", "openvino"])
+def test_experts_in_one_tensor_are_held_or_refused_in_one_sentence(runtime):
+    model, x, config = Experts(), torch.zeros(1, 64), DiffQConfig.for_runtime(runtime, target_bits=6)
+    if runtime in ("onnxruntime", "openvino"):
+        spec = prepare_diffq(model, x, config).compression.quantizers[0].spec
+        assert (spec.bits_layout.num_groups, spec.scale_layout.num_groups) == (1, 4 * 64 * 64 // 32)
+        return
+    with pytest.raises(
+        PreparationError, match=rf"weight 'experts' of shape \(4, 64, 64\): the runtime '{runtime}' .* no experts in one tensor"
+    ):
+        prepare_diffq(model, x, config)
+
+
 def test_blocks_that_do_not_divide_are_shorter_where_the_runtime_takes_them():
     prepared = prepare_diffq(net(100), torch.zeros(1, 100), DiffQConfig.for_runtime("openvino", target_bits=6))
     assert prepared.compression.quantizers[0].spec.scale_layout.shape == (96, 4)

@@ -180,3 +180,15 @@ def test_the_file_of_a_small_model_is_as_large_as_training_predicts(tmp_path):
     assert path.stat().st_size == pytest.approx(predicted, rel=0.01)
     weights = load_packed(ResNet20(), path)
     assert torch.isfinite(weights.conv1.weight).all()
+
+
+@pytest.mark.parametrize(("width", "off"), [(16, 0.05), (32, 0.05), (75, 0.01)])
+def test_a_target_in_mib_counts_all_that_the_file_of_a_tiny_model_holds(width, off, tmp_path):
+    """From 700 to 12,000 weights: the header, names, tables, norms and biases are up to seven tenths of the file."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.BatchNorm1d(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    target = 1050 + 20 * width + 3 / 8 * width * (2 * width + 10)
+    model = prepare_diffq(net, torch.randn(2, width), DiffQConfig(target_mib=target / 2**20, size_of="packed_file"))
+    with pytest.warns(DiffQWarning, match="the bits never moved"):
+        path = save_packed(convert_diffq(model), tmp_path / "m.safetensors")
+    assert path.stat().st_size == pytest.approx(target, rel=off)

@@ -5,7 +5,7 @@ import torch
 
 from diffq_fx import functional
 from diffq_fx.budget.coded_levels import PRICE, CodedLevels
-from diffq_fx.budget.entropy import RoundedWeight, bits_saved
+from diffq_fx.budget.entropy import RoundedWeight, level_counts
 from diffq_fx.functional import QuantParams, dequantize, quantize
 from diffq_fx.functional.groups import GroupLayout
 from diffq_fx.post_training import compensation
@@ -104,7 +104,8 @@ def test_the_length_of_the_code_counts_where_it_is_asked_for(case):
     values = compensate(rows, moments, params, widths, layout, code=code)
     assert torch.equal(nearest(values, params, widths, layout), values)
     alone, found = code.cheapest(weight).rows, compensate(rows, moments, params, widths, layout)
-    lengths = [-bits_saved([weight._replace(rows=each)]) for each in (values, alone, found, rows)]
+    counts = [level_counts(weight._replace(rows=each)) for each in (values, alone, found, rows)]
+    lengths = [-float(torch.xlogy(each, each / each.sum(1, keepdim=True).clamp(min=1)).sum()) for each in counts]
     errors = [float(output_error(each - rows, moments).sum()) for each in (values, alone)]
     assert lengths[0] < lengths[2]
     assert lengths[1] < lengths[3]
