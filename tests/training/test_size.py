@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq
+from diffq_fx.budget import flat_groups
 from diffq_fx.budget.allocation import Part, allocate_coded_widths, allocate_widths, common_shift
 from diffq_fx.budget.bit_state import GAIN, BitState
 from diffq_fx.budget.entropy import coded_bits
@@ -125,6 +126,16 @@ def test_size_and_gradient_against_the_formula(specs, mixed):
     size, growth = size_and_growth(state)
     assert size.item() == pytest.approx(expected.item(), rel=1e-6)
     assert 3 * growth.item() == pytest.approx(sum(g.double().sum().item() for g in by_autograd), rel=1e-5)
+
+
+def test_weights_of_many_groups_count_as_those_of_few(monkeypatch):
+    specs = [spec(), spec(shape=(20, 4)), spec(shape=(3, 5))]
+    logits, sizes = [torch.zeros(4, 1), torch.tensor([-1.0, 1.0]).repeat(10).view(20, 1), torch.zeros(3, 1)], []
+    for large in (1000, 8):
+        monkeypatch.setattr(flat_groups, "_LARGE", large)
+        groups = FlatGroups(specs, torch.device("cpu"), limits=[WidthLimits(2, 8)] * 3)
+        sizes.append(size_and_growth(BitState(groups, logits))[0].item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
 
 
 def test_more_bits_are_more_bytes():
