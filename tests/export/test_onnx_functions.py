@@ -57,7 +57,7 @@ def test_a_weight_is_one_node(path, tmp_path):
     assert len(file.functions) == 5, "of bytes with and without zero points, of wide levels, of parts, of blocks"
     assert calls[0].op_type == calls[1].op_type == "DequantizeLinear"
     assert list(file.functions[0].input) == ["levels", "scale", "zero_point"]
-    assert [list(function.output) for function in file.functions] == [["weight"]] * 4
+    assert [list(function.output) for function in file.functions] == [["weight"]] * 5
     imports = {entry.domain: entry.version for entry in file.opset_import}
     assert imports.pop("diffq_fx") == 1
     assert all({entry.domain: entry.version for entry in function.opset_import} == imports for function in file.functions)

@@ -122,4 +122,4 @@ def grown(path):
 
 
 if __name__ == "__main__":
-    print(grown(sys.argv[1]))
+    sys.stdout.write(f"{grown(sys.argv[1])}\n")
