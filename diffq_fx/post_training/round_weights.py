@@ -87,14 +87,14 @@ def round_weights(
     compression.note(rest_bits=compression.rest_bits_now())
     failed = [f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items()]
     if not best.distance < plain:
-        failed.append(f"rounded to the nearest levels (error compensation gives a distance of {best.latest:.4g}): all weights")
+        failed.append(f"rounded to the nearest levels (error compensation brings the outputs no nearer than {plain:.4g}): all weights")
     return best, tuple(failed)
 
 
 def _nearest(quantizers: Sequence[DiffQWeight], price: float) -> None:
     """Round to the nearest levels, which the quantizers do by themselves, or to those with a short code as well."""
     for quantizer in quantizers if price else ():
-        weight = _on_grid(quantizer)
+        weight = quantizer.rounded_at(quantizer.rounded_bits())
         _move(quantizer, weight, CodedLevels(weight, price).cheapest(weight).rows)
 
 
@@ -107,10 +107,10 @@ def _compensate(
     for part in parts:
         moments = second_moments(model, batches, part)
         for quantizer in part:
-            weight = _on_grid(quantizer)
+            weight = quantizer.rounded_at(quantizer.rounded_bits())
             code = CodedLevels(weight, price) if price else None
+            kept_OI = weight.spec.range_layout.at_ends(weight.rows) if quantizer.clip is None else None
             try:
-                kept_OI = weight.spec.range_layout.at_ends(weight.rows) if quantizer.clip is None else None
                 _move(quantizer, weight, _compensated(weight, moments.pop(quantizer.spec.name), code, kept_OI))
             except ValueError as error:
                 left.setdefault(str(error), []).append(quantizer.spec.name)
@@ -120,14 +120,9 @@ def _compensate(
     return left
 
 
-def _on_grid(quantizer: DiffQWeight) -> RoundedWeight:
-    weight = quantizer.rounded_at(quantizer.rounded_bits())
-    return weight._replace(rows=weight.rows.float())
-
-
 def _move(quantizer: DiffQWeight, weight: RoundedWeight, rounded_OI: Tensor) -> None:
     """Put a weight into the cells of these levels."""
-    spec, rows_OI = weight.spec, weight.rows
+    spec, rows_OI = weight.spec, weight.rows.float()
     cell_OI = spec.scale_layout.expand(weight.params.scale) * _IN_THE_CELL
     within_OI = rounded_OI + torch.clamp(rows_OI - rounded_OI, -cell_OI, cell_OI)
     if quantizer.clip is None:  # the range follows the weights: its ends stay, and no weight goes beyond

@@ -151,7 +151,7 @@ class TestResult:
         for does in (no_factor, lambda rows, *args, **more: compensated(rows * 0.3, *args, **more)):
             monkeypatch.setattr(round_weights, "compensate", does)
             converted = run(config=config, steps=0)
-            assert "rounded to the nearest levels (error compensation gives a distance of" in str(converted.compression.notes)
+            assert "rounded to the nearest levels (error compensation brings the outputs no nearer" in str(converted.compression.notes)
             found.append(converted)
         assert same_state(found[0], state_of(found[1]))
 
