@@ -243,10 +243,9 @@ def _export_float(measured: Measured, entry: Architecture, path: Path) -> None:
         )
     measured.found["seconds"]["torch.export"] = trace
     if not failure:
-        sizes = [
-            [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in onnx.load(path, load_external_data=False).graph.input
-        ]
-        measured.found["torch_onnx_fixes_batch"] = any(BATCH in each[:1] for each in sizes)
+        shapes = [value.type.tensor_type.shape.dim for value in onnx.load(path, load_external_data=False).graph.input]
+        firsts = [each[0].dim_param or str(each[0].dim_value) for each in shapes if each]  # a size that the code fixes may be a text
+        measured.found["torch_onnx_fixes_batch"] = str(BATCH) in firsts
     measured.at = at
     if failure:
         measured.found["torch_onnx_failure"] = failure
