@@ -43,17 +43,7 @@ _forward_hooks = _private("torch.nn.modules.module", "_global_forward_hooks")
 _backward_pre_hooks = _private("torch.nn.modules.module", "_global_backward_pre_hooks")
 _backward_hooks = _private("torch.nn.modules.module", "_global_backward_hooks")
 _check = _private("torch", "_check")
-_lazy_clone = _private("torch", "_lazy_clone")
 _graph_task = _private("torch._C", "_current_graph_task_id")
-
-
-def lazy_copy(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """A copy that shares the memory until one of the two is written to; a clone without torch's function or where it refuses."""
-    try:
-        value = _lazy_clone(parameter.detach())
-    except (TypeError, RuntimeError):
-        value = parameter.detach().clone()
-    return torch.nn.Parameter(value, parameter.requires_grad)
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

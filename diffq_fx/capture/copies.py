@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffq_fx import _compat
 from diffq_fx.example import tensors_of
 
 
@@ -26,10 +25,9 @@ def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module |
     ``copies`` gathers the copy of every object, by the identity of what it is a copy of.
 
     A model may keep results of its last forward (an auxiliary loss, attention weights); torch does not copy a tensor with a
-    history, so the copy gets its value. Parameters of the copy take memory of their own when one of the two is written to.
+    history, so the copy gets its value.
     """
     memo: dict[int, Any] = {} if copies is None else copies
-    memo.update({id(own): _compat.lazy_copy(own) for own in model.parameters() if type(own) is nn.Parameter})
     memo.update(replaced)
     for module in model.modules():
         memo.update({id(kept): kept.detach().clone() for kept in tensors_of(list(vars(module).values())) if not kept.is_leaf})
@@ -40,11 +38,15 @@ def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module |
 def passing_copy(
     model: nn.Module, replaced: Mapping[int, Tensor | nn.Module | None] | None = None, copies: dict[int, Any] | None = None
 ) -> Iterator[nn.Module]:
-    """A copy that holds no tensor afterwards: a module that refers to itself stays until the garbage collector runs, with its memory."""
+    """A copy that holds no tensor afterwards: a module that refers to itself stays until the garbage collector runs, with its memory.
+
+    A module whose class says how it is copied may share all it has with its original, or be it.
+    """
+    originals = {id(registry) for module in model.modules() for registry in (module._parameters, module._buffers)}
     copied = copy_replacing(model, replaced or {}, copies)
     try:
         yield copied
     finally:
-        for module in copied.modules():
-            module._parameters.clear()
-            module._buffers.clear()
+        for registry in (each for module in copied.modules() for each in (module._parameters, module._buffers)):
+            if id(registry) not in originals:
+                registry.clear()

@@ -187,7 +187,7 @@ def check_faithful(prepared: nn.Module, quantizers: Sequence[WeightQuantizer], e
     twins: dict[int, Any] = {}
     for quantizer in quantizers:
         weight = prepared.get_parameter(quantizer.spec.name)
-        readable[quantizer.spec.name] = _compat.lazy_copy(weight)
+        readable[quantizer.spec.name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
         nan = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device)  # one value: no memory
         memo[id(weight)] = nn.Parameter(nan.expand(weight.shape), weight.requires_grad)
     with passing_copy(prepared, memo, twins) as twin:

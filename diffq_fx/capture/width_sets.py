@@ -6,7 +6,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import _compat
 from diffq_fx.capture.copies import passing_copy
 from diffq_fx.capture.uses import Given, WeightProduct, WeightUses, operators_in_parts
 from diffq_fx.errors import PreparationError
@@ -70,7 +69,7 @@ def _by_patterns(patterns: Sequence[str], model: nn.Module, selection: Selection
 
 def _with_the_same_input(model: nn.Module, example: Example, selection: Selection) -> list[set[int]]:
     """Weights of matrix products with the same input, found while the example runs on a copy of the model."""
-    copies = {key: _compat.lazy_copy(parameter) for key, parameter in selection.parameters.items()}
+    copies = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in selection.parameters.items()}
     keys = {spec.name: key for key, spec in selection.specs.items()}
     by_input: dict[tuple[object, ...], set[int]] = {}
     kept: list[Tensor] = []  # so that no other tensor gets the address of one of them

@@ -1,15 +1,15 @@
 """prepare runs the model on copies: the user's values, gradients and modes are as they were, whatever the forward does to its weights."""
 
+import contextlib
+import copy
 import gc
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffq_fx import CaptureError, DiffQConfig, prepare_diffq
-from diffq_fx.capture.copies import copy_replacing
+from diffq_fx import CaptureError, DiffQConfig, DiffQError, prepare_diffq
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(4, 16)
@@ -166,24 +166,26 @@ def test_no_copy_of_the_weights_is_left_to_the_garbage_collector(scope):
         gc.enable()
 
 
-def test_a_copy_has_its_own_values():
-    model = nn.Linear(600, 600)
-    before = model.weight.detach().clone()
-    copied = copy_replacing(model, {})
-    copied.weight.data.add_(1)
-    assert torch.equal(model.weight, before)
-    assert torch.equal(copied.weight, before + 1)
-    other = copy_replacing(model, {})
-    model.weight.data.sub_(1)
-    assert torch.equal(other.weight, before)
-    assert other.weight.data_ptr() != model.weight.data_ptr()
+class Frozen(nn.Linear):
+    """A part that all copies of a model share."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
-@pytest.mark.parametrize("values", [torch.from_numpy(np.zeros((300, 300), "float32")), torch.zeros(300, 300).share_memory_()])
-def test_memory_that_is_not_torch_s_is_copied(values):
-    model = nn.Linear(300, 300)
-    model.weight = nn.Parameter(values)
-    copied = copy_replacing(model, {})
-    copied.weight.data.add_(1)
-    assert not model.weight.any()
-    assert copied.weight.data.all()
+class Thin(nn.Linear):
+    """A copy that has its original's tables of tensors."""
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+
+@pytest.mark.parametrize("part", [Frozen, Thin])
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_parts_that_copies_share_keep_their_weights(part, scope):
+    model = nn.Sequential(part(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    before = model.state_dict()
+    with contextlib.suppress(DiffQError):
+        prepare_diffq(model, X, CONFIG, scope=scope)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
