@@ -65,7 +65,7 @@ def _build(entry: Any, folder: Path) -> dict[str, Any]:
     np.savez(folder / "inputs.npz", **inputs)
     rules: dict[str, dict[str, int]] = {}
     for bits in BITS:
-        config = DiffQConfig(target_bits=None, init_bits=bits, min_size=0.0)
+        config = DiffQConfig(target_bits=None, init_bits=bits, min_size=0)
         converted = convert_diffq(prepare_diffq(entry.make(), example, config, scope=entry.asked))
         result = export_onnx(converted, example, folder / f"ours{bits}.onnx")
         found = [record.rule for record in result.weights]

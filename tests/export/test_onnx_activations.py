@@ -121,7 +121,7 @@ class Net(nn.Module):
 
 
 def converted(model, example, **config):
-    prepared = prepare_diffq(model.eval(), example, DiffQConfig(target_bits=None, **{"init_bits": 5, "min_size": 0.0, **config}))
+    prepared = prepare_diffq(model.eval(), example, DiffQConfig(target_bits=None, **{"init_bits": 5, "min_size": 0, **config}))
     return convert_diffq(prepared)
 
 

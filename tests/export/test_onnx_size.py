@@ -70,7 +70,7 @@ def test_a_trained_file_is_within_3_percent_of_its_payload(name, path):
 def test_shapes_that_inference_finds_are_left_out(path):
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 8)).eval()
     export_onnx(
-        convert_diffq(prepare_diffq(model, torch.randn(2, 64), DiffQConfig(target_bits=None, min_size=0.0))), torch.randn(2, 64), path
+        convert_diffq(prepare_diffq(model, torch.randn(2, 64), DiffQConfig(target_bits=None, min_size=0))), torch.randn(2, 64), path
     )
     file = onnx.load(path)
     assert not file.graph.value_info
@@ -107,7 +107,7 @@ def test_symbolic_sizes_that_fusions_compare_are_kept(path):
             return self.norm(x + heads.softmax(-1).transpose(1, 2).reshape(n, t, 64))
 
     x = torch.randn(2, 7, 64)
-    model = convert_diffq(prepare_diffq(Net().eval(), x, DiffQConfig(target_bits=None, min_size=0.0)))
+    model = convert_diffq(prepare_diffq(Net().eval(), x, DiffQConfig(target_bits=None, min_size=0)))
     result = export_onnx(model, x, path)
     assert "SkipLayerNormalization" in result.operators
 
@@ -121,7 +121,7 @@ def test_batch_norms_are_in_the_scales(bias, ranges, path):
     model[1].weight.data[2] = 0
     model(torch.randn(8, 8, 9, 9))
     converted = convert_diffq(
-        prepare_diffq(model.eval(), torch.randn(2, 8, 9, 9), DiffQConfig(target_bits=None, min_size=0.0, range_per=ranges))
+        prepare_diffq(model.eval(), torch.randn(2, 8, 9, 9), DiffQConfig(target_bits=None, min_size=0, range_per=ranges))
     )
     export_onnx(converted, torch.randn(2, 8, 9, 9), path)
     graph = onnx.load(path).graph
@@ -151,7 +151,7 @@ def test_a_batch_norm_that_others_read_too_stays(path):
 
 def test_a_batch_norm_in_half_precision_stays(path):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval().half()
-    converted = convert_diffq(prepare_diffq(model, torch.randn(2, 8, 6, 6).half(), DiffQConfig(target_bits=None, min_size=0.0)))
+    converted = convert_diffq(prepare_diffq(model, torch.randn(2, 8, 6, 6).half(), DiffQConfig(target_bits=None, min_size=0)))
     export_onnx(converted, torch.randn(2, 8, 6, 6).half(), path)
     assert "BatchNormalization" in {node.op_type for node in onnx.load(path).graph.node}
 

@@ -344,5 +344,5 @@ def test_an_opset_that_is_no_number_is_refused(opset, old_file):
 
 def test_an_opset_without_the_container_is_an_error(old_file):
     for target in ("portable", "this-machine"):
-        with pytest.raises(ExportError, match=r"opset 20 is too low: UINT4 of 'weight\.(levels|zero_point)' needs 21"):
+        with pytest.raises(ExportError, match="opset 20 is too low: UINT4 of 'weight.levels' needs 21"):
             export_onnx(Linear(512, 512, 4).eval(), torch.randn(1, 512), old_file, opset=20, target=target)

@@ -123,7 +123,8 @@ def test_a_mode_that_is_baked_in(name: str, monkeypatch: pytest.MonkeyPatch):
 
 def _trace_eval_only(model: nn.Module, selection: Any, reads: Any) -> tuple[fx.Graph, fx.Tracer]:
     tracer = trace._WeightTracer(selection, reads)
-    return trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer, nullcontext), tracer
+    graph, _ = trace._traced(reads.watch(copy_sharing_parameters(model).eval()), tracer, nullcontext)
+    return graph, tracer
 
 
 def test_a_state_that_is_baked_in(monkeypatch: pytest.MonkeyPatch):

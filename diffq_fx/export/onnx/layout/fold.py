@@ -13,12 +13,12 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 
 def emit_folded(stored: StoredTable) -> ir.Value:
     """Write the nodes that make the float weight of one in any form and any number of containers; gives PyTorch's shape and type."""
-    emit, table = stored.emit, stored.table
-    if stored.zero_point is None or table.zero_point is None:
-        weight = stored.levels_as(ir.DataType.FLOAT)
-    else:
-        fits = max(table.levels.max(), table.zero_point.max()) <= np.iinfo(np.int8).max
-        dtype = ir.DataType.INT8 if fits else ir.DataType.FLOAT
-        middle = stored.per_input(emit.cast(stored.zero_point, dtype))
-        weight = emit.cast(emit.op("Sub", [stored.levels_as(dtype), middle]), ir.DataType.FLOAT)
+    emit, levels, zero_point = stored.emit, stored.table.levels, stored.table.zero_point
+    is_narrow = zero_point is not None and max(levels.max(), zero_point.max()) <= np.iinfo(np.int8).max
+    dtype = ir.DataType.INT8 if is_narrow else ir.DataType.FLOAT
+    weight = stored.levels_as(dtype)
+    if stored.zero_point is not None:
+        weight = emit.op("Sub", [weight, stored.per_input(emit.cast(stored.zero_point, dtype))])
+    if is_narrow:
+        weight = emit.cast(weight, ir.DataType.FLOAT)
     return stored.restore(emit.op("Mul", [weight, stored.per_input(stored.scale)]))
