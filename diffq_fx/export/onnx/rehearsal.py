@@ -10,7 +10,7 @@ from diffq_fx.convert import convert
 from diffq_fx.export.onnx.exporter import export_onnx
 from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.methods import STE
-from diffq_fx.prepare import prepare
+from diffq_fx.prepare import prepare_as
 
 
 def check_onnx(model: nn.Module, example_inputs: Any, **options: Any) -> ExportResult:
@@ -36,6 +36,6 @@ def check_onnx(model: nn.Module, example_inputs: Any, **options: Any) -> ExportR
         >>> check_onnx(nn.Linear(16, 8), torch.randn(2, 16)).fixed_sizes
         {'input.1': 'the model fixes it'}
     """
-    converted = convert(prepare(model, example_inputs, STE(bits=4)))
+    converted = convert(prepare_as("check_onnx", model, example_inputs, STE(bits=4), "auto"))
     with tempfile.TemporaryDirectory() as folder:
         return export_onnx(converted, example_inputs, Path(folder, "model.onnx"), **options)
