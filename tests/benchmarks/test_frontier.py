@@ -1,6 +1,7 @@
 """The frontier benchmark: it resumes, its budgets are exact, its report says what the points say; the real tasks where their data are."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -208,6 +209,13 @@ def test_a_quick_run_of_each_task(name, tmp_path):
     assert all(point["quick"] for point in points)
     assert points[1]["mib"] < points[0]["mib"] / 4
     assert points[2]["mib"] <= points[2]["budget_mib"] == points[1]["mib"]
+
+
+def test_the_perplexity_of_a_whole_text_counts_each_window_once():
+    task = TASKS["language-whole"].__new__(TASKS["language-whole"])
+    losses, rows = [torch.tensor(loss) for loss in (1.0, 2.0, 3.0, 4.0, 8.0)], (4, 4, 4, 4, 1)
+    found = task.summarize(losses, [torch.zeros(count, 3) for count in rows])
+    assert found == pytest.approx({"score": math.exp(48 / 17), "first_4_windows": math.e, "first_16_windows": math.exp(2.5)})
 
 
 def test_budgets_are_met_and_the_report_says_how_nearly(tiny, tmp_path, monkeypatch):

@@ -44,6 +44,8 @@ class Language(Task):
     penalties: ClassVar[dict[int, float]] = {2: 0.1, 3: 0.03, 4: 0.01}
     window = 512
     rows = 4
+    tested: int | None = 16
+    """The first windows of the test text; None for all."""
 
     def load(self, folder: Path) -> None:
         """Read the texts as tokens; ``quick`` tests on 4 windows."""
@@ -62,7 +64,7 @@ class Language(Task):
         self.source: dict[str, Any] = {"pretrained_model_name_or_path": str(Path(spec.origin).parent), "gguf_file": _GGUF}
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         self.train, self.test = (self._windows(folder / name) for name in self.files)
-        self.test = self.test[: 4 if self.quick else 16]
+        self.test = self.test[: 4 if self.quick else self.tested]
 
     def _windows(self, path: Path) -> Tensor:
         ids = self.tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
@@ -101,9 +103,14 @@ class Language(Task):
         return self.criterion(output, target)
 
     def summarize(self, outputs: list[Tensor], targets: list[Tensor]) -> dict[str, float]:
-        """Perplexity, and that of the first 4 windows, which quicker measurements have."""
+        """Perplexity, and that of the first 4 and 16 windows, which quicker measurements have."""
         losses = torch.stack(outputs).double()
-        return {"score": math.exp(float(losses.mean())), "first_4_windows": math.exp(float(losses[0]))}
+        windows = torch.tensor([float(len(target)) for target in targets]).double()  # the last of the whole text is a single one
+        return {
+            "score": math.exp(float((losses * windows).sum() / windows.sum())),
+            "first_4_windows": math.exp(float(losses[0])),
+            "first_16_windows": math.exp(float(losses[:4].mean())),
+        }
 
     def unlabelled(self) -> list[Inputs]:
         """32 windows, one at a time."""
@@ -113,3 +120,10 @@ class Language(Task):
     def example(self) -> Inputs:
         """A few tokens to prepare with."""
         return (self.test[:1, :16],)
+
+
+class WholeText(Language):
+    """The same with the whole of wikitext2_test, 609 windows."""
+
+    name = "language-whole"
+    tested = None
