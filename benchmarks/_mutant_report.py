@@ -31,7 +31,7 @@ def write_report(
         note: what else is to be said of the run.
     """
     why = explained()
-    rows, sums = [], collections.defaultdict(collections.Counter)
+    rows, sums, looks = [], collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
     for path, area in areas.items():
         own = [tries for tries in known.values() if tries[0]["module"] == path and tries[-1]["outcome"] != "not run"]
         branches = coverage["files"][path]["summary"]
@@ -40,9 +40,12 @@ def write_report(
         )
         counts.update(_outcome(tries, why) for tries in own)
         rows.append((path.removeprefix("diffq_fx/"), counts))
-        sums[area].update(counts)
-        sums["all"].update(counts)
-    named = [*((f"**{area}**", counts) for area, counts in sums.items()), *rows]
+        first = collections.Counter(_outcome(tries[:1], why) for tries in own if seed_of(tries))
+        first.update(run=first.total(), **{each: counts[each] for each in ("mutants", "branches", "covered")})
+        for name in (area, "all"):
+            sums[name].update(counts)
+            looks[f"first look: {name}"].update(first)
+    named = [*((f"**{area}**", counts) for area, counts in sums.items()), *looks.items(), *rows]
     table = markdown_table(["module", *COLUMNS, "noticed", "branch coverage"], [_row(name, counts) for name, counts in named])
     survivors = sorted(
         (tries for tries in known.values() if tries[0]["outcome"] == "survived"), key=lambda tries: (tries[0]["module"], tries[0]["line"])
@@ -54,12 +57,18 @@ def write_report(
 {table}
 
 Noticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests
-or more of them. Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.
+or more of them. First look: mutants that were drawn and run once the tests of all others had been written, before any for them.
+Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.
 
 ## Survivors of the first run
 
 {markdown_table(["where", "change", "now"], listed)}"""
     return write_result("mutants", "Mutation testing of the core", body, ["torch", "pytest", "coverage", "hypothesis"], command=COMMANDS)
+
+
+def seed_of(tries: list[dict]) -> int:
+    """The seed that drew a mutant."""
+    return tries[0].get("seed", 0)
 
 
 def explained() -> dict[str, str]:

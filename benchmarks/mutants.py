@@ -2,7 +2,7 @@
 
     python -m venv .mutants/venv && .mutants/venv/bin/pip install -c constraints.txt -e '.[dev]' coverage
     python -m benchmarks.mutants measure   # which test runs which line, and how long it takes
-    python -m benchmarks.mutants run --sample 40   # goes on where it was stopped
+    python -m benchmarks.mutants run --sample 40   # goes on where it was stopped; --seed 1: of those that no other seed has drawn
     python -m benchmarks.mutants again     # the survivors that are not explained, after tests were written or code has gone
     python -m benchmarks.mutants report
 
@@ -23,7 +23,7 @@ from functools import cache, partial
 
 import pytest
 
-from benchmarks._mutant_report import explained, write_report
+from benchmarks._mutant_report import explained, seed_of, write_report
 from benchmarks._mutant_runs import QUIET, ROOT, Server, imported_anew, in_a_fork
 from benchmarks._mutations import changes_of
 from benchmarks._result import RESULTS
@@ -146,7 +146,7 @@ def records() -> dict[str, list[dict]]:
     return found
 
 
-def run(mutants: list[dict], covering: Covering, minutes: float) -> None:
+def run(mutants: list[dict], covering: Covering, seed: int, minutes: float) -> None:
     """Those in functions in forks of a process that has collected the tests, the others in forks of this one."""
     screen, end = os.dup(2), time.monotonic() + 60 * minutes
 
@@ -155,7 +155,7 @@ def run(mutants: list[dict], covering: Covering, minutes: float) -> None:
             covering.kills[mutant["module"]][result["test"]] += 1
         kept = {name: mutant[name] for name in ("key", "module", "line", "function", "change")}
         with RECORDS.open("a") as file:
-            file.write(json.dumps({**kept, "tests": tests, **result}) + "\n")
+            file.write(json.dumps({**kept, "seed": seed, "tests": tests, **result}) + "\n")
         os.write(
             screen, f"{result['outcome']} {result['seconds']} s {mutant['module']}:{mutant['line']} {mutant['change'][:80]}\n".encode()
         )
@@ -183,22 +183,22 @@ def run(mutants: list[dict], covering: Covering, minutes: float) -> None:
             report(mutant, in_a_fork(partial(imported_anew, mutant, tests), 10 + covering.limit_of(tests)), len(tests))
 
 
-def sampled(size: int, seed: int, only: str) -> list[dict]:
-    """The first of every module's mutants in an order by chance, module after module in turn."""
+def sampled(size: int, seed: int, only: str, known: dict[str, list[dict]]) -> list[dict]:
+    """What is left to run of the first of every module's mutants in an order by chance, without those that another seed has drawn."""
     rows = []
     for path in modules():
         if only in path:
             order = list(mutants_of(path))
             random.Random(f"{seed}:{path}").shuffle(order)
-            rows += enumerate(order[:size])
-    return [mutant for _, mutant in sorted(rows, key=lambda row: row[0] // 5)]
+            rows += enumerate([each for each in order if seed_of(known.get(each["key"], [{"seed": seed}])) == seed][:size])
+    return [mutant for _, mutant in sorted(rows, key=lambda row: row[0]) if mutant["key"] not in known]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["measure", "run", "again", "report"])
     parser.add_argument("--sample", type=int, default=40, help="mutants of a module")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="run: another one draws mutants that were never run")
     parser.add_argument("--seconds", type=float, default=12.0, help="of tests that a mutant meets at most")
     parser.add_argument("--only", default="", help="a part of the modules' paths")
     parser.add_argument("--tests", nargs="*", default=[], help="measure: files; run, again: names of tests that each mutant meets first")
@@ -215,14 +215,14 @@ def main() -> None:
         write_report(known, modules(), numbers, coverage, seconds, given.note)
         return
     if given.step == "run":
-        chosen = [each for each in sampled(given.sample, given.seed, given.only) if each["key"] not in known]
+        chosen = sampled(given.sample, given.seed, given.only, known)
     else:
         survived = {key for key, tries in known.items() if tries[-1]["outcome"] == "survived"} - explained().keys()
         chosen = [each for path in modules() if given.only in path for each in mutants_of(path) if each["key"] in survived]
     covering = Covering(given.seconds, given.tests)
     for last in (tries[-1] for tries in known.values() if tries[-1].get("test")):
         covering.kills[last["module"]][last["test"]] += 1
-    run(chosen, covering, given.minutes)
+    run(chosen, covering, given.seed, given.minutes)
 
 
 if __name__ == "__main__":
