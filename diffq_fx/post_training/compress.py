@@ -25,7 +25,7 @@ from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
-from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, tune
+from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, rest_when_tuned, tune
 from diffq_fx.prepare import prepare_as
 from diffq_fx.training.output_loss import Kind, refuse_kind
 from diffq_fx.unfit import refuse_unfit
@@ -149,6 +149,7 @@ class _OwnState:
 
 def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:
     compression: Compression = vars(model)[CHILD]
+    compression.rest_at_least = rest_when_tuned(compression) if compression.is_coded and limits.steps else 0
     seek_bits(model, compression, wanted, data, limits, bar)
     best, failed = round_weights(model, compression, wanted, data, limits, bar)
     bar.stage("tuning", limits.steps)

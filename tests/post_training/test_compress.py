@@ -6,6 +6,7 @@ import gc
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
 from diffq_fx.compression import Compression
+from diffq_fx.export import save_packed
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
@@ -143,6 +145,23 @@ class TestResult:
         assert distances[0] < 0.95 * distances[1]
         assert max(found) <= 0
         assert abs(seen[0]) < 0.05  # the widths are those of this rounding
+
+    @pytest.mark.parametrize(
+        ("norm", "value"),
+        [(nn.BatchNorm1d, 0.0), (nn.LayerNorm, torch.linspace(0.5, 2, 128).bfloat16().float())],
+        ids=["constant", "few digits"],
+    )
+    def test_a_coded_size_is_met_though_tuning_makes_what_is_not_quantized_longer(
+        self, norm: type[nn.Module], value: float | Tensor, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(1)
+        model, target = nn.Sequential(nn.Linear(16, 128), norm(128), nn.ReLU(), nn.Linear(128, 64)), 0.0065
+        for module in (model[0], model[1]):
+            module.bias.data[:] = value
+        converted = run(model, config=DiffQConfig(target_mib=target, size_of="packed_file"), steps=20)
+        save_packed(converted, tmp_path / "file")
+        assert 0.94 < (tmp_path / "file").stat().st_size / 2**20 / target < 1.01
+        assert converted[1].bias.unique().numel() == 128
 
     @pytest.mark.parametrize("settings", [{}, {"size_of": "packed_file"}], ids=str)
     def test_is_never_worse_than_rounding_to_nearest(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
