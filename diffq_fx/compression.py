@@ -42,9 +42,7 @@ live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 
 _allocating = threading.RLock()
 _LEARNED = "learned"
-_UNIFORM = (
-    "the same in all groups, as far as the size allows: by the curvature that the first steps measured the learned ones cost more loss"
-)
+_UNIFORM = "the same in all groups, as far as the size allows: the learned ones cost more loss, by the first steps or the held-out batches"
 
 NOT_TRAINED = "no optimizer step has moved the bits yet"
 """A note of the report."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
+from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress, prepare_diffq
 from diffq_fx.compression import Compression
 from diffq_fx.export import save_packed
 from diffq_fx.functional.groups import to_rows
@@ -173,6 +173,18 @@ class TestResult:
             assert "rounded to the nearest levels (error compensation brings the outputs no nearer" in str(converted.compression.notes)
             found.append(converted)
         assert same_state(found[0], state_of(found[1]))
+
+    @pytest.mark.parametrize(
+        "settings", [{"target_bits": 3}, {"size_of": "packed_file"}, {"target_bits": 3, "clip_ranges": False}], ids=str
+    )
+    def test_is_never_worse_than_the_prepared_model_as_it_is(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+        config = DiffQConfig(**settings)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(round_weights, "_nearest", lambda learned, price: [each.weight.neg_() for each in learned])
+        monkeypatch.setattr(round_weights, "compensate", lambda rows, *args, **more: -rows)
+        found, plain = run(config=config, steps=0), prepare_diffq(make(), batches()[0], config).eval()
+        for name, inputs in (("first", 16), ("last", 64)):
+            assert torch.equal(*(model.get_submodule(name)(torch.eye(inputs)) for model in (found, plain)))
+        assert "the same in all groups" in bits_report(found).allocation
 
     def test_a_weight_that_cannot_be_compensated_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         compensated = round_weights.compensate
