@@ -5,7 +5,8 @@ Importing this needs torch alone; :mod:`diffq_fx.export` needs onnx and onnxrunt
 
 import sys
 
-if sys.orig_argv[1:3] == ["-m", __name__]:  # before anything imports torch
+# As python -m: argv[0] then stands for the module's name.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m") == __name__:  # before anything imports torch
     import diffq_fx_command
 
     diffq_fx_command.at_signals()

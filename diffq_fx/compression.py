@@ -42,9 +42,7 @@ live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 
 _allocating = threading.RLock()
 _LEARNED = "learned"
-_UNIFORM = (
-    "the same in all groups, as far as the size allows: by the curvature that the first steps measured the learned ones cost more loss"
-)
+_UNIFORM = "the same in all groups, as far as the size allows: the learned ones cost more loss, by the first steps or the held-out batches"
 
 NOT_TRAINED = "no optimizer step has moved the bits yet"
 """A note of the report."""
@@ -83,6 +81,7 @@ class Compression(TrainingState):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.history = History()
+        self.rest_at_least = 0  # bits that what is not quantized counts at least: once its constants are tuned, they are none
         self.price = 0.0  # squared steps that a bit is worth where weights are about to be rounded by their code as well
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
@@ -239,7 +238,7 @@ class Compression(TrainingState):
         kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
-        return rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])])
+        return max(rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])]), self.rest_at_least)
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""

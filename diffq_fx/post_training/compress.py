@@ -21,11 +21,12 @@ from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.ste import STE
 from diffq_fx.parts import CHILD
 from diffq_fx.post_training.batches import CALLER, Calibration, refuse_too_little_memory
+from diffq_fx.post_training.best import Best
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
-from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, tune
+from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, rest_when_tuned, tune
 from diffq_fx.prepare import prepare_as
 from diffq_fx.training.output_loss import Kind, refuse_kind
 from diffq_fx.unfit import refuse_unfit
@@ -149,8 +150,11 @@ class _OwnState:
 
 def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:
     compression: Compression = vars(model)[CHILD]
+    compression.rest_at_least = rest_when_tuned(compression) if compression.is_coded and limits.steps else 0
+    best = Best(model.eval(), wanted, data, limits)
+    best.look()  # at plain rounding with the same bits everywhere: nothing that is worse is kept
     seek_bits(model, compression, wanted, data, limits, bar)
-    best, failed = round_weights(model, compression, wanted, data, limits, bar)
+    failed = round_weights(model, compression, data, limits, bar, best)
     bar.stage("tuning", limits.steps)
     tuned = tune(model, compression, wanted, data, limits, bar, best)
     compression.notes += (*failed, *_notes(data, wanted, tuned))

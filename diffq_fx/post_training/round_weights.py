@@ -19,7 +19,6 @@ from diffq_fx.post_training.compensation import compensate, shrunk
 from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.moments import MOST_COLUMNS, Moments, float_weights, second_moments
 from diffq_fx.post_training.progress import ProgressBar
-from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.training.phases import coded_excess, stretch_ranges
 
 _T = TypeVar("_T")
@@ -40,15 +39,15 @@ _IN_THE_CELL = 0.45
 
 @torch.no_grad()
 def round_weights(
-    model: nn.Module, compression: Compression, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar
-) -> tuple[Best, tuple[str, ...]]:
+    model: nn.Module, compression: Compression, data: Calibration, limits: Limits, bar: ProgressBar, best: Best
+) -> tuple[str, ...]:
     """Find the ranges, make widths and ranges final and round all weights; afterwards each weight lies in the cell of its level.
 
     A weight whose inputs are not known, or whose moments cannot be used, is rounded to the nearest levels; all are, where the outputs of
-    the held-out batches then agree better.
+    the held-out batches then agree better, and with the bits that they had before, where ``best`` is of those and still is the best.
 
     Returns:
-        The better state, and a sentence for each reason, with the weights' names.
+        A sentence for each reason, with the weights' names.
     """
     parts, range_batches = list(_in_parts(compression.learned)), data.tuned_on[:_RANGE_BATCHES]
     bar.stage("ranges", 1)
@@ -64,7 +63,7 @@ def round_weights(
     compression.price = PRICE if compression.is_coded else 0.0
     compression.freeze()
     price, compression.price = compression.price, 0.0
-    best, floats = Best(model, wanted, data, limits), [quantizer.weight.detach().clone() for quantizer in compression.learned]
+    floats, found = [quantizer.weight.detach().clone() for quantizer in compression.learned], list[float]()
 
     def fit(rounded: Callable[[], _T], rounds: int) -> _T:
         """Round the weights, and again with longer or shorter steps while the code does not take the target; the best state is kept."""
@@ -73,22 +72,29 @@ def round_weights(
                 quantizer.weight.copy_(value)
             result, rounds, excess = rounded(), rounds - 1, coded_excess(compression)
             last = not excess or not rounds or limits.share > _ROUNDING_SHARE
-            if excess <= 0 or (last and best.distance == math.inf):
+            if excess <= 0 or (last and not found):
                 best.look()
+                found.append(best.latest)
             if last:
                 return result
             stretch_ranges(compression, excess)
 
     fit(lambda: _nearest(compression.learned, price), _FITS)
-    best.restore()
-    plain = best.distance
+    plain, looks = min(found), len(found)
     left = fit(lambda: _compensate(model, parts, batches, price, bar), _ROUNDINGS)
+    steps = compression.known.steps
     best.restore()
+    if not compression.frozen:  # the state before the bits moved
+        compression.freeze()
+        compression.note(steps=steps, frozen_at=steps)
+        compression.uniform_bits.fill_(1)
+        left, plain, looks, best.distance = {}, best.distance, len(found), math.inf
+        best.look()
     compression.note(rest_bits=compression.rest_bits_now())
     failed = [f"rounded to the nearest levels ({reason}): {', '.join(names)}" for reason, names in left.items()]
-    if not best.distance < plain:
+    if not min(found[looks:], default=plain) < plain:
         failed.append(f"rounded to the nearest levels (error compensation brings the outputs no nearer than {plain:.4g}): all weights")
-    return best, tuple(failed)
+    return tuple(failed)
 
 
 def _nearest(quantizers: Sequence[DiffQWeight], price: float) -> None:

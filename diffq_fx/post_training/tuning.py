@@ -19,11 +19,14 @@ from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.training.finalize import reestimate_batch_norm
+from diffq_fx.training.phases import coded_excess
 
 _WEIGHT_RATE = 0.002
 """Adam's rate for a weight, in steps of its grid."""
 _REST_RATE = 3e-4
 """For the norms, biases and all that stays in float, in parts of their root mean square."""
+_MOVE = 1e-2
+"""How far they may have moved in the end."""
 _RANGE_RATE = 3e-5
 _WARM_UP = 0.1
 _LOOKS = 10
@@ -76,6 +79,19 @@ class Masters:
                 parameter.data = half.copy_(master)
 
 
+@torch.no_grad()
+def rest_when_tuned(compression: Compression) -> int:
+    """Bits that what is not quantized takes in a coded file once it has moved: what is constant now, or has few digits, then has all."""
+    rest = [each for registry, name in compression.rest if (each := registry.get(name)) is not None and each.requires_grad]
+    values = [each.clone() for each in rest]
+    for each in rest:
+        each.add_(torch.randn_like(each) * _MOVE * _size(each))
+    bits = compression.rest_bits_now()
+    for each, value in zip(rest, values, strict=True):
+        each.copy_(value)
+    return bits
+
+
 def tune(
     model: nn.Module,
     compression: Compression,
@@ -100,7 +116,7 @@ def tune(
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         reestimate_batch_norm(model, data.large())
         quantize_in_eval(model, compression)
-        if not best.look():
+        if coded_excess(compression) > 0 or not best.look():
             best.restore()
     optimizer = torch.optim.Adam(_groups(model, compression), betas=(0.9, 0.95), fused=True)  # a fifth of a decoder's step otherwise
     masters = Masters(model.parameters())
@@ -122,7 +138,7 @@ def tune(
         share = over(steps)
         if share >= 1 or (share >= looked_at + 1 / _LOOKS and steps >= last_look + _STEPS_A_LOOK * len(data.held_out)):
             looked_at, last_look = share, steps
-            worse = 0 if best.look() else worse + 1
+            worse = 0 if coded_excess(compression) <= 0 and best.look() else worse + 1
             compression.history.add(compression.known.steps, {_CURVE: best.latest})
     best.restore()
     return Tuned(steps, before, best.distance, diverged)
@@ -146,8 +162,13 @@ def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object
         add(clips, _RANGE_RATE)
     for parameter in model.parameters():
         if id(parameter) not in known and parameter.requires_grad:
-            add([parameter], _REST_RATE * float(parameter.detach().square().mean().sqrt().clamp(min=1e-2)))
+            add([parameter], _REST_RATE * _size(parameter))
     return groups
+
+
+@torch.no_grad()
+def _size(tensor: Tensor) -> float:
+    return float(tensor.abs().float().square().mean().sqrt().clamp(min=1e-2))
 
 
 @torch.no_grad()

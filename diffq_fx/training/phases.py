@@ -122,7 +122,7 @@ def after_step(held: Held) -> None:
                 state.groups.even_out(dict(enumerate(state.logits)))
                 if budget is not None:
                     pressure.shift_to(state, compression.budget_bits() or budget)
-    elif held.counts and _measures_now(compression):
+    elif held.counts and not compression.rest_at_least and _measures_now(compression):  # another scale would undo compensation
         hold_coded_size(compression)
     if held.counts:
         _count_step(compression)
@@ -169,7 +169,7 @@ def hold_coded_size(compression: Compression) -> None:
 
 def coded_excess(compression: Compression) -> float:
     """Coded bits a weight that final widths take beyond a little less than the target; 0 where they take about that, or there is none."""
-    budget = compression.budget_bits() if compression.is_coded else None
+    budget = compression.budget_bits(measured=True) if compression.is_coded else None
     if budget is None:
         return 0.0
     groups, width_T, target = compression.groups(), compression.width_T(), budget - compression.known.bits_saved

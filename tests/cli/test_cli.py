@@ -337,11 +337,15 @@ def test_interrupted_while_torch_is_imported_it_is_one_line_too(name, tmp_path):
     assert (ignored.returncode, ignored.stderr) == (1, "it went on\n"), "as under nohup"
 
 
-@pytest.mark.parametrize(("command", "code"), [(["-m", "diffq_fx"], 130), (["-c", "import diffq_fx"], -signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("-W ignore -m diffq_fx bench", 130), ("-mdiffq_fx", 130), ("-m user diffq_fx", -signal.SIGINT), ("user.py", -signal.SIGINT)],
+)
 def test_interrupted_before_the_module_runs_it_is_one_line_too_and_whoever_imports_it_is_left_alone(command, code, tmp_path):
     (tmp_path / "torch.py").write_text(WHILE_TORCH_IS_IMPORTED.replace("sys.argv[1]", "'SIGINT'"))
+    (tmp_path / "user.py").write_text("import diffq_fx")
     done = subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, *command.replace("user.py", str(tmp_path / "user.py")).split()],
         capture_output=True,
         text=True,
         check=False,

@@ -6,13 +6,15 @@ import gc
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress
+from diffq_fx import DiffQConfig, DiffQError, PreparationError, bits_report, compress, prepare_diffq
 from diffq_fx.compression import Compression
+from diffq_fx.export import save_packed
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.methods import LSQ, STE
 from diffq_fx.post_training import batches as reading
@@ -144,6 +146,23 @@ class TestResult:
         assert max(found) <= 0
         assert abs(seen[0]) < 0.05  # the widths are those of this rounding
 
+    @pytest.mark.parametrize(
+        ("norm", "value"),
+        [(nn.BatchNorm1d, 0.0), (nn.LayerNorm, torch.linspace(0.5, 2, 128).bfloat16().float())],
+        ids=["constant", "few digits"],
+    )
+    def test_a_coded_size_is_met_though_tuning_makes_what_is_not_quantized_longer(
+        self, norm: type[nn.Module], value: float | Tensor, tmp_path: Path
+    ) -> None:
+        torch.manual_seed(1)
+        model, target = nn.Sequential(nn.Linear(16, 128), norm(128), nn.ReLU(), nn.Linear(128, 64)), 0.0065
+        for module in (model[0], model[1]):
+            module.bias.data[:] = value
+        converted = run(model, config=DiffQConfig(target_mib=target, size_of="packed_file"), steps=20)
+        save_packed(converted, tmp_path / "file")
+        assert 0.94 < (tmp_path / "file").stat().st_size / 2**20 / target < 1.01
+        assert converted[1].bias.unique().numel() == 128
+
     @pytest.mark.parametrize("settings", [{}, {"size_of": "packed_file"}], ids=str)
     def test_is_never_worse_than_rounding_to_nearest(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
         config, found = DiffQConfig(target_bits=4, **settings), []  # pyright: ignore[reportArgumentType]
@@ -154,6 +173,18 @@ class TestResult:
             assert "rounded to the nearest levels (error compensation brings the outputs no nearer" in str(converted.compression.notes)
             found.append(converted)
         assert same_state(found[0], state_of(found[1]))
+
+    @pytest.mark.parametrize(
+        "settings", [{"target_bits": 3}, {"size_of": "packed_file"}, {"target_bits": 3, "clip_ranges": False}], ids=str
+    )
+    def test_is_never_worse_than_the_prepared_model_as_it_is(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+        config = DiffQConfig(**settings)  # pyright: ignore[reportArgumentType]
+        monkeypatch.setattr(round_weights, "_nearest", lambda learned, price: [each.weight.neg_() for each in learned])
+        monkeypatch.setattr(round_weights, "compensate", lambda rows, *args, **more: -rows)
+        found, plain = run(config=config, steps=0), prepare_diffq(make(), batches()[0], config).eval()
+        for name, inputs in (("first", 16), ("last", 64)):
+            assert torch.equal(*(model.get_submodule(name)(torch.eye(inputs)) for model in (found, plain)))
+        assert "the same in all groups" in bits_report(found).allocation
 
     def test_a_weight_that_cannot_be_compensated_is_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         compensated = round_weights.compensate
