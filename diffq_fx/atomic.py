@@ -21,7 +21,7 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
     """Turn what the system says into ``error``, with the name that the user gave."""
     try:
         yield
-    except Exception as problem:
+    except Exception as problem:  # two kinds have no narrower common class, see below; all others are raised again
         of_safetensors = getattr(sys.modules.get("safetensors"), "SafetensorError", OSError)
         if not isinstance(problem, (OSError, ValueError, of_safetensors)) and type(problem) is not Exception:
             raise
