@@ -100,10 +100,7 @@ def _part(product: Product) -> Product:
 def prepare_run(kernel: Kernel, product: Product, *, threads: int = 0) -> Run:
     """Load a model of one product in one form, as ``export_onnx`` would write it; what is returned runs it once on random inputs.
 
-    Args:
-        kernel: the form.
-        product: the size; at 2 bits with a number of outputs that is a multiple of 4.
-        threads: of onnxruntime; 0 for as many as it takes by itself.
+    At 2 bits the number of outputs is a multiple of 4.
 
     Example:
         >>> prepare_run(Kernel("fused 4", 32), Product(2, 64, 64))()[0].shape
