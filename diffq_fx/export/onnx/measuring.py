@@ -48,12 +48,7 @@ def machines_of(target: str) -> Machines:
 
 
 class Stopwatch:
-    """Measures each different product once, when its times are first asked for: all forms in turns, medians.
-
-    Args:
-        clock: seconds since some time.
-        prepare: gives what runs a kernel on a product once.
-    """
+    """Measures each different product once, when its times are first asked for: all forms in turns, medians."""
 
     def __init__(self, clock: Clock = time.perf_counter, prepare: Callable[[Kernel, Product], Run] | None = None) -> None:
         self.skipped: set[Product] = set()
