@@ -11,8 +11,7 @@ from benchmarks._mnist import Mnist
 from diffq_fx import DiffQConfig, model_size, prepare
 from diffq_fx.methods import LC, LSQ, STE, Method, ProductQuantization, QuantNoise
 from diffq_fx.training.ipq import IPQ
-from diffq_fx.training.lc import LCLoop, LStep, geometric_schedule
-from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
+from diffq_fx.training.lc import LCLoop, LStep, counted_ratio, geometric_schedule, lc_penalty, lc_step, lc_weights
 
 SLOW_LC = "LC (slow schedule)"
 SLOW_STEPS, SLOW_EPOCHS = 40, 5
@@ -88,13 +87,19 @@ class Start:
     def direct(self, method: LC) -> Made:
         """One C step."""
         model = self.prepared(method)
-        direct_compression(model)
+        lc_step(model, next_mu=0.0, augmented=False)
         return model, ""
 
     def iterated(self, method: LC) -> Made:
         """C steps and training from the compressed weights in turn."""
-        model = self.prepared(method)
-        iterated_direct_compression(model, self.task.l_step(), iterations=self.task.epochs)
+        model, _ = self.direct(method)
+        train = self.task.l_step()
+        for index in range(self.task.epochs):
+            with torch.no_grad():
+                for quantizer in lc_weights(model, "iterated"):
+                    quantizer.weight.copy_(quantizer.compressed)
+            train(model, LStep(index, 0.0, lambda: lc_penalty(model)))
+            lc_step(model, next_mu=0.0, augmented=False)
         return model, ""
 
     def ipq(self, entries: int, block: int) -> Made:

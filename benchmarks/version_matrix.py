@@ -138,13 +138,17 @@ def first_line(message: str | None, longest: int = 200) -> str:
 
 def table(results: dict[str, dict]) -> str:
     """The results as markdown: one line for each row, and below what did not work."""
-    header = ["row", "Python", *SHOWN, "passed", "failed", "skipped"]
+    header = ["row", "date", "Python", *SHOWN, "passed", "failed", "skipped"]
     lines, notes = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)], []
     for row in ROWS:
         result = results.get(row.name, {"why": "not run"})
         versions = result.get("versions", {"Python": row.python})
         numbers = [result["passed"], *(sum(result[kind].values()) for kind in ("failed", "skipped"))] if "passed" in result else ["-"] * 3
-        lines.append("| " + " | ".join([row.name, *(versions.get(name, "-") for name in ("Python", *SHOWN)), *map(str, numbers)]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([row.name, result.get("date", "-"), *(versions.get(name, "-") for name in ("Python", *SHOWN)), *map(str, numbers)])
+            + " |"
+        )
         if "why" in result:
             notes.append(f"- {row.name}: {result['why']}")
         for kind in ("failed", "skipped"):
@@ -180,7 +184,9 @@ def main() -> int:
 
 
 TITLE = "# The versions that the package works with\n\n    make matrix"
-EXPLAINED = "Each row is an environment of its own with the package installed; the tests are those of `benchmarks/version_matrix.py`."
+EXPLAINED = """Each row is an environment of its own with the package installed; the tests are those of `benchmarks/version_matrix.py`.
+A row is of the package as it was on its date, and what was mended since still stands below as failed; `python -m
+benchmarks.version_matrix newest` makes one row anew."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
     """Turn what the system says into ``error``, with the name that the user gave."""
     try:
         yield
-    except Exception as problem:
+    except Exception as problem:  # two kinds have no narrower common class, see below; all others are raised again
         of_safetensors = getattr(sys.modules.get("safetensors"), "SafetensorError", OSError)
         if not isinstance(problem, (OSError, ValueError, of_safetensors)) and type(problem) is not Exception:
             raise
@@ -30,16 +30,7 @@ def naming(path: str | Path, error: type[DiffQError]) -> Iterator[None]:
 
 
 def refuse_same_file(target: str | Path, sources: Iterable[str | Path], error: type[DiffQError]) -> None:
-    """Refuse to write over what is read, by whatever name, link or hard link.
-
-    Args:
-        target: the file or folder to write.
-        sources: the files and folders that are read.
-        error: what to raise.
-
-    Raises:
-        DiffQError: as ``error``: the target is one of the sources.
-    """
+    """Refuse, by ``error``, to write over what is read: the target is one of the sources by whatever name, link or hard link."""
     for source in sources:
         with suppress(OSError, ValueError):  # one of them is missing, or can be no file: whoever opens it says so
             if os.path.samefile(source, target):
@@ -48,11 +39,7 @@ def refuse_same_file(target: str | Path, sources: Iterable[str | Path], error: t
 
 @contextmanager
 def draft_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
-    """A folder for drafts beside the target, gone at the end whatever happens.
-
-    Args:
-        path: the target; a link is followed.
-        error: what to raise.
+    """A folder for drafts beside the target (of a link what it leads to), gone at the end whatever happens.
 
     Raises:
         DiffQError: as ``error``: the target's folder is missing or read-only, or the target is a folder, a device, a pipe or read-only.
@@ -85,10 +72,6 @@ def _drafts_beside(target: Path, path: Path, error: type[DiffQError]) -> Iterato
 def new_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
     """A draft of a folder that takes its place at the end with all that is in it; after an error, or an interrupt, there is none.
 
-    Args:
-        path: the folder to make; there is none yet, or it is empty.
-        error: what to raise.
-
     Raises:
         DiffQError: as ``error``: there is a file or a folder that holds something, or its own folder is missing or read-only.
     """
@@ -107,11 +90,7 @@ def new_folder(path: Path, error: type[DiffQError]) -> Iterator[Path]:
 
 
 def put_in_place(draft: Path, path: Path) -> None:
-    """Give a draft the target's name, and the permissions of the file that it takes the place of.
-
-    Args:
-        draft: on the same file system as the target.
-        path: the target; a link is followed.
+    """Give a draft the name of a target on its file system, and the permissions of the file that it takes the place of.
 
     Raises:
         OSError: the target cannot be replaced; it is as it was.
@@ -133,10 +112,6 @@ def put_in_place(draft: Path, path: Path) -> None:
 @contextmanager
 def replaced_atomically(path: Path, error: type[DiffQError]) -> Iterator[BinaryIO]:
     """Open a draft that takes the place of ``path`` at the end, or goes away after an error.
-
-    Args:
-        path: the file to write; a link is followed.
-        error: what to raise.
 
     Raises:
         DiffQError: as ``error``: as for :func:`draft_folder`, or the disk is full.

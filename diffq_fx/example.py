@@ -5,7 +5,7 @@ import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,10 +90,8 @@ class Example:
             leaves = [tensor.requires_grad_() for tensor in own.tensors if tensor.is_floating_point()]
             copies = {id(leaf): leaf.clone() for leaf in leaves}  # a forward may change its arguments in place, but no leaf
             own = own.map(lambda tensor: copies.get(id(tensor), tensor))
-        devices = sorted({t.device.index or 0 for t in own.tensors if t.is_cuda})
         model.train(mode == "train")
-        with restored_random_state(devices), torch.set_grad_enabled(mode != "eval without grad"):
-            _seed_everything()
+        with restored_random_state(_SEED), torch.set_grad_enabled(mode != "eval without grad"):
             return model(*own.args, **own.kwargs), own, leaves
 
 
@@ -114,24 +112,31 @@ def _described(value: Any) -> str:
     return type(value).__name__ if shape is None else f"{value.dtype} {tuple(shape)} on {value.device}"
 
 
-def _seed_everything() -> None:
-    torch.manual_seed(_SEED)
-    random.seed(_SEED)
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        numpy_random.seed(_SEED)
-
-
 @contextmanager
-def restored_random_state(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Put the random states of torch (CPU and these CUDA devices), Python and numpy back as they are now."""
+def restored_random_state(seed: int | None = None) -> Iterator[None]:
+    """Put the random states of torch (CPU and GPUs), Python and numpy back as they are now; a seed is what they begin with meanwhile."""
     python_state, numpy_state = random.getstate(), _numpy_state()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+            if seed is not None:
+                _seed_everything(seed)
             yield
     finally:
         random.setstate(python_state)
         if numpy_state is not None:
             sys.modules["numpy.random"].set_state(numpy_state)
+
+
+def _seed_everything(seed: int) -> None:
+    if torch.cuda.is_initialized():
+        torch.manual_seed(seed)
+    else:  # torch would keep the seed for GPUs that are used later, in place of the user's own
+        torch.default_generator.manual_seed(seed)
+        if torch.backends.mps.is_available():
+            torch.mps.manual_seed(seed)
+    random.seed(seed)
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed(seed)
 
 
 def random_fingerprint() -> tuple[Any, ...]:

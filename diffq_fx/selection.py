@@ -45,11 +45,6 @@ class Selection:
 def select_weights(model: nn.Module, choice: MethodChoice, caller: str) -> Selection:
     """Decide for every parameter of the model whether it is a weight to quantize, and by which method.
 
-    Args:
-        model: the float model.
-        choice: the methods; their ``exclude``, ``min_size`` and layouts decide.
-        caller: the public function's name, for messages.
-
     Returns:
         The plan, weights in the order of ``model.named_parameters()``.
 

@@ -94,7 +94,7 @@ def test_no_sentence_is_there_twice():
 def test_agreement_falls_with_the_distance_to_the_float_embeddings():
     torch.manual_seed(0)
     wanted = torch.nn.functional.normalize(torch.randn(32, 16), dim=-1)
-    assert sentences.agreement(wanted, wanted) == {"cosine to float": "1.0000", "pair correlation": "1.0000"}
+    assert sentences.agreement(wanted, wanted) == {"cosine to float": "1.000", "pair correlation": "1.000"}
     near, far = (torch.nn.functional.normalize(wanted + size * torch.randn(32, 16), dim=-1) for size in (0.05, 0.5))
     for name, value in sentences.agreement(near, wanted).items():
         assert 1 > float(value) > float(sentences.agreement(far, wanted)[name])

@@ -285,7 +285,7 @@ def rounded(grid, group_size, range_size, seed=0):
     own = spec(shape=(6, 24), grid=grid, group_size=group_size, range_size=range_size)
     rows = torch.randn(6, 24, generator=generator)
     width = torch.randint(2, 5, own.bits_layout.shape, generator=generator, dtype=torch.int32)
-    low, high = functional.weight_range(rows, own.range_layout, grid)
+    low, high = functional.grid_range(*own.range_layout.aminmax(rows), grid)
     return RoundedWeight(own, rows, width, functional.quant_params(low, high, width, grid))
 
 

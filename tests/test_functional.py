@@ -30,7 +30,7 @@ def round_trip(rows_OI, bits, group_size, range_size, grid):
     o, i = rows_OI.shape
     bits_layout, range_layout = GroupLayout.of(o, i, group_size), GroupLayout.of(o, i, range_size)
     layout = combine(bits_layout, range_layout)
-    low, high = functional.weight_range(rows_OI, range_layout, grid)
+    low, high = functional.grid_range(*range_layout.aminmax(rows_OI), grid)
     params = functional.quant_params(low, high, bits, grid)
     levels = functional.quantize(rows_OI, params, bits, layout)
     return levels, params, layout, functional.dequantize(levels, params, layout)

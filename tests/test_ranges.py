@@ -52,7 +52,7 @@ def test_the_kernel_finds_the_range_that_torch_finds(grid, range_size, group_siz
     monkeypatch.setattr(native, "takes_rows", lambda *_, **__: False)
     torch.testing.assert_close(found, least_error_range(rows, layout, bits, groups, grid, importance, **how))
     torch.testing.assert_close(usual, normal_range(rows, layout, torch.full(layout.shape, 2.4), grid)[:2])
-    widest = functional.weight_range(rows, layout, grid)
+    widest = functional.grid_range(*layout.aminmax(rows), grid)
     counts = {"all alike": 1, "some columns": columns, "large weights": rows.abs()}[important]
     weighted = [squared_error(rows, *each, bits, groups, grid) * counts for each in (found, widest)]
     assert float(weighted[0].sum()) < float(weighted[1].sum())
@@ -99,7 +99,7 @@ def test_without_known_importance_the_large_weights_of_a_row_count_most(grid, un
         least_error_range(rows, layout, bits, layout, grid, importance, steps=each) for each in (torch.tensor(3.0), torch.tensor(0.0))
     )
     torch.testing.assert_close(plain, least_error_range(rows, layout, bits, layout, grid))
-    widest = functional.weight_range(rows, layout, grid)
+    widest = functional.grid_range(*layout.aminmax(rows), grid)
     lengths = [float((high - low).mean()) for low, high in (plain, found, widest)]
     assert lengths == sorted(lengths)
     of_large = [float((squared_error(rows, *each, bits, layout, grid) * rows.abs()).sum()) for each in (found, plain, widest)]
@@ -112,7 +112,7 @@ def test_from_4_bits_on_nothing_is_clipped_where_nothing_is_known_and_nothing_tr
     layout, bits = GroupLayout.of(64, 500, "channel"), torch.randint(4, 9, groups.shape)
     bits[:8, 3] = 3  # the fewest of a range decide
     low, high = least_error_range(rows, layout, bits, groups, grid, steps=torch.zeros(()))
-    widest = functional.weight_range(rows, layout, grid)
+    widest = functional.grid_range(*layout.aminmax(rows), grid)
     assert torch.equal(low[8:], widest[0][8:])
     assert torch.equal(high[8:], widest[1][8:])
     assert bool((high - low < widest[1] - widest[0])[:8].any())

@@ -33,7 +33,7 @@ def make(shape, axis, bits, group_size, grid, dtype=torch.float32):
     weight = torch.randn(shape, dtype=dtype)
     width = torch.full(spec.bits_layout.shape, bits, dtype=torch.int32)
     rows_OI = to_rows(weight, axis)
-    low, high = functional.weight_range(rows_OI, spec.range_layout, grid)
+    low, high = functional.grid_range(*spec.range_layout.aminmax(rows_OI), grid)
     params = functional.quant_params(low, high, width, grid)
     levels = functional.quantize(rows_OI.to(low.dtype), params, width, spec.scale_layout)
     return weight, IntegerWeight(spec, levels, params, width), params

@@ -66,10 +66,7 @@ def test_no_two_files_need_each_other():
         pytest.fail(f"a cycle: {error.args[1]}")
 
 
-PUBLIC = (
-    "diffq_fx diffq_fx.export diffq_fx.export.gguf diffq_fx.training.ipq diffq_fx.training.lc diffq_fx.training.lc_baselines "
-    "diffq_fx.integrations.torchao"
-).split()
+PUBLIC = ("diffq_fx diffq_fx.export diffq_fx.export.gguf diffq_fx.training.ipq diffq_fx.training.lc diffq_fx.integrations.torchao").split()
 """The modules with functions that the README and docs/ name."""
 
 

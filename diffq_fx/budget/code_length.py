@@ -19,13 +19,8 @@ def expected_code_length(weights: Iterable[tuple[WeightSpec, Tensor, Tensor]]) -
     The learned compression of Ballé et al. and Oktay et al. (arXiv:1906.06624), where training makes the code shorter.
 
     Differs from the paper: the density has one parameter and is fitted, not learned; the steps are taken as given here, since
-    :func:`~diffq_fx.budget.size.expected_bits` has the part of the bits.
-
-    Args:
-        weights: for each its spec, its values and the steps of its groups, shape of the spec's ``scale_layout``.
-
-    Returns:
-        Bits, 0-d, differentiable in the weights.
+    :func:`~diffq_fx.budget.size.expected_bits` has the part of the bits. Each weight is given by its spec, its values and the steps
+    of its groups; the sum is 0-d, differentiable in the weights.
     """
     return torch.stack([_length(*each) for each in weights]).sum()
 
@@ -33,11 +28,7 @@ def expected_code_length(weights: Iterable[tuple[WeightSpec, Tensor, Tensor]]) -
 def laplace_entropy(step: Tensor) -> Tensor:
     """Bits per weight of the levels of a Laplace density, ``H = h(e^(-r/2)) + e^(-r/2) (1 + h(e^-r) / (1 - e^-r))``, h of one bit.
 
-    Args:
-        step: r, steps over the mean absolute deviation, above 0.
-
-    Returns:
-        Bits, the shape of ``step``: ``log2(2e / r)`` for fine steps, 0 for coarse ones.
+    ``step`` is r, steps over the mean absolute deviation, above 0. ``log2(2e / r)`` for fine steps, 0 for coarse ones.
 
     Example:
         >>> [round(h.item(), 2) for h in laplace_entropy(torch.tensor([0.01, 1.0, 30.0]))]

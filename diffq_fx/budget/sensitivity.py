@@ -59,12 +59,8 @@ def without_doubt(spec: WeightSpec, sums: Tensor) -> Tensor:
 def measure_curvature(sums: Tensor, noise: Tensor, growth: Tensor) -> None:
     """Make the curvature of each group of the gradients of its logits, in place: noise of the square E adds ``H E / 2`` to the loss.
 
-    So ``H = 2 (dL/dl) / (dE/dl)``, without bias: F says where the curvature is large, this says how large.
-
-    Args:
-        sums: from :func:`observe`, with the summed gradients of the logits, ``dL/dl``, in ``sums[2]``.
-        noise: E, the squared noise of each group at these steps.
-        growth: dE/dl.
+    So ``H = 2 (dL/dl) / (dE/dl)``, without bias: F says where the curvature is large, this says how large. ``sums[2]`` are the summed
+    gradients of the logits, ``dL/dl``, ``noise`` is E of each group at these steps, ``growth`` dE/dl.
     """
     sums[2] = (2 * sums[2] / growth).nan_to_num(0, 0, 0)
     sums[3] = noise

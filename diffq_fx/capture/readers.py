@@ -87,10 +87,7 @@ def _module_stack() -> Iterator[list[nn.Module]]:
 def find_readers(model: nn.Module, example: Example, selection: Selection) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Run the example in train, eval and eval without grad, and see who reads which weight.
 
-    Args:
-        model: a copy that may be run, with parameters of its own.
-        example: the call.
-        selection: the weights of interest; its specs are completed by what reads them.
+    The model is a copy that may be run, with parameters of its own; the selection's specs are completed by what reads them.
 
     Returns:
         For every reading module (by path) the names, relative to it, of the weights it reads; and the names of the weights that the

@@ -150,17 +150,9 @@ class CodeTracer(fx.Tracer):
 
 
 def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) -> tuple[fx.Graph, _WeightTracer]:
-    """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same.
+    """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same, and its tracer.
 
-    Tracing runs on a copy that shares the parameters, and that no trace may change.
-
-    Args:
-        model: the float model; not changed.
-        selection: the weights that must be get_attr nodes.
-        reads: records what Python reads meanwhile.
-
-    Returns:
-        The graph, and the tracer that made it.
+    Tracing runs on a copy that shares the parameters, and that no trace may change; ``reads`` records what Python reads meanwhile.
 
     Raises:
         CaptureError: says why a graph would not be faithful.

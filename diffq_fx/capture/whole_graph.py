@@ -121,12 +121,7 @@ def _become(model: nn.Module, graph: fx.Graph, taken_over: TakenOver, use: Graph
 
 
 def capture_model(model: nn.Module, example: Example, selection: Selection) -> CapturedModel:
-    """Trace the whole model into one graph.
-
-    Args:
-        model: the float model; not changed.
-        example: the graph has the arguments that it gives.
-        selection: the weights that must be get_attr nodes.
+    """Trace the whole model into one graph, which has the arguments that the example gives, and get_attr nodes for the weights.
 
     Returns:
         A GraphModule that shares the model's Parameters and has its own copies of everything else.

@@ -16,13 +16,7 @@ from diffq_fx.selection import Selection, check_patterns
 
 
 def note_width_sets(model: nn.Module, example: Example, selection: Selection, caller: str) -> None:
-    """Number the sets of weights that share one width in their specs.
-
-    Args:
-        model: the float model, which is left as it is.
-        example: what it is called with.
-        selection: its weights; their methods say which sets they ask for.
-        caller: the public function's name, for messages.
+    """Number the sets of weights that share one width, as their methods ask for it, in their specs.
 
     Raises:
         PreparationError: weights that are to share a width have other settings than each other.

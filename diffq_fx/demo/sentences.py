@@ -131,6 +131,6 @@ def agreement(embeddings: Tensor, wanted: Tensor) -> dict[str, str]:
     pairs = tuple(torch.triu_indices(len(wanted), len(wanted), 1))
     similarities = torch.stack([(each @ each.T)[pairs] for each in (embeddings, wanted)])
     return {
-        "cosine to float": f"{float((embeddings * wanted).sum(-1).mean()):.4f}",
-        "pair correlation": f"{float(torch.corrcoef(similarities)[0, 1]):.4f}",
+        "cosine to float": f"{float((embeddings * wanted).sum(-1).mean()):.3f}",
+        "pair correlation": f"{float(torch.corrcoef(similarities)[0, 1]):.3f}",
     }

@@ -12,7 +12,6 @@ from diffq_fx.functional.quantization import (
     quant_params,
     quantize,
     step_size,
-    weight_range,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "quant_params",
     "quantize",
     "step_size",
-    "weight_range",
 ]

@@ -76,20 +76,10 @@ def logits_from_bits(bits: Tensor, min_bits: float, max_bits: float, gain: float
     return torch.logit(share) / gain
 
 
-def weight_range(rows_OI: Tensor, layout: GroupLayout, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Range ``(low, high)`` of each group that the grid has to cover, in float32 or better.
-
-    Zero is within the range of every grid but the float one, so an affine range is widened to include it; the symmetric one mirrors max|w|.
-
-    Example:
-        >>> weight_range(torch.tensor([[1.0, 3.0]]), GroupLayout.of(1, 2, "channel"), "affine")
-        (tensor([[0.]]), tensor([[3.]]))
-    """
-    return grid_range(*layout.aminmax(rows_OI.detach()), grid)
-
-
 def grid_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Range that the grid has to cover for weights from ``low`` to ``high``; see :func:`weight_range`.
+    """Range ``(low, high)`` that the grid has to cover for weights from ``low`` to ``high``, in float32 or better.
+
+    Zero is within the range of every grid but the float one; the symmetric one mirrors the end that is further from zero.
 
     Example:
         >>> grid_range(torch.tensor([1.0]), torch.tensor([3.0]), "symmetric")

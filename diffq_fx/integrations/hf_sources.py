@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq_fx.errors import DiffQError, missing
+from diffq_fx.errors import DiffQError, first_line, missing
 from diffq_fx.file_kinds import looks_like_safetensors
 
 try:
@@ -165,8 +165,7 @@ def read_tokenizer(folder: Path, how: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # what is missing decides the type
-        said = next(iter(str(error).splitlines()), "").strip()
-        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {type(error).__name__}: {said}") from error
+        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {first_line(error)}") from error
     if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
         raise DiffQError(f"'{folder}' has no tokenizer. {how}.")  # transformers makes one without words
     return tokenizer

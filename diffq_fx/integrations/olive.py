@@ -138,7 +138,7 @@ def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[di
             in_float.append(EMBEDDING)
             continue
         weight = olive_weight(stored)
-        learned, here = learned + stored.footprint().payload_bits, here + weight.levels.numel() * weight.container_bits
+        learned, here = learned + stored.footprint().payload_bits, here + weight.levels.numel() * weight.held.container_bits
         for module, rows in _modules_of(stored, config):
             held[module] = weight.held
             tensors |= {f"{module}.{name}": tensor for name, tensor in weight.tensors(rows).items()}

@@ -39,22 +39,14 @@ class OliveWeight:
     """float32, shape (O, G)."""
     zero_point: Tensor
     """int32, shape (O, G)."""
-    container_bits: int
-    """2, 4 or 8."""
-    bits: int
-    """Of the widest group, as learned."""
-
-    @property
-    def held(self) -> HeldWeight:
-        """The facts of it."""
-        return HeldWeight(self.bits, self.container_bits, self.levels.shape[1] // self.scale.shape[1])
+    held: HeldWeight
 
     def tensors(self, rows: slice) -> dict[str, Tensor]:
         """What the folder has of some of the outputs."""
         scale, zero_point = self.scale[rows], self.zero_point[rows]
-        missing = -zero_point.shape[1] % (8 // self.container_bits)
+        missing = -zero_point.shape[1] % (8 // self.held.container_bits)
         padded = nn.functional.pad(zero_point, (0, missing))  # a row begins at a byte
-        packed = (pack_levels(each, self.container_bits).reshape(len(scale), -1) for each in (self.levels[rows], padded))
+        packed = (pack_levels(each, self.held.container_bits).reshape(len(scale), -1) for each in (self.levels[rows], padded))
         return dict(zip(("qweight", "qzeros"), packed, strict=True)) | {"scales": scale.contiguous()}
 
 
@@ -78,4 +70,5 @@ def olive_weight(stored: StoredWeight) -> OliveWeight:
     scale, levels = torch.from_numpy(table.scale), torch.from_numpy(table.levels)
     zero_point = torch.full_like(scale, half, dtype=torch.int32) if table.zero_point is None else torch.from_numpy(table.zero_point)
     scale_OG, zero_point_OG = (layout.expand(each).expand(spec.rows, spec.columns)[:, ::group] for each in (scale, zero_point))
-    return OliveWeight(levels + half if table.signed else levels, scale_OG, zero_point_OG, container, table.most_bits)
+    held = HeldWeight(table.most_bits, container, group)
+    return OliveWeight(levels + half if table.signed else levels, scale_OG, zero_point_OG, held)

@@ -123,7 +123,7 @@ def least_error_step(rows_OI: Tensor, layout: GroupLayout, bits: int) -> Tensor:
         True
     """
     width = torch.full((1, 1), bits, dtype=torch.int32, device=rows_OI.device)
-    widest = quant_params(*functional.weight_range(rows_OI, layout, "symmetric"), width, "symmetric").scale
+    widest = quant_params(*functional.grid_range(*layout.aminmax(rows_OI), "symmetric"), width, "symmetric").scale
     best = quant_params(*least_error_range(rows_OI, layout, width, layout, "symmetric"), width, "symmetric").scale
     # Ranges that span the weights have one level more above zero than LSQ: its largest level may want a larger step than they have.
     most = (2**bits - 1) / (2**bits - 2)

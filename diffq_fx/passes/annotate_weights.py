@@ -23,14 +23,7 @@ _RIGHT_FACTOR = {"matmul": 1, "__matmul__": 1, "mm": 1, "bmm": 1, "addmm": 2, "b
 def annotate_weights(gm: fx.GraphModule, selection: Selection) -> PassResult:
     """Give every get_attr node of a selected weight its WeightSpec.
 
-    The spec's consumer is set, and its axis where a matrix product shows that the output channels come last.
-
-    Args:
-        gm: a captured graph in which weights are get_attr nodes.
-        selection: the weights to quantize; its specs are completed.
-
-    Returns:
-        The same GraphModule; modified if a node was newly marked.
+    The specs of the selection are completed: by their consumer, and the axis where a matrix product shows that output channels come last.
     """
     modified = False
     for node in gm.graph.find_nodes(op="get_attr"):

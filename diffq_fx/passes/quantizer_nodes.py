@@ -16,12 +16,6 @@ def insert_quantizers(gm: fx.GraphModule) -> PassResult:
 
     In DiffQ that node is the pseudo quantization noise. The quantizer modules must be registered beside their weights. One node
     serves all readers of the weight in this graph, so a weight that is used twice gets one draw of noise a forward.
-
-    Args:
-        gm: a graph annotated by ``annotate_weights``.
-
-    Returns:
-        The same GraphModule; unmodified where every weight has its node already.
     """
     modified = False
     for node in gm.graph.find_nodes(op="get_attr"):
@@ -41,12 +35,6 @@ def replace_quantizers(gm: fx.GraphModule) -> PassResult:
 
     The stored weights must be registered beside the quantizers. Quantizers and float weights stay on the module; only the graph stops
     reading them.
-
-    Args:
-        gm: a prepared graph.
-
-    Returns:
-        The same GraphModule; unmodified where it has no quantizer node.
     """
     modified = False
     for node in gm.graph.find_nodes(op="call_module"):

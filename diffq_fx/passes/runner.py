@@ -14,14 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
-    """Apply passes in order, in place.
-
-    Args:
-        gm: the graph; changed in place.
-        passes: functions from a GraphModule to a PassResult; their ``__name__`` appears in logs and errors.
-
-    Returns:
-        The GraphModule of the last result.
+    """Apply passes in order, in place; gives the GraphModule of the last result.
 
     Raises:
         PassError: a pass failed or left a broken graph; names the pass and those that ran before it.

@@ -103,8 +103,7 @@ def compress(
         raise TypeError(f"{CALLER}: teacher must be a torch.nn.Module, got {type(teacher).__name__}.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     callers_types = _callers_autocast(device.type)
-    with torch.inference_mode(False), torch.enable_grad(), restored_random_state(), torch.autocast(device.type, enabled=False):
-        torch.manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad(), restored_random_state(0), torch.autocast(device.type, enabled=False):
         data = Calibration(batches, device)
         refuse_too_little_memory(_COPIES * sum(max(each.nbytes, 4 * each.numel()) for each in model.parameters()), device)
         wanted = FloatOutputs(model, teacher, data, kind)

@@ -47,8 +47,7 @@ def own_samples(model: nn.Module, count: int = 32, tokens: int = 512, *, rows: i
     drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     length = {"min_new_tokens": tokens - 1, "max_new_tokens": tokens - 1, "pad_token_id": 0}  # no text ends early
     windows: list[Tensor] = []
-    with restored_random_state(), in_eval(model), torch.no_grad():
-        torch.manual_seed(seed)
+    with restored_random_state(seed), in_eval(model), torch.no_grad():
         for first in torch.randint(len(table), (count, 1)).to(table.device).split(rows):
             windows += causal.generate(first, attention_mask=torch.ones_like(first), use_cache=True, **drawn, **length).split(1)
     return [{"input_ids": window} for window in windows]

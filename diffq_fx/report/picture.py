@@ -45,14 +45,7 @@ class Row(NamedTuple):
 
 
 def picture_rows(weights: Sequence[WeightBits]) -> list[Row]:
-    """What to draw a bar for: each weight, or where there are more than ``MOST_ROWS`` what a module holds, else runs of neighbours.
-
-    Args:
-        weights: in the model's order.
-
-    Returns:
-        At most ``MOST_ROWS`` rows; every weight is in one of them.
-    """
+    """What to draw a bar for: each weight, or where there are more than ``MOST_ROWS`` what a module holds, else runs of neighbours."""
     if len(weights) <= MOST_ROWS:
         return [_row(weight.name, [weight]) for weight in weights]
     for depth in range(max(weight.name.count(".") for weight in weights), 0, -1):

@@ -94,12 +94,7 @@ def _columns_that_fit(columns: list[_Column], width: int) -> list[_Column]:
 
 
 def _weight_columns(report: BitsNumbers, in_ascii: bool) -> list[_Column]:
-    """One row per quantized weight; sizes in MiB.
-
-    Args:
-        report: the report.
-        in_ascii: the histogram in numbers; else in block characters, one per width from the model's smallest to its largest.
-    """
+    """One row per quantized weight; the histogram in numbers, or in block characters from the model's smallest width to its largest."""
     weights = report.weights
     show = _mib_format(report)
     widths = range(min(report.histogram), max(report.histogram) + 1)

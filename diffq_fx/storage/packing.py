@@ -72,14 +72,7 @@ def container_for(bits: int) -> int:
 
 
 def pack_levels(levels: Tensor, container_bits: int) -> Tensor:
-    """Pack unsigned levels into bytes, least significant bits first.
-
-    Args:
-        levels: int, any shape, values in ``[0, 2^container_bits - 1]``.
-        container_bits: 2, 4, 8 or 16.
-
-    Returns:
-        uint8, shape (ceil(numel * container_bits / 8),).
+    """Pack levels from 0 to ``2^container_bits - 1`` into bytes, uint8 in one row, least significant bits first.
 
     Example:
         >>> pack_levels(torch.tensor([1, 2, 3]), 4)

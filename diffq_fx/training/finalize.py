@@ -72,7 +72,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
             raise ValueError(
                 "reestimate_batch_norm: there is no batch. Give an iterable of inputs, such as a few batches of the training set."
             )
-    except BaseException:
+    except BaseException:  # an interrupt too: the statistics are put back, then it goes on
         for norm, (_, buffers) in zip(norms, before, strict=True):
             for name, buffer in buffers.items():
                 norm.get_buffer(name).copy_(buffer)

@@ -2,7 +2,7 @@
 
 ``min L(w) subject to w = Delta(Theta)`` is solved by an augmented Lagrangian, ``L(w) - lambda^T (w - Delta) + mu/2 ||w - Delta||^2``, for
 rising mu: the L step minimizes it over the weights, the C step over the compressed weights, and ``lambda <- lambda - mu (w - Delta)``. With
-lambda held at zero it is the quadratic-penalty method. The paper's baselines are in :mod:`diffq_fx.training.lc_baselines`.
+lambda held at zero it is the quadratic-penalty method.
 """
 
 import time
@@ -50,6 +50,8 @@ class LCProgress:
     """``||w - Delta|| / ||w||`` over all LC weights after the C step."""
     seconds: float
 
+
+_FLOAT_BITS = 32
 
 TrainingFunction = Callable[[nn.Module, LStep], None]
 
@@ -149,6 +151,36 @@ def lc_weights(model: nn.Module, caller: str) -> list[LCWeight]:
     if not found:
         raise PreparationError(f"{caller}: no weight of the model is quantized by LC: it was prepared with {compression.method.name}.")
     return found
+
+
+def counted_ratio(model: nn.Module) -> float:
+    """Compression ratio as the paper counts it: ``(P1 + P0) b / (P1 ceil(log2 K) + (P0 + K) b)`` (arXiv:1707.04319).
+
+    P1 weights are quantized, P0 parameters are not; K counts the learned entries of every codebook once; b is 32.
+
+    Args:
+        model: prepared with :class:`~diffq_fx.methods.LC` alone.
+
+    Returns:
+        How many times smaller the model is.
+
+    Example:
+        >>> from diffq_fx import prepare
+        >>> from diffq_fx.methods import LC
+        >>> layers = [torch.nn.Linear(784, 300), torch.nn.Tanh(), torch.nn.Linear(300, 100), torch.nn.Tanh(), torch.nn.Linear(100, 10)]
+        >>> model = prepare(torch.nn.Sequential(*layers), torch.zeros(1, 784), LC(entries=2))
+        >>> round(counted_ratio(model), 1)  # LeNet300: 30.5 in the paper
+        30.5
+    """
+    compression = require_compression(model, "counted_ratio")
+    weights = lc_weights(model, "counted_ratio")
+    if len(weights) < len(compression.quantizers):
+        raise PreparationError(f"counted_ratio: the paper counts LC weights alone; the model was prepared with {compression.method.name}.")
+    quantized = sum(quantizer.spec.numel for quantizer in weights)
+    codes = sum(sum(q.footprint().histogram.keys()) * q.spec.numel for q in weights)
+    learned = sum(group[0].config.learned_floats for group in shared_groups(weights))
+    rest = compression.rest_numel
+    return (quantized + rest) * _FLOAT_BITS / (codes + (rest + learned) * _FLOAT_BITS)
 
 
 class LCLoop:

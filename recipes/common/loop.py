@@ -111,18 +111,19 @@ class Training:
     def run(self) -> None:
         """Train to the end, from where the training stands."""
         settings, each_epoch = self.settings, self.recipe.steps_an_epoch
-        evaluate_every = round(settings.evaluate_every * each_epoch)
+        evaluate_every = settings.evaluate_every and max(round(settings.evaluate_every * each_epoch), 1)
         self.running.train()
         total, began, counted = torch.zeros((), device=self.processes.device), time.monotonic(), 0
         while self.done < self.steps:
             total += self.step()
             counted += 1
             ends = self.done == self.steps
-            if ends or self.done % each_epoch == 0 or (settings.save_every and self.done % settings.save_every == 0):
+            looks = evaluate_every and self.done % evaluate_every == 0 and not ends
+            if ends or looks or self.done % each_epoch == 0 or (settings.save_every and self.done % settings.save_every == 0):
                 loss = float(total) / counted  # waits for the device
                 self.seconds += time.monotonic() - began
                 self.tell({"epoch": self.done / each_epoch, "loss": loss, "seconds": self.seconds})
-                if evaluate_every and self.done % evaluate_every == 0 and not ends:
+                if looks:
                     self.tell({"epoch": self.done / each_epoch, **self.recipe.evaluate(self.model)})
                 self.save()
                 total, began, counted = torch.zeros_like(total), time.monotonic(), 0

@@ -25,10 +25,13 @@ def test_what_the_table_says(tmp_path):
         "skipped": {"needs a compiler": 2},
     }
     text = version_matrix.table(
-        {"oldest": {"versions": {"Python": "3.10.13", "torch": "2.5.1"}, **found}, "newest": {"why": "no such Python"}}
+        {
+            "oldest": {"date": "2026-01-02", "versions": {"Python": "3.10.13", "torch": "2.5.1"}, **found},
+            "newest": {"why": "no such Python"},
+        }
     )
     lines = text.splitlines()
-    assert "| oldest | 3.10.13 | 2.5.1 | - | - | - | - | - | 1 | 2 | 2 |" in lines
+    assert "| oldest | 2026-01-02 | 3.10.13 | 2.5.1 | - | - | - | - | - | 1 | 2 | 2 |" in lines
     assert "- oldest: 2 skipped: needs a compiler" in lines
     assert "- newest: no such Python" in lines
     assert "- pinned: not run" in lines

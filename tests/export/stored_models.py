@@ -18,7 +18,7 @@ def store(weight, bits, *, name="weight", axis=0, group="channel", ranges="chann
     spec = WeightSpec(name=name, shape=tuple(weight.shape), axis=axis, dtype=weight.dtype, group_size=group, range_size=ranges, grid=grid)
     rows = to_rows(weight.float(), axis)
     bits = torch.as_tensor(bits).expand(spec.bits_layout.shape).contiguous()
-    low, high = functional.weight_range(rows, spec.range_layout, grid)
+    low, high = functional.grid_range(*spec.range_layout.aminmax(rows), grid)
     params = functional.quant_params(low, high, bits, grid)
     return IntegerWeight(spec, functional.quantize(rows, params, bits, spec.scale_layout), params, bits)
 

@@ -266,7 +266,7 @@ def test_half_integer_zero_points_are_float_ones(bits, group):
     weight = nn.Linear(32, 16).weight.detach()
     spec = WeightSpec(name="w", shape=(16, 32), axis=0, group_size=group, range_size=group, grid="half", consumer="linear")
     widths = torch.full(spec.bits_layout.shape, bits)
-    params = functional.quant_params(*functional.weight_range(weight, spec.range_layout, "half"), widths, "half")
+    params = functional.quant_params(*functional.grid_range(*spec.range_layout.aminmax(weight), "half"), widths, "half")
     params = params._replace(zero_point=params.zero_point.floor() + 0.5)
     stored = IntegerWeight(spec, functional.quantize(weight, params, widths, spec.scale_layout), params, widths)
     for whole in (False, True):

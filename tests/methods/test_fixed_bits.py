@@ -313,7 +313,7 @@ def test_the_least_error_range_beats_the_extremes(grid, group_size):
         return layout.sum((functional.dequantize(levels, params, layout) - rows).square())
 
     low, high = least_error_range(rows, layout, torch.tensor([[3]]), layout, grid)
-    widest = functional.weight_range(rows, layout, grid)
+    widest = functional.grid_range(*layout.aminmax(rows), grid)
     assert bool((low >= widest[0]).all() and (high <= widest[1]).all())
     assert float(error(low, high).sum()) < 0.9 * float(error(*widest).sum())
 

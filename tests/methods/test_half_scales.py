@@ -105,7 +105,7 @@ def test_the_onnx_file_holds_float16_scales_and_fused_products_read_them(bits, g
 @pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-3, 1.0, 3e4, 6.5e4])
 def test_scales_of_all_sizes(size, grid):
     rows, layout, bits = torch.linspace(-1, 0.7, 32).view(1, 32) * size, GroupLayout.of(1, 32, "channel"), torch.tensor([[4]])
-    params = functional.quant_params(*functional.weight_range(rows, layout, grid), bits, grid, torch.float16)
+    params = functional.quant_params(*functional.grid_range(*layout.aminmax(rows), grid), bits, grid, torch.float16)
     for values in (params.scale, params.offset):
         assert values is None or torch.equal(values.half().to(values.dtype), values)
     rounded = functional.dequantize(functional.quantize(rows, params, bits, layout), params, layout)

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from diffq_fx import DivergenceError, PreparationError, bits_report, convert, model_size, prepare
 from diffq_fx.methods import LC, STE
-from diffq_fx.training.lc import LCLoop, geometric_schedule, lc_penalty, lc_step
-from diffq_fx.training.lc_baselines import counted_ratio, direct_compression, iterated_direct_compression
+from diffq_fx.training.lc import LCLoop, counted_ratio, geometric_schedule, lc_penalty, lc_step
 
 KINDS = {
     "adaptive 2": LC(entries=2),
@@ -91,7 +90,7 @@ def test_every_codebook_trains_and_converts(name, scope):
 
 def test_a_shared_codebook_is_one_for_all_weights():
     model = prepare(Consumers(), IDS, {"rnn": LC(entries=3), "*": LC(entries=4, shared=True)})
-    direct_compression(model)
+    lc_step(model, next_mu=0)
     by_name = {q.spec.name: q.entries for q in model.compression.quantizers}
     assert torch.equal(by_name["embed.weight"], by_name["conv.weight"])
     assert not torch.equal(by_name["rnn.weight_ih_l0"], by_name["rnn.weight_hh_l0"])
@@ -164,7 +163,7 @@ def test_the_augmented_lagrangian_meets_the_codebook_and_beats_direct_compressio
 
     _, batches, accuracy, x = task
     model = fresh(task, LC(entries=entries))
-    direct_compression(model)
+    lc_step(model, next_mu=0)
     direct = accuracy(model)
     model = fresh(task, LC(entries=entries))
     seen = []
@@ -201,7 +200,7 @@ def test_what_a_codebook_is_in_onnx(method, container, operator, tmp_path):
 
     x = torch.randn(2, 16)
     model = prepare(nn.Linear(16, 8), x, method)
-    direct_compression(model)
+    lc_step(model, next_mu=0)
     result = export_onnx(convert(model), x, tmp_path / "codes.onnx", layout="qdq")
     graph = onnx.load(result.path).graph
     stored = max(graph.initializer, key=lambda each: torch.Size(each.dims).numel())
@@ -217,7 +216,7 @@ def test_codes_of_one_entry_are_read_back(tmp_path):
 
     x = torch.randn(2, 16)
     model = prepare(nn.Linear(16, 8), x, LC(entries=1))
-    direct_compression(model)
+    lc_step(model, next_mu=0)
     path = export_onnx(convert(model), x, tmp_path / "one.onnx").path
     assert [(each.name, each.bits) for each in read_metadata(path).weights] == [("weight", {0: 128})]
 
@@ -271,21 +270,6 @@ def test_a_diverging_l_step_is_reported_and_the_last_good_state_kept(task):
     assert len(loop.history) == 2
 
 
-def test_iterated_direct_compression_trains_from_the_compressed_weights(task):
-    model = fresh(task, LC(entries=2))
-    distinct = []
-
-    def train(model, step):
-        distinct.append(model.get_parameter("0.weight").unique().numel())
-        assert step.penalty().item() == 0
-        with torch.no_grad():
-            model.get_parameter("0.weight").add_(torch.randn(48, 64) * 0.01)
-
-    history = iterated_direct_compression(model, train, iterations=3)
-    assert distinct == [2, 2, 2]
-    assert len(history) == 3
-
-
 def test_counted_ratio_of_lenet300():
     for entries, expected in ((2, 30.5), (4, 15.6), (16, 7.9), (64, 5.3)):
         layers = [nn.Linear(784, 300), nn.Tanh(), nn.Linear(300, 100), nn.Tanh(), nn.Linear(100, 10)]
@@ -324,7 +308,7 @@ def test_a_constant_weight():
     nn.init.constant_(net.weight, 0.25)
     for method in KINDS.values():
         model = prepare(net, torch.zeros(1, 8), method)
-        direct_compression(model)
+        lc_step(model, next_mu=0)
         assert torch.isfinite(convert(model)(torch.ones(1, 8))).all()
         if method.codebook == "adaptive":
             assert torch.equal(convert(model).weight_quantized(), net.weight)

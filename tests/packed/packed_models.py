@@ -45,7 +45,7 @@ def store(
     low, high = (bits, bits) if isinstance(bits, int) else bits
     widths = torch.randint(low, high + 1, spec.bits_layout.shape, generator=generator, dtype=torch.int32)
     rows = to_rows(weight, axis)
-    params = functional.quant_params(*functional.weight_range(rows, spec.range_layout, grid), widths, grid, scale_dtype)
+    params = functional.quant_params(*functional.grid_range(*spec.range_layout.aminmax(rows), grid), widths, grid, scale_dtype)
     return IntegerWeight(spec, functional.quantize(rows.to(params.scale.dtype), params, widths, spec.scale_layout), params, widths)
 
 

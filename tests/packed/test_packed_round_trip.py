@@ -302,7 +302,7 @@ def relaid(weight, values):
     from diffq_fx import functional
 
     spec, bits = weight.spec, weight.bits.int()
-    params = functional.quant_params(*functional.weight_range(values, spec.range_layout, spec.grid), bits, spec.grid)
+    params = functional.quant_params(*functional.grid_range(*spec.range_layout.aminmax(values), spec.grid), bits, spec.grid)
     return IntegerWeight(spec, functional.quantize(values, params, bits, spec.scale_layout), params, bits)
 
 

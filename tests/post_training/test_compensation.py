@@ -27,7 +27,7 @@ def grid_of(rows, group_size, range_size, bits, grid="affine"):
     groups, ranges = (GroupLayout.of(*shape, size) for size in (group_size, range_size))
     least, most = bits if isinstance(bits, tuple) else (bits, bits)
     widths = torch.randint(least, most + 1, groups.shape, dtype=torch.int32)
-    low, high = functional.weight_range(rows, ranges, grid)
+    low, high = functional.grid_range(*ranges.aminmax(rows), grid)
     params = functional.quant_params(low * 0.9, high * 0.9, widths, grid)
     layout = GroupLayout.of(*shape, group_size if ranges.kind == "tensor" or groups.kind == "block" else range_size)
     return params, widths, layout

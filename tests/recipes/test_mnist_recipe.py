@@ -92,3 +92,12 @@ def test_the_penalty_is_stable_under_momentum_where_the_loss_curves_as_much(turn
         (mu * weight**2).backward()
         optimizer.step()
     assert weight.detach().abs() < 0.01
+
+
+@pytest.mark.parametrize(("every", "looks"), [(0.5, [0.5, 1, 1.5]), (1, [1]), (0.01, [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]), (0, [])])
+def test_how_often_a_training_looks_at_the_test_set(folder, tmp_path, capsys, every, looks):
+    given = ["--data", folder, "--out", tmp_path / "run", "--method", "float", "--epochs", 2, "--batch-size", 16, "--evaluate-every", every]
+    main(Mnist, list(map(str, given)))
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [float(words[1]) for words in told if "score" in words] == looks
+    assert [float(words[1]) for words in told if "loss" in words and float(words[1]) % 1 == 0] == [1, 2]

@@ -69,8 +69,6 @@ class LatencyComparison:
     """Threads inside an operator; 0 for as many as onnxruntime takes by itself."""
     repeats: int
     """Pairs that were timed."""
-    runs_per_sample: tuple[int, int]
-    """Runs of A and of B that one timing spans; several for models that are faster than the clock is good."""
     seed: int
     session_a: dict[str, str]
     """The onnxruntime session entries that A asks for."""
@@ -141,7 +139,7 @@ def compare_latency(
     both = [inputs, {inputs_in_b[name]: value for name, value in inputs.items()}]
     outputs = _differences(sessions, both, paths, outputs_in_b)
     runs = [partial(session.run, None, each) for session, each in zip(sessions, both, strict=True)]
-    samples = (runs_per_sample(runs[0]), runs_per_sample(runs[1]))
+    samples = [runs_per_sample(run) for run in runs]
     a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
     return LatencyComparison(
         path_a=str(path_a),
@@ -156,7 +154,6 @@ def compare_latency(
         other_names={x: y for x, y in [*inputs_in_b.items(), *outputs_in_b.items()] if x != y},
         threads=threads,
         repeats=repeats,
-        runs_per_sample=samples,
         seed=seed,
         session_a=entries[0],
         session_b=entries[1],

@@ -52,12 +52,7 @@ def turning_points(
     """Sizes at which a trace may take another branch than the model, within its limits: 1, and where a condition turns.
 
     Whether the model itself has asked (``length != 7``) or torch (for a kernel), only a comparison at these sizes tells.
-
-    Args:
-        program: the model's trace with dynamic sizes.
-        sizes: symbol -> its size in the example.
-        stated: limits that the user gives.
-        may_be_nothing: symbols that may be 0 too: what is cached when a text begins.
+    ``sizes`` are the example's by symbol, ``stated`` the limits that the user gives; what is cached may be nothing when a text begins.
     """
     limits = {symbol: (_TAKEN_FOR_GRANTED, _UNLIMITED) for symbol in sizes} | _limits(program)
     least = 1 if _TAKEN_FOR_GRANTED in stated else _TAKEN_FOR_GRANTED

@@ -59,10 +59,9 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
 
 
 def _from_one_seed(model: nn.Module, example: ExportExample) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    devices = sorted({tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
-    with restored_random_state(devices):
+    with restored_random_state():
         first = example.map(torch.clone).run(model)
-    with restored_random_state(devices):
+    with restored_random_state():
         second = example.map(torch.clone).run(model)
     return [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
 

@@ -50,7 +50,7 @@ def in_mid_text(model: nn.Module, example: ExportExample) -> ExportExample:
     try:
         with torch.no_grad():
             cache = getattr(model(**{key: value[:, :_CACHED] for key, value in of_tokens.items()}, **settings), CACHE, None)
-    except Exception as refusal:  # of the user's forward
+    except Exception as refusal:  # the user's forward may raise anything
         raise ExportError(f"the {name} does not run on the first {_CACHED} tokens of example_inputs: {refusal}") from refusal
     if cache is None:
         raise ExportError(f"cache=True, but the {name} has no cache: use_cache=True makes it return no {CACHE!r}. Leave cache out.")

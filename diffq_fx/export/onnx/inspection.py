@@ -135,14 +135,9 @@ class OnnxInspection:
 
 
 def inspect_onnx(path: str | Path) -> OnnxInspection:
-    """Report every constant tensor of an ONNX file: width, container, payload, scales, readers, share of the file.
+    """Report every constant tensor of any ONNX file: width, container, payload, scales, readers, share of the file, learned bits of ours.
 
-    Args:
-        path: any ONNX file. Constant nodes, inner graphs, functions and sparse tensors count as initializers do; data
-            outside the file is measured, not read.
-
-    Returns:
-        The report; with the learned bits if diffq_fx has written the file.
+    Constant nodes, inner graphs, functions and sparse tensors count as initializers do; data outside the file is measured, not read.
 
     Raises:
         FileNotFoundError: The file, or one that holds its weights, is missing.

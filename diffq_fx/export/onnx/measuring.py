@@ -48,12 +48,7 @@ def machines_of(target: str) -> Machines:
 
 
 class Stopwatch:
-    """Measures each different product once, when its times are first asked for: all forms in turns, medians.
-
-    Args:
-        clock: seconds since some time.
-        prepare: gives what runs a kernel on a product once.
-    """
+    """Measures each different product once, when its times are first asked for: all forms in turns, medians."""
 
     def __init__(self, clock: Clock = time.perf_counter, prepare: Callable[[Kernel, Product], Run] | None = None) -> None:
         self.skipped: set[Product] = set()
@@ -100,10 +95,7 @@ def _part(product: Product) -> Product:
 def prepare_run(kernel: Kernel, product: Product, *, threads: int = 0) -> Run:
     """Load a model of one product in one form, as ``export_onnx`` would write it; what is returned runs it once on random inputs.
 
-    Args:
-        kernel: the form.
-        product: the size; at 2 bits with a number of outputs that is a multiple of 4.
-        threads: of onnxruntime; 0 for as many as it takes by itself.
+    At 2 bits the number of outputs is a multiple of 4.
 
     Example:
         >>> prepare_run(Kernel("fused 4", 32), Product(2, 64, 64))()[0].shape

@@ -46,10 +46,7 @@ class InterfaceNames:
     def apply(self, graph: ir.Graph, parameters: list[str], returned: Any) -> None:
         """Name inputs and outputs in place: as the user says, else by forward's parameters and the keys of what it returns.
 
-        Args:
-            graph: the main graph.
-            parameters: those of forward that take the inputs.
-            returned: what the model returns, with the number of each output in its place.
+        ``returned`` has the number of each output in its place.
 
         Raises:
             ExportError: A name is that of no input or output, of two of them, or of a weight; or there are not as many.

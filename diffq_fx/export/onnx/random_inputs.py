@@ -35,11 +35,7 @@ def make_inputs(
 ) -> dict[str, np.ndarray]:
     """Draw random inputs: normal floats, fair booleans, all values of 8-bit integers, or integers in ``[0, bound)``.
 
-    Args:
-        signature: the inputs of a model.
-        shapes: input name -> shape.
-        bounds: input name -> exclusive upper bound of its integers, see :func:`index_bounds`.
-        seed: of the random numbers; the same seed draws the same inputs.
+    ``shapes`` and ``bounds`` (see :func:`index_bounds`) are by the input's name.
 
     Raises:
         DiffQError: An input is of a type that cannot be drawn (text, sequence, map).

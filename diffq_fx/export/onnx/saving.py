@@ -19,15 +19,9 @@ _PROTOBUF_LIMIT = 2**31 - 2**24
 
 
 def save_draft(model: ir.Model, folder: Path, path: Path) -> Path:
-    """Write a model and check it; the tensors go to a file of their own if they are too large for protobuf.
+    """Write a model into a folder for this draft alone and check it; tensors that are too large for protobuf have a file of their own.
 
-    Args:
-        model: complete.
-        folder: for this draft alone; made if it does not exist, emptied if it does.
-        path: the file that the draft may become: the second file is called after it.
-
-    Returns:
-        The draft.
+    ``path`` is the file that the draft may become: the second file is called after it.
 
     Raises:
         ExportError: onnx.checker refuses the model, or the disk does not take it.

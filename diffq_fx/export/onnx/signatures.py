@@ -36,15 +36,10 @@ _Pair = tuple[TensorSignature | None, TensorSignature | None]
 
 
 def resolve_shapes(signature: Sequence[TensorSignature], batch: int, dims: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
-    """Choose a size for every open dimension.
+    """Choose a size for every open dimension; gives the shape of each input by its name.
 
-    Args:
-        signature: the inputs of a model.
-        batch: size of open first dimensions, and of every other dimension of the same name.
-        dims: sizes by the dimension's name, or by ``"input.position"`` for one without; they come before ``batch``.
-
-    Returns:
-        Input name -> shape.
+    ``batch`` is for open first dimensions and every other one of the same name; ``dims``, by the dimension's name or
+    ``"input.position"``, come before it.
 
     Raises:
         ValueError: A size is missing, is not positive, names no open dimension, or no input can take ``batch``.
@@ -100,13 +95,7 @@ def pair_signatures(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Pair the inputs of two models A and B, and their outputs: by name, and the rest, which have other names, in their order.
 
-    Args:
-        sessions: of A and B.
-        paths: of A and B, for messages.
-        shapes: of the inputs that were made for A, by name.
-
-    Returns:
-        What each input of A is called in B, and each output.
+    ``shapes`` are those of the inputs that were made for A. Gives what each input of A is called in B, and each output.
 
     Raises:
         DiffQError: An input or output has none to pair with, or one of another type, rank or fixed size.

@@ -34,18 +34,10 @@ def time_in_turns(
     clock: Clock = time.perf_counter,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
-    """Time several things in turns: A B C, C B A, A B C, ...
+    """Time several things in turns, A B C, C B A, A B C, ...: for each the seconds of one run, turn by turn.
 
-    Args:
-        runs: what to time.
-        samples: how many runs of each one timing spans.
-        turns: timings of each.
-        seconds: no further turn begins after so long, once there are three.
-        clock: seconds since some time.
-        on_progress: called after every turn with the turns done and ``turns``.
-
-    Returns:
-        For each of ``runs`` the seconds of one run, turn by turn.
+    One timing spans so many ``samples`` of each. No further turn begins after so many ``seconds``, once there are three.
+    ``on_progress`` is called after every turn with the turns done and ``turns``.
     """
     times: list[list[float]] = [[] for _ in runs]
     start = clock()

@@ -71,12 +71,7 @@ class Source:
 
 
 def container_of(tensors: Sequence[tuple[str, str, Sequence[int], bytes]], contents: Mapping[str, Any]) -> list[bytes]:
-    """The bytes of a container, in pieces.
-
-    Args:
-        tensors: name, type, shape and bytes of each.
-        contents: what else is to be said of them, as JSON.
-    """
+    """The bytes of a container, in pieces: of name, type, shape and bytes of each tensor, and what else is to be said of them, as JSON."""
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": str(VERSION)}}
     packed = _deflated(json.dumps(contents, separators=(",", ":")).encode(), sum(len(data) for *_, data in tensors))
     at = 0

@@ -85,12 +85,6 @@ class _Tally:
 def inspect_packed(path: str | Path) -> PackedInspection:
     """Look into a packed file; everything in it is decoded and checked.
 
-    Args:
-        path: a file that ``save_packed`` has written.
-
-    Returns:
-        Its weights and tensors, and what they take.
-
     Raises:
         PackedFileError: the file is missing, damaged, or not a packed file.
         TypeError: the path is of another type.

@@ -39,19 +39,8 @@ def pack_state_dict(
 ) -> Rounding:
     """Round the weights of a float state dict to the nearest level and pack them.
 
-    A weight is a floating-point tensor with two dimensions or more; its first one is taken for the output channels.
-
-    Args:
-        source: a safetensors file, which the packed file ``target`` may not be.
-        target: the packed file to write.
-        bits: width of every weight, 1 to 16.
-        group_size: weights that share a scale: "tensor", "channel", or the length of a block.
-        grid: "affine", "half" or "symmetric".
-        exclude: patterns (as in a shell) of names that stay as they are.
-        entropy: False to bit-pack.
-
-    Returns:
-        The errors that the rounding has made, and what stays as it is.
+    A weight is a floating-point tensor with two dimensions or more; its first one is taken for the output channels. The arguments are those
+    of ``diffq-fx pack``.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must be from 1 to 16, got {bits}.")

@@ -112,13 +112,7 @@ class DecodedStream(NamedTuple):
 
 
 def decode_block(source: Source, size: int, expected: Sequence[tuple[int, int]]) -> list[DecodedStream]:
-    """Undo :func:`encode_block`; an error if the block is damaged.
-
-    Args:
-        source: where the block comes next.
-        size: of the block, in bytes.
-        expected: width and count of each stream.
-    """
+    """Undo :func:`encode_block`, whose ``size`` bytes come next and have streams of these widths and counts; an error if it is damaged."""
     before = source.left
     streams = [_decode(source, width, count) if count else DecodedStream(width, 0, []) for width, count in expected]
     if before - source.left != size:

@@ -140,14 +140,8 @@ def fill_in_order(streams: Streams, first: NDArray[np.int64], grouping: Grouping
     """Fill rows with codes, or where a grid is given, which takes the kernel, with weights.
 
     The level of a code is ``centre + 0, -1, 1, -2, ... mod 2^b``, its weight ``(level - zero_point) * scale``, or
-    ``level * scale + offset``.
-
-    Args:
-        streams: where the codes are.
-        first: the value of each stream to begin with; the rows take no more than it has.
-        grouping: the rows.
-        grid: float32 scales and what else makes weights; None for codes.
-        out: shape (rows, columns), contiguous; float32 for weights, uint8 or uint16 for codes.
+    ``level * scale + offset``. ``first`` is the value of each stream to begin with: the rows take no more than it has. ``out`` is
+    contiguous, float32 for weights, uint8 or uint16 for codes.
     """
     if grid is None and extension.kernels() is None:
         _put_in_order(streams, first, grouping, out)

@@ -45,13 +45,9 @@ class Applied:
 
 
 def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: LayoutRequest) -> Applied:
-    """Replace the placeholders in place, and round activations where the request asks for it.
+    """Replace the placeholders of stored weights in place, and round activations where the request asks for it.
 
-    Args:
-        model: captured, one placeholder node for each call of a stored weight.
-        weights: name of the initializer that a placeholder reads -> the weight.
-        request: layout "onnxruntime" for the rules ``linear``, ``dynamic``, ``rows``, ``int8`` and ``fold``, "qdq" for DequantizeLinear
-            everywhere.
+    ``weights`` are by the name of the initializer that their placeholders read.
 
     Raises:
         ExportError: A weight has no ONNX form.

@@ -144,12 +144,7 @@ def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machi
     """Choose the form of a product: of those that are faster than float on every machine the one whose worst machine is best.
 
     Faster means its ``margin`` times at the example's number of rows and, where other numbers may come, no less than 0.8 times at 32 times
-    as many.
-
-    Args:
-        kernels: the forms that it could have beside float, the smallest first: the first one of equally fast ones is taken.
-        product: the layer.
-        machines: those that the file is for.
+    as many. ``kernels`` come the smallest first: the first one of equally fast ones is taken.
 
     Example:
         >>> costs = {"float": Cost(5, 0, 0, 0, 0, 10.0), "fused 4": Cost(5, 0, 0, 0, 0, 4.0)}

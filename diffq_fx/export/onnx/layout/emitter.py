@@ -115,12 +115,7 @@ def integer_type(bits: int, *, signed: bool) -> ir.DataType:
 
 
 def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorProtocol:
-    r"""Put levels into a container, serialized as raw_data: the least significant bits first.
-
-    Args:
-        levels: int, any shape, within the range of the container.
-        bits: 2, 4, 8 or 16.
-        signed: whether the container is signed.
+    r"""Put levels into a container of 2, 4, 8 or 16 bits, serialized as raw_data: the least significant bits first.
 
     Example:
         >>> integer_tensor(np.array([[-8, 7, 1]]), 4, signed=True).tobytes()

@@ -37,16 +37,9 @@ _MAX_PADDING = 0.125
 
 
 def choose_kernel(storage: Storage, use: LinearUse, request: LayoutRequest, *, shared: bool) -> Choice:
-    """Choose the fastest way to run a product from a given storage.
+    """Choose the fastest way to run a product from a given storage; float with the reason where no other one is faster.
 
-    Args:
-        storage: how the file would hold the weight.
-        use: the product.
-        request: what the graph is laid out for.
-        shared: whether another product has the initializers for itself already; this one then works on a copy in bytes.
-
-    Returns:
-        The kernel; float with the reason where no other one is faster.
+    ``shared``: another product has the initializers for itself already, and this one works on a copy in bytes.
     """
     table = storage.table
     reason = refusal(table, use)

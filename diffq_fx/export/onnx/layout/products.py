@@ -45,12 +45,9 @@ class Form(NamedTuple):
 
 
 def is_exact(levels: np.ndarray) -> bool:
-    """Whether products of these levels with any activations of 8 bits do not saturate, whatever the processor.
+    """Whether products of these levels, int8 or uint8, with any activations of 8 bits do not saturate, whatever the processor.
 
     Their sums fit int32 up to ``MAX_INPUTS`` inputs.
-
-    Args:
-        levels: as the kernel reads them, int8 or uint8.
 
     Example:
         >>> is_exact(np.array([-64, 64], np.int8)), is_exact(np.array([65], np.int8)), is_exact(np.array([255], np.uint8))
