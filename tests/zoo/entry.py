@@ -1,6 +1,6 @@
 """What the zoo knows about one model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,3 +87,16 @@ def parameters_of(entries: list[Entry], evidence: frozenset[str] = frozenset()) 
         return [pytest.mark.xdist_group(entry.name), *(getattr(pytest.mark, name) for name, is_wanted in wanted.items() if is_wanted)]
 
     return [pytest.param(entry, id=entry.name, marks=marks(entry)) for entry in entries]
+
+
+def each_in_one_way(parameters: list[Any], ways: Sequence[str]) -> list[Any]:
+    """All pytest parameters in all ways; the gate has one way of each, in turns."""
+
+    def marks(number: int, turn: int) -> list[Any]:
+        return [pytest.mark.evidence] if (number - turn) % len(ways) else []
+
+    return [
+        pytest.param(*each.values, way, id=f"{each.id}-{way}", marks=[*each.marks, *marks(number, turn)])
+        for number, each in enumerate(parameters)
+        for turn, way in enumerate(ways)
+    ]

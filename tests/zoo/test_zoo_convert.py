@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from diffq_fx import CompressionRecord, DiffQConfig, WeightQuantizer
 from zoo.checks import MODES, assert_same, converted, prepared, reachable_tensors, run, tensors_in, trained
-from zoo.entry import Entry, parameters_of
+from zoo.entry import Entry, each_in_one_way, parameters_of
 from zoo.models import BOTH_SCOPES, BY_NAME, MORE_OF_A_KIND
 
-every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES, MORE_OF_A_KIND))
+MODELS = parameters_of(BOTH_SCOPES, MORE_OF_A_KIND)
+every_model = pytest.mark.parametrize("entry", MODELS)
 
 
 @every_model
@@ -58,8 +59,7 @@ def _holds(tensor: Tensor, weight: Tensor) -> bool:
     return whole.numel() >= weight.numel() and bool((whole[: weight.numel()] == weight.reshape(-1)).all())
 
 
-@every_model
-@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "state_dict"])
+@pytest.mark.parametrize(("entry", "way"), each_in_one_way(MODELS, ("deepcopy", "torch.save", "state_dict")))
 def test_copies_compute_the_same(entry: Entry, way: str):
     result = trained(entry)[1]
     if way == "torch.save" and not entry.pickles:

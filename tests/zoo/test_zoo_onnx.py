@@ -31,7 +31,11 @@ def _export(entry: Entry, path: Path, layout: Any = "onnxruntime") -> Any:
         return export_onnx(trained(entry)[1], _example(entry), path, layout=layout)
 
 
-@pytest.mark.parametrize("entry", parameters_of(EXPORTED))
+SLOWEST = frozenset("resnet18 rnn_cells demucs causal_attention llama qwen3_moe vit".split())
+"""Other tests of the gate export models of their kind."""
+
+
+@pytest.mark.parametrize("entry", parameters_of(EXPORTED, SLOWEST))
 def test_exports_and_computes_the_same(entry: Entry, tmp_path: Path):
     model = trained(entry)[0]
     result = _export(entry, tmp_path / "model.onnx")

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PreparationError, WeightQuantizer, prepare_diffq
 from zoo.checks import MODES, assert_same, assert_unchanged, converted, noise_off, prepared, run, snapshot
-from zoo.entry import Entry, parameters_of, randn
+from zoo.entry import Entry, each_in_one_way, parameters_of, randn
 from zoo.models import BY_NAME, ZOO
 
 every_model = pytest.mark.parametrize("entry", parameters_of(ZOO))
@@ -56,15 +56,11 @@ def test_computes_the_same_with_the_noise_off(entry: Entry, scope: str):
 
 
 @pytest.mark.parametrize(
-    ("entry", "training"),
-    [
-        pytest.param(e, mode, id=f"{e.name}-{mode}", marks=[pytest.mark.slow] * e.slow)
-        for e in ZOO
-        for mode in (True, False)
-        if mode or not e.slow
-    ],
+    ("entry", "way"),
+    each_in_one_way(parameters_of(ZOO), ("train", "eval")),
 )
-def test_leaves_the_original_as_it_was(entry: Entry, training: bool):
+def test_leaves_the_original_as_it_was(entry: Entry, way: str):
+    training = way == "train"
     original, twin = entry.make().train(training), entry.make().train(training)
     before, random_state = snapshot(original), torch.get_rng_state()
     model = prepared(entry, original)

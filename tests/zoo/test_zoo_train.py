@@ -9,10 +9,11 @@ import torch
 from diffq_fx import Distillation
 from diffq_fx.training.output_loss import output_loss
 from zoo.checks import assert_same, loss_of, prepared, run, tensors_in, trained
-from zoo.entry import Entry, parameters_of
+from zoo.entry import Entry, each_in_one_way, parameters_of
 from zoo.models import BOTH_SCOPES, MORE_OF_A_KIND
 
-every_model = pytest.mark.parametrize("entry", parameters_of(BOTH_SCOPES, MORE_OF_A_KIND))
+MODELS = parameters_of(BOTH_SCOPES, MORE_OF_A_KIND)
+every_model = pytest.mark.parametrize("entry", MODELS)
 
 
 @every_model
@@ -55,8 +56,7 @@ def test_every_weight_and_every_bit_gets_a_gradient_and_can_be_trained(entry: En
     assert bool(torch.isfinite(output_loss(run(model, entry, "eval"), answers)))
 
 
-@every_model
-@pytest.mark.parametrize("way", ["deepcopy", "torch.save", "state_dict"])
+@pytest.mark.parametrize(("entry", "way"), each_in_one_way(MODELS, ("deepcopy", "torch.save", "state_dict")))
 def test_copies_compute_the_same(entry: Entry, way: str):
     """A copy has tensors of its own: it trains without a change to the model."""
     model = trained(entry)[0]
