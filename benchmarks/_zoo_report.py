@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from benchmarks._result import markdown_table, write_result
+from benchmarks.zoo_models.steps import TOLERANCE
 
 OUTCOMES = ("whole", "all but ONNX", "without ONNX", "refused", "failed", "float fails")
 MOST_FORWARDS, MOST_TORCH, SLOW = 20, 5, 0.005
@@ -50,8 +51,7 @@ def _row(line: dict[str, Any]) -> tuple[Any, ...]:
 
 def _message(line: dict[str, Any]) -> tuple[str, ...]:
     known = "yes" if line["outcome"] == "refused" else {True: "yes", False: "no", None: ""}[line.get("known_before_training")]
-    written = "writes a file, which was not compared" * ("torch.onnx" in line["seconds"])
-    texts = (" ".join(text.split()).replace("|", "\\|") for text in (line["message"], _of_torch(line) or written))
+    texts = (" ".join(text.split()).replace("|", "\\|") for text in (line["message"], _of_torch(line)))
     return (line["model"], line["outcome"], line["step"], known, *texts)
 
 
@@ -77,7 +77,12 @@ def _of_torch(line: dict[str, Any]) -> str:
     """What torch.onnx does with the float model, if it was asked."""
     if "torch_onnx_failure" in line:
         return f"refuses the float model too: {line['torch_onnx_failure']}"
-    return "fixes the batch of the float model too" if line.get("torch_onnx_fixes_batch") else ""
+    if line.get("torch_onnx_fixes_batch"):
+        return "fixes the batch of the float model too"
+    difference = line.get("torch_onnx_difference", 0.0)
+    if isinstance(difference, str):
+        return f"writes a file that does not run at another batch: {difference}"
+    return "" if difference <= TOLERANCE else f"writes a wrong file: at another batch it differs by {difference:.1%} of the largest output"
 
 
 def _of_all_steps(ran: list[dict[str, Any]]) -> str:
@@ -88,7 +93,8 @@ def _of_all_steps(ran: list[dict[str, Any]]) -> str:
     told = sum(line["outcome"] == "refused" or bool(line.get("known_before_training")) for line in tried)
     return (
         f"Of {len(tried)} that were taken through every step {whole} are whole. {of_torch} more are whole but for ONNX, where torch.onnx "
-        f"refuses the float model too or fixes its batch; without these {whole / (len(tried) - of_torch):.1%} are whole. "
+        "refuses the float model too, fixes its batch or writes a file that is wrong at another; "
+        f"without these {whole / (len(tried) - of_torch):.1%} are whole. "
         f"Of the {len(tried) - whole} that are not whole {told} were refused with the same words before a training."
     )
 

@@ -1,6 +1,7 @@
 """Copies of a model to run, trace or change."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +26,12 @@ def copy_replacing(model: nn.Module, replaced: Mapping[int, Tensor | nn.Module |
     ``copies`` gathers the copy of every object, by the identity of what it is a copy of.
 
     A model may keep results of its last forward (an auxiliary loss, attention weights); torch does not copy a tensor with a
-    history, so the copy gets its value.
+    history, so the copy gets its value. Of the empty registries of hooks, ten in each module, copy.deepcopy is slow to make others.
     """
     memo: dict[int, Any] = {} if copies is None else copies
     memo.update(replaced)
     for module in model.modules():
+        memo.update({id(each): type(each)() for each in vars(module).values() if type(each) in (dict, OrderedDict) and not each})
         memo.update({id(kept): kept.detach().clone() for kept in tensors_of(list(vars(module).values())) if not kept.is_leaf})
     return copy.deepcopy(model, memo)
 

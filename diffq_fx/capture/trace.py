@@ -1,6 +1,5 @@
 """Trace a model into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful."""
 
-import itertools
 import keyword
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -153,20 +152,25 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same, and its tracer.
 
     Tracing runs on a copy that shares the parameters, and that no trace may change; ``reads`` records what Python reads meanwhile.
+    A forward that has not asked for its mode in train is not traced in eval.
 
     Raises:
         CaptureError: says why a graph would not be faithful.
     """
-    traces, tracers, watched = [], [], reads.watch(copy_sharing_parameters(model))
-    for state, training in itertools.product((nullcontext, _other_state), (True, False)):
-        tracers.append(_WeightTracer(selection, reads))
-        traces.append(_traced(watched.train(training), tracers[-1], state))
-    train_code, eval_code, *other_codes = (code for _, code in traces)
-    if train_code != eval_code:
-        raise CaptureError("the forward does something else in train() than in eval(), which one graph cannot")
-    if any(code != eval_code for code in other_codes):
-        raise CaptureError("the forward does something else under torch.autocast or torch.no_grad, which one graph cannot")
-    return traces[1][0], tracers[1]
+    watched, tracer = reads.watch(copy_sharing_parameters(model)), _WeightTracer(selection, reads)
+    graph, code = _traced(watched.train(), tracer, nullcontext)
+    for state, training in ((nullcontext, False), (_other_state, True), (_other_state, False)):
+        if not training and not _may_know_its_mode(watched, reads):
+            continue
+        if _traced(watched.train(training), _WeightTracer(selection, reads), state)[1] != code:
+            where = "in train() than in eval()" if state is nullcontext else "under torch.autocast or torch.no_grad"
+            raise CaptureError(f"the forward does something else {where}, which one graph cannot")
+    return graph, tracer
+
+
+def _may_know_its_mode(model: nn.Module, reads: Reads) -> bool:
+    asked = any("training" in names for names in reads.names.values())
+    return asked or any(getattr(module.train, "__func__", None) is not nn.Module.train for module in model.modules())
 
 
 @contextmanager

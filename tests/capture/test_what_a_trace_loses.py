@@ -306,3 +306,33 @@ def test_the_gate_takes_another_order_of_summation_for_the_same():
 def test_an_output_that_lost_its_history_is_seen(scope):
     """Values are equal in eval too; only ``requires_grad`` tells."""
     assert "that requires grad" in gate._difference(X, X.clone().requires_grad_(), "the output")
+
+
+class AsksWithoutGrad(Net):
+    def between(self, x):
+        return x if torch.is_grad_enabled() or self.training else x * 2
+
+
+class SetsInTrain(Net):
+    def train(self, mode=True):
+        self.factor = 1.0 if mode else 2.0
+        return super().train(mode)
+
+    def between(self, x):
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("make", "modes", "refused"),
+    [
+        (Net, [True, True], None),
+        (AsksWithoutGrad, [True, True, False], r"under torch\.autocast or torch\.no_grad"),
+        (SetsInTrain, [True, False], r"in train\(\) than in eval"),
+    ],
+)
+def test_eval_is_traced_too_where_the_mode_could_be_known(make, modes, refused, monkeypatch):
+    seen, traced = [], trace._traced
+    monkeypatch.setattr(trace, "_traced", lambda module, *args: seen.append(module.training) or traced(module, *args))
+    with pytest.raises(CaptureError, match=refused) if refused else contextlib.nullcontext():
+        prepare_diffq(make().train(), X, CONFIG, scope="model")
+    assert seen == modes

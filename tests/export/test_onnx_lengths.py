@@ -164,6 +164,34 @@ def test_keywords_that_the_signature_does_not_name(path):
     assert "forward" not in vars(model)
 
 
+def _padded(layer, x, lengths):
+    shown = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    assert torch.compiler.is_compiling() or shown.shape[1] == x.shape[1], "the longest fills the batch"
+    return layer(x).masked_fill(~shown[..., None], 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "other"),
+    [
+        (_padded, [(5, 6), (6, 2, 4)]),
+        (lambda layer, x, graph: x.new_zeros(int(graph.max()) + 1, 16).index_add(0, graph, layer(x[:, 0])), [(1, 3), (0, 7, 0)]),
+        (lambda layer, x, until: layer(x)[:, : int(until.min())], [(2, 6), (1, 1, 3)]),
+    ],
+)
+def test_a_number_that_a_tensor_holds_stays_one_of_the_input(function, other, path, capfd):
+    class Two(Then):
+        def forward(self, x, numbers):
+            return self.function(self.layer, x, numbers)
+
+    model = Two(function).eval()
+    result = export_onnx(model, (torch.randn(2, 4, 16), torch.tensor([4, 4])), path)
+    assert result.sizes.keys() >= {"batch", "x_1"}
+    assert capfd.readouterr().err == "", "torch prints the graph of a trace that fails"
+    for numbers in map(torch.tensor, other):
+        x = torch.randn(len(numbers), 6, 16)
+        assert_same(run_exact(path, x, numbers), model(x, numbers))
+
+
 def test_sizes_that_dynamic_shapes_leaves(path):
     result = export_onnx(Then(lambda y, x: y).eval(), torch.randn(2, 5, 16), path, dynamic_shapes={"x": {1: torch.export.Dim.AUTO}})
     assert dict(result.fixed_sizes) == {"x.0": "dynamic_shapes leaves it", "x.2": "dynamic_shapes leaves it"}

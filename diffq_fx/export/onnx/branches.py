@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffq_fx import _compat
-from diffq_fx.export.onnx.examples import ExportExample
+from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample
 
 SIZE_ADVICE = "Leave this size static, or state its limits: torch.export.Dim(name, min=..., max=...)."
 """What to do where a size that is asked for decides a branch."""
@@ -19,8 +19,6 @@ _SMALL = 128
 _LARGEST = 2048
 """Sizes up to the one are looked at, and numbers up to the other that a condition of the model names."""
 _MOST_POINTS = 8
-_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
-"""What a model, or its trace, raises at a size that it does not take."""
 
 
 def branches(model: nn.Module, program: torch.export.ExportedProgram, example: ExportExample, dynamic_shapes: Any = None) -> list[str]:
@@ -100,13 +98,13 @@ def _differs(
     resized = example.resized(shapes)
     try:
         expected = resized.map(torch.clone).run(model)
-    except _REFUSALS:
+    except FORWARD_ERRORS:
         return False
     traced = program.module(check_guards=False)
     traced._forward_pre_hooks.clear()  # they refuse the size
     try:
         found = resized.run(traced)
-    except _REFUSALS:
+    except FORWARD_ERRORS:
         return True
     return not all(map(_close, found, expected))
 

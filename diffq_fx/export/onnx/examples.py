@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 from diffq_fx.example import Example, tensors_of
 
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
+"""What a model, or its trace, raises at inputs that it does not take."""
 _SEQUENCE_SIZES = 3
 """Batch, length and features."""
 CACHE, ATTENTION_MASK = "past_key_values", "attention_mask"
@@ -121,6 +123,16 @@ class ExportExample(Example):
     def resized(self, shapes: list[tuple[int, ...]]) -> "ExportExample":
         """The example cut off, or with its last values repeated, to these shapes."""
         return self.replace([_resized(tensor, shape) for tensor, shape in zip(self.tensors, shapes, strict=True)])
+
+    def lengthened(self, shapes: list[tuple[int, ...]]) -> "ExportExample":
+        """The example whose integers that are a size, as lengths of sequences are, follow that size."""
+        pairs = [pair for tensor, shape in zip(self.tensors, shapes, strict=True) for pair in zip(tensor.shape, shape, strict=True)]
+        changed = {old: new for old, new in pairs if old != new}
+        own = [tensor if tensor.is_floating_point() or _is_mask(tensor) else tensor.clone() for tensor in self.tensors]
+        for tensor, integers in zip(self.tensors, own, strict=True):
+            for old, new in changed.items() if integers is not tensor else ():
+                integers[tensor == old] = new
+        return self.replace(own)
 
     def redrawn(
         self, generator: torch.Generator, shapes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.differences import difference_of
-from diffq_fx.export.onnx.examples import ExportExample, Hidden
+from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample, Hidden
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.sessions import EXACT_LEVEL, UNFOLDED, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
@@ -29,7 +30,7 @@ _SEE_SOMETHING = (
     "sees nothing: of such a row attention makes 0 or NaN in PyTorch and an average in onnxruntime. "
     "Give every row of example_inputs a place that it sees"
 )
-_REFUSALS = (DiffQError, RuntimeError, ValueError, IndexError)
+_REFUSALS = (DiffQError, *FORWARD_ERRORS)
 
 _Outputs = Mapping[str, np.ndarray]
 
@@ -209,11 +210,11 @@ def _that_runs(reference: nn.Module, example: ExportExample, generator: torch.Ge
     """Fresh inputs; the example's own integers, or own values, where the model refuses other ones or makes nothing finite of them."""
     kept: list[Callable[[torch.Tensor], bool]] = [lambda _: False, lambda tensor: not tensor.is_floating_point(), lambda _: True]
     ran: list[ExportExample] = []
-    for keep in kept:
-        fresh = example.redrawn(generator, shapes, keep)
+    for keep, of in product(kept, (example, example.lengthened(shapes))):
+        fresh = of.redrawn(generator, shapes, keep)
         try:
             leaves = fresh.map(torch.clone).run(reference)
-        except (RuntimeError, ValueError, IndexError):
+        except FORWARD_ERRORS:
             continue
         if all(bool(leaf.isfinite().all()) for leaf in leaves if isinstance(leaf, torch.Tensor)):
             return fresh

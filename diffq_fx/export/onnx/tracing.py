@@ -3,22 +3,24 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
 from diffq_fx.export.onnx.causes import left_out, tracing_cause
-from diffq_fx.export.onnx.examples import ExportExample
+from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample
 from diffq_fx.export.onnx.experts import experts_in_batches
 from diffq_fx.export.onnx.keywords import keywords_named
 from diffq_fx.export.onnx.naming import PAST, InterfaceNames, name_sizes
 from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
-from diffq_fx.export.onnx.translation import TRACING_ERRORS, quiet, translate
+from diffq_fx.export.onnx.translation import quiet, translate
 
 _FEW_VALUES = 2**18
 _TIMES_AS_MANY = 16
@@ -119,15 +121,23 @@ class Tracer:
             return self.example
         try:
             repeated.run(self.converted)
-        except TRACING_ERRORS:
+        except FORWARD_ERRORS:
             return self.example
         return repeated
 
     def _exported(self, example: ExportExample, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+        """Trace what runs; of a model that makes a number of a tensor (``int(lengths.max())``) the bytecode, where that is a symbol."""
         try:
             with keywords_named(self.converted, example.kwargs):
-                program = torch.export.export(self.converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-        except TRACING_ERRORS as error:
+                export = partial(torch.export.export, self.converted, example.args, example.kwargs, dynamic_shapes=dynamic_shapes)
+                try:
+                    program = export(strict=False)
+                except GuardOnDataDependentSymNode as error:
+                    try:
+                        program = export(strict=True)
+                    except FORWARD_ERRORS:
+                        raise error from None
+        except FORWARD_ERRORS as error:
             raise ExportError(
                 f"torch.export cannot trace the {type(self.converted).__name__}: {tracing_cause(error)}\n"
                 "  Check the example inputs, and dynamic_shapes if you gave them (their example sizes must be 2 or more); "

@@ -1,9 +1,10 @@
 """Translates a traced model to ONNX with one placeholder node for each weight, which the layout rules then replace."""
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.causes import translation_cause
+from diffq_fx.export.onnx.examples import FORWARD_ERRORS
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.parts import stored_weights
 from diffq_fx.storage import StoredWeight
@@ -25,8 +27,6 @@ BASE_OPSET = 20
 """The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
 
 _ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range")
-
-TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 
 
 def weights_by_initializer(converted: nn.Module) -> dict[str, StoredWeight]:
@@ -46,11 +46,11 @@ def translate(program: torch.export.ExportedProgram, converted: nn.Module) -> tu
     _leave_assertions_out(program)
     try:
         return _to_onnx(program, optimize=True), ()
-    except (torch.onnx.errors.OnnxExporterError, *TRACING_ERRORS) as error:
+    except (torch.onnx.errors.OnnxExporterError, *FORWARD_ERRORS) as error:
         cause = translation_cause(error, program)
         try:
             model = _to_onnx(program, optimize=False)
-        except (torch.onnx.errors.OnnxExporterError, *TRACING_ERRORS):
+        except (torch.onnx.errors.OnnxExporterError, *FORWARD_ERRORS):
             raise ExportError(f"torch.onnx cannot translate the {type(converted).__name__}: {cause}") from error
         return model, (f"the graph is not optimized by torch.onnx, which fails on it ({cause})",)
 
@@ -122,13 +122,13 @@ def _placeholder() -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what exporters and quantizers say about themselves: nothing of it is for the user of this library."""
-    names = ("torch.onnx", "torch.export", "torch._subclasses.fake_tensor", "onnxscript", "onnx_ir", "onnxruntime.quantization")
-    loggers = [logging.getLogger(name) for name in names]
+    names = "torch.onnx torch.export torch._subclasses.fake_tensor torch.fx.experimental.symbolic_shapes onnxscript onnx_ir"
+    loggers = [logging.getLogger(name) for name in (*names.split(), "onnxruntime.quantization")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # a trace that fails prints its graph
             warnings.simplefilter("ignore")
             yield
     finally:
