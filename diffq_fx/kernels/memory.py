@@ -4,7 +4,9 @@ A large block that torch frees goes back to the system, and taking it again, pag
 does. The noisy weights of all layers live at the same time between forward and backward, so keeping their memory makes no peak higher.
 """
 
+import ctypes
 import math
+import sys
 import weakref
 from collections.abc import Sequence
 
@@ -15,6 +17,9 @@ from diffq_fx import _compat
 
 _WORTH_KEEPING = 1 << 18
 """Bytes below which the allocator itself keeps what is freed."""
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+"""glibc keeps freed memory, hundreds of MiB after a large model, which the large tensors of onnxruntime come on top of."""
 
 _free: dict[int, list[Tensor]] = {}
 
@@ -40,5 +45,7 @@ def recorded() -> bool:
 
 
 def release() -> None:
-    """Give what is kept back to the system; what is in use follows when it dies."""
+    """Give what is kept here, and what the allocator keeps, back to the system; what is in use follows when it dies."""
     _free.clear()
+    if _trim is not None:
+        _trim(0)

@@ -45,7 +45,7 @@ def test_no_weight_gets_levels_at_load(name, tmp_path):
     result = export_onnx(model, example, path, activations="int8", calibration=[example])
     assert result.fast_relative_error < 0.02
     optimized = tmp_path / "optimized.onnx"
-    open_session(path, 1, {}, optimized=optimized)
+    open_session(path, 1, {}, optimized_model_filepath=str(optimized))
     graph = onnx.load(optimized).graph
     weights = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert "QLinearConv" in {node.op_type for node in graph.node}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from torch.nn import functional as F
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx import pipeline
-from diffq_fx.export.onnx.sessions import UNFOLDED, open_session, run_session
+from diffq_fx.export.onnx.saving import save_draft
+from diffq_fx.export.onnx.sessions import open_session, run_session
+from diffq_fx.export.onnx.unfolding import UNFOLDED, save_unfolded
+from diffq_fx.kernels import memory
 
 MIXED = torch.tensor([2, 3, 4, 5, 8, 9]).repeat(4)[:, None]
 MODELS = {
@@ -45,11 +49,10 @@ def test_check_of_a_large_model(case, path, monkeypatch):
     content = path.read_bytes()
     monkeypatch.setattr(pipeline, "_MANY_FLOATS", 0)
     asked = []
-    monkeypatch.setattr("diffq_fx.export.onnx.parity.open_session", lambda *a, **k: asked.append(k["unfolded"]) or open_session(*a, **k))
+    monkeypatch.setattr(pipeline, "save_unfolded", lambda *a: asked.append(a[1]) or save_unfolded(*a))
     large = export_onnx(model, example, path, **options)
     assert path.read_bytes() == content
-    assert asked[0] == {name for record in large.weights for name in record.initializers}, "the exact file"
-    assert asked[1] == (set() if case == "dynamic" else asked[0])
+    assert asked == [[record.name for record in large.weights]], "of a dynamic one the exact file alone"
     assert large.max_relative_error <= 1e-4
     products = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Transpose", "ReorderInput", "ReorderOutput"}
     assert small.operators.keys() - products == large.operators.keys() - products
@@ -64,20 +67,48 @@ def test_a_wrong_large_file_is_refused(old_file, folds_nothing, monkeypatch):
     assert old_file.read_bytes() == b"the old file"
 
 
+def test_memory_of_the_check(path, folds_nothing, monkeypatch):
+    """onnxruntime runs in what the steps before have taken: none of their graphs is left, and no weight that PyTorch made in float."""
+    graphs, left = [], []
+
+    def save(model, *where):
+        graphs.append(weakref.ref(model.graph))
+        return save_draft(model, *where)
+
+    def run(*arguments):
+        left.append([graph() for graph in graphs] + [block for blocks in memory._free.values() for block in blocks])
+        return run_session(*arguments)
+
+    monkeypatch.setattr(pipeline, "save_draft", save)
+    monkeypatch.setattr("diffq_fx.export.onnx.parity.run_session", run)
+    export_onnx(Linear(512, 512, 4).eval(), torch.randn(2, 512), path)
+    assert left
+    assert all(each == [None] for each in left)
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_unfolded(external, path, tmp_path):
-    """What hangs on the named initializers is computed at every run, the rest is folded."""
-    made = [numpy_helper.from_array(np.arange(64, dtype=np.uint8).reshape(8, 8), name) for name in ("a", "b")]
-    nodes = [helper.make_node("Cast", [name], [f"{name}.float"], to=1) for name in ("a", "b")]
-    nodes += [helper.make_node("MatMul", [left, f"{name}.float"], [right]) for left, name, right in (("x", "a", "h"), ("h", "b", "y"))]
+    """What hangs on the initializers of the named weights is computed at every run, the rest is folded."""
+    rows = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    made = [numpy_helper.from_array(array, f"{name}.{part}") for name in "ab" for part, array in (("levels", rows), ("scale", rows[:1]))]
+    made.append(numpy_helper.from_array(np.array([8, 8]), "sizes"))
+    chain = (("Expand", ["scale"], ["sizes"]), ("Mul", ["levels", "Expand"], []), ("Cast", ["Mul"], []))
+    nodes = [
+        helper.make_node(op, [*(f"{name}.{each}" for each in own), *shared], [f"{name}.{op}"], **({"to": 1} if op == "Cast" else {}))
+        for name in "ab"
+        for op, own, shared in chain
+    ]
+    nodes += [helper.make_node("MatMul", ["x", "a.Cast"], ["h"]), helper.make_node("MatMul", ["h", "b.Cast"], ["y"])]
     ends = [helper.make_tensor_value_info(name, 1, [1, 8]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], made)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], made), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
     onnx.save(model, path, save_as_external_data=external, size_threshold=0)
-    session = open_session(path, 1, {}, optimized=tmp_path / "optimized.onnx", unfolded=["b", "not there"])
-    assert [node.name for node in onnx.load(tmp_path / "optimized.onnx").graph.node if node.op_type == "Cast"] == [f"{UNFOLDED}b.float"]
+    optimized = tmp_path / "optimized.onnx"
+    session = open_session(save_unfolded(path, ["b", "not there"], tmp_path / "copy"), 1, {}, optimized_model_filepath=str(optimized))
+    assert [node.name for node in onnx.load(optimized).graph.node] == ["", *(f"{UNFOLDED}b.{op}" for op, *_ in chain), ""]
     assert [entry.name for entry in session.get_inputs()] == ["x"]
-    x, weight = np.ones((1, 8), np.float32), np.arange(64, dtype=np.float32).reshape(8, 8)
+    x, weight = np.ones((1, 8), np.float32), (rows * rows[:1]).astype(np.float32)
     assert (run_session(session, {"x": x}, path)["y"] == x @ weight @ weight).all()
 
 

@@ -12,6 +12,7 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.request import Range
 from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
+from diffq_fx.export.onnx.unfolding import FREED
 
 
 def calibrate(
@@ -32,7 +33,7 @@ def calibrate(
     Raises:
         ExportError: There is no item, or one does not fit, is not finite, or makes a value that is not finite.
     """
-    session = open_session(path, 0, {})
+    session = open_session(path, 0, {}, **FREED)
     names = [entry.name for entry in session.get_inputs()]
     shapes = {str(value.name): value.shape for value in graph.inputs}
     ranges = dict.fromkeys(watched, (math.inf, -math.inf))

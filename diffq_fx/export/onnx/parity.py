@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffq_fx import kernels
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.differences import difference_of
 from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample, Hidden
 from diffq_fx.export.onnx.files import load_graph
-from diffq_fx.export.onnx.sessions import EXACT_LEVEL, UNFOLDED, open_session, run_session, to_numpy
+from diffq_fx.export.onnx.sessions import EXACT_LEVEL, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
+from diffq_fx.export.onnx.unfolding import FREED, UNFOLDED
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a part of the output's largest value; a model in float16 gets a few of its own steps."""
@@ -62,17 +64,15 @@ class Parity:
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """The files of one draft."""
+    """The files of one draft; a large one is run as a copy (see :mod:`.unfolding`)."""
 
     published: Path
     entries: Mapping[str, str]
     """The session entries that it asks for."""
+    fast: Path
+    """The published file as it is run."""
     exact: Path
-    """The same numbers with activations that are not rounded in the graph; the published file itself if it rounds none there."""
-    unfolded: frozenset[str] = frozenset()
-    """Levels whose float weights the check computes at every run, where onnxruntime would hold all of them several times."""
-    unfolded_exact: frozenset[str] = frozenset()
-    """Those of ``exact``."""
+    """The same numbers with activations that are not rounded in the graph; ``fast`` itself if it rounds none there."""
 
 
 class _Comparison:
@@ -85,7 +85,7 @@ class _Comparison:
 
     def found(self, inputs: ExportExample) -> _Outputs:
         """What the file makes of these inputs."""
-        return run_session(self.session, _feeds(self.session, inputs), self.path)
+        return _run(self.session, inputs, self.path)
 
     def check(self, found: _Outputs, expected: list[np.ndarray], inputs: ExportExample) -> tuple[float, float]:
         """The differences of everything, or else of what a mask shows."""
@@ -138,7 +138,7 @@ def check_parity(
         ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
     entries = {**files.entries, **dict([EXACT_LEVEL])}
-    session = open_session(files.exact, 0, entries, unfolded=files.unfolded_exact)
+    session = open_session(files.exact, 0, entries, **FREED)
     exact = _Comparison(files.exact, reference, example, session)
     generator = torch.Generator().manual_seed(_SEED)
     worst, compared = (0.0, 0.0), []
@@ -165,15 +165,21 @@ def check_parity(
 
 def _as_it_runs(files: DraftFiles, compared: list[tuple[ExportExample, list[np.ndarray]]]) -> tuple[float, list[tuple[str, str]]]:
     """The largest relative difference of the file as it runs by default, and the kernels of its last run."""
-    session = open_session(files.published, 0, files.entries, files.published.with_name("profile"), unfolded=files.unfolded)
-    pairs = [(run_session(session, _feeds(session, inputs), files.published), expected) for inputs, expected in compared]
+    profile = str(files.fast.with_name("profile"))
+    session = open_session(files.fast, 0, files.entries, **FREED, enable_profiling=True, profile_file_prefix=profile)
+    pairs = [(_run(session, inputs, files.fast), expected) for inputs, expected in compared]
     worst = max((_relative(found, expected) for found, expected in pairs), default=0.0)
     kernels = _kernels(Path(session.end_profiling()))
     return worst, [kernel for kernel in kernels if not kernel[0].startswith(UNFOLDED)]
 
 
-def _feeds(session: Any, inputs: ExportExample) -> dict[str, np.ndarray]:
-    return {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(session.get_inputs(), inputs.tensors, strict=True)}
+def _run(session: Any, inputs: ExportExample, path: Path) -> _Outputs:
+    """What a file makes of these inputs, in the memory that PyTorch's weights in float took, and gives back."""
+    kernels.release()
+    feeds = {entry.name: to_numpy(tensor).copy() for entry, tensor in zip(session.get_inputs(), inputs.tensors, strict=True)}
+    outputs = run_session(session, feeds, path)
+    kernels.release()
+    return outputs
 
 
 def _expected(reference: nn.Module, inputs: ExportExample) -> list[np.ndarray]:
@@ -187,7 +193,7 @@ def _dequantized_at_run(files: DraftFiles) -> tuple[str, ...]:
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
-        open_session(files.published, 0, files.entries, optimized=optimized, unfolded=files.unfolded)
+        open_session(files.fast, 0, files.entries, optimized_model_filepath=str(optimized))
         left = [node for node in load_graph(optimized).graph.node if node.op_type == "DequantizeLinear"]
     names = {output: node.name for node in load_graph(files.published).graph.node for output in node.output}
     return tuple(names[node.output[0]] for node in left if node.output[0] in names)

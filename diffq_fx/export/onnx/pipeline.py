@@ -1,5 +1,6 @@
 """The steps of an export, in their order. Imports onnx, onnxscript and onnxruntime; :mod:`.exporter` does not."""
 
+import gc
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
 from diffq_fx.export.onnx.tracing import TracedModel, Tracer
 from diffq_fx.export.onnx.translation import weights_by_initializer
+from diffq_fx.export.onnx.unfolding import save_unfolded
 from diffq_fx.storage import StoredWeight
 
 _ROUGH = 0.1
@@ -48,9 +50,11 @@ class _Draft:
     """A file that is written and checked, but not yet in its place."""
 
     file: Path
+    runs: Path
+    """What the check and the calibration run in its place."""
     opset: int
     metadata: ExportMetadata
-    parity: Parity | None
+    parity: Parity | None = None
 
     @property
     def dequantized(self) -> list[str]:
@@ -82,9 +86,7 @@ class _Job:
 
     def calibrated(self, calibration: Iterable[Any]) -> "_Job":
         """With the range of every activation that is to be rounded."""
-        model, applied, _ = self._laid_out({}, twin=True)
-        watched = watch(model, applied.rounded)
-        file = save_draft(model, self.folder / "calibration", self.path)
+        file, watched = self._twin({}, "calibration", watched=True)
         ranges, first = calibrate(file, watched, calibration, self.example, self.traced.model.graph)
         return replace(self, request=replace(self.request, ranges=ranges), typical=first)
 
@@ -94,13 +96,17 @@ class _Job:
         return self._draft(dict.fromkeys(draft.dequantized, _NOT_FUSED)) if draft.dequantized else draft
 
     def _draft(self, refused: Mapping[str, str]) -> _Draft:
+        draft = self._written(refused)
+        return replace(draft, parity=self._parity(refused, draft)) if self.verify else draft
+
+    def _written(self, refused: Mapping[str, str]) -> _Draft:
         model, applied, opset = self._laid_out(refused)
-        layout, entries = self.request.layout, wanted_entries(self.request.layout)
+        layout = self.request.layout
         metadata = ExportMetadata(
             layout=layout,
             activations=self.request.activations,
             target=None if layout == "qdq" else self.request.target,
-            session=entries,
+            session=wanted_entries(layout),
             sizes=self.traced.sizes,
             fixed_sizes=self.traced.fixed,
             weights=applied.records,
@@ -110,11 +116,23 @@ class _Job:
             call_functions(model)
         model.producer_name, model.producer_version = "diffq_fx", diffq_fx.__version__
         model.metadata_props.update(to_props(metadata))
-        file = save_draft(model, self.folder / "published", self.path)
+        file, runs = self._saved(model, applied, "published")
         check_products(file)
-        unfolded = _many_floats(applied)
-        files = DraftFiles(file, entries, file, unfolded, unfolded)
-        return _Draft(file, opset, metadata, self._parity(refused, files) if self.verify else None)
+        return _Draft(file, runs, opset, metadata)
+
+    def _twin(self, refused: Mapping[str, str], name: str, *, watched: bool = False) -> tuple[Path, dict[str, tuple[str, str]]]:
+        """A file without rounded activations, and the outputs with the ranges of those if they are ``watched``."""
+        model, applied, _ = self._laid_out(refused, twin=True)
+        outputs = watch(model, applied.rounded) if watched else {}
+        return self._saved(model, applied, name)[1], outputs
+
+    def _saved(self, model: ir.Model, applied: Applied, name: str) -> tuple[Path, Path]:
+        """A file, and what is run of it: a copy where onnxruntime would fold many weights."""
+        file = save_draft(model, self.folder / name, self.path)
+        folded = [record for record in applied.records if record.rule in ("fold", "codebook")]
+        if sum(math.prod(record.shape) for record in folded) <= _MANY_FLOATS:
+            return file, file
+        return file, save_unfolded(file, [record.name for record in folded], self.folder / f"{name}.unfolded")
 
     def _laid_out(self, refused: Mapping[str, str], *, twin: bool = False) -> tuple[ir.Model, Applied, int]:
         model = self.traced.model.clone()
@@ -123,19 +141,13 @@ class _Job:
         store_narrow_tables(model)
         return model, applied, set_opset(model, self.request.opset)
 
-    def _parity(self, refused: Mapping[str, str], files: DraftFiles) -> Parity:
-        if self.request.rounds:
-            model, applied, _ = self._laid_out(refused, twin=True)
-            files = replace(files, exact=save_draft(model, self.folder / "exact", self.path), unfolded_exact=_many_floats(applied))
+    def _parity(self, refused: Mapping[str, str], draft: _Draft) -> Parity:
+        exact = self._twin(refused, "exact")[0] if self.request.rounds else draft.runs
         reference = HalvedModel(self.converted, self.halved) if self.halved else self.converted
+        files = DraftFiles(draft.file, draft.metadata.session, draft.runs, exact)
+        if sum(weight.spec.numel for weight in self.weights.values()) > _MANY_FLOATS:
+            gc.collect()  # graphs are reference cycles: each that was written or read holds its levels until then
         return check_parity(files, reference, self.example, self.traced, self.typical)
-
-
-def _many_floats(applied: Applied) -> frozenset[str]:
-    """The levels or codes of all weights that are folded to float at load, if those are many."""
-    folded = [record for record in applied.records if record.rule in ("fold", "codebook")]
-    many = sum(math.prod(record.shape) for record in folded) > _MANY_FLOATS
-    return frozenset(name for record in folded for name in record.initializers) if many else frozenset()
 
 
 def export_file(

@@ -3,8 +3,7 @@
 A file may ask for session entries there: ``diffq_fx.session.qdq_matmulnbits_accuracy_level = 4`` sets onnxruntime's entry of that name.
 """
 
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
 """Keeps activations in float inside fused products."""
-UNFOLDED = "unfolded/"
-"""So begin the names of the nodes that :func:`open_session` keeps from being folded."""
 _FAST_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "4")
 """Rounds them to int8, block by block."""
 
@@ -107,23 +104,14 @@ def _options(threads: int, entries: Mapping[str, str]) -> Any:
     return options
 
 
-def open_session(
-    path: str | Path,
-    threads: int,
-    entries: Mapping[str, str],
-    profile: Path | None = None,
-    optimized: Path | None = None,
-    unfolded: Collection[str] = (),
-) -> "InferenceSession":
+def open_session(path: str | Path, threads: int, entries: Mapping[str, str], **options: Any) -> "InferenceSession":
     """Load a file with onnxruntime's CPU provider.
 
     Args:
         path: an ONNX file.
         threads: threads inside an operator; 0 leaves it to onnxruntime.
         entries: session entries, see :func:`session_entries`.
-        profile: how the name of a profile shall begin; None for none.
-        optimized: where to write the graph as onnxruntime runs it; None for nowhere.
-        unfolded: initializers that are no constants to onnxruntime: what hangs on them is computed at every run, and kept only during it.
+        options: other attributes of ``onnxruntime.SessionOptions``.
 
     Raises:
         DiffQError: onnxruntime cannot load the file.
@@ -131,46 +119,14 @@ def open_session(
     import onnxruntime
 
     # Without this the threads of the model that has just run keep spinning and slow down the one whose turn it is.
-    options = _options(threads, {"session.force_spinning_stop": "1", **entries})
-    options.log_severity_level = 4  # what goes wrong is raised, not logged
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    if unfolded:
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they would keep the memory of one run for the next
+    settings = _options(threads, {"session.force_spinning_stop": "1", **entries})
+    settings.log_severity_level = 4  # what goes wrong is raised, not logged
+    for name, value in options.items():
+        setattr(settings, name, value)
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps what is mapped
-            source = _save_unfolded(path, unfolded, folder) if unfolded else path
-            return onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except _compat.onnxruntime_errors() as error:
         raise DiffQError(f"onnxruntime {onnxruntime.__version__} cannot load '{path}': {str(error).strip()}") from error
-
-
-def _save_unfolded(path: str | Path, names: Collection[str], folder: str) -> Path:
-    """Write the file anew with some initializers as the defaults of optional inputs, which are no constants.
-
-    Its functions are inlined here: onnxruntime would run what it inlines itself before everything else, and all weights were there at once.
-    The tensors lie outside of the graph, since onnxruntime maps these into memory and copies others twice.
-    """
-    import onnx_ir as ir
-    from onnx_ir.passes.common import InlinePass
-
-    model = ir.load(path)
-    InlinePass()(model)
-    initializers = model.graph.initializers
-    unfolded, known = {initializers[name] for name in names if name in initializers}, {None, *initializers.values()}
-    model.graph.inputs.extend(unfolded)
-    for node in model.graph:
-        if known.issuperset(node.inputs):
-            known.update(node.outputs)
-            if not unfolded.isdisjoint(node.inputs):
-                unfolded.update(node.outputs)
-                node.name = f"{UNFOLDED}{node.outputs[0].name}"
-    written = Path(folder, "unfolded.onnx")
-    ir.save(model, written, external_data="unfolded.data")
-    return written
 
 
 def run_session(session: "InferenceSession", inputs: Mapping[str, np.ndarray], path: str | Path) -> dict[str, np.ndarray]:

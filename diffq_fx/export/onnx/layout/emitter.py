@@ -124,5 +124,5 @@ def integer_tensor(levels: np.ndarray, bits: int, *, signed: bool) -> ir.TensorP
     dtype = integer_type(bits, signed=signed)
     if bits >= _BYTE:
         return ir.Tensor(np.ascontiguousarray(levels, dtype=dtype.numpy()))
-    unsigned = torch.from_numpy(np.ascontiguousarray(levels & (2**bits - 1)))
+    unsigned = torch.from_numpy(np.ascontiguousarray(levels.astype(np.uint8) & (2**bits - 1)))
     return ir.PackedTensor(pack_levels(unsigned, bits).numpy(), dtype, shape=levels.shape)
