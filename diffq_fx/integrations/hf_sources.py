@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq_fx.errors import DiffQError, first_line, missing
+from diffq_fx.errors import DiffQError, missing
 from diffq_fx.file_kinds import looks_like_safetensors
 
 try:
