@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffq_fx.errors import DiffQError, first_line, missing
+from diffq_fx.errors import DiffQError, missing
 from diffq_fx.file_kinds import looks_like_safetensors
 
 try:
@@ -165,10 +165,20 @@ def read_tokenizer(folder: Path, how: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except Exception as error:  # what is missing decides the type
-        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {first_line(error)}") from error
-    if not any((folder / name).is_file() for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())):
-        raise DiffQError(f"'{folder}' has no tokenizer. {how}.")  # transformers makes one without words
+        _refuse_without_words(folder, ("tokenizer.model", "vocab.json", "vocab.txt"), how)
+        said = " ".join(str(error).split())
+        raise DiffQError(f"'{folder}' has no tokenizer that transformers can load. {how}. {type(error).__name__}: {said}") from error
+    _refuse_without_words(folder, tuple(tokenizer.vocab_files_names.values()), how)  # transformers makes one without
     return tokenizer
+
+
+def _refuse_without_words(folder: Path, files: Sequence[str], how: str) -> None:
+    if files and not any((folder / name).is_file() for name in ("tokenizer.json", *files)):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "no file"
+        raise DiffQError(
+            f"'{folder}' has no tokenizer: expected tokenizer.json, which tokenizer.save_pretrained writes, or {', '.join(files)}; "
+            f"found {found}. {how}."
+        )
 
 
 def save_folder(model: Any, source: Path | None, target: Path) -> None:

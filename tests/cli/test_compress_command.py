@@ -399,7 +399,7 @@ def test_rows_of_inputs_take_the_place_of_texts(models, changed):
     assert result.exit_code == 0, result.stderr
     assert "inputs: 24 rows of input_ids, attention_mask" in result.stdout
     result = invoke(folder, "--data", models / "texts.txt", "--out", "other")
-    assert "has no tokenizer. Put the tokenizer's files there, or give --data as .safetensors or .npy" in result.stderr
+    assert "found config.json, model.safetensors. Put the tokenizer's files there, or give --data as .safetensors or .npy" in result.stderr
 
 
 def test_the_folder_that_is_read_is_not_written_to(models, changed, tmp_path):

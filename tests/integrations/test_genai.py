@@ -177,12 +177,23 @@ def test_a_model_that_is_not_converted_a_tokenizer_that_is_none_and_a_folder_tha
         TypeError, match="save_olive: tokenizer must be the model's tokenizer of transformers, or a folder with one, got NoneType"
     ):
         save_olive(model, tmp_path / "folder", None)
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
-    for words in (tmp_path, tmp_path / "damaged", "nowhere"):
-        with pytest.raises(ExportError, match=r"^save_olive: [^\n]* has no tokenizer[^\n]*give the tokenizer itself[^\n]*$"):
+    expected = "no tokenizer: expected tokenizer.json, which tokenizer.save_pretrained writes, or"
+    folders = {
+        "empty": (None, "", f"{expected} .*; found no file"),
+        "settings": ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}', f"{expected} .*; found tokenizer_config.json"),
+        "a model": ("config.json", '{"model_type": "llama"}', f"{expected} .*; found config.json"),
+        "damaged": ("tokenizer.json", "{", "no tokenizer that transformers can load. .* JSONDecodeError: .*"),
+        "nowhere": (None, "", "no tokenizer: there is no such folder"),
+    }
+    for name, (file, text, said) in folders.items():
+        words = tmp_path / "words" / name
+        words.mkdir(parents=True) if name != "nowhere" else None
+        (words / file).write_text(text) if file else None
+        with pytest.raises(ExportError, match=f"^save_olive: '{words}' has {said}") as error:
             save_olive(model, tmp_path / "folder", words)
-    shutil.rmtree(tmp_path / "damaged")
+        assert "Put its files there, or give the tokenizer itself." in str(error.value)
+        assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "words")
     (tmp_path / "mine").write_text("kept")
     for there in (tmp_path, tmp_path / "mine"):
         with pytest.raises(ExportError, match="is there already"):
