@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from diffq_fx.capture.scope import TakenOver, take_over
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PackedFileError, missing, why_too_old
+from diffq_fx.export.onnx.files import blaming
+from diffq_fx.export.packed.dtypes import FLOAT_TYPES
 from diffq_fx.export.packed.loading import stored_weights_of
 from diffq_fx.export.packed.reader import in_threads
 from diffq_fx.export.packed.writer import model_contents, packed
@@ -38,7 +40,7 @@ try:
 except ImportError as error:
     raise missing("transformers", error) from error
 
-METHOD = "diffq_fx"
+METHOD, _CONFIG = "diffq_fx", "config.json"
 NEEDED = "5.23"
 """The first version of transformers that asks for the tensors to write and reads the config of a folder by what is registered here."""
 _VERSION = 1
@@ -72,9 +74,16 @@ class PackedWeights(QuantizationConfigMixin):
     ) -> None:
         if version != _VERSION:
             raise PackedFileError(f"the folder has the version {version!r} of diffq_fx; this diffq_fx reads version {_VERSION}.")
+        FLOAT_TYPES.parse(dtype)
         self.quant_method: Any = quant_method
         self.version, self.dtype = version, dtype
         self.weights, self.records = dict(weights or {}), dict(records or {})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Of config.json, which somebody else may have written."""
+        with blaming(_CONFIG):
+            return super().from_dict(config_dict, *args, **kwargs)
 
 
 class PackedWeightsQuantizer(HfQuantizer):
@@ -161,7 +170,7 @@ class PackedWeightsQuantizer(HfQuantizer):
         for names, stored in in_threads(lambda each: (each[0], _unpacked(*each)), blobs):
             device = model.get_parameter(names[0]).device
             stored.spec = replace(stored.spec, name=names[0], aliases=tuple(names[1:]))
-            if self._dtype != getattr(torch, self.quantization_config.dtype):
+            if self._dtype != FLOAT_TYPES[self.quantization_config.dtype]:
                 stored = stored.to(self._dtype)
             for owner, attribute in (owner_of(model, name) for name in names):
                 owner._modules[attribute + STORED_SUFFIX] = stored.to(device).eval()
@@ -170,13 +179,19 @@ class PackedWeightsQuantizer(HfQuantizer):
             for attribute in dict.fromkeys(attributes):
                 del owner._parameters[attribute]
             take_over(owner, TakenOver(weights=tuple(dict.fromkeys(attributes)), owned=tuple(dict.fromkeys(attributes))))
+        with blaming(_CONFIG):
+            self._set_records(model)
+        vars(model)["is_quantized"] = False  # for transformers that is: cannot be trained, nor changed to another type
+        tell_libraries(model)
+        return model
+
+    def _set_records(self, model: PreTrainedModel) -> None:
+        if not self.quantization_config.records:
+            raise ValueError("it has no records")
         for path, record in self.quantization_config.records.items():
             if (name := _names_in(model, [path])[path]) is not None:
                 part = model.get_submodule(name)
                 object.__setattr__(part, CHILD, record_of_json(record, part))
-        vars(model)["is_quantized"] = False  # for transformers that is: cannot be trained, nor changed to another type
-        tell_libraries(model)
-        return model
 
 
 register_quantization_config(METHOD)(PackedWeights)

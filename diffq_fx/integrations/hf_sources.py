@@ -2,12 +2,15 @@
 
 import inspect
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffq_fx.errors import DiffQError, missing
@@ -81,23 +84,14 @@ def batches_of(data: Path, model: PreTrainedModel, folder: Path) -> tuple[list[d
     Raises:
         DiffQError: the file is none of these or too short, or texts are given and the folder has no tokenizer.
     """
-    if looks_like_safetensors(data):
-        from safetensors.torch import load_file
-
-        try:
+    with _naming(data):
+        if looks_like_safetensors(data):
             return _batches_of_tensors(load_file(data), data, model.dtype)
-        except (OSError, ValueError) as error:
-            raise DiffQError(f"'{data}' cannot be read: {error}") from error
-    try:
         content = data.read_bytes()
-    except OSError as error:
-        raise DiffQError(f"--data '{data}' cannot be read: {error.strerror}.") from error
-    if content.startswith(b"\x93NUMPY"):
-        try:
+        if content.startswith(b"\x93NUMPY"):
             array = np.load(data, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DiffQError(f"'{data}' cannot be read: {error}") from error
-        return _batches_of_tensors({model.main_input_name: torch.from_numpy(array)}, data, model.dtype)
+            native = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+            return _batches_of_tensors({model.main_input_name: native}, data, model.dtype)
     try:
         lines = [line for line in map(str.strip, content.decode().splitlines()) if line]
     except UnicodeDecodeError as error:
@@ -105,6 +99,14 @@ def batches_of(data: Path, model: PreTrainedModel, folder: Path) -> tuple[list[d
     if not lines:
         raise DiffQError(f"--data '{data}' holds no text.")
     return _batches_of_texts(lines, data, model, folder)
+
+
+@contextmanager
+def _naming(data: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, TypeError, ValueError, SafetensorError) as error:  # numpy and torch have their own words for what a file may hold
+        raise DiffQError(f"--data '{data}' cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _batches_of_tensors(tensors: dict[str, Tensor], data: Path, dtype: torch.dtype) -> tuple[list[dict[str, Tensor]], str]:

@@ -56,7 +56,8 @@ class DiffQCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, plan and warn."""
         left = trainer.estimated_stepping_batches - _steps_of(trainer)
-        self._settings = begin("DiffQCallback", pl_module, trainer.optimizers, left, resumed=self._resumed)
+        resumed, self._resumed = self._resumed, None  # of this fit alone
+        self._settings = begin("DiffQCallback", pl_module, trainer.optimizers, left, resumed=resumed)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log how far the bits are."""

@@ -68,8 +68,9 @@ def progress(model: nn.Module) -> dict[str, float]:
 
 
 def keep_losses(model: nn.Module, logs: Mapping[str, Any]) -> None:
-    """Keep the losses among what is logged, for the curves of the report."""
-    losses = {name: float(value) for name, value in logs.items() if "loss" in name}
+    """Keep the losses among what is logged, numbers and tensors of one, for the curves of the report."""
+    numbers = {name: value for name, value in logs.items() if isinstance(value, int | float) or getattr(value, "shape", None) == ()}
+    losses = {name: float(value) for name, value in numbers.items() if "loss" in name}
     for compression in require_compressions(model, "keep_losses"):
         compression.log(**losses)
 

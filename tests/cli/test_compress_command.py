@@ -386,7 +386,7 @@ def test_a_language_model_reads_windows_and_others_padded_texts(models):
     assert told == "60 texts"
     assert [len(batch["input_ids"]) for batch in batches] == [7] * 8 + [4]
     assert all(int((batch["attention_mask"] == 0).sum()) == int((batch["input_ids"] == 0).sum()) for batch in batches)
-    np.save("ids.npy", np.arange(48, dtype=np.int32).reshape(24, 2))
+    np.save("ids.npy", np.arange(48, dtype=">i4").reshape(24, 2))
     rows, told = batches_of(Path("ids.npy"), load_float(bert), bert)
     assert told == "24 rows of input_ids"
     assert torch.cat([row["input_ids"] for row in rows]).flatten().tolist() == list(range(48))
@@ -454,6 +454,8 @@ def test_data_that_is_wrong(models, changed):
     binary.write_bytes(b"\xff\xfe\0\1")
     save_file({"input_ids": torch.zeros(24, 7), "attention_mask": torch.ones(23, 7)}, uneven := models.parent / "uneven.safetensors")
     np.save(few := models.parent / "few.npy", np.zeros((3, 7), np.int64))
+    np.save(words := models.parent / "words.npy", np.full((8, 7), "w1"))
+    (cut := models.parent / "cut.safetensors").write_bytes(uneven.read_bytes()[:-8])
     cases = {
         ("bert", short): "is too short: 7 lines of text, and 8 are the least",
         ("llama", short): "is too short: 14 tokens, and 256 are the least",
@@ -462,6 +464,8 @@ def test_data_that_is_wrong(models, changed):
         ("bert", models.parent / "nothing.txt"): "cannot be read: No such file or directory",
         ("bert", uneven): "every tensor needs as many rows as the others, 8 or more; found attention_mask 23, input_ids 24",
         ("bert", few): "8 or more; found input_ids 3",
+        ("bert", words): "words.npy' cannot be read: can't convert np.ndarray of type numpy.str_",
+        ("bert", cut): "cut.safetensors' cannot be read: Error while deserializing header",
     }
     for (name, data), message in cases.items():
         result = invoke(models / name, "--data", data)

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 
-from diffq_fx import DiffQConfig, PackedFileError, bits_report, convert, prepare, prepare_diffq
+from diffq_fx import DiffQConfig, DiffQError, PackedFileError, bits_report, convert, prepare, prepare_diffq
 from diffq_fx.export import save_packed
 from diffq_fx.methods import LC, LSQ, STE, ProductQuantization
 from diffq_fx.storage import StoredWeight
@@ -207,6 +207,22 @@ BROKEN = {
     "a damaged weight": (edit_tensors, flip, f"weight '{PACKED}': .*checksum"),
     "another version": (edit_config, lambda q: q.update(version=2), "version 2 of diffq_fx; this diffq_fx reads version 1"),
     "an unknown method": (edit_config, lambda q: q["records"][""]["method"][0].__setitem__(1, "MyMethod"), "MyMethod, which is no method"),
+    "no records": (edit_config, lambda q: q.update(records=[]), "config.json' is damaged: .*records"),
+    "a record without its parts": (edit_config, lambda q: q["records"].update({"": {}}), "config.json' is damaged: KeyError"),
+    "records of another kind": (edit_config, lambda q: q["records"][""].update(skipped=[]), "config.json' is damaged: AttributeError"),
+    "a method's unknown setting": (
+        edit_config,
+        lambda q: q["records"][""]["method"][0][2].update(more=1),
+        "config.json' is damaged: .*'more'",
+    ),
+    "a method's wrong setting": (
+        edit_config,
+        lambda q: q["records"][""]["method"][0][2].update(bits=99),
+        "config.json' is damaged: .*got 99",
+    ),
+    "an unknown type": (edit_config, lambda q: q.update(dtype="zeros"), "float64, got 'zeros'"),
+    "an unknown word": (edit_config, lambda q: q.update(more=1), "config.json' is damaged: TypeError.*'more'"),
+    "a list of weights": (edit_config, lambda q: q.update(weights=[1, 2]), "config.json' is damaged: TypeError"),
 }
 
 
@@ -214,7 +230,7 @@ BROKEN = {
 def test_a_broken_folder_is_an_error(what, folder):
     edit, change, message = BROKEN[what]
     edit(folder, change)
-    with pytest.raises(PackedFileError, match=message):
+    with pytest.raises(DiffQError, match=message):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

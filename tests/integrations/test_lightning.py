@@ -102,17 +102,19 @@ def test_resume_is_the_same_training(tmp_path):
             if trainer.current_epoch == 0:
                 trainer.save_checkpoint(tmp_path / "half.ckpt")
 
-    def run(target_bits=4, checkpoint=None):
+    def run(target_bits=4, checkpoint=None, callback=None):
         module = Lit(target_bits=target_bits)
-        fit(module, DiffQCallback(), AtHalf(), epochs=2, checkpoint=checkpoint)
+        fit(module, callback or DiffQCallback(), AtHalf(), epochs=2, checkpoint=checkpoint)
         return module
 
-    whole, again = run(), run(checkpoint=tmp_path / "half.ckpt")
+    callback = DiffQCallback()
+    whole, again = run(), run(checkpoint=tmp_path / "half.ckpt", callback=callback)
     assert int(again.net.compression.steps) == 24
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     with pytest.raises(PreparationError, match="another configuration: target_bits=4 for '\\*' there, 5 here"):
         run(target_bits=5, checkpoint=tmp_path / "half.ckpt")
+    run(target_bits=5, callback=callback)  # a training from the start: the checkpoint of the last one is no matter
 
 
 class Weights(lightning.Callback):

@@ -5,9 +5,10 @@ import torch
 from packed_models import assert_equal
 from torch import nn
 
-from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare_diffq, setup_optimizer
+from diffq_fx import DiffQConfig, DiffQWarning, convert_diffq, model_size, prepare, prepare_diffq, setup_optimizer
 from diffq_fx.errors import PackedFileError
 from diffq_fx.export import load_packed, save_packed
+from diffq_fx.methods import STE
 from diffq_fx.storage import IntegerWeight
 from recipes.models.cifar import ResNet20
 
@@ -109,6 +110,22 @@ def test_no_quantizer_is_needed_to_load(tmp_path):
     path = save_packed(trained(CONFIGS["channel"]), tmp_path / "net.safetensors")
     plain = load_packed(Net(), path)
     assert all(not type(module).__module__.startswith("diffq_fx") for module in plain.modules())
+
+
+@pytest.mark.parametrize("shared", [torch.zeros(1).expand(64), torch.zeros(65).unfold(0, 2, 1)[:64], torch.zeros(8, 1).expand(8, 8)])
+def test_a_tensor_whose_places_share_memory_is_refused_before_any_other_is_filled(tmp_path, shared):
+    net = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
+    net.register_buffer("shift", shared)
+    prepared = prepare(net, torch.zeros(1, 64), STE(bits=4))
+    path = save_packed(convert_diffq(prepared), tmp_path / "net.safetensors")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        net[1].weight.mul_(before["1.weight"].mul_(2))
+    with pytest.raises(PackedFileError, match="tensor 'shift' of the model is expanded"):
+        load_packed(net, path)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    net.shift = shared.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(load_packed(net, path)[1].weight, torch.ones(64))
 
 
 def test_what_cannot_be_saved(tmp_path):

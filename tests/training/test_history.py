@@ -3,11 +3,13 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffq_fx import DiffQConfig, bits_report, prepare_diffq
+from diffq_fx.integrations.schedule import keep_losses
 from diffq_fx.methods.history import History
 
 
@@ -63,3 +65,10 @@ def test_with_a_penalty_the_mean_of_the_bits_is_kept_too():
     assert mean[-1][1] < mean[0][1]
     bits_T = prepared.compression.bit_state().bits_T()  # of one layer, all channels of 64 weights
     assert [mean[-1][1], spread[-1][1]] == pytest.approx([float(bits_T.mean()), float(bits_T.std(correction=0))], rel=1e-4)
+
+
+def test_what_is_logged_and_no_number_ends_no_training():
+    model = prepare_diffq(nn.Linear(64, 64), torch.zeros(1, 64))
+    numbers = {"loss": 2, "eval_loss": torch.tensor(0.5), "loss/np": np.float32(0.25)}
+    keep_losses(model, {**numbers, "rate": 1.0, "loss_kind": "mse", "losses": [1, 2], "loss/layers": torch.ones(2), "loss/none": None})
+    assert {name: values[0][1] for name, values in model.compression.curves.items()} == {"loss": 2, "eval_loss": 0.5, "loss/np": 0.25}

@@ -194,7 +194,7 @@ def _targets(
 ) -> dict[str, list[Tensor]]:
     """The tensors of a model that each tensor of a file goes to, by the file's first name.
 
-    An error if names, shapes or types differ, or the model ties tensors that the file holds apart.
+    An error if names, shapes or types differ, or the model ties tensors that the file holds apart, or places of one tensor.
     """
     first = {name: names[0] for names in facts for name in names}
     own = {name for names, _ in tensors for name in names}
@@ -211,6 +211,10 @@ def _targets(
         shape, dtype = wanted[source]
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
             raise PackedFileError(f"tensor '{names[0]}': the model has {tuple(tensor.shape)} {tensor.dtype}, the file {shape} {dtype}")
+        if 1 + sum((size - 1) * step for size, step in zip(shape, tensor.stride(), strict=True)) < tensor.numel():
+            raise PackedFileError(
+                f"tensor '{names[0]}' of the model is expanded: its places share memory, give it some of its own by clone()"
+            )
         targets[source].append(tensor)
     return targets
 
