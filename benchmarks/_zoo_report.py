@@ -44,6 +44,25 @@ def write_report(lines: list[dict[str, Any]]) -> None:
     print(write_result("zoo", "Other people's architectures", "\n\n".join(body), PACKAGES))
 
 
+def write_full_size(lines: list[dict[str, Any]]) -> None:
+    """Write what prepare takes on models of their libraries' default size."""
+    ratios = [ratio for line in lines if (ratio := _ratios(line)[0]) is not None]
+    header = ("model", "library", "parameters, M", "weights", "scope", "forward, ms", "prepare, forwards", "peak MiB", "what went wrong")
+    body = (
+        f"Prepare in forwards (train mode, one sample, mean of the forwards before and after it): {_spread(ratios, MOST_FORWARDS)}.\n\n"
+        "Processor time, one thread; peak MiB is that of prepare, above the memory before it.\n\n"
+    )
+    print(
+        write_result("zoo_full_size", "Prepare on models of default size", body + markdown_table(header, map(_large_row, lines)), PACKAGES)
+    )
+
+
+def _large_row(line: dict[str, Any]) -> tuple[Any, ...]:
+    millions, forward = line.get("parameters", 0) / 1e6, line.get("forward_seconds", 0.0) * 1000
+    named = (line["name"], line["library"], f"{millions:.1f}", line.get("weights", ""), line.get("scope", ""), f"{forward:.0f}")
+    return (*named, _text(_ratios(line)[0]), f"{line['peak_mib'].get('prepare', 0.0):.0f}", line.get("message", "")[:200])
+
+
 def _row(line: dict[str, Any]) -> tuple[Any, ...]:
     named = (line.get(name, "") for name in ("name", "library", "family", "weights", "scope", "outcome"))
     return (*named, *map(_text, _ratios(line)), f"{max(line['peak_mib'].values(), default=0.0):.0f}")

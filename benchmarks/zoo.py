@@ -4,6 +4,7 @@
     python -m benchmarks.zoo run --again failed          # what ended so is run again
     python -m benchmarks.zoo run --until prepare         # measures that step anew
     python -m benchmarks.zoo report                      # the table
+    python -m benchmarks.zoo full-size                   # prepare beside forwards, of models as large as libraries make them by default
 
 Each model runs in a process of its own, forked from one that has imported the libraries, with a limit of processor time and of memory.
 Times are processor time. They are compared within the process alone: prepare with forwards of the float model before and after it, our
@@ -31,9 +32,10 @@ from typing import Any
 import torch
 
 from benchmarks._result import RESULTS
-from benchmarks._zoo_report import write_report
+from benchmarks._zoo_report import write_full_size, write_report
 from benchmarks.zoo_models import architectures, import_libraries
 from benchmarks.zoo_models.entry import Architecture
+from benchmarks.zoo_models.full_size import ARCHITECTURES
 from benchmarks.zoo_models.steps import Measured, Until, measure, resident
 
 LINES = RESULTS / "zoo.jsonl"
@@ -76,6 +78,13 @@ def run(names: list[str], families: list[str], again: list[str], minutes: float,
         with LINES.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{key}: {line['outcome']} {line.get('step', '')} {line.get('message', '')[:300]}", flush=True)
+
+
+def full_size(names: list[str]) -> None:
+    """Prepare models as large as people use: in the others' few milliseconds what prepare does once for each module is most of it."""
+    import_libraries()
+    chosen = [entry for entry in ARCHITECTURES if not names or any(name in key_of(entry) for name in names)]
+    write_full_size([in_own_process(entry, until="prepare", torch_onnx=False) for entry in chosen])
 
 
 def _export_once() -> None:
@@ -143,7 +152,7 @@ def _outcome(error: Exception, step: str) -> dict[str, Any]:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("run", "report"))
+    parser.add_argument("step", choices=("run", "report", "full-size"))
     parser.add_argument("models", nargs="*", help="parts of names; these are run again")
     parser.add_argument("--families", default="", help="separated by commas")
     parser.add_argument("--again", default="", help="outcomes that are run again, separated by commas")
@@ -159,6 +168,8 @@ def main() -> None:
     if arguments.step == "report":
         chosen = {key_of(entry) for entry in architectures()}
         write_report([line for name, line in known().items() if name in chosen])
+    elif arguments.step == "full-size":
+        full_size(arguments.models)
     else:
         run(
             arguments.models,

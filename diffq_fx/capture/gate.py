@@ -126,14 +126,10 @@ def _tensor_difference(found: Tensor, expected: Tensor, what: str) -> str:
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:
     """The tensor, or the ordinary tensors that a sparse one is made of."""
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce()
-        return [tensor.indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor]
+    if not str(tensor.layout).startswith("torch.sparse"):
+        return [tensor]
+    listed = tensor.to_sparse_coo().coalesce()
+    return [listed.indices(), listed.values()]
 
 
 def _kind(tensor: Tensor) -> str:

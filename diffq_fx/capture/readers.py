@@ -119,17 +119,17 @@ def reading_modules(model: nn.Module, seen: Mapping[int, set[str]], selection: S
     for key, spec in selection.specs.items():
         owners = [name.rpartition(".")[0] for name in spec.names]
         for reader in sorted(seen.get(key) or owners):
-            path, name = next((path, name) for path in _upwards(reader) for name in spec.names if not path or name.startswith(f"{path}."))
-            known = [outer for outer in _upwards(path) if isinstance(model.get_submodule(outer), _READS_ITS_CHILDREN)]
+            path, name = next((path, name) for path in upwards(reader) for name in spec.names if not path or name.startswith(f"{path}."))
+            known = [outer for outer in upwards(path) if isinstance(model.get_submodule(outer), _READS_ITS_CHILDREN)]
             uses[known[-1] if known else path, name] = None
     readers: dict[str, tuple[str, ...]] = {}
     for path, name in uses:
-        if not any((outer, name) in uses for outer in _upwards(path) if outer != path):
+        if not any((outer, name) in uses for outer in upwards(path) if outer != path):
             readers[path] = (*readers.get(path, ()), name.removeprefix(f"{path}."))
     return readers
 
 
-def _upwards(path: str) -> Iterator[str]:
+def upwards(path: str) -> Iterator[str]:
     """A path, and those of the modules around it, up to the model itself."""
     while path:
         yield path

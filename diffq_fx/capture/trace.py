@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from diffq_fx.capture.copies import copy_sharing_parameters
-from diffq_fx.capture.readers import CALLED_WHOLE
+from diffq_fx.capture.readers import CALLED_WHOLE, upwards
 from diffq_fx.capture.scope import HANDED
 from diffq_fx.capture.watch import Reads, same
 from diffq_fx.errors import CaptureError, first_line
@@ -102,7 +102,9 @@ class _WeightTracer(fx.Tracer):
             self.reads.is_on = False
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        self._holders = {m for m in self.root.modules() if any(self.selection.spec_of(p) for p in m.parameters())}
+        around = {path for name in self.selection.names() for path in upwards(name.rpartition(".")[0])}
+        self._holders = {self.root.get_submodule(path) for path in around}
+        self._names = {id(tensor): name for name, tensor in (*self.root.named_buffers(), *self.root.named_parameters())}
         made = super().create_args_for_root(root_fn, is_module, concrete_args)
         self.reads.is_on = True  # the forward begins
         return made
@@ -112,10 +114,16 @@ class _WeightTracer(fx.Tracer):
         return m not in self._holders
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As fx does, which looks for each among all parameters."""
         if self.reads.is_on and self.selection.spec_of(attr_val):
             self.readers.setdefault(id(attr_val), set()).add(self.scope.module_path)
+        name = self._names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
         with self.reads.paused():
-            return super().getattr(attr, attr_val, parameter_proxy_cache)
+            if name not in parameter_proxy_cache:
+                parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
         with self.reads.paused():

@@ -128,11 +128,9 @@ class ExportExample(Example):
         """The example whose integers that are a size, as lengths of sequences are, follow that size."""
         pairs = [pair for tensor, shape in zip(self.tensors, shapes, strict=True) for pair in zip(tensor.shape, shape, strict=True)]
         changed = {old: new for old, new in pairs if old != new}
-        own = [tensor if tensor.is_floating_point() or _is_mask(tensor) else tensor.clone() for tensor in self.tensors]
-        for tensor, integers in zip(self.tensors, own, strict=True):
-            for old, new in changed.items() if integers is not tensor else ():
-                integers[tensor == old] = new
-        return self.replace(own)
+        return self.map(
+            lambda t: t if t.is_floating_point() or _is_mask(t) else t.cpu().clone().apply_(lambda n: changed.get(n, n)).to(t.device)
+        )
 
     def redrawn(
         self, generator: torch.Generator, shapes: list[tuple[int, ...]], keep: Callable[[Tensor], bool] = lambda _: False
