@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx, read_metadata, session_options
+from diffq_fx.export.onnx.layout import dynamic
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved", "ignore:export_onnx. rounding activations changes")
 
@@ -72,6 +73,24 @@ def test_one_dynamic_product_is_one_kernel(shape, path):
     ops, (found,) = run_optimized(path, fresh)
     assert ops == ["DynamicQuantizeMatMul"]
     assert int8_error(found, model(fresh)) < 0.015
+
+
+@pytest.mark.parametrize(
+    ("node", "number", "other"), [(1, 2, None), (1, 3, None), (4, 1, (0, 1))], ids=["input's zero point", "weight's", "scale"]
+)
+def test_a_file_that_computes_something_else_as_it_runs_is_refused(node, number, other, path, monkeypatch):
+    """Its twin in float is right."""
+    made = dynamic._integer_nodes
+
+    def broken(*args):
+        nodes = made(*args)
+        nodes[node].replace_input_with(number, other and nodes[other[0]].outputs[other[1]])
+        return nodes
+
+    monkeypatch.setattr(dynamic, "_integer_nodes", broken)
+    with pytest.raises(ExportError, match="as the file runs an output differs from PyTorch by .* but multiplied in float"):
+        export_onnx(Linear(384, 512, 8).eval(), torch.zeros(32, 384), path, activations="dynamic")
+    assert not path.exists()
 
 
 def test_attention_reads_its_projections_apart(path):

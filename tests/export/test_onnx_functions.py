@@ -58,6 +58,8 @@ def test_a_weight_is_one_node(path, tmp_path):
     assert calls[0].op_type == calls[1].op_type == "DequantizeLinear"
     assert list(file.functions[0].input) == ["levels", "scale", "zero_point"]
     assert [list(function.output) for function in file.functions] == [["weight"]] * 5
+    results = [(node.op_type, node.output[0]) for function in file.functions for node in function.node if node.input]
+    assert all(name.startswith(kind) or name == "weight" for kind, name in results), "a viewer shows these"
     imports = {entry.domain: entry.version for entry in file.opset_import}
     assert imports.pop("diffq_fx") == 1
     assert all({entry.domain: entry.version for entry in function.opset_import} == imports for function in file.functions)

@@ -128,7 +128,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
         if kernel.block:
             emit_fused(stored, use, kernel, copy=0)
         else:
-            emit_dynamic(stored, emit_factor(stored, choose_form(table)), use, in_float=False)
+            emit_dynamic(stored, emit_factor(stored, choose_form(table)), use)
         emitter.flush()
     model = ir.Model(graph, ir_version=10)
     set_opset(model, None)

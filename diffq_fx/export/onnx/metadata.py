@@ -142,6 +142,9 @@ class ExportResult(ExportMetadata):
     fast_relative_error: float | None
     """The relative error of the file as it runs by default, with activations rounded to int8 where that is faster; on the first item
     of the calibration, on random inputs without one."""
+    rounding_relative_error: float | None
+    """What rounding in the graph makes of it where linear layers multiply in float. A file that is more than four times as far off as this
+    is refused."""
     operators: dict[str, int] | None
     """Operators that onnxruntime runs in one inference, as the check met them: it does not fold more than 2^24 weights, so that products
     with them may have other names there. None with ``verify=False``."""

@@ -22,7 +22,7 @@ from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.integer_products import check_products
 from diffq_fx.export.onnx.layout.apply import Applied, apply_layout, read_weight
 from diffq_fx.export.onnx.layout.functions import call_functions
-from diffq_fx.export.onnx.layout.request import LayoutRequest
+from diffq_fx.export.onnx.layout.request import LayoutRequest, Twin
 from diffq_fx.export.onnx.layout.rounding import watch
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, to_props
@@ -86,7 +86,7 @@ class _Job:
 
     def calibrated(self, calibration: Iterable[Any]) -> "_Job":
         """With the range of every activation that is to be rounded."""
-        file, watched = self._twin({}, "calibration", watched=True)
+        file, watched = self._twin({}, "calibration", "float", watched=True)
         ranges, first = calibrate(file, watched, calibration, self.example, self.traced.model.graph)
         return replace(self, request=replace(self.request, ranges=ranges), typical=first)
 
@@ -120,9 +120,11 @@ class _Job:
         check_products(file)
         return _Draft(file, runs, opset, metadata)
 
-    def _twin(self, refused: Mapping[str, str], name: str, *, watched: bool = False) -> tuple[Path, dict[str, tuple[str, str]]]:
-        """A file without rounded activations, and the outputs with the ranges of those if they are ``watched``."""
-        model, applied, _ = self._laid_out(refused, twin=True)
+    def _twin(
+        self, refused: Mapping[str, str], name: str, kind: Twin, *, watched: bool = False
+    ) -> tuple[Path, dict[str, tuple[str, str]]]:
+        """A file with products in float, and the outputs with the ranges of rounded activations if they are ``watched``."""
+        model, applied, _ = self._laid_out(refused, kind)
         outputs = watch(model, applied.rounded) if watched else {}
         return self._saved(model, applied, name)[1], outputs
 
@@ -134,7 +136,7 @@ class _Job:
             return file, file
         return file, save_unfolded(file, [record.name for record in folded], self.folder / f"{name}.unfolded")
 
-    def _laid_out(self, refused: Mapping[str, str], *, twin: bool = False) -> tuple[ir.Model, Applied, int]:
+    def _laid_out(self, refused: Mapping[str, str], twin: Twin = None) -> tuple[ir.Model, Applied, int]:
         model = self.traced.model.clone()
         applied = apply_layout(model, self.weights, replace(self.request, refused=refused, twin=twin))
         store_halves(model, self.halved)
@@ -142,9 +144,11 @@ class _Job:
         return model, applied, set_opset(model, self.request.opset)
 
     def _parity(self, refused: Mapping[str, str], draft: _Draft) -> Parity:
-        exact = self._twin(refused, "exact")[0] if self.request.rounds else draft.runs
+        exact = self._twin(refused, "exact", "float")[0] if self.request.rounds else draft.runs
+        has_products = any("dynamic" in record.rule for record in draft.metadata.weights)
+        rounded = self._twin(refused, "rounded", "rounded")[0] if has_products else exact
         reference = HalvedModel(self.converted, self.halved) if self.halved else self.converted
-        files = DraftFiles(draft.file, draft.metadata.session, draft.runs, exact)
+        files = DraftFiles(draft.file, draft.metadata.session, draft.runs, exact, rounded)
         if sum(weight.spec.numel for weight in self.weights.values()) > _MANY_FLOATS:
             gc.collect()  # graphs are reference cycles: each that was written or read holds its levels until then
         return check_parity(files, reference, self.example, self.traced, self.typical)
@@ -227,6 +231,7 @@ def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
         max_abs_error=None if parity is None else parity.max_abs_error,
         max_relative_error=None if parity is None else parity.max_relative_error,
         fast_relative_error=None if parity is None else parity.fast_relative_error,
+        rounding_relative_error=None if parity is None else parity.rounding_relative_error,
         operators=None if parity is None else parity.operators,
         remarks=tuple(_remarks(job, draft)),
     )

@@ -73,7 +73,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             records.append(record_of_codebook(table, codes, container))
     emitter.flush()
     rounded = find_rounded(model.graph, convolutions)
-    if request.ranges is not None and not request.twin:
+    if request.ranges is not None and request.twin != "float":
         round_values(emitter, rounded, request.ranges)
         keep_in_float(emitter, convolutions)
     RemoveUnusedNodesPass()(model)
@@ -132,7 +132,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Value, request:
     for use, choice in zip(plan.uses.linear, plan.products, strict=True):
         if choice.kernel.is_dynamic:
             factor = factor or emit_factor(stored, choose_form(plan.table))
-            emit_dynamic(stored, factor, use, in_float=request.twin)
+            emit_dynamic(stored, factor, use, request.twin)
             rules.append("fold" if request.twin else "dynamic")
         elif choice.kernel != FLOAT:
             emit_fused(stored, use, choice.kernel, copy=rules.count("linear"))
@@ -141,7 +141,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Value, request:
         for gather in plan.uses.gathers:
             emit_rows(stored, gather)
         rules.append("rows")
-    if plan.convolutions and not request.twin:
+    if plan.convolutions and request.twin != "float":
         filters = emit_filters(stored, form_of_filters(plan.table, plan.convolutions))
         mark_weight(filters, stored.name)
         for node in plan.convolutions:

@@ -14,23 +14,24 @@ from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.linear import replace_product
 from diffq_fx.export.onnx.layout.products import Factor
+from diffq_fx.export.onnx.layout.request import Twin
 from diffq_fx.export.onnx.layout.stored import StoredTable
 
 
-def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, *, in_float: bool) -> None:
-    """Replace a product with a weight that is stored [K, N], one scale per output channel or one in all.
-
-    ``in_float`` leaves the activations as they are: the same numbers otherwise, for the comparison with PyTorch.
-    """
+def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, twin: Twin = None) -> None:
+    """Replace a product with a weight that is stored [K, N], one scale per output channel or one in all; with a float one for a twin."""
     levels = _some(stored.emit, factor.levels, 1, use.rows)
     scale = _per_output(stored, factor.scale, use.rows)
     zero_point = None if factor.zero_point is None else _per_output(stored, factor.zero_point, use.rows)
-    if in_float:
+    if twin:
         weight = stored.emit.cast(levels, ir.DataType.FLOAT)
         if zero_point is not None:
             weight = stored.emit.op("Sub", [weight, stored.emit.cast(zero_point, ir.DataType.FLOAT)])
         weight = stored.emit.op("Mul", [weight, scale])
-        nodes = [make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{stored.name}.product"))]
+        rounded = [ir.node("DynamicQuantizeLinear", [use.activation], num_outputs=3)] if twin == "rounded" else []
+        rounded += [make_node("DequantizeLinear", each.outputs, stored.emit.unique(f"{stored.name}.rounded")) for each in rounded]
+        activation = rounded[-1].outputs[0] if rounded else use.activation
+        nodes = [*rounded, make_node("MatMul", [activation, weight], stored.emit.unique(f"{stored.name}.product"))]
     else:
         nodes = _integer_nodes(stored, use.activation, levels, zero_point, scale)
         mark_weight(nodes[-1].outputs[0], stored.name, "DynamicQuantizeMatMul", activation=(nodes[0], 0))

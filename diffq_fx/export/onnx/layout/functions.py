@@ -110,8 +110,10 @@ def _body(nodes: list[ir.Node], result: ir.Value, inputs: dict[str, ir.Value], f
         )
         copies.update(zip(node.outputs, copy.outputs, strict=True))
         copied.append(copy)
-    for place, value in enumerate(value for node in copied for value in node.outputs):
-        value.name = f"v{place}"
+    for place, node in enumerate(copied):
+        node.name = ""  # in its place the results have one that says what they are, constants a short one
+        for number, value in enumerate(node.outputs):
+            value.name = f"{node.op_type if node.inputs else 'c'}{place}{f'_{number}' if number else ''}"
     copies[result].name = "product" if function == "DynamicQuantizeMatMul" else "weight"
     graph = ir.Graph(formal, [copies[result]], nodes=copied, opset_imports={"": opset}, doc_string=_DOCUMENTATION[function])
     return ir.Function(FUNCTION_DOMAIN, function, graph=graph, attributes=[])

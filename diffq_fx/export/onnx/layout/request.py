@@ -12,6 +12,9 @@ BLOCKED_OPSET = 21
 """The first opset whose DequantizeLinear has blocks, which every fused product needs."""
 
 
+Twin = Literal["float", "rounded"] | None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayoutRequest:
     """What the user asks for, and what the export has found out on its way."""
@@ -34,8 +37,9 @@ class LayoutRequest:
     """Initializers that the file will hold as float16."""
     ranges: Mapping[str, Range] | None = None
     """Name of a value -> its calibrated range; None before the calibration."""
-    twin: bool = False
-    """Make the same graph with activations that are not rounded, to compare it with PyTorch and to calibrate."""
+    twin: Twin = None
+    """Make the same graph with products in float, of activations that are not rounded, to compare it with PyTorch and to calibrate; or of
+    rounded ones in front of linear layers, to tell what rounding alone changes."""
 
     @property
     def rounds(self) -> bool:
