@@ -120,9 +120,7 @@ class _Job:
         check_products(file)
         return _Draft(file, runs, opset, metadata)
 
-    def _twin(
-        self, refused: Mapping[str, str], name: str, kind: Twin, *, watched: bool = False
-    ) -> tuple[Path, dict[str, tuple[str, str]]]:
+    def _twin(self, refused: Mapping[str, str], name: str, kind: Twin, *, watched: bool = False) -> tuple[Path, dict[str, tuple[str, str]]]:
         """A file with products in float, and the outputs with the ranges of rounded activations if they are ``watched``."""
         model, applied, _ = self._laid_out(refused, kind)
         outputs = watch(model, applied.rounded) if watched else {}
