@@ -7,7 +7,7 @@ Shape legend: O rows (output channels), I columns, G parts of the rows that have
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,8 +172,7 @@ def second_moments(
     return {name: sums.moments() for name, sums in gather.sums.items()}
 
 
-@contextmanager
-def float_weights(quantizers: Sequence[WeightQuantizer]) -> Iterator[None]:
+def float_weights(quantizers: Sequence[WeightQuantizer]) -> AbstractContextManager[None]:
     """Have these quantizers give out the weight as it is.
 
     Example:
@@ -185,8 +184,7 @@ def float_weights(quantizers: Sequence[WeightQuantizer]) -> Iterator[None]:
         >>> torch.equal(output, nn.functional.linear(torch.ones(1, 4), prepared.weight, prepared.bias))
         True
     """
-    with _giving([(quantizer, quantizer.weight.detach()) for quantizer in quantizers]):
-        yield
+    return _giving([(quantizer, quantizer.weight.detach()) for quantizer in quantizers])
 
 
 @contextmanager

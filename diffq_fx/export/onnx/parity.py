@@ -184,7 +184,10 @@ def _as_it_runs(files: DraftFiles, compared: list[tuple[ExportExample, list[np.n
 
 
 def _worst(session: Any, path: Path, compared: list[tuple[ExportExample, list[np.ndarray]]]) -> float:
-    return max(_relative(_run(session, inputs, path), expected) for inputs, expected in compared)
+    """The largest relative difference over the outputs and inputs."""
+    runs = ((_run(session, inputs, path).items(), expected) for inputs, expected in compared)
+    pairs = (pair for found, expected in runs for pair in zip(found, expected, strict=True))
+    return max((difference_of(name, theirs, ours, _SIDES).max_relative for (name, ours), theirs in pairs), default=0.0)
 
 
 def _check_rounding(found: float, predicted: float) -> None:
@@ -275,11 +278,6 @@ def compare_outputs(found: _Outputs, expected: list[np.ndarray]) -> tuple[float,
             )
         worst_abs, worst_relative = max(worst_abs, difference.max_abs), max(worst_relative, difference.max_relative)
     return worst_abs, worst_relative
-
-
-def _relative(found: _Outputs, expected: list[np.ndarray]) -> float:
-    pairs = zip(found.items(), expected, strict=True)
-    return max((difference_of(name, theirs, ours, _SIDES).max_relative for (name, ours), theirs in pairs), default=0.0)
 
 
 def _kernels(profile: Path) -> list[tuple[str, str]]:
