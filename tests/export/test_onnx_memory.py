@@ -37,6 +37,11 @@ MODELS = {
 RUN_AS_COPIES = {"dynamic": ["exact"], "int8": ["calibration", "exact"]}
 
 
+def resident(entry):
+    """KiB of this process: VmRSS now, VmHWM at most."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+
+
 @pytest.fixture
 def folds_nothing(monkeypatch):
     monkeypatch.setattr(pipeline, "_MANY_FLOATS", 0)
@@ -90,6 +95,15 @@ def test_memory_of_the_check(path, folds_nothing, monkeypatch):
     assert all(each == [None] for each in left)
 
 
+@pytest.mark.skipif(memory._trim is None, reason="not glibc's allocator")
+def test_freed_memory_between_what_lives_is_given_back():
+    pieces = [torch.ones(2**16, dtype=torch.uint8) for _ in range(1024)]
+    before = resident("VmRSS")
+    pieces = pieces[::64]
+    memory.release()
+    assert resident("VmRSS") < before - 2**15
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_unfolded(external, path, tmp_path):
     """What hangs on the initializers of the named weights is computed at every run, the rest is folded."""
@@ -140,9 +154,6 @@ def test_peak_of_an_export(path):
 
 def grown(path):
     """What an export adds to the resident set at most, as a part of the float weights."""
-
-    def resident(entry):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
 
     def export(channels, count):
         layers = [Linear(channels, channels, 4, axis=1, name=f"w{i}") for i in range(count)]
