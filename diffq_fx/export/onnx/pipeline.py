@@ -74,7 +74,6 @@ class _Job:
     weights: dict[str, StoredWeight]
     example: ExportExample
     traced: TracedModel
-    halved: frozenset[str]
     folder: Path
     path: Path
     request: LayoutRequest
@@ -138,7 +137,7 @@ class _Job:
     def _laid_out(self, refused: Mapping[str, str], twin: Twin = None) -> tuple[ir.Model, Applied, int]:
         model = self.traced.model.clone()
         applied = apply_layout(model, self.weights, replace(self.request, refused=refused, twin=twin))
-        store_halves(model, self.halved)
+        store_halves(model, self.request.halved)
         store_narrow_tables(model)
         return model, applied, set_opset(model, self.request.opset)
 
@@ -146,7 +145,8 @@ class _Job:
         exact = self._twin(refused, "exact", "float")[0] if self.request.rounds else draft.runs
         has_products = any("dynamic" in record.rule for record in draft.metadata.weights)
         rounded = self._twin(refused, "rounded", "rounded")[0] if has_products else exact
-        reference = HalvedModel(self.converted, self.halved) if self.halved else self.converted
+        halved = self.request.halved
+        reference = HalvedModel(self.converted, halved) if halved else self.converted
         files = DraftFiles(draft.file, draft.metadata.session, draft.runs, exact, rounded)
         if sum(weight.spec.numel for weight in self.weights.values()) > _MANY_FLOATS:
             gc.collect()  # graphs are reference cycles: each that was written or read holds its levels until then
@@ -172,7 +172,6 @@ def export_file(
     """
     example = ExportExample.of(example_inputs).on_its_own()
     weights = weights_by_initializer(converted)
-    halved = frozenset(halved_names(converted))
     needed: tuple[tuple[int, int], ...] = ()
     try:
         with draft_folder(path, ExportError) as folder, ExitStack() as stack:
@@ -187,13 +186,12 @@ def export_file(
                 for weight in weights.values():
                     read_weight(weight)  # one without ONNX form is found before the long work begins
                 traced = tracer.trace()
-                request = replace(request, sizes=traced.sizes, halved=halved)
+                request = replace(request, sizes=traced.sizes, halved=frozenset(halved_names(converted)))
                 job = _Job(
                     converted=converted,
                     weights=weights,
                     example=example,
                     traced=traced,
-                    halved=halved,
                     folder=folder,
                     path=path,
                     request=request,
@@ -221,13 +219,13 @@ def _drafted(job: _Job, tracer: Tracer) -> tuple[_Job, _Draft]:
 
 
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
-    measured: dict[str, Any] = {name: getattr(draft.parity, name, None) for name in _MEASURED}
+    told: dict[str, Any] = {entry.name: getattr(draft.metadata, entry.name) for entry in fields(draft.metadata)}
+    told.update((name, getattr(draft.parity, name, None)) for name in _MEASURED)
     return ExportResult(
-        **{entry.name: getattr(draft.metadata, entry.name) for entry in fields(draft.metadata)},
+        **told,
         path=job.path,
         opset=draft.opset,
         file_bytes=file_bytes,
-        **measured,
         remarks=tuple(_remarks(job, draft)),
     )
 
