@@ -57,7 +57,7 @@ def compress(
     of each weight are rounded one after another, later ones making up for the error of earlier ones (GPTQ, arXiv:2210.17323). Last,
     weights, ranges, norms and biases are tuned by distillation: the outputs are to be those of the float model, by KL divergence where
     they look like scores of classes, else by their relative squared error. A part of the batches is held out; the state that agrees best
-    on these is kept, and the tuning ends when they stop improving.
+    on these is kept, that before anything moved among them, and the tuning ends when they stop improving.
 
     The model is left as it was, interrupted or not; hooks on it are copied with it, and fire. Within ``torch.autocast`` its forwards
     have that type, which may be several times as fast; sums, ranges and rounding are float32.
