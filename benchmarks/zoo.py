@@ -84,7 +84,11 @@ def full_size(names: list[str]) -> None:
     """Prepare models as large as people use: in the others' few milliseconds what prepare does once for each module is most of it."""
     import_libraries()
     chosen = [entry for entry in ARCHITECTURES if not names or any(name in key_of(entry) for name in names)]
-    write_full_size([in_own_process(entry, until="prepare", torch_onnx=False) for entry in chosen])
+    lines = []
+    for entry in chosen:
+        lines.append(in_own_process(entry, until="prepare", torch_onnx=False))
+        print(f"{key_of(entry)}: {lines[-1].get('message', 'prepared')[:300]}", flush=True)
+    write_full_size(lines)
 
 
 def _export_once() -> None:

@@ -71,6 +71,8 @@ class Tracer:
     names: InterfaceNames = field(default_factory=InterfaceNames)
     needed: tuple[tuple[int, int], ...] = ()
     """(input, axis) of each size that must be dynamic."""
+    refusals: list[ExportError] = field(default_factory=list)
+    """Why the bytecode was traced, which says more than what becomes of it."""
 
     def trace(self, dynamic: Dynamic = "lengths", reason: str = "") -> TracedModel:
         """Trace with torch.export and translate to ONNX; where that fails, with fewer dynamic sizes.
@@ -101,7 +103,7 @@ class Tracer:
                         return self._translated(program, level, reason)
                     reason = found[0]
                 except ExportError as error:
-                    failure = failure or error
+                    failure = failure or (self.refusals or [error])[0]
                     reason = f"with a dynamic one {error}"
             raise failure or ExportError(reason)
 
@@ -133,18 +135,19 @@ class Tracer:
                 try:
                     program = export(strict=False)
                 except GuardOnDataDependentSymNode as error:
-                    try:
-                        program = export(strict=True)
-                    except FORWARD_ERRORS:
-                        raise error from None
+                    self.refusals.append(self._refusal(error, example))
+                    program = export(strict=True)
         except FORWARD_ERRORS as error:
-            raise ExportError(
-                f"torch.export cannot trace the {type(self.converted).__name__}: {tracing_cause(error)}\n"
-                "  Check the example inputs, and dynamic_shapes if you gave them (their example sizes must be 2 or more); "
-                f"control flow that depends on values needs torch.cond.{left_out(self.converted, example) * ('NoneType' in str(error))}"
-            ) from error
+            raise (self.refusals or [self._refusal(error, example)])[0] from error
         check_recurrent_layers(program.graph)
         return program
+
+    def _refusal(self, error: Exception, example: ExportExample) -> ExportError:
+        return ExportError(
+            f"torch.export cannot trace the {type(self.converted).__name__}: {tracing_cause(error)}\n"
+            "  Check the example inputs, and dynamic_shapes if you gave them (their example sizes must be 2 or more); "
+            f"control flow that depends on values needs torch.cond.{left_out(self.converted, example) * ('NoneType' in str(error))}"
+        )
 
     def _translated(self, program: torch.export.ExportedProgram, dynamic: Dynamic, reason: str) -> TracedModel:
         model, remarks = translate(program, self.converted)
