@@ -120,6 +120,21 @@ def test_what_is_remarked_about_a_weight():
     assert remarks(store(torch.randn(2, 64), 2), native, wider=2) == ["4 bits for 2"]
 
 
+def test_rows_are_picked_of_a_table_that_no_reader_needs_in_float(monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.onnx.layout.rows._MIN_WEIGHTS", 256)
+    (node,) = graph_of("(float[2] x) => (float[2] y)", "y = Relu (x)")
+    uses, native = Uses((), (node,), (), (), frozenset()), Kernel("fused 4", 64)
+
+    def is_picked(kernel, uses=uses, rows=4, taken=()):
+        storage = one_container(read_table(store(torch.randn(rows, 64), 4)), "weight")
+        return WeightPlan(uses, storage, (Choice(native, ""), Choice(kernel, "")), taken).picks_rows
+
+    convolved = replace(uses, convolutions=(node,))
+    assert is_picked(native) and is_picked(native, convolved, taken=(node,))
+    assert not any([is_picked(FLOAT), is_picked(native, convolved), is_picked(native, rows=3)])
+    assert not is_picked(native, replace(uses, gathers=())) and not is_picked(native, replace(uses, others=("output",)))
+
+
 def test_levels_that_do_not_fit_int8_stretch_their_scale():
     table = read_table(store(torch.tensor([[0.0, 3.0, 1.0], [-1.0, 1.0, 0.5]]), 8))
     assert table.int8_stretch.ravel().tolist() == pytest.approx([255 / 127, 128 / 127], rel=0.01)
