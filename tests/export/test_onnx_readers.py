@@ -351,7 +351,8 @@ def test_a_channel_that_is_scaled_by_nothing_stays_zero():
 
 @pytest.mark.parametrize(("between", "is_kept"), [("Relu", True), ("Clip", True), ("Flatten", True), ("Sigmoid", False)])
 def test_a_float_product_is_kept_so_before_what_onnxruntime_quantizes_across(between, is_kept):
-    nodes = "t = QuantizeLinear (x, s, z) a = DequantizeLinear (t, s, z) p = MatMul (a, w) b = {} (p) y = QuantizeLinear (b, s, z)"
+    nodes = "q = QuantizeLinear (x, s, z) a = DequantizeLinear (q, s, z) t = Transpose (a) i = Identity (t) p = MatMul (i, w) b = {} (p) "
+    nodes += "y = QuantizeLinear (b, s, z)"
     graph = graph_of("(float[2, 2] x, float[2, 2] w, float s, uint8 z) => (uint8[a, b] y)", nodes.format(between))
     rounding.keep_in_float(Emitter(graph), set())
     assert ("Max" in [node.op_type for node in graph]) == is_kept
