@@ -2,7 +2,7 @@
 
 import collections
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchmarks._result import RESULTS, markdown_table, write_result
@@ -14,6 +14,7 @@ COLUMNS = ["mutants", "run", "killed", "timed out", "killed later", "equivalent"
 
 def write_report(
     known: Mapping[str, list[dict]],
+    seen: Iterable[list[dict]],
     areas: Mapping[str, str],
     numbers: Mapping[str, int],
     coverage: dict,
@@ -24,6 +25,7 @@ def write_report(
 
     Args:
         known: key of each mutant -> its records, one for each time that it was tried.
+        seen: the same with those of lines that are gone.
         areas: each module, and its area.
         numbers: of mutants of each module.
         coverage: report of the package coverage as JSON.
@@ -40,7 +42,7 @@ def write_report(
         )
         counts.update(_outcome(tries, why) for tries in own)
         rows.append((path.removeprefix("diffq_fx/"), counts))
-        first = collections.Counter(_outcome(tries[:1], why) for tries in own if seed_of(tries))
+        first = collections.Counter(_outcome(tries[:1], why) for tries in seen if tries[0]["module"] == path and seed_of(tries))
         first.update(run=first.total(), **{each: counts[each] for each in ("mutants", "branches", "covered")})
         for name in (area, "all"):
             sums[name].update(counts)
@@ -57,7 +59,8 @@ def write_report(
 {table}
 
 Noticed: killed, timed out and killed later, of those that were run. Killed later: survived at first, and was tried again with new tests
-or more of them. First look: mutants that were drawn and run once the tests of all others had been written, before any for them.
+or more of them. First look: mutants that were drawn and run once the tests of all others had been written, before any for them;
+those of lines that went because of it are among them. Equivalent ones can be noticed by no test.
 Branch coverage is that of the {len(seconds)} tests that were measured, not of the whole gate: {files}.
 
 ## Survivors of the first run

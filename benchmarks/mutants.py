@@ -210,9 +210,9 @@ def main() -> None:
         return
     if given.step == "report":
         numbers = {path: len(mutants_of(path)) for path in modules()}
-        known = {each["key"]: known[each["key"]] for path in modules() for each in mutants_of(path) if each["key"] in known}  # code goes
+        left = {each["key"]: known[each["key"]] for path in modules() for each in mutants_of(path) if each["key"] in known}  # code goes
         coverage, seconds = (json.loads((KEPT / f"{name}.json").read_text()) for name in ("coverage", "seconds"))
-        write_report(known, modules(), numbers, coverage, seconds, given.note)
+        write_report(left, known.values(), modules(), numbers, coverage, seconds, given.note)
         return
     if given.step == "run":
         chosen = sampled(given.sample, given.seed, given.only, known)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from diffq_fx.functional import codebooks
+from diffq_fx.functional import clustering, codebooks
 from diffq_fx.functional.clustering import cluster_vectors, levels, nearest, nearest_vectors, optimal_levels
 from diffq_fx.methods import LC
 from diffq_fx.storage.codebook import CodebookWeight, code_bits, look_up_rows, to_blocks
@@ -102,6 +102,9 @@ def test_an_empty_cluster_goes_to_the_run_with_the_largest_error(size):
     values = size * torch.tensor([0.0, 0.1, 0.2, 10.0, 10.1, 10.2, 50.0, 60.0])
     found = levels(values, 4, start=size * torch.tensor([0.0, 10.0, 55.0, 1000.0]))
     torch.testing.assert_close(found, size * torch.tensor([0.1, 10.1, 50.0, 60.0]))
+    values, bounds, errors = size * torch.tensor([-4.0, 1.0, 3.0, 9.0]), torch.tensor([0, 3, 4, 4]), torch.tensor([size, 0.0, 0.0])
+    found = clustering._refill(values, bounds, size * torch.tensor([2.0, 9.0, 20.0]), errors)
+    assert torch.equal(found, size * torch.tensor([-4.0, 2.0, 9.0])), "the value furthest out is not the largest one"
 
 
 def test_a_scaled_codebook_of_nothing_and_one_that_was_there_before():

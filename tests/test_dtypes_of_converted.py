@@ -59,7 +59,9 @@ def test_the_ways_that_torch_has():
         (lambda m: m.share_memory(), torch.float32),
         (lambda m: m.to("meta"), torch.float32),
     ):
-        assert change(converted("linear")).get_submodule("0").weight_quantized().dtype == dtype
+        stored = change(converted("linear")).get_submodule("0.weight_quantized")
+        assert stored().dtype == dtype
+        assert {each.device for each in stored.buffers()} == {stored.float_like.device}
 
 
 def test_files_of_a_moved_model(tmp_path):

@@ -73,7 +73,7 @@ def test_a_seed_repeats_a_draw():
     assert torch.equal(first, noise_of())
 
 
-LAYOUTS = [("tensor", (4, 6), 0), ("channel", (4, 6), 0), (4, (4, 10), 0), (1, (3, 5), 0), ("channel", (4, 6, 3), 1), (5, (4, 6, 3), 1)]
+LAYOUTS = [("tensor", (4, 6), 0), ("channel", (4, 2), 0), (4, (4, 10), 0), (1, (3, 5), 0), ("channel", (4, 6, 3), 1), (5, (4, 6, 3), 1)]
 
 
 @pytest.mark.parametrize("gaussian", [False, True])
@@ -251,6 +251,7 @@ def test_closed_forms_have_a_first_derivative_alone():
 
 def test_ranks_that_were_seeded_alike_draw_other_seeds(monkeypatch):
     found = []
+    assert draws._rank() == 0
     for rank in range(40):
         monkeypatch.setattr(draws, "_rank", lambda rank=rank: rank)
         torch.manual_seed(3)

@@ -110,7 +110,7 @@ def test_what_a_codebook_takes(scale, beside):
     found = codebook_footprint(100, torch.zeros(5, 2), scale)
     assert (found.histogram, found.scale_bits, found.container_bits, found.container_scale_bits) == ({3: 100}, beside, 4, beside)
     assert (found.packed_bits, found.payload_bits, found.container_payload_bits) == (300 + beside, 300, 400)
-    assert found.coding_bits == 0
+    assert (found.coding_bits, found.grid) == (0, "codebook")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_integer_tables_take_the_smallest_type_that_holds_them(low, high, dtype)
 
 def test_the_parts_of_a_footprint():
     own = WeightSpec(name="w", shape=(3, 8), axis=0)
-    found = grid_footprint(own, torch.tensor([[3], [5], [3]]))
-    assert (found.histogram, found.coding_bits, found.payload_bits) == ({3: 16, 5: 8}, 3 * 2, 88)
-    assert found.scale_bits == 3 * 32 + 3 + 5 + 3 + 8, "scales, zero points as wide as their levels, limits of the widths"
+    found = grid_footprint(own, torch.tensor([[3], [6], [3]]))
+    assert (found.histogram, found.coding_bits, found.payload_bits) == ({3: 16, 6: 8}, 3 * 2, 96)
+    assert found.scale_bits == 3 * 32 + 3 + 6 + 3 + 8, "scales, zero points as wide as their levels, limits of the widths"
     assert (found.container_bits, found.container_scale_bits, found.container_payload_bits) == (8, 3 * (32 + 8), 24 * 8)
-    assert found.packed_bits == 88 + 115 + 6
+    assert found.packed_bits == 96 + 116 + 6

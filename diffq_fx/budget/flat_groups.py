@@ -93,7 +93,7 @@ class Segment:
     """Whether these are the weights with few groups."""
     columns: int | None = None
     """Groups in a row of each weight, where they all have as many: one call then puts them side by side."""
-    _opened: list[Tensor] = field(default_factory=list, repr=False)
+    _opened: list[Tensor] = field(default_factory=list)
     """The row of :meth:`open` and each weight's part of it, made when it is first needed."""
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:

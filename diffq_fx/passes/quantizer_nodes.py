@@ -78,12 +78,10 @@ def verify_converted(gm: fx.GraphModule) -> PassResult:
     Raises:
         PassError: names the node that is left.
     """
-    stored = 0
-    for node in gm.graph.nodes:
-        module = module_of(gm, node)
+    modules = {node.name: module_of(gm, node) for node in gm.graph.nodes}
+    for name, module in modules.items():
         if isinstance(module, WeightQuantizer):
-            raise PassError(f"node {node.name!r} still quantizes weight {module.spec.name!r} at every forward.")
-        stored += isinstance(module, StoredWeight)
-    if not stored:
+            raise PassError(f"node {name!r} still quantizes weight {module.spec.name!r} at every forward.")
+    if not any(isinstance(module, StoredWeight) for module in modules.values()):
         raise PassError("the graph reads no stored weight: it was not converted.")
     return PassResult(gm, False)

@@ -342,6 +342,20 @@ def test_a_channel_that_is_scaled_by_nothing_stays_zero():
     assert (found.scale > 0).all()
     np.testing.assert_array_equal((found.levels - found.zero_point) * found.scale, (table.levels - table.zero_point) * table.scale)
     np.testing.assert_array_equal(found.zero_point % 2, [[0], table.zero_point[1] % 2])
+    table = read_table(store(torch.tensor([[-1.0, 1.0], [-1.0, 2.0]])[:, :, None], 4, grid="symmetric"))
+    table = replace(table, scale=table.scale * np.float32([[0], [1]]))
+    found, _ = choose_convolutions(table, find_uses(graph.inputs[1], 0, graph), LayoutRequest(machines=None, activations="int8"))
+    assert (found.scale > 0).all()
+    np.testing.assert_array_equal(found.levels * found.scale, table.levels * table.scale)
+
+
+@pytest.mark.parametrize(("between", "is_kept"), [("Relu", True), ("Clip", True), ("Flatten", True), ("Sigmoid", False)])
+def test_a_float_product_is_kept_so_before_what_onnxruntime_quantizes_across(between, is_kept):
+    nodes = "q = QuantizeLinear (x, s, z) a = DequantizeLinear (q, s, z) t = Transpose (a) i = Identity (t) p = MatMul (i, w) b = {} (p) "
+    nodes += "y = QuantizeLinear (b, s, z)"
+    graph = graph_of("(float[2, 2] x, float[2, 2] w, float s, uint8 z) => (uint8[a, b] y)", nodes.format(between))
+    rounding.keep_in_float(Emitter(graph), set())
+    assert ("Max" in [node.op_type for node in graph]) == is_kept
 
 
 # --- what a product costs

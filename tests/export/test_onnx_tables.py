@@ -15,7 +15,7 @@ from diffq_fx.export.onnx.layout.consumers import LinearUse, Uses
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.linear import refusal
-from diffq_fx.export.onnx.layout.plan import WeightPlan
+from diffq_fx.export.onnx.layout.plan import WeightPlan, plan_for_onnxruntime
 from diffq_fx.export.onnx.layout.products import Form, choose_form, is_rounded_anew
 from diffq_fx.export.onnx.layout.records import record_of
 from diffq_fx.export.onnx.layout.request import LayoutRequest
@@ -118,6 +118,40 @@ def test_what_is_remarked_about_a_weight():
     assert remarks(store(torch.randn(2, 64), torch.tensor([[2], [8]]))) == ["channels are grouped by container"]
     assert remarks(store(torch.randn(2, 64), 2), native) == []
     assert remarks(store(torch.randn(2, 64), 2), native, wider=2) == ["4 bits for 2"]
+
+
+def test_rows_are_picked_of_a_table_that_no_reader_needs_in_float(monkeypatch):
+    monkeypatch.setattr("diffq_fx.export.onnx.layout.rows._MIN_WEIGHTS", 256)
+    (node,) = graph_of("(float[2] x) => (float[2] y)", "y = Relu (x)")
+    uses, native = Uses((), (node,), (), (), frozenset()), Kernel("fused 4", 64)
+
+    def is_picked(kernel, uses=uses, rows=4, taken=()):
+        storage = one_container(read_table(store(torch.randn(rows, 64), 4)), "weight")
+        return WeightPlan(uses, storage, (Choice(native, ""), Choice(kernel, "")), taken).picks_rows
+
+    convolved = replace(uses, convolutions=(node,))
+    assert is_picked(native)
+    assert is_picked(native, convolved, taken=(node,))
+    for case in (
+        (FLOAT,),
+        (native, convolved),
+        (native, uses, 3),
+        (native, replace(uses, gathers=())),
+        (native, replace(uses, others=("output",))),
+    ):
+        assert not is_picked(*case)
+
+
+@pytest.mark.parametrize(("slowness", "width"), [(1.14, None), (1.16, 8)])
+def test_a_smaller_file_may_cost_15_percent_of_the_time(slowness, width, monkeypatch):
+    def choose(storage, *_, shared):
+        return Choice(Kernel("fused 4", 64), "", slowness if storage.width is None else 1.0, 1.0)
+
+    monkeypatch.setattr("diffq_fx.export.onnx.layout.plan.choose_kernel", choose)
+    use = LinearUse(None, make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, False, None)
+    table = read_table(store(torch.randn(64, 64), torch.tensor([[2], [8]]).repeat(32, 1)))
+    found = plan_for_onnxruntime(table, Uses((use,), (), (), (), frozenset()), LayoutRequest(machines=None))
+    assert found.storage.width == width
 
 
 def test_levels_that_do_not_fit_int8_stretch_their_scale():

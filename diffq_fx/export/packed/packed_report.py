@@ -122,7 +122,7 @@ def _count_shard(reader: PackedReader, shard: Shard, tallies: list[_Tally]) -> N
         tallies[weight].counts[width] += counts
         tallies[weight].coded += coded * ideal[weight, width] / max(sum(ideal.values()), 1e-9)
     for weight, size in side.items():
-        tallies[weight].side += sum(stored) * size / max(sum(side.values()), 1e-9)
+        tallies[weight].side += sum(stored) * size / sum(side.values())
 
 
 def _length(counts: _Counts, model: _Counts) -> float:
