@@ -34,7 +34,7 @@ MODELS = {
     "dynamic": (lambda: Linear(512, 512, 8), torch.randn(32, 512)),
     "int8": (lambda: Conv(F.conv2d, (32, 32, 3, 3), 8), torch.randn(2, 32, 6, 6)),
 }
-RUN_AS_COPIES = {"dynamic": ["exact"], "int8": ["calibration", "exact"]}
+RUN_AS_COPIES = {"dynamic": ["exact", "rounded"], "int8": ["calibration", "exact"]}
 
 
 def resident(entry):
