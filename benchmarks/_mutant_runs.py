@@ -124,7 +124,8 @@ def imported_anew(mutant: dict, tests: list[str]) -> str | None:
             if report.failed:
                 failed.append(report.nodeid)
 
-    status = pytest.main([*QUIET, "-x", *tests], plugins=[First()])
+    plain = "--assert=plain"  # else pytest reads the file of a doctest itself, without the change
+    status = pytest.main([*QUIET, plain, "-x", *tests], plugins=[First()])
     return failed[0] if failed else None if status == 0 else "the import"
 
 
