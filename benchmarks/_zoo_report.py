@@ -25,7 +25,7 @@ def write_report(lines: list[dict[str, Any]]) -> None:
         + ".",
         "Families: " + ", ".join(f"{name} {count}" for name, count in families.items()) + ".",
         _of_all_steps(ran),
-        f"Prepare in forwards (train mode, batch of 2, median of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}. "
+        f"Prepare in forwards (train mode, batch of 2, mean of the forwards before and after it): {_spread(prepares, MOST_FORWARDS)}. "
         + _prepare_beside_torch(ran),
         f"export_onnx (with its check in onnxruntime) over torch.onnx's export of the float model: {_spread(exports, MOST_TORCH)}.",
         *["Without ONNX: all steps before the export were run, and were right; the export was not run yet."] * bool(counts["without ONNX"]),
@@ -60,7 +60,12 @@ def write_full_size(lines: list[dict[str, Any]]) -> None:
 def _large_row(line: dict[str, Any]) -> tuple[Any, ...]:
     millions, forward = line.get("parameters", 0) / 1e6, line.get("forward_seconds", 0.0) * 1000
     named = (line["name"], line["library"], f"{millions:.1f}", line.get("weights", ""), line.get("scope", ""), f"{forward:.0f}")
-    return (*named, _text(_ratios(line)[0]), f"{line['peak_mib'].get('prepare', 0.0):.0f}", line.get("message", "")[:200])
+    return (
+        *named,
+        _text(_ratios(line)[0]),
+        f"{line['peak_mib'].get('prepare', 0.0):.0f}",
+        " ".join(line.get("message", "").split())[-200:],
+    )
 
 
 def _row(line: dict[str, Any]) -> tuple[Any, ...]:
