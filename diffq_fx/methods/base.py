@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffq_fx import _compat
@@ -20,7 +21,7 @@ from diffq_fx.functional.groups import GroupSize
 from diffq_fx.functional.precision import keeping_dtype
 from diffq_fx.kernels.checksum import checksum
 from diffq_fx.methods.recompute import active
-from diffq_fx.sharded import is_sharded, refuse_flat
+from diffq_fx.sharded import is_sharded, refuse_flat, whole
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.footprint import Footprint
 from diffq_fx.weights import WeightSpec, refuse_not_finite
@@ -135,6 +136,19 @@ def straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
     return _StraightThrough.apply(weight, rounded)
 
 
+SUMS = 16
+"""Numbers that tell one weight from another."""
+_ROUNDED = 2e-3
+"""Above what rounding to bfloat16 changes of the sums of a weight, 4e-4, and below what an adapter of 1 % of the weight changes."""
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Sums of every sixteenth value with alternating signs, over the norm."""
+    values = weight.detach().float().reshape(-1)
+    signed = F.pad(values, (0, -values.numel() % (2 * SUMS))).view(-1, 2, SUMS)
+    return (signed[:, 0] - signed[:, 1]).sum(0) / values.norm().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 class WeightQuantizer(nn.Module, ABC):
     """The node on one weight of a prepared model: weight in, the weight that the layer computes with out.
 
@@ -144,10 +158,14 @@ class WeightQuantizer(nn.Module, ABC):
 
     place: Place
     """Where the model keeps the weight."""
+    learned_for: Tensor | None
+    """A buffer of methods that learn ranges or steps: sums of a weight that does not train while they do, else zeros."""
 
     def __init__(self, spec: WeightSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.register_buffer("learned_for", None)
+        self._weight_trains: bool | None = None
         self._stand_in: Callable[[], Tensor] | None = None
         self._kept: tuple[Any, Tensor] | None = None
 
@@ -190,6 +208,21 @@ class WeightQuantizer(nn.Module, ABC):
     @abstractmethod
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes once it is rounded; the same as that of what :meth:`store` gives."""
+
+    def note_learned_for(self, weight: Tensor, *, anew: bool = False) -> None:
+        """Remember a weight that does not train itself, for which a range or a step is learned: an adapter may be merged into it."""
+        trains = weight.requires_grad
+        if self.learned_for is None or (trains == self._weight_trains and not anew):
+            return
+        if anew or trains or self._weight_trains or not bool(self.learned_for.any()):  # else a state that was loaded knows it
+            self.learned_for.copy_(torch.zeros(SUMS) if trains else _sums(whole(weight)))
+        self._weight_trains = trains
+
+    def is_learned_for_another(self) -> bool:
+        """Whether the weight has other values than that for which a range or a step was learned, which then no longer fits."""
+        if self.learned_for is None or torch.compiler.is_compiling() or not bool(self.learned_for.any()):
+            return False
+        return bool((_sums(whole(self.weight)) - self.learned_for).abs().max() > _ROUNDED)
 
     def trained_values(self) -> list[tuple[str, Tensor]]:
         """What training moves, each with the words for it in a message: the weight, and the quantizer's own parameters."""

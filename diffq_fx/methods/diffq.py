@@ -16,6 +16,7 @@ from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.errors import PreparationError
 from diffq_fx.functional.groups import to_rows
 from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range
+from diffq_fx.methods.base import SUMS
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
@@ -168,6 +169,7 @@ class DiffQWeight(GridQuantizer):
         for end in ("range_low", "range_high"):
             self.register_buffer(end, unmoved.clone() if config.clips else None)
         self.register_buffer("importance", torch.zeros(spec.columns, **like) if config.clips else None)
+        self.register_buffer("learned_for", torch.zeros(SUMS, **like) if config.clips else None)
         observes = config.sensitivity_step is not None
         self.register_buffer("gradient_sums", torch.zeros(4, *spec.bits_layout.shape, **like) if observes else None)
 
@@ -190,7 +192,7 @@ class DiffQWeight(GridQuantizer):
         if self.clip is None:
             low, high = super().range_of(rows_OI, bits)
             return (low, high) if self.range_scale is None else (low * self.range_scale, high * self.range_scale)
-        if self.frozen:
+        if self.frozen and not self.is_learned_for_another():
             moved = learned_factor(whole(self.clip.detach()))
             return self.get_buffer("range_low") * moved, self.get_buffer("range_high") * moved
         spec = self.spec
@@ -201,6 +203,7 @@ class DiffQWeight(GridQuantizer):
     def keep_range(self) -> None:
         """Fix the range from which clipping is learned; for when the bits become final."""
         if self.clip is not None:
+            self.note_learned_for(self.weight, anew=True)
             low, high = self.range_of(to_rows(whole(self.weight), self.spec.axis), self.rounded_bits())
             self.get_buffer("range_low").copy_(low)
             self.get_buffer("range_high").copy_(high)
@@ -214,6 +217,8 @@ class DiffQWeight(GridQuantizer):
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
         if self.shared is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.shared.trained_since = True
+            if self.frozen:
+                self.note_learned_for(weight)
         return self._rounded_for_training(weight) if self.frozen else self.noise(weight, self.logits, self.clip)
 
     def span_in_training(self, weight: Tensor) -> Tensor:
@@ -254,7 +259,7 @@ class DiffQWeight(GridQuantizer):
     def state_tensors(self) -> tuple[Tensor, ...]:
         """The rounded bits, the range and what it is sought with."""
         shared = () if self.shared is None else (self.shared.bits_frozen, self.shared.steps)
-        kept = (self.width, self.clip, self.range_low, self.range_high, self.importance, self.range_scale, *shared)
+        kept = (self.width, self.clip, self.range_low, self.range_high, self.importance, self.range_scale, self.learned_for, *shared)
         return tuple(each for each in kept if each is not None)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from diffq_fx import functional
 from diffq_fx.functional import Grid, QuantParams, quant_params
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.kernels import least_error_range, rounding_errors
+from diffq_fx.methods.base import SUMS
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -81,6 +82,7 @@ class LSQWeight(FixedBitsQuantizer):
         rows_OI = to_rows(weight.detach(), spec.axis).float()
         start = (least_error_step if config.start == "least_error" else mean_step)(rows_OI, spec.scale_layout, config.bits)
         self.register_buffer("start", start)
+        self.register_buffer("learned_for", start.new_zeros(SUMS))
         self.moved = nn.Parameter(torch.zeros_like(start))
 
     def step(self) -> Tensor:
@@ -91,14 +93,17 @@ class LSQWeight(FixedBitsQuantizer):
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """The rounded weight, differentiable in the weight and the step."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.note_learned_for(weight)
         spec = self.spec
         rows_OI = to_rows(weight, spec.axis)
         rounded_OI = learned_step(rows_OI, self.step(), spec.scale_layout, self.config.bits)
         return from_rows(rounded_OI, spec.shape, spec.axis).contiguous()
 
     def params(self, rows_OI: Tensor, bits: Tensor) -> QuantParams:
-        """The learned steps, whatever the weight."""
-        step = self.step().detach()
+        """The learned steps; those of least error where another weight has come in place of one that did not train beside them."""
+        another = self.is_learned_for_another()
+        step = least_error_step(rows_OI, self.spec.scale_layout, self.config.bits) if another else self.step().detach()
         return QuantParams(step, torch.full_like(step, 2 ** (self.config.bits - 1), dtype=torch.int32), None)
 
 
