@@ -117,12 +117,15 @@ def tokenizer_for(model: nn.Module, tokenizer: Any, caller: str) -> Any:
             f"{caller}: tokenizer must be the model's tokenizer of transformers, or a folder with one, got {type(tokenizer).__name__}: "
             "the runtime's folder holds it. The folder that the model came from has one."
         )
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    try:
-        return read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
-    except DiffQError as error:
-        raise ExportError(f"{caller}: {error}") from error
+    if isinstance(tokenizer, str | Path):
+        try:
+            tokenizer = read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
+        except DiffQError as error:
+            raise ExportError(f"{caller}: {error}") from error
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > (size := model.config.get_text_config().vocab_size):
+        raise ExportError(f"{caller}: the tokenizer has {tokens} tokens and the model's embedding {size}: it is another model's tokenizer.")
+    return tokenizer
 
 
 def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[dict[str, HeldWeight], dict[str, Tensor], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Folders for onnxruntime-genai: every level, scale and zero point of the model, and its tokens; or one sentence and no folder."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -165,6 +166,14 @@ def test_what_has_no_form_is_refused_in_a_sentence_and_leaves_no_folder(name, to
     with pytest.raises(ExportError, match=f"^save_olive: .*{reason}"):
         save_olive(model, tmp_path / "folder", tokenizer)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tokenizer, tmp_path):
+    model, larger = convert(prepare(decoder(), IDS, HELD)), copy.deepcopy(tokenizer)
+    larger.add_tokens(["one more"])
+    with pytest.raises(ExportError, match=r"save_olive: the tokenizer has \d+ tokens and the model's embedding \d+: it is another model's"):
+        save_olive(model, tmp_path / "folder", larger)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_model_that_is_not_converted_a_tokenizer_that_is_none_and_a_folder_that_is_there(tokenizer, tmp_path):

@@ -182,7 +182,10 @@ def _entries(model: nn.Module, architecture: Architecture, config: Any) -> list[
     table = gguf.get_tensor_name_map(architecture.known, config.num_hidden_layers)
     named = [(stored.spec.names, stored) for _, stored in weights] + [*rest]
     if HEAD not in [table.get_name(name, (".weight",)) for names, _ in named for name in names]:
-        raise ExportError(f"the {type(model).__name__} has no head that gives the next token; GGUF holds models like LlamaForCausalLM")
+        inside = ". Of adapters, merge_and_unload() before convert, and give its get_base_model()" * hasattr(model, "peft_config")
+        raise ExportError(
+            f"the {type(model).__name__} has no head that gives the next token; GGUF holds models like LlamaForCausalLM{inside}"
+        )
     sideways = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}  # of shape (inputs, outputs)
     found = []
     for names, held in named:
