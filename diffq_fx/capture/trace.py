@@ -1,6 +1,7 @@
 """Trace a model into a graph in which every weight to quantize is a get_attr node, or say why that is not faithful."""
 
 import keyword
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -171,19 +172,22 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
         if not training and not _may_know_its_mode(watched, reads):
             continue
         if _traced(watched.train(training), _WeightTracer(selection, reads), state)[1] != code:
-            where = "in train() than in eval()" if state is nullcontext else "under torch.autocast or torch.no_grad"
+            where = "in train() than in eval()" if state is nullcontext else "under torch.autocast or torch.no_grad, or in inference mode"
             raise CaptureError(f"the forward does something else {where}, which one graph cannot")
     return graph, tracer
 
 
 def _may_know_its_mode(model: nn.Module, reads: Reads) -> bool:
-    asked = any("training" in names for names in reads.names.values())
-    return asked or any(getattr(module.train, "__func__", None) is not nn.Module.train for module in model.modules())
+    asked = any(not names.isdisjoint(("training", "__dict__")) for names in reads.names.values())
+    return asked or any(
+        getattr(module.train, "__func__", None) is not nn.Module.train or type(module).__setattr__ is not nn.Module.__setattr__
+        for module in model.modules()
+    )
 
 
 @contextmanager
 def _other_state() -> Iterator[None]:
-    """Autocast to float16 and no gradients: what a forward may ask torch about, and a graph would freeze the answer to.
+    """Autocast to float16 and inference mode: what a forward may ask torch about, and a graph would freeze the answer to.
 
     It is set without torch.autocast, which warns of a device that is not here and which a forward may not enter.
     """
@@ -192,7 +196,7 @@ def _other_state() -> Iterator[None]:
         for device in before:
             torch.set_autocast_enabled(device, True)
             torch.set_autocast_dtype(device, torch.float16)
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         for device, (enabled, dtype) in before.items():
@@ -247,12 +251,17 @@ def _changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[st
 @contextmanager
 def _refused_while_tracing(tracer: _WeightTracer) -> Iterator[None]:
     """Refuse what fx would inline or lose without a word, where the forward calls it."""
+    here = threading.get_ident()  # other threads train on meanwhile
 
-    def refusing(what: str) -> Callable[..., Any]:
+    def refusing(owner: type, name: str, what: str) -> Any:
+        original = getattr(owner, name)
+
         def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return original(*args, **kwargs)
             raise tracer.refusal(f"the forward uses {what}, which a graph would lose")
 
-        return refuse
+        return mock.patch.object(owner, name, refuse)
 
     apply = vars(torch.autograd.Function)["apply"]
 
@@ -261,12 +270,12 @@ def _refused_while_tracing(tracer: _WeightTracer) -> Iterator[None]:
             raise tracer.refusal(f"the forward uses the autograd.Function {cls.__name__}, whose backward a graph would lose")
         return apply.__get__(None, cls)(*args, **kwargs)
 
-    refused = refusing("activation checkpointing or other hooks on saved tensors")
+    kept = "activation checkpointing or other hooks on saved tensors"
     with (
         torch.enable_grad(),
-        mock.patch.object(torch.autograd.graph.saved_tensors_hooks, "__enter__", refused),
-        mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", refused),
-        mock.patch.object(torch.amp.autocast_mode.autocast, "__enter__", refusing("a region of autocast")),
+        refusing(torch.autograd.graph.saved_tensors_hooks, "__enter__", kept),
+        refusing(torch.utils.checkpoint.CheckpointFunction, "apply", kept),
+        refusing(torch.amp.autocast_mode.autocast, "__enter__", "a region of autocast"),
         mock.patch.object(torch.autograd.Function, "apply", classmethod(apply_or_refuse)),
     ):
         yield

@@ -6,6 +6,7 @@ in which every module makes its own weights.
 
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,7 +176,8 @@ class Reads:
 
 def _reporting(original: type[nn.Module], note: Callable[[str], None]) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:  # noqa: N807
-        note(name)
+        if name != "__dict__" or sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] not in ("torch", "diffq_fx"):
+            note(name)
         return original.__getattribute__(self, name)
 
     body = {"__getattribute__": __getattribute__, "__module__": original.__module__, "__qualname__": original.__qualname__}

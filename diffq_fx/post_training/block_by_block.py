@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_replacing
-from diffq_fx.example import Example
+from diffq_fx.example import Example, one_at_a_time
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.post_training.batches import Calibration
@@ -20,6 +20,7 @@ _CALLER = "compress_blocks"
 
 
 @torch.inference_mode(False)
+@one_at_a_time
 def compress_blocks(
     model: nn.Module,
     batches: Iterable[Any],

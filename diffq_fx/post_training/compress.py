@@ -14,7 +14,7 @@ from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.compression import Compression
 from diffq_fx.convert import convert
 from diffq_fx.errors import PreparationError
-from diffq_fx.example import restored_random_state
+from diffq_fx.example import one_at_a_time, restored_random_state
 from diffq_fx.methods.base import Method, check_whole
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
@@ -40,6 +40,7 @@ _SENSITIVITY_SHARE, _LEAST_STEPS = 0.2, 4
 """The part of the time until which the sensitivity is to be known, and the fewest steps that tell it."""
 
 
+@one_at_a_time
 def compress(
     model: nn.Module,
     batches: Iterable[Any],

@@ -1,13 +1,16 @@
 """One model, several threads: no forward writes to a module."""
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from diffq_fx import DiffQConfig, convert, prepare_diffq
+from diffq_fx import DiffQConfig, convert, prepare, prepare_diffq
+from diffq_fx.export import export_onnx
+from diffq_fx.methods import STE
 
 CONFIG = DiffQConfig(penalty=1.0)
 X = torch.randn(1, 2, 16)
@@ -101,3 +104,29 @@ def test_another_thread_sees_the_parameter_while_a_forward_runs():
     train(X)
     assert seen[0] is train.rnn.weight_hh_l0
     assert isinstance(seen[0], nn.Parameter)
+
+
+def test_several_prepare_and_export_while_one_trains(tmp_path):
+    """Nothing of torch's, nor stderr, stays as a trace has it."""
+    torch_s_own, stderr = (vars(torch.amp.autocast)["__enter__"], vars(torch.autograd.Function)["apply"]), sys.stderr
+    done = threading.Event()
+
+    def train():
+        while not done.is_set():
+            with torch.autocast("cpu", torch.bfloat16):
+                pass
+        return True
+
+    def work(number):
+        net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        return export_onnx(convert(prepare(net, torch.randn(2, 16), STE(bits=4))), torch.randn(2, 16), tmp_path / f"{number}.onnx")
+
+    with ThreadPoolExecutor(3) as pool:
+        other = pool.submit(train)
+        try:
+            assert len(list(pool.map(work, range(3)))) == 3
+        finally:
+            done.set()
+        assert other.result()
+    assert (vars(torch.amp.autocast)["__enter__"], vars(torch.autograd.Function)["apply"]) == torch_s_own
+    assert sys.stderr is stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -322,10 +323,34 @@ class SetsInTrain(Net):
         return x * self.factor
 
 
+class ReadsTheDict(Net):
+    def between(self, x):
+        return x if vars(self)["training"] else x.clamp(-3, 3)
+
+
+class TellsOthers(Net):
+    mode: ClassVar[dict] = {}
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.mode[name] = value
+
+    def between(self, x):
+        return x if self.mode["training"] else x * 2
+
+
+class AsksForInference(Net):
+    def between(self, x):
+        return x.softmax(-1) if torch.is_inference_mode_enabled() else x
+
+
 @pytest.mark.parametrize(
     ("make", "modes", "refused"),
     [
         (Net, [True, True], None),
+        (ReadsTheDict, [True, False], r"in train\(\) than in eval"),
+        (TellsOthers, [True, False], r"in train\(\) than in eval"),
+        (AsksForInference, [True, True], "or in inference mode"),
         (AsksWithoutGrad, [True, True, False], r"under torch\.autocast or torch\.no_grad"),
         (SetsInTrain, [True, False], r"in train\(\) than in eval"),
     ],

@@ -102,6 +102,8 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
         >>> result.tensors[0].type, result.bits_per_weight
         ('Q4_0', 4.5)
     """
+    if not isinstance(tokenizer, str | Path | None):
+        raise TypeError(f"export_gguf: tokenizer must be the folder that tokenizer.save_pretrained wrote, got {type(tokenizer).__name__}.")
     with _errors_of_export():
         return _export(unwrapped(model), Path(path), None if tokenizer is None else Path(tokenizer), name)
 

@@ -14,6 +14,7 @@ from torch import nn
 import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
+from diffq_fx.example import one_at_a_time
 from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import calibrate
 from diffq_fx.export.onnx.causes import failure_cause
@@ -153,6 +154,7 @@ class _Job:
         return check_parity(files, reference, self.example, self.traced, self.typical)
 
 
+@one_at_a_time
 def export_file(
     converted: nn.Module,
     example_inputs: Any,

@@ -2,6 +2,8 @@
 
 import io
 import logging
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -119,6 +121,18 @@ def _placeholder() -> Any:
     return dequantize
 
 
+class _OfOtherThreads(io.StringIO):
+    """Takes the place of stderr, and hands on what other threads write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._here, self._stderr = threading.get_ident(), sys.stderr
+
+    def write(self, text: str) -> int:
+        """Write the text of other threads."""
+        return len(text) if threading.get_ident() == self._here else self._stderr.write(text)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what exporters and quantizers say about themselves: nothing of it is for the user of this library."""
@@ -128,7 +142,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # a trace that fails prints its graph
+        with warnings.catch_warnings(), redirect_stderr(_OfOtherThreads()):  # a trace that fails prints its graph
             warnings.simplefilter("ignore")
             yield
     finally:
