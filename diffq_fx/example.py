@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # in typing since Python 3.11
 Mode = Literal["train", "eval", "eval without grad"]
 MODES: tuple[Mode, ...] = ("train", "eval", "eval without grad")
 
-_Params, _Result = ParamSpec("_Params"), TypeVar("_Result")
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
 _ALONE = threading.RLock()
 _SEED = 20210422  # any fixed one: the original and the prepared model must draw the same dropout
 
