@@ -70,7 +70,8 @@ def compress(
             16,000 tokens: small batches, of 256 say, leave time for more steps. At most 1024 batches and 1 GiB are read.
         config: the settings, with a target; by default 4 bits a weight. Or a mapping as for :func:`~diffq_fx.prepare`, in which
             :class:`~diffq_fx.methods.STE` gives some weights a fixed width: ``{"*embed*": STE(bits=8), "*": DiffQConfig(...)}``.
-        teacher: another model with the same outputs to imitate; by default the float model.
+        teacher: another model with the same outputs to imitate; by default the float model. Of outputs with names those that are called
+            logits or scores are compared alone, where there are any.
         kind: "scores" for class scores in all outputs, "features" for none; "auto" for those that are called so, or whose rows choose.
         steps: most steps of the tuning, 300 by default; 0 for none.
         minutes: most minutes of it all, about; 10 by default. Where they are few, the sensitivity takes fewer steps (until a fifth of the
