@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_replacing
+from diffq_fx.errors import DiffQError
 from diffq_fx.example import Example, one_at_a_time
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
@@ -74,7 +75,10 @@ def compress_blocks(
     for number, path in enumerate(paths):
         calls = [Example((hidden, *rests[number].args), rests[number].kwargs) for hidden, rests in chains]
         left = max(1 - limits.share, 1 / len(paths)) * limits.seconds / 60 / (len(paths) - number)
-        block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=left, progress=progress)
+        try:
+            block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=left, progress=progress)
+        except (DiffQError, ValueError) as error:
+            raise type(error)(f"{_CALLER}: block {path!r}, within which weights have their names: {error}") from error
         own.set_submodule(path, block)
         with torch.no_grad():
             chains = [(_first(call.run(block)), rests) for call, (_, rests) in zip(calls, chains, strict=True)]

@@ -94,6 +94,11 @@ def test_what_is_no_chain_is_refused(breaks: str, pattern: str, message: str) ->
         compress_blocks(Chain(breaks), batches(), pattern)
 
 
+def test_an_error_within_a_block_names_it() -> None:
+    with pytest.raises(ValueError, match=r"compress_blocks: block 'blocks\.0', within which weights have their names: .*'none'"):
+        compress_blocks(Chain(), batches(), "blocks.*", DiffQConfig(target_bits=4, exclude=("none",)))
+
+
 def test_bad_limits_are_met_first() -> None:
     with pytest.raises(ValueError, match="minutes must be a positive number, got '3'"):
         compress_blocks(Chain("between"), batches(), "blocks.*", minutes="3")  # pyright: ignore[reportArgumentType]
