@@ -137,13 +137,15 @@ def _refuse_idle_bits(parameters: set[int]) -> None:
         if not compression.trained_since:
             continue
         compression.trained_since = False
-        final = compression.frozen and not compression.asks_for_gradients  # a base with final bits, on which adapters may train
-        idle = not final and not compression.has_one_of(parameters)
+        asks, final = compression.asks_for_gradients, compression.frozen
+        if not asks and not final and not parameters.isdisjoint(map(id, compression.logits)):
+            raise DiffQError(f"an optimizer holds the bits of a prepared model, which do not train.\n  {IDLE_BITS}")
+        idle = (asks or not final) and not compression.has_one_of(parameters)  # on a base with final bits adapters may train
         compression.foreign_steps = compression.foreign_steps + 1 if idle else 0
         if compression.foreign_steps >= _PATIENCE:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
-                f"its bits do not move, and its size is not held.\n  {_FLAT if compression.asks_for_gradients else IDLE_BITS}"
+                f"its bits do not move, and its size is not held.\n  {_FLAT if asks else IDLE_BITS}"
             )
 
 

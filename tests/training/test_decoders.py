@@ -228,6 +228,10 @@ def test_an_adapter_around_a_model_whose_bits_nothing_trains_is_refused(monkeypa
         train(model)
     with pytest.raises(ValueError, match=r"Trainer: The bits have requires_grad=False"):
         begin("Trainer", model, [], STEPS)
+    optimizer = torch.optim.AdamW(model.parameters())  # at its first step: later its own steps would make the bits final
+    loss_of(model, IDS).backward()
+    with pytest.raises(DiffQError, match=r"(?s)an optimizer holds the bits .* do not train.*requires_grad=False"):
+        optimizer.step()
 
 
 def test_an_adapter_around_a_model_with_final_bits_trains(monkeypatch):
