@@ -1,16 +1,14 @@
 """The example of a call: read from what users write, and run on a model without leaving a trace of it."""
 
 import copy
-import functools
 import pickle
 import random
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +22,6 @@ if TYPE_CHECKING:  # in typing since Python 3.11
 Mode = Literal["train", "eval", "eval without grad"]
 MODES: tuple[Mode, ...] = ("train", "eval", "eval without grad")
 
-_Params = ParamSpec("_Params")
-_Result = TypeVar("_Result")
-_ALONE = threading.RLock()
 _SEED = 20210422  # any fixed one: the original and the prepared model must draw the same dropout
 
 
@@ -163,14 +158,3 @@ def tensors_of(tree: Any) -> list[Tensor]:
     if type(tree) in (tuple, list, dict, OrderedDict):  # most trees are no more, and torch's pytree is slow
         return [tensor for part in (tree.values() if isinstance(tree, dict) else tree) for tensor in tensors_of(part)]
     return [leaf for leaf in _compat.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def one_at_a_time(function: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
-    """Let one thread at a time run any of the functions that trace: torch.fx and torch.export change torch for all threads meanwhile."""
-
-    @functools.wraps(function)
-    def alone(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
-        with _ALONE:
-            return function(*args, **kwargs)
-
-    return alone

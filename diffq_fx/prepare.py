@@ -19,7 +19,7 @@ from diffq_fx.capture.whole_graph import capture_model
 from diffq_fx.capture.width_sets import note_width_sets
 from diffq_fx.compression import Compression
 from diffq_fx.errors import CaptureError, DiffQWarning, PreparationError
-from diffq_fx.example import Example, one_at_a_time
+from diffq_fx.example import Example
 from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import Method, Place, WeightQuantizer
 from diffq_fx.methods.diffq import DiffQConfig
@@ -29,6 +29,7 @@ from diffq_fx.passes.annotate_weights import META_KEY, annotate_weights
 from diffq_fx.passes.quantizer_nodes import insert_quantizers, verify_prepared
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.selection import Selection, select_weights
+from diffq_fx.threads import TRACING
 from diffq_fx.training import phases, steps  # noqa: F401  from now on optimizers tell of their steps
 from diffq_fx.unfit import refuse_unfit, refuse_unfit_names
 from diffq_fx.weights import QUANTIZER_SUFFIX, owner_of
@@ -104,10 +105,9 @@ def prepare(model: nn.Module, example_inputs: Any, method: Method | Mapping[str,
     return prepare_as("prepare", model, example_inputs, method, scope)
 
 
-@one_at_a_time
 def prepare_as(caller: str, model: nn.Module, example_inputs: Any, method: Method | Mapping[str, Method], scope: Scope) -> nn.Module:
     """Prepare for the public function ``caller``, whose name stands in messages."""
-    with torch.inference_mode(False), torch.enable_grad():  # a forward may be tried and traced wherever prepare is called
+    with TRACING, torch.inference_mode(False), torch.enable_grad():  # a forward may be tried and traced wherever prepare is called
         choice = MethodChoice.of(method, caller)
         if scope not in ("auto", *_WAYS):
             raise ValueError(f'{caller}: scope must be "auto", "model" or "module", got {scope!r}.')

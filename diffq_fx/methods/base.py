@@ -215,12 +215,14 @@ class WeightQuantizer(nn.Module, ABC):
         if self.learned_for is None or (trains == self._weight_trains and not anew):
             return
         if anew or trains or self._weight_trains or not bool(self.learned_for.any()):  # else a state that was loaded knows it
-            self.learned_for.copy_(torch.zeros(SUMS) if trains else _sums(whole(weight)))
+            self.learned_for.copy_(torch.zeros_like(self.learned_for) if trains else _sums(whole(weight)))
         self._weight_trains = trains
 
     def is_learned_for_another(self) -> bool:
         """Whether the weight has other values than that for which a range or a step was learned, which then no longer fits."""
-        if self.learned_for is None or torch.compiler.is_compiling() or not bool(self.learned_for.any()):
+        if self.learned_for is None or self._weight_trains or self.weight.requires_grad or torch.compiler.is_compiling():
+            return False  # without a look at values, for which a GPU makes a forward wait
+        if not bool(self.learned_for.any()):
             return False
         return bool((_sums(whole(self.weight)) - self.learned_for).abs().max() > _ROUNDED)
 

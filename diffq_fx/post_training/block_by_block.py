@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import DiffQError
-from diffq_fx.example import Example, one_at_a_time
+from diffq_fx.example import Example
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.post_training.batches import Calibration
 from diffq_fx.post_training.compress import compress, limits_of
+from diffq_fx.threads import TRACING
 
 _CALLER = "compress_blocks"
 
 
 @torch.inference_mode(False)
-@one_at_a_time
 def compress_blocks(
     model: nn.Module,
     batches: Iterable[Any],
@@ -71,17 +71,18 @@ def compress_blocks(
     examples = [*data.tuned_on, *(data.held_out if data.held_out is not data.tuned_on else ())]
     shared = {id(parameter): parameter for path in paths for parameter in model.get_submodule(path).parameters()}
     own = copy_replacing(model, shared).eval()
-    chains = [_chain(own, paths, example) for example in examples]
-    for number, path in enumerate(paths):
-        calls = [Example((hidden, *rests[number].args), rests[number].kwargs) for hidden, rests in chains]
-        left = max(1 - limits.share, 1 / len(paths)) * limits.seconds / 60 / (len(paths) - number)
-        try:
-            block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=left, progress=progress)
-        except (DiffQError, ValueError) as error:
-            raise type(error)(f"{_CALLER}: block {path!r}, within which weights have their names: {error}") from error
-        own.set_submodule(path, block)
-        with torch.no_grad():
-            chains = [(_first(call.run(block)), rests) for call, (_, rests) in zip(calls, chains, strict=True)]
+    with TRACING:
+        chains = [_chain(own, paths, example) for example in examples]
+        for number, path in enumerate(paths):
+            calls = [Example((hidden, *rests[number].args), rests[number].kwargs) for hidden, rests in chains]
+            left = max(1 - limits.share, 1 / len(paths)) * limits.seconds / 60 / (len(paths) - number)
+            try:
+                block = compress(own.get_submodule(path), calls, config, kind="features", steps=steps, minutes=left, progress=progress)
+            except (DiffQError, ValueError) as error:
+                raise type(error)(f"{_CALLER}: block {path!r}, within which weights have their names: {error}") from error
+            own.set_submodule(path, block)
+            with torch.no_grad():
+                chains = [(_first(call.run(block)), rests) for call, (_, rests) in zip(calls, chains, strict=True)]
     return own
 
 

@@ -14,7 +14,7 @@ from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.compression import Compression
 from diffq_fx.convert import convert
 from diffq_fx.errors import PreparationError
-from diffq_fx.example import one_at_a_time, restored_random_state
+from diffq_fx.example import restored_random_state
 from diffq_fx.methods.base import Method, check_whole
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
@@ -28,6 +28,7 @@ from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
 from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, rest_when_tuned, tune
 from diffq_fx.prepare import prepare_as
+from diffq_fx.threads import TRACING
 from diffq_fx.training.output_loss import Kind, refuse_kind
 from diffq_fx.unfit import refuse_unfit
 
@@ -40,7 +41,6 @@ _SENSITIVITY_SHARE, _LEAST_STEPS = 0.2, 4
 """The part of the time until which the sensitivity is to be known, and the fewest steps that tell it."""
 
 
-@one_at_a_time
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
@@ -105,7 +105,7 @@ def compress(
         raise TypeError(f"{CALLER}: teacher must be a torch.nn.Module, got {type(teacher).__name__}.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     callers_types = _callers_autocast(device.type)
-    with torch.inference_mode(False), torch.enable_grad(), restored_random_state(0), torch.autocast(device.type, enabled=False):
+    with TRACING, torch.inference_mode(False), torch.enable_grad(), restored_random_state(0), torch.autocast(device.type, enabled=False):
         data = Calibration(batches, device)
         refuse_too_little_memory(_COPIES * sum(max(each.nbytes, 4 * each.numel()) for each in model.parameters()), device)
         wanted = FloatOutputs(model, teacher, data, kind)

@@ -106,16 +106,18 @@ def test_another_thread_sees_the_parameter_while_a_forward_runs():
     assert isinstance(seen[0], nn.Parameter)
 
 
-def test_several_prepare_and_export_while_one_trains(tmp_path):
+def test_several_prepare_and_export_while_one_trains(tmp_path, capsys):
     """Nothing of torch's, nor stderr, stays as a trace has it."""
     torch_s_own, stderr = (vars(torch.amp.autocast)["__enter__"], vars(torch.autograd.Function)["apply"]), sys.stderr
     done = threading.Event()
 
     def train():
-        while not done.is_set():
+        steps = 0
+        while not done.wait(0.001):
             with torch.autocast("cpu", torch.bfloat16):
-                pass
-        return True
+                sys.stderr.write("a step\n")
+            steps += 1
+        return steps
 
     def work(number):
         net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
@@ -127,6 +129,7 @@ def test_several_prepare_and_export_while_one_trains(tmp_path):
             assert len(list(pool.map(work, range(3)))) == 3
         finally:
             done.set()
-        assert other.result()
+        steps = other.result()
+    assert capsys.readouterr().err.count("a step\n") == steps > 0
     assert (vars(torch.amp.autocast)["__enter__"], vars(torch.autograd.Function)["apply"]) == torch_s_own
     assert sys.stderr is stderr

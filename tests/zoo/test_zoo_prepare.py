@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PreparationError, WeightQuantizer, prepare_diffq
+from diffq_fx import CaptureError, DiffQConfig, DiffQWarning, PreparationError, WeightQuantizer, prepare, prepare_diffq
 from zoo.checks import MODES, assert_same, assert_unchanged, converted, noise_off, prepared, run, snapshot
 from zoo.entry import Entry, each_in_one_way, parameters_of, randn
 from zoo.models import BY_NAME, ZOO
@@ -80,8 +80,9 @@ def test_leaves_the_original_as_it_was(entry: Entry, way: str):
 @pytest.mark.parametrize("entry", parameters_of([entry for entry in ZOO if entry.unseen]))
 def test_warns_of_weights_that_the_example_never_reads(entry: Entry):
     args, kwargs = entry.example()
-    with pytest.warns(DiffQWarning, match=f"never read {', '.join(entry.unseen)}"):
-        prepare_diffq(entry.make(), kwargs or args, DiffQConfig(penalty=1.0))
+    with pytest.warns(DiffQWarning, match=f"never read {', '.join(entry.unseen)}") as warned:
+        prepare(entry.make(), kwargs or args, DiffQConfig(penalty=1.0))
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("entry", parameters_of([entry for entry in ZOO if entry.scope == "module"]))

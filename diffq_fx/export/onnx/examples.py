@@ -1,7 +1,5 @@
 """Example inputs as an export uses them: read in every form, repeated along the batch, drawn anew, with what their masks hide."""
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from diffq_fx import _compat
 from diffq_fx.example import Example, tensors_of
+from diffq_fx.threads import silent_stderr
 
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 """What a model, or its trace, raises at inputs that it does not take."""
@@ -72,7 +71,7 @@ class ExportExample(Example):
 
     def run(self, model: nn.Module) -> list[Any]:
         """Call the model without gradients; the leaves of what it returns. A graph of torch.fx prints what it raises, to nobody here."""
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+        with torch.no_grad(), silent_stderr():
             return _compat.tree_leaves(model(*self.args, **self.kwargs))
 
     def on_its_own(self) -> "ExportExample":

@@ -28,6 +28,7 @@ TOLERANCE = 1e-4
 """Largest difference allowed, as a part of the output's largest value; a model in float16 gets a few of its own steps."""
 _STEPS = 4
 _ROUNDINGS = 4
+"""How many times the distance that rounding inputs makes by itself is allowed to a file with integer products."""
 _SEED = 0
 _SIDES = ("PyTorch", "onnxruntime")
 _SEE_SOMETHING = (
@@ -165,13 +166,13 @@ def check_parity(
     remark = exact.remark()
     del exact, session  # a session holds the weights, those that it has folded as floats: one at a time
     compared = compared if typical is None else [(typical, _expected(reference, typical))]
-    fast_worst, kernels = _as_it_runs(files, compared)
+    fast_worst, ran = _as_it_runs(files, compared)
     rounding = worst[1]
     if files.rounded != files.exact:
         session = open_session(files.rounded, 0, entries, **FREED)
         _check_rounding(fast_worst, rounding := _worst(session, files.rounded, compared))
-    dequantized = _dequantized_at_run(files) if any(operator == "DequantizeLinear" for _, operator in kernels) else ()
-    return Parity(*worst, fast_worst, rounding, dict(Counter(operator for _, operator in kernels)), dequantized, remark)
+    dequantized = _dequantized_at_run(files) if any(operator == "DequantizeLinear" for _, operator in ran) else ()
+    return Parity(*worst, fast_worst, rounding, dict(Counter(operator for _, operator in ran)), dequantized, remark)
 
 
 def _as_it_runs(files: DraftFiles, compared: list[tuple[ExportExample, list[np.ndarray]]]) -> tuple[float, list[tuple[str, str]]]:
@@ -179,8 +180,8 @@ def _as_it_runs(files: DraftFiles, compared: list[tuple[ExportExample, list[np.n
     profile = str(files.fast.with_name("profile"))
     session = open_session(files.fast, 0, files.entries, **FREED, enable_profiling=True, profile_file_prefix=profile)
     worst = _worst(session, files.fast, compared)
-    kernels = _kernels(Path(session.end_profiling()))
-    return worst, [kernel for kernel in kernels if not kernel[0].startswith(UNFOLDED)]
+    ran = _kernels(Path(session.end_profiling()))
+    return worst, [kernel for kernel in ran if not kernel[0].startswith(UNFOLDED)]
 
 
 def _worst(session: Any, path: Path, compared: list[tuple[ExportExample, list[np.ndarray]]]) -> float:

@@ -14,7 +14,6 @@ from torch import nn
 import diffq_fx
 from diffq_fx.atomic import draft_folder
 from diffq_fx.errors import DiffQError, ExportError
-from diffq_fx.example import one_at_a_time
 from diffq_fx.export.onnx.branches import SIZE_ADVICE
 from diffq_fx.export.onnx.calibration import calibrate
 from diffq_fx.export.onnx.causes import failure_cause
@@ -38,6 +37,7 @@ from diffq_fx.export.onnx.tracing import TracedModel, Tracer
 from diffq_fx.export.onnx.translation import weights_by_initializer
 from diffq_fx.export.onnx.unfolding import save_unfolded
 from diffq_fx.storage import StoredWeight
+from diffq_fx.threads import TRACING
 
 _ROUGH = 0.1
 """A relative error of the rounded activations that is worth a remark."""
@@ -154,7 +154,6 @@ class _Job:
         return check_parity(files, reference, self.example, self.traced, self.typical)
 
 
-@one_at_a_time
 def export_file(
     converted: nn.Module,
     example_inputs: Any,
@@ -176,7 +175,7 @@ def export_file(
     weights = weights_by_initializer(converted)
     needed: tuple[tuple[int, int], ...] = ()
     try:
-        with draft_folder(path, ExportError) as folder, ExitStack() as stack:
+        with TRACING, draft_folder(path, ExportError) as folder, ExitStack() as stack:
             if cache:
                 example = in_mid_text(converted, example)
                 stack.enter_context(tensors_for_cache(converted, example))

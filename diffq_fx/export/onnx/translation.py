@@ -1,12 +1,9 @@
 """Translates a traced model to ONNX with one placeholder node for each weight, which the layout rules then replace."""
 
-import io
 import logging
-import sys
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +21,7 @@ from diffq_fx.export.onnx.examples import FORWARD_ERRORS
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.parts import stored_weights
 from diffq_fx.storage import StoredWeight
+from diffq_fx.threads import silent_stderr
 
 BASE_OPSET = 20
 """The opset that torch.onnx writes its operators in; higher ones are conversions from it. From 20 on Gelu is one operator."""
@@ -121,18 +119,6 @@ def _placeholder() -> Any:
     return dequantize
 
 
-class _OfOtherThreads(io.StringIO):
-    """Takes the place of stderr, and hands on what other threads write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._here, self._stderr = threading.get_ident(), sys.stderr
-
-    def write(self, text: str) -> int:
-        """Write the text of other threads."""
-        return len(text) if threading.get_ident() == self._here else self._stderr.write(text)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what exporters and quantizers say about themselves: nothing of it is for the user of this library."""
@@ -142,7 +128,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with warnings.catch_warnings(), redirect_stderr(_OfOtherThreads()):  # a trace that fails prints its graph
+        with warnings.catch_warnings(), silent_stderr():  # a trace that fails prints its graph
             warnings.simplefilter("ignore")
             yield
     finally:
