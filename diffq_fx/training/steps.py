@@ -138,8 +138,9 @@ def _refuse_idle_bits(parameters: set[int]) -> None:
             continue
         compression.trained_since = False
         asks, final = compression.asks_for_gradients, compression.frozen
-        if not asks and not final and not parameters.isdisjoint(map(id, compression.logits)):
-            raise DiffQError(f"an optimizer holds the bits of a prepared model, which do not train.\n  {IDLE_BITS}")
+        held = not parameters.isdisjoint(map(id, compression.logits))
+        if held and not (asks or final or any(quantizer.weight.requires_grad for quantizer in compression.learned)):
+            raise DiffQError(f"an optimizer holds the bits of a prepared model, of which neither bits nor weights train.\n  {IDLE_BITS}")
         idle = (asks or not final) and not compression.has_one_of(parameters)  # on a base with final bits adapters may train
         compression.foreign_steps = compression.foreign_steps + 1 if idle else 0
         if compression.foreign_steps >= _PATIENCE:

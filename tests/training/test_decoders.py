@@ -230,7 +230,7 @@ def test_an_adapter_around_a_model_whose_bits_nothing_trains_is_refused(monkeypa
         begin("Trainer", model, [], STEPS)
     optimizer = torch.optim.AdamW(model.parameters())  # at its first step: later its own steps would make the bits final
     loss_of(model, IDS).backward()
-    with pytest.raises(DiffQError, match=r"(?s)an optimizer holds the bits .* do not train.*requires_grad=False"):
+    with pytest.raises(DiffQError, match=r"(?s)an optimizer holds the bits .* neither bits nor weights train.*requires_grad=False"):
         optimizer.step()
 
 
