@@ -14,7 +14,7 @@ from diffq_fx.example import Example, in_eval
 def freeze_bits(model: nn.Module) -> None:
     """End the noise: round the bits of a prepared model for good, and train on with truly rounded weights (straight-through estimator).
 
-    Noise finds the bits, rounding finishes the weights.
+    Under noise the bits train; with final bits the weights train for the rounding that eval() and convert do.
     ``DiffQConfig(training_steps=...)`` calls it by itself.
 
     Args:
