@@ -11,7 +11,7 @@ from rich.table import Table
 from diffq_fx.cli.output import Answer, add_row, command, new_table
 
 if TYPE_CHECKING:
-    from diffq_fx.export.onnx.benchmark import LatencyComparison, Quartiles
+    from diffq_fx.export.onnx.benchmark import LatencyComparison
 
 
 @command
@@ -56,16 +56,11 @@ def _parse_dims(entries: list[str]) -> dict[str, int]:
 
 def _table(comparison: "LatencyComparison") -> Table:
     table = new_table("latency of one run: median [q1, q3]", folded=("model", "file"), right=("latency ms", "size MiB"))
-    add_row(table, "A", comparison.path_a, _spread(comparison.a_ms, 4), f"{comparison.size_a_mib:.4f}")
-    add_row(table, "B", comparison.path_b, _spread(comparison.b_ms, 4), f"{comparison.size_b_mib:.4f}", end_section=True)
+    add_row(table, "A", comparison.path_a, comparison.a_ms.text(".4f"), f"{comparison.size_a_mib:.4f}")
+    add_row(table, "B", comparison.path_b, comparison.b_ms.text(".4f"), f"{comparison.size_b_mib:.4f}", end_section=True)
     size_ratio = f"{comparison.size_a_mib / comparison.size_b_mib:.2f}"
-    add_row(table, "A / B", "", _spread(comparison.ratio, 2), size_ratio, style="bold")
+    add_row(table, "A / B", "", comparison.ratio.text(".2f"), size_ratio, style="bold")
     return table
-
-
-def _spread(quartiles: "Quartiles", digits: int) -> str:
-    q1, median, q3 = (f"{value:.{digits}f}" for value in (quartiles.q1, quartiles.median, quartiles.q3))
-    return f"{median} [{q1}, {q3}]"
 
 
 def _summary(comparison: "LatencyComparison") -> list[str]:

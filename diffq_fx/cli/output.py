@@ -1,13 +1,13 @@
 """What the commands share: an answer for people or as JSON, errors as one message, sizes in MiB."""
 
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
+from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -46,9 +46,11 @@ def command(work: Callable[..., Answer]) -> Callable[..., None]:
         with errors_as_messages(), redirect_stdout(sys.stderr) if json else nullcontext():  # a user's model may print
             answer = work(**given)
         if json:
-            print_json(answer.data)
+            typer.echo(dumps(_finite(answer.data), indent=2, allow_nan=False))
         else:
-            console = _standard_output()
+            console = Console(highlight=False)
+            if not console.is_terminal:
+                console.width = _PIPE_WIDTH
             for each in answer.shown:
                 console.print(visible(each) if isinstance(each, str) else each, markup=False, soft_wrap=isinstance(each, str))
         if answer.failed:
@@ -80,12 +82,6 @@ def errors_as_messages() -> Iterator[None]:
 def _fail(message: str, cause: BaseException | None = None, code: int = BAD_INPUT) -> None:
     Console(stderr=True).print(visible(f"diffq-fx: {message}"), style="red", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(code) from cause
-
-
-def _standard_output() -> Console:
-    """A console for tables; wide where nobody looks at it through a window."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def new_table(title: str, *, folded: Sequence[str] = (), left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
@@ -126,12 +122,8 @@ def mean_and_range(histogram: dict[int, int] | None) -> str:
     return f"{mean:.2f} ({min(histogram)}-{max(histogram)})"
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """Print plain data as JSON that every reader takes: infinite and undefined numbers become text."""
-    typer.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
-
-
 def _finite(value: Any) -> Any:
+    """Plain data with text for infinite and undefined numbers, which not every reader of JSON takes."""
     if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

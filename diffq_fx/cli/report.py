@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffq_fx.export.onnx.benchmark import LatencyComparison
     from diffq_fx.export.onnx.inspection import OnnxInspection
     from diffq_fx.export.packed.packed_report import PackedInspection
-    from diffq_fx.report.page import Page, PageSize, PageWeight
+    from diffq_fx.report.page import Page, PageWeight
 
 
 @command
@@ -38,7 +38,11 @@ def report(
         from diffq_fx.export.onnx.inspection import inspect_onnx
 
         read = [inspect_onnx(each) for each in (file, beside) if each is not None]
-        refuse_same_file(out, [Path(each.path).parent / name for each in read for name in each.external_files], DiffQError)
+        refuse_same_file(
+            out,
+            [Path(each.path).parent / name for each in read for name in {tensor.external for tensor in each.tensors} if name],
+            DiffQError,
+        )
         race = None if beside is None else compare_latency(beside, file, repeats=repeats)
         page = _page_of_onnx(read[0], read[1] if race else None, race)
     page.save(out)
@@ -49,9 +53,8 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
     from diffq_fx.report.page import Page
 
     metadata = inspection.metadata
-    facts = [
-        f"{inspection.file_bytes / MIB:.4g} MiB on disk, opset {inspection.opset}, written by {inspection.producer or 'an unknown tool'}"
-    ]
+    opset, tool = inspection.opsets.get("", 0), inspection.producer or "an unknown tool"
+    facts = [f"{inspection.file_bytes / MIB:.4g} MiB on disk, opset {opset}, written by {tool}"]
     if metadata is not None:
         target = f", for target {metadata.target}" if metadata.target else ""
         facts.append(f"layout {metadata.layout}, activations {metadata.activations}{target}")
@@ -65,25 +68,20 @@ def _page_of_onnx(inspection: "OnnxInspection", other: "OnnxInspection | None", 
             *filter(None, [race.pairing]),
         ]
     rows = [] if race is None else [(race.path_a, race.size_a_mib, race.a_ms), (race.path_b, race.size_b_mib, race.b_ms)]
-    measurements = [
-        {"file": Path(path).name, "MiB": f"{size:.4g}", "ms, batch 1": f"{ms.median:.3g} [{ms.q1:.3g}, {ms.q3:.3g}]"}
-        for path, size, ms in rows
-    ]
+    measurements = [{"file": Path(path).name, "MiB": f"{size:.4g}", "ms, batch 1": ms.text(".3g")} for path, size, ms in rows]
     sizes = [_onnx_size(each) for each in (inspection, other) if each is not None]
     return Page(title=Path(inspection.path).name, facts=facts, sizes=sizes, weights=_onnx_weights(inspection), measurements=measurements)
 
 
-def _onnx_size(inspection: "OnnxInspection") -> "PageSize":
+def _onnx_size(inspection: "OnnxInspection") -> tuple[str, dict[str, float]]:
     levels, *scales = (inspection.payload_bytes(role) for role in ("quantized", "scale", "zero_point"))
     return _size(inspection, {"levels": levels, "scales, zero points": sum(scales)}, "float, graph")
 
 
-def _size(file: "OnnxInspection | PackedInspection", parts: dict[str, float], rest: str) -> "PageSize":
-    """A file's size in its parts, which are given in bytes; ``rest`` is what they leave of it."""
-    from diffq_fx.report.page import PageSize
-
+def _size(file: "OnnxInspection | PackedInspection", parts: dict[str, float], rest: str) -> tuple[str, dict[str, float]]:
+    """A file's name and its size in its parts, which are given in bytes; ``rest`` is what they leave of it."""
     whole = {**parts, rest: file.file_bytes - sum(parts.values())}
-    return PageSize(name=Path(file.path).name, parts={part: size / MIB for part, size in whole.items()})
+    return Path(file.path).name, {part: size / MIB for part, size in whole.items()}
 
 
 def _onnx_weights(inspection: "OnnxInspection") -> "list[PageWeight]":

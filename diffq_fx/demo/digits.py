@@ -22,9 +22,8 @@ LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Task:
-    """Data, a model, and how many epochs it trains."""
+    """Data, and how many epochs a model trains."""
 
-    make_model: Callable[[], nn.Module]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     float_epochs: int
@@ -47,7 +46,7 @@ def contest(out: Path, quick: bool, tell: Callable[[str], None]) -> Contest:
     torch.manual_seed(0)
     task = digits(quick)
     inputs, _ = task.test
-    model = task.make_model()
+    model = digits_net()
     train(model, task, task.float_epochs, LEARNING_RATE)
     float_model = copy.deepcopy(model).eval()
     tell(f"trained in float: {accuracy(float_model, task):.2f} % of {len(inputs)} test images")
@@ -115,4 +114,4 @@ def digits(quick: bool = False) -> Task:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:360], order[360:]
     epochs = (3, 3) if quick else (15, 12)
-    return Task(digits_net, (images[train], labels[train]), (images[test], labels[test]), *epochs)
+    return Task((images[train], labels[train]), (images[test], labels[test]), *epochs)

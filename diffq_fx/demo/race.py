@@ -71,8 +71,7 @@ def measure(contest: Contest) -> list[dict[str, str]]:
         runs = [partial(session.run, None, feed(session, [each[:batch] for each in contest.inputs])) for session in sessions]
         times = time_in_turns(runs, [runs_per_sample(run) for run in runs], turns=_TURNS, seconds=_SECONDS)
         for row, own in zip(rows, times, strict=True):
-            spread = Quartiles.of([1e3 * each for each in own])
-            row[f"ms, {batch} {contest.unit}" + "s" * (batch > 1)] = f"{spread.median:.3g} [{spread.q1:.3g}, {spread.q3:.3g}]"
+            row[f"ms, {batch} {contest.unit}" + "s" * (batch > 1)] = Quartiles.of([1e3 * each for each in own]).text(".3g")
     return rows
 
 

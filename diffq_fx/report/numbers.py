@@ -5,7 +5,7 @@ Sizes are kept as whole numbers of bits, so that sums are exact; what is shown i
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +80,11 @@ class WeightBits(Footprint):
             "float_mib": mib(self.float_bits),
             "sensitivity": self.sensitivity,
         }
+
+
+def joined(histograms: Iterable[Mapping[int, int]]) -> dict[int, int]:
+    """The sum of histograms, by rising bits."""
+    return dict(sorted(sum(map(Counter, histograms), Counter[int]()).items()))
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class BitsNumbers:
     @property
     def histogram(self) -> dict[int, int]:
         """Bits -> number of weights that have them, over the whole model."""
-        return dict(sorted(sum((Counter(weight.histogram) for weight in self.weights), Counter[int]()).items()))
+        return joined(weight.histogram for weight in self.weights)
 
     @property
     def packed_size(self) -> SizeParts:

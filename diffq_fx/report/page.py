@@ -13,25 +13,11 @@ import jinja2
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
-from diffq_fx.report.numbers import BitsNumbers
+from diffq_fx.report.numbers import BitsNumbers, joined
 from diffq_fx.report.plots import HEIGHT, WIDTH, Plot, curve, scatter
 from diffq_fx.report.tables import first_names, named_sizes, skipped_by_reason, summary_lines
 
 _VERSIONS = ("diffq-fx", "torch", "onnxruntime")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageSize:
-    """One of the sizes that a page compares, in its parts."""
-
-    name: str
-    parts: Mapping[str, float]
-    """What it is made of -> MiB."""
-
-    @property
-    def total(self) -> float:
-        """MiB of all parts."""
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +54,8 @@ class Page:
 
     title: str
     facts: Sequence[str]
-    sizes: Sequence[PageSize]
+    sizes: Sequence[tuple[str, Mapping[str, float]]]
+    """Names of the sizes that it compares, and what each is made of -> MiB."""
     weights: Sequence[PageWeight]
     skipped: Sequence[tuple[str, str]] = ()
     """Why parameters stay in float, and which."""
@@ -95,14 +82,14 @@ class Page:
     @property
     def histogram(self) -> dict[int, int]:
         """Bits -> number of weights of the whole model."""
-        widths = sorted({bits for weight in self.weights for bits in weight.histogram})
-        return {bits: sum(weight.histogram.get(bits, 0) for weight in self.weights) for bits in widths}
+        return joined(weight.histogram for weight in self.weights)
 
     def html(self) -> str:
         """The page as text, complete in itself."""
+        largest = max(sum(parts.values()) for _, parts in self.sizes)
         source = resources.files("diffq_fx.report").joinpath("page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-        return environment.from_string(source).render(page=self, made=_made(), width=WIDTH, height=HEIGHT)
+        return environment.from_string(source).render(page=self, largest=largest, made=_made(), width=WIDTH, height=HEIGHT)
 
     def save(self, path: str | Path) -> Path:
         """Write the page; an older file survives until the new one is complete."""
@@ -115,10 +102,7 @@ class Page:
 def page_of(report: BitsNumbers, measurements: Sequence[Mapping[str, object]] = ()) -> Page:
     """The page of a prepared or converted model."""
     sizes = [
-        PageSize(
-            name=name,
-            parts={"levels": mib(size.levels_bits), "scales, widths": mib(size.overhead_bits), "not quantized": mib(size.rest_bits)},
-        )
+        (name, {"levels": mib(size.levels_bits), "scales, widths": mib(size.overhead_bits), "not quantized": mib(size.rest_bits)})
         for name, size in named_sizes(report).items()
     ]
     weights = [

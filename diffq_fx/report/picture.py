@@ -3,7 +3,6 @@
 Drawn with matplotlib's Figure alone, never pyplot: no display, no global state, no window.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from diffq_fx.budget.size import mib
-from diffq_fx.report.numbers import BitsNumbers, WeightBits
+from diffq_fx.report.numbers import BitsNumbers, WeightBits, joined
 from diffq_fx.report.tables import named_sizes, percent
 
 if TYPE_CHECKING:
@@ -64,8 +63,7 @@ def _row(label: str, weights: Sequence[WeightBits]) -> Row:
     label = label if len(weights) > 1 else weights[0].name
     half = (_LONGEST_NAME - 3) // 2
     shown = label if len(label) <= _LONGEST_NAME else f"{label[:half]}...{label[-half:]}"
-    histogram = sum((Counter(weight.histogram) for weight in weights), Counter[int]())
-    return Row(shown if len(weights) == 1 else f"{shown} ({len(weights)} tensors)", histogram)
+    return Row(shown if len(weights) == 1 else f"{shown} ({len(weights)} tensors)", joined(weight.histogram for weight in weights))
 
 
 def draw(report: BitsNumbers) -> Figure:

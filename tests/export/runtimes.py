@@ -13,13 +13,14 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from diffq_fx.export.onnx.sessions import EXACT_LEVEL
+from diffq_fx.export.onnx.sessions import EXACT
 
 
 def run_onnxruntime(path, feeds):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.add_session_config_entry(*EXACT_LEVEL)
+    for key, value in EXACT.items():
+        options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run(None, feeds)
 
 

@@ -52,10 +52,10 @@ def test_a_float_matmul_is_one_float_tensor(tmp_path):
     assert (weight.role, weight.dtype, weight.container_bits, weight.shape) == ("float", "float", 32, (8, 4))
     assert (weight.readers, weight.values, weight.payload_bytes) == (("MatMul",), 32, 128)
     assert weight.learned_bits is None
-    assert inspection.float_tensors == (weight,)
-    assert inspection.opset == 21
+    assert inspection.of_role("float") == (weight,)
+    assert inspection.opsets[""] == 21
     assert inspection.file_bytes == path.stat().st_size
-    assert inspection.graph_bytes + weight.file_bytes == inspection.file_bytes
+    assert inspection.to_dict()["totals"]["graph_bytes"] + weight.file_bytes == inspection.file_bytes
     assert weight.file_share == weight.file_bytes / inspection.file_bytes
     assert 128 < weight.file_bytes < 160
 
@@ -85,7 +85,7 @@ def test_dequantized_weights_know_their_container_scales_and_zero_points(tmp_pat
     assert weight.payload_bytes == 56 * bits // 8
     assert (weight.scale_bytes, weight.zero_point_bytes) == (64, 16 * bits // 8)
     assert weight.readers == ("DequantizeLinear > Transpose > MatMul",)
-    assert inspection.float_tensors == ()
+    assert inspection.of_role("float") == ()
     assert inspection.payload_bytes() == weight.payload_bytes + 64 + zero_point.payload_bytes
 
 
@@ -296,7 +296,7 @@ def test_weights_of_dynamic_products_are_quantized_and_have_their_scales(bits, g
     assert all(part.readers == ("DynamicQuantizeMatMul",) for part in parts)
     assert sum(part.scale_bytes for part in parts) == 4 * 512
     assert found["weight.scale"].role == "scale"
-    assert [tensor.name for tensor in inspection.float_tensors] == ["bias"]
+    assert [tensor.name for tensor in inspection.of_role("float")] == ["bias"]
     assert inspection.payload_bytes("quantized") == -(-weight.container_payload_bits // 8)
 
 

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx import pipeline
-from diffq_fx.export.onnx.saving import save_draft
+from diffq_fx.export.onnx.saving import UNFOLDED, save_draft, save_unfolded
 from diffq_fx.export.onnx.sessions import open_session, run_session
-from diffq_fx.export.onnx.unfolding import UNFOLDED, save_unfolded
 from diffq_fx.kernels import memory
 
 MIXED = torch.tensor([2, 3, 4, 5, 8, 9]).repeat(4)[:, None]

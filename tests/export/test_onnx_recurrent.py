@@ -9,7 +9,7 @@ from torch._decomp import decomposition_table, decompositions
 
 from diffq_fx import DiffQConfig, ExportError, convert_diffq, prepare_diffq
 from diffq_fx.export import export_onnx
-from diffq_fx.export.onnx.recurrent import recurrent_layers_whole
+from diffq_fx.export.onnx.while_traced import recurrent_layers_whole
 
 
 class Recurrent(nn.Module):

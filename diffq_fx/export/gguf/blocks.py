@@ -165,7 +165,8 @@ def _packed(each: BlockType, blocks: _Blocks) -> NDArray[np.uint8]:
     if each.has_minimum and minimum_PB is None:
         base_PB = _bases(each, blocks)
         integers_PBK, minimum_PB = integers_PBK - base_PB[..., None], base_PB * scale_PB
-    parts = [_half_bytes(values_PB) for values_PB in (scale_PB, minimum_PB) if values_PB is not None]
+    halves = [values_PB.contiguous().numpy().astype("<f2") for values_PB in (scale_PB, minimum_PB) if values_PB is not None]
+    parts = [values_PB.view(np.uint8).reshape(*values_PB.shape, 2) for values_PB in halves]
     if each.bits == 8:
         return np.concatenate([*parts, integers_PBK.to(torch.int8).numpy().view(np.uint8)], -1)
     integers = (integers_PBK - each.lowest).to(torch.uint8).numpy()
@@ -173,7 +174,3 @@ def _packed(each: BlockType, blocks: _Blocks) -> NDArray[np.uint8]:
         parts.append(np.packbits(integers >> 4, axis=-1, bitorder="little"))
     low, high = np.split(integers & np.uint8(15), 2, -1)
     return np.concatenate([*parts, low | high << np.uint8(4)], -1)
-
-
-def _half_bytes(values_PB: Tensor) -> NDArray[np.uint8]:
-    return values_PB.contiguous().numpy().astype("<f2").view(np.uint8).reshape(*values_PB.shape, 2)

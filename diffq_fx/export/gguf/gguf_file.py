@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,11 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
     entries = _entries(model, architecture, config)
     if tokenizer is not None:
         refuse_same_file(path, [tokenizer / each for each in READ], ExportError)
-    with draft_folder(path, ExportError) as folder, naming(path, ExportError), _open(folder / "draft", architecture.name) as writer:
+    with (
+        draft_folder(path, ExportError) as folder,
+        naming(path, ExportError),
+        closing(gguf.GGUFWriter(folder / "draft", architecture.name)) as writer,
+    ):
         add_sizes(writer, config)
         writer.add_name(name or type(model).__name__)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -155,15 +159,6 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
         writer.close()
         put_in_place(folder / "draft", path)
     return GGUFResult(path, tuple(entry.tensor for entry in entries), path.stat().st_size)
-
-
-@contextmanager
-def _open(draft: Path, architecture: str) -> Iterator[gguf.GGUFWriter]:
-    writer = gguf.GGUFWriter(draft, architecture)
-    try:
-        yield writer
-    finally:
-        writer.close()
 
 
 def _file_type(entries: list[_Entry]) -> gguf.LlamaFileType:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.differences import OutputDifference, difference_of
-from diffq_fx.export.onnx.files import MIB, blaming, load_graph, size_bytes
+from diffq_fx.export.onnx.files import blaming, load_graph, size_bytes
 from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
 from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
@@ -44,6 +45,10 @@ class Quartiles:
             Quartiles(q1=2.0, median=3.0, q3=4.0)
         """
         return cls(**dict(zip(("q1", "median", "q3"), np.percentile(values, (25, 50, 75)).tolist(), strict=True)))
+
+    def text(self, form: str) -> str:
+        """``median [q1, q3]``, each number in this format."""
+        return f"{self.median:{form}} [{self.q1:{form}}, {self.q3:{form}}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +188,7 @@ def _differences(
 
 def _mib(path: str | Path, model: "ModelProto") -> float:
     with blaming(path):
-        return size_bytes(path, external_locations(find_constants(model))) / MIB
+        return mib(8 * size_bytes(path, external_locations(find_constants(model))))
 
 
 def _sizes_of_examples(models: "Sequence[ModelProto]", signature: Sequence[TensorSignature]) -> dict[str, int]:

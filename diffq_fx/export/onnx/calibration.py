@@ -11,8 +11,7 @@ import torch
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import ExportExample
 from diffq_fx.export.onnx.layout.request import Range
-from diffq_fx.export.onnx.sessions import open_session, run_session, to_numpy
-from diffq_fx.export.onnx.unfolding import FREED
+from diffq_fx.export.onnx.sessions import FREED, open_session, run_session, to_numpy
 
 
 def calibrate(

@@ -1,8 +1,8 @@
 """Decoders of transformers that take and return the tensors of their cache, as optimum and onnxruntime-genai run them."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffq_fx import _compat
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.examples import ATTENTION_MASK, CACHE, ExportExample
+from diffq_fx.export.onnx.while_traced import forward_as
 
 _CACHED = 2
 _FEWEST_TOKENS = 5
@@ -102,12 +103,11 @@ def sizes_of_text(example: ExportExample) -> tuple[tuple[int, int], ...]:
     return (0, 0), (0, 1), (len(example.tensors) - len(example.cached), 2)
 
 
-@contextmanager
-def tensors_for_cache(model: nn.Module, example: ExportExample) -> Iterator[None]:
+def tensors_for_cache(model: nn.Module, example: ExportExample) -> AbstractContextManager[None]:
     """Within the block the model takes the tensors of a cache in its place, as the example has them, and returns them as "present"."""
     from transformers import DynamicCache
 
-    forward, own = model.forward, vars(model).get("forward")
+    forward = model.forward
 
     def with_tensors(**inputs: Any) -> dict[str, Any]:
         layers: _Layers = inputs.pop(CACHE)
@@ -122,11 +122,4 @@ def tensors_for_cache(model: nn.Module, example: ExportExample) -> Iterator[None
         return {**returned, "present": [{"key": layer.keys, "value": layer.values} for layer in present.layers]}
 
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in example.kwargs]
-    with_tensors.__dict__["__signature__"] = inspect.Signature(parameters)  # by which torch.export names and sizes the inputs
-    model.forward = with_tensors
-    try:
-        yield
-    finally:
-        del model.forward
-        if own is not None:
-            model.forward = own
+    return forward_as(model, with_tensors, parameters)

@@ -1,5 +1,6 @@
 """export_onnx: a converted model in, one ONNX file out, checked against PyTorch before it is put in its place."""
 
+import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any, Literal
 from torch import nn
 
 from diffq_fx import _compat
+from diffq_fx.convert import convert
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.example import in_eval
 from diffq_fx.export.onnx.metadata import ExportResult
 from diffq_fx.export.onnx.options import check_options, layout_and_container
+from diffq_fx.methods import STE
 from diffq_fx.methods.base import WeightQuantizer
 from diffq_fx.parts import unwrapped
+from diffq_fx.prepare import prepare_as
 from diffq_fx.storage import StoredWeight
 from diffq_fx.weights import not_finite
 
@@ -162,6 +166,34 @@ def export_onnx(
     for remark in result.remarks:
         warnings.warn(f"export_onnx: {remark}", DiffQWarning, stacklevel=2)
     return result
+
+
+def check_onnx(model: nn.Module, example_inputs: Any, **options: Any) -> ExportResult:
+    """Export a copy of a float model, rounded to 4 bits, to a folder that is removed: what is refused is known before a training.
+
+    Args:
+        model: a float model, which is not prepared yet; it is left as it was.
+        example_inputs: what it is called with.
+        options: those of :func:`~diffq_fx.export.export_onnx`.
+
+    Returns:
+        What ``export_onnx`` returns: ``fixed_sizes`` says which sizes of the inputs are fixed, and why. The file is gone.
+
+    Raises:
+        ExportError: as ``export_onnx``.
+        DiffQError: as :func:`~diffq_fx.prepare`.
+
+    Warns:
+        DiffQWarning: as ``export_onnx``.
+
+    Example:
+        >>> import torch
+        >>> check_onnx(nn.Linear(16, 8), torch.randn(2, 16)).fixed_sizes
+        {'input.1': 'the model fixes it'}
+    """
+    converted = convert(prepare_as("check_onnx", model, example_inputs, STE(bits=4), "auto"))
+    with tempfile.TemporaryDirectory() as folder:
+        return export_onnx(converted, example_inputs, Path(folder, "model.onnx"), **options)
 
 
 def _check_finite(converted: nn.Module) -> None:

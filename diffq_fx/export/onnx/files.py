@@ -15,11 +15,6 @@ from diffq_fx.file_kinds import foreign_kind, looks_like_safetensors
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-MIB = 2**20
-"""Bytes in a MiB, the unit of every size that people read."""
-
-_SUB_BYTE_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
-
 
 @contextmanager
 def blaming(path: str | Path) -> Iterator[None]:
@@ -67,18 +62,6 @@ def load_graph(path: str | Path) -> "ModelProto":
     return model
 
 
-def dtype_name(data_type: int) -> str:
-    """Name of a TensorProto data type, lower case.
-
-    Example:
-        >>> dtype_name(22), dtype_name(1)
-        ('int4', 'float')
-    """
-    from onnx import TensorProto
-
-    return TensorProto.DataType.Name(data_type).lower()
-
-
 def container_bits(data_type: int) -> int:
     """Bits that one value of a TensorProto data type takes in a file; 0 for strings, whose length varies.
 
@@ -86,12 +69,9 @@ def container_bits(data_type: int) -> int:
         >>> container_bits(22), container_bits(1)
         (4, 32)
     """
-    from onnx import TensorProto, helper
+    from onnx_ir import DataType
 
-    if data_type == TensorProto.STRING:
-        return 0
-    name = TensorProto.DataType.Name(data_type)
-    return _SUB_BYTE_BITS.get(name) or 8 * helper.tensor_dtype_to_np_dtype(data_type).itemsize
+    return 0 if data_type == DataType.STRING else DataType(data_type).bitwidth
 
 
 def payload_bytes(tensor: "TensorProto") -> int:
@@ -104,7 +84,7 @@ def payload_bytes(tensor: "TensorProto") -> int:
         expected = -(-math.prod(tensor.dims) * bits // 8)
         if tensor.HasField("raw_data") and len(tensor.raw_data) != expected:
             raise DiffQError(
-                f"tensor '{tensor.name}' of shape {list(tensor.dims)} and type {dtype_name(tensor.data_type)} "
+                f"tensor '{tensor.name}' of shape {list(tensor.dims)} and type {tensor.DataType.Name(tensor.data_type).lower()} "
                 f"holds {len(tensor.raw_data)} bytes instead of {expected}: the file is damaged."
             )
         return expected

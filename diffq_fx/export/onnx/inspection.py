@@ -6,7 +6,6 @@ whose encoding may be wasteful. Weights are never decoded.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,6 @@ from diffq_fx.export.onnx.files import (
     Region,
     blaming,
     container_bits,
-    dtype_name,
     external_region,
     load_graph,
     payload_bytes,
@@ -67,7 +65,7 @@ class TensorReport:
     @property
     def learned_payload_bytes(self) -> int | None:
         """The values bit-packed at the width that each has learned; None where the file does not say."""
-        return None if self.learned_bits is None else _packed_bytes(self.learned_bits)
+        return None if self.learned_bits is None else -(-sum(width * count for width, count in self.learned_bits.items()) // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +82,6 @@ class OnnxInspection:
     tensors: tuple[TensorReport, ...]
     metadata: ExportMetadata | None = None
     """What diffq_fx wrote into the file; None for files of others."""
-
-    @property
-    def opset(self) -> int:
-        """Version of the standard operator set; 0 if the file uses none."""
-        return self.opsets.get("", 0)
-
-    @property
-    def float_tensors(self) -> tuple[TensorReport, ...]:
-        """The tensors left in floating point, scales aside."""
-        return self.of_role("float")
-
-    @property
-    def external_files(self) -> tuple[str, ...]:
-        """The files that hold values outside of the ONNX file, relative to its folder."""
-        return tuple(dict.fromkeys(tensor.external for tensor in self.tensors if tensor.external))
-
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes of the file that no tensor takes: nodes, names, metadata, alignment."""
-        return self.file_bytes - sum(tensor.file_bytes for tensor in self.tensors)
 
     @property
     def learned_payload_bytes(self) -> int | None:
@@ -126,10 +104,10 @@ class OnnxInspection:
         roles: tuple[Role, ...] = ("quantized", "scale", "zero_point", "float", "other")
         entries["totals"] = {
             "file_bytes": self.file_bytes,
-            "graph_bytes": self.graph_bytes,
+            "graph_bytes": self.file_bytes - sum(tensor.file_bytes for tensor in self.tensors),
             "learned_payload_bytes": self.learned_payload_bytes,
             **{f"{role}_payload_bytes": self.payload_bytes(role) for role in roles},
-            "float_tensors": [tensor.name for tensor in self.float_tensors],
+            "float_tensors": [tensor.name for tensor in self.of_role("float")],
         }
         return entries
 
@@ -165,7 +143,7 @@ def _inspected(model: "ModelProto", path: str | Path) -> OnnxInspection:
     metadata = metadata_of(model)
     constants = find_constants(model)
     total = size_bytes(path, external_locations(constants))
-    learned = _learned_bits(constants, metadata)
+    records = {name: record for record in (metadata.weights if metadata else ()) for name in record.initializers}
     seen: set[Region] = set()  # two tensors may share one region
     reports: list[TensorReport] = []
     for constant in constants:
@@ -174,7 +152,7 @@ def _inspected(model: "ModelProto", path: str | Path) -> OnnxInspection:
             if region is not None and region not in seen:
                 seen.add(region)
                 taken += region.length
-        reports.append(_report(constant, taken, total, learned.get(constant)))
+        reports.append(_report(constant, taken, total, records.get(constant.name)))
     return OnnxInspection(
         path=str(path),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
@@ -186,14 +164,14 @@ def _inspected(model: "ModelProto", path: str | Path) -> OnnxInspection:
     )
 
 
-def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] | None) -> TensorReport:
+def _report(constant: Constant, taken: int, total: int, record: WeightRecord | None) -> TensorReport:
     region = external_region(constant.tensor)
     return TensorReport(
         name=constant.name,
         role=constant.part or ("quantized" if constant.is_quantized else "float" if constant.is_floating else "other"),
         readers=tuple(constant.readers),
         shape=constant.shape,
-        dtype=dtype_name(constant.tensor.data_type),
+        dtype=constant.dtype.name.lower(),
         container_bits=constant.packed_bits or container_bits(constant.tensor.data_type),
         is_packed=constant.packed_bits is not None,
         values=constant.packed_values or math.prod(constant.tensor.dims),
@@ -203,7 +181,7 @@ def _report(constant: Constant, taken: int, total: int, learned: dict[int, int] 
         file_bytes=taken,
         file_share=taken / total,
         external=None if region is None else region.location,
-        learned_bits=learned,
+        learned_bits=None if record is None else _learned_bits(constant, record),
     )
 
 
@@ -211,25 +189,10 @@ def _payload(*constants: Constant) -> int:
     return sum(payload_bytes(tensor) for constant in constants for tensor in constant.parts)
 
 
-def _packed_bytes(bits: dict[int, int]) -> int:
-    return -(-sum(width * count for width, count in bits.items()) // 8)
-
-
-def _learned_bits(constants: Iterable[Constant], metadata: ExportMetadata | None) -> dict[Constant, dict[int, int]]:
-    """The learned bits of each tensor of levels, as far as the record of its weight tells."""
-    by_name = {name: record for record in (metadata.weights if metadata else ()) for name in record.initializers}
-    learned: dict[Constant, dict[int, int]] = {}
-    for constant in constants:
-        if (record := by_name.get(constant.name)) is not None:
-            bits = _bits_in(record, container_bits(constant.tensor.data_type))
-            if sum(bits.values()) == math.prod(constant.tensor.dims):
-                learned[constant] = bits
-    return learned
-
-
-def _bits_in(record: WeightRecord, width: int) -> dict[int, int]:
-    """The part of a weight's histogram that lies in its initializer of one width; all of it where there is but one."""
-    if len(record.initializers) == 1:
-        return record.bits
-    containers = sorted(record.containers)
-    return {bits: count for bits, count in record.bits.items() if width in [c for c in containers if c >= bits][:1]}
+def _learned_bits(constant: Constant, record: WeightRecord) -> dict[int, int] | None:
+    """The part of a weight's histogram that lies in this initializer: all of it where there is but one; None where it does not fit."""
+    bits = record.bits
+    if len(record.initializers) > 1:
+        containers, width = sorted(record.containers), container_bits(constant.tensor.data_type)
+        bits = {each: count for each, count in bits.items() if width in [c for c in containers if c >= each][:1]}
+    return bits if sum(bits.values()) == math.prod(constant.tensor.dims) else None

@@ -18,13 +18,10 @@ from onnx_ir.passes.common import InlinePass
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.products import EXACT_LEVEL, MAX_INPUTS, is_exact
+from diffq_fx.export.onnx.layout.rounding import PRODUCTS, dequantize_of, leads_to_integers, with_bias
 
 _INTEGER_PRODUCTS = {"MatMulInteger": 1, "ConvInteger": 1, "QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3}
 """Operator -> position of the weight."""
-_FUSED_PRODUCTS = ("MatMul", "Gemm", "Conv")
-"""What onnxruntime makes an integer product of where both factors come from a DequantizeLinear ..."""
-_MOVING = ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-"""... through these, which it moves behind the product or in front of the DequantizeLinear."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,35 +81,24 @@ def check_products(path: Path) -> None:
 def _integer_weight(node: ir.Node) -> ir.Value | None:
     if node.op_type in _INTEGER_PRODUCTS:
         return node.inputs[_INTEGER_PRODUCTS[node.op_type]]
-    if node.op_type not in _FUSED_PRODUCTS or node.domain or _dequantized(node.inputs[0]) is None:
-        return None
-    return _dequantized(node.inputs[1])
+    return _dequantized(node.inputs[1]) if _reads_integers(node) and node.op_type != "ConvTranspose" else None
 
 
 def _count_inputs(node: ir.Node, levels: np.ndarray, model: ir.Model) -> int:
     if "Conv" in node.op_type:
         return math.prod(levels.shape[1:])
-    moved = _constant(node.inputs[1], model) if node.op_type in _FUSED_PRODUCTS and node.inputs[1] is not None else levels
+    moved = _constant(node.inputs[1], model) if node.op_type in PRODUCTS and node.inputs[1] is not None else levels
     shape = levels.shape if moved is None else moved.shape
     return shape[-1] if len(shape) == 1 or node.attributes.get_int("transB", 0) else shape[-2]
 
 
 def _gets_levels_at_load(node: ir.Node) -> bool:
     """Whether onnxruntime quantizes the float weight of a product by itself: between a DequantizeLinear and a QuantizeLinear it does."""
-    if node.op_type not in (*_FUSED_PRODUCTS, "ConvTranspose") or node.domain or _dequantized(node.inputs[0]) is None:
-        return False
-    if _dequantized(node.inputs[1]) is not None:
-        return False
-    pending = list(node.outputs[0].consumers())
-    if len(pending) == 1 and pending[0].op_type == "Add":
-        pending = list(pending[0].outputs[0].consumers())
-    while pending:
-        reader = pending.pop()
-        if reader.op_type == "QuantizeLinear":
-            return True
-        if reader.op_type in (*_MOVING, "Relu", "Clip"):
-            pending += reader.outputs[0].consumers()
-    return False
+    return _reads_integers(node) and _dequantized(node.inputs[1]) is None and leads_to_integers(with_bias(node).outputs[0])
+
+
+def _reads_integers(node: ir.Node) -> bool:
+    return node.op_type in PRODUCTS and not node.domain and _dequantized(node.inputs[0]) is not None
 
 
 def _dequantized(value: ir.Value | None) -> ir.Value | None:
@@ -120,12 +106,8 @@ def _dequantized(value: ir.Value | None) -> ir.Value | None:
 
     A weight with a scale for each block is none: onnxruntime (1.31) has no integer product that takes such scales.
     """
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in _MOVING and not node.domain and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain or node.attributes.get_int("block_size", 0):
-        return None
-    return node.inputs[0]
+    node = dequantize_of(value)
+    return None if node is None or node.attributes.get_int("block_size", 0) else node.inputs[0]
 
 
 def _constant(value: ir.Value, model: ir.Model) -> np.ndarray | None:

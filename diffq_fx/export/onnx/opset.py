@@ -20,8 +20,8 @@ _CONTAINER_OPSETS = {
 _SIXTEEN_BIT_TYPES = (ir.DataType.INT16, ir.DataType.UINT16)
 
 
-def set_opset(model: ir.Model, asked: int | None) -> int:
-    """Convert a model in place to the smallest opset that holds it, or to the one that the user asked for; returns which.
+def set_opset(model: ir.Model, asked: int | None) -> None:
+    """Convert a model in place to the smallest opset that holds it, or to the one that the user asked for.
 
     Raises:
         ExportError: The opset is too low for a container, or not one that models can be converted to.
@@ -39,7 +39,6 @@ def set_opset(model: ir.Model, asked: int | None) -> int:
     if model.opset_imports[""] != target:
         raise ExportError(f"the model could not be converted to opset {target}; it is at {model.opset_imports['']}.")
     model.ir_version = onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", target]
-    return target
 
 
 def _needed_opset(model: ir.Model) -> tuple[int, str]:

@@ -20,9 +20,9 @@ from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.differences import difference_of
 from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample, Hidden
 from diffq_fx.export.onnx.files import load_graph
-from diffq_fx.export.onnx.sessions import EXACT_LEVEL, open_session, run_session, to_numpy
+from diffq_fx.export.onnx.saving import UNFOLDED
+from diffq_fx.export.onnx.sessions import EXACT, FREED, open_session, run_session, to_numpy
 from diffq_fx.export.onnx.tracing import TracedModel
-from diffq_fx.export.onnx.unfolding import FREED, UNFOLDED
 
 TOLERANCE = 1e-4
 """Largest difference allowed, as a part of the output's largest value; a model in float16 gets a few of its own steps."""
@@ -69,7 +69,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """The files of one draft; a large one is run as a copy (see :mod:`.unfolding`)."""
+    """The files of one draft; a large one is run as a copy (see :func:`.saving.save_unfolded`)."""
 
     published: Path
     entries: Mapping[str, str]
@@ -144,7 +144,7 @@ def check_parity(
         SizeError: the model does not run at another size, or the file has dynamic sizes and differs at one.
         ExportError: onnxruntime refuses the file, or an output differs by more than the tolerance where no activation is rounded.
     """
-    entries = {**files.entries, **dict([EXACT_LEVEL])}
+    entries = {**files.entries, **EXACT}
     session = open_session(files.exact, 0, entries, **FREED)
     exact = _Comparison(files.exact, reference, example, session)
     generator = torch.Generator().manual_seed(_SEED)

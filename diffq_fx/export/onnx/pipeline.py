@@ -30,12 +30,11 @@ from diffq_fx.export.onnx.naming import InterfaceNames, check_names
 from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
-from diffq_fx.export.onnx.saving import publish, save_draft
+from diffq_fx.export.onnx.saving import publish, save_draft, save_unfolded
 from diffq_fx.export.onnx.sessions import wanted_entries
 from diffq_fx.export.onnx.slimming import drop_what_is_derived
 from diffq_fx.export.onnx.tracing import TracedModel, Tracer
 from diffq_fx.export.onnx.translation import weights_by_initializer
-from diffq_fx.export.onnx.unfolding import save_unfolded
 from diffq_fx.storage import StoredWeight
 from diffq_fx.threads import TRACING
 
@@ -71,9 +70,8 @@ class _Draft:
 class _Job:
     """What one export works on."""
 
-    converted: nn.Module
+    tracer: Tracer
     weights: dict[str, StoredWeight]
-    example: ExportExample
     traced: TracedModel
     folder: Path
     path: Path
@@ -82,13 +80,14 @@ class _Job:
     typical: ExportExample | None = None
     """Inputs as the model sees them in use, if the user has given any."""
 
-    def traced_anew(self, traced: TracedModel) -> "_Job":
-        return replace(self, traced=traced, request=replace(self.request, sizes=traced.sizes))
+    def with_fewer_sizes(self, reason: str) -> "_Job":
+        """The same with less that is dynamic, for this reason."""
+        return replace(self, traced=self.tracer.trace(self.traced.fewer, reason))
 
     def calibrated(self, calibration: Iterable[Any]) -> "_Job":
         """With the range of every activation that is to be rounded."""
         file, watched = self._twin({}, "calibration", "float", watched=True)
-        ranges, first = calibrate(file, watched, calibration, self.example, self.traced.model.graph)
+        ranges, first = calibrate(file, watched, calibration, self.tracer.example, self.traced.model.graph)
         return replace(self, request=replace(self.request, ranges=ranges), typical=first)
 
     def draft(self) -> _Draft:
@@ -101,7 +100,7 @@ class _Job:
         return replace(draft, parity=self._parity(refused, draft)) if self.verify else draft
 
     def _written(self, refused: Mapping[str, str]) -> _Draft:
-        model, applied, opset = self._laid_out(refused)
+        model, applied = self._laid_out(refused)
         layout = self.request.layout
         metadata = ExportMetadata(
             layout=layout,
@@ -119,11 +118,11 @@ class _Job:
         model.metadata_props.update(to_props(metadata))
         file, runs = self._saved(model, applied, "published")
         check_products(file)
-        return _Draft(file, runs, opset, metadata)
+        return _Draft(file, runs, model.opset_imports[""], metadata)
 
     def _twin(self, refused: Mapping[str, str], name: str, kind: Twin, *, watched: bool = False) -> tuple[Path, dict[str, tuple[str, str]]]:
         """A file with products in float, and the outputs with the ranges of rounded activations if they are ``watched``."""
-        model, applied, _ = self._laid_out(refused, kind)
+        model, applied = self._laid_out(refused, kind)
         outputs = watch(model, applied.rounded) if watched else {}
         return self._saved(model, applied, name)[1], outputs
 
@@ -135,23 +134,24 @@ class _Job:
             return file, file
         return file, save_unfolded(file, [record.name for record in folded], self.folder / f"{name}.unfolded")
 
-    def _laid_out(self, refused: Mapping[str, str], twin: Twin = None) -> tuple[ir.Model, Applied, int]:
+    def _laid_out(self, refused: Mapping[str, str], twin: Twin = None) -> tuple[ir.Model, Applied]:
         model = self.traced.model.clone()
-        applied = apply_layout(model, self.weights, replace(self.request, refused=refused, twin=twin))
+        applied = apply_layout(model, self.weights, replace(self.request, sizes=self.traced.sizes, refused=refused, twin=twin))
         store_halves(model, self.request.halved)
         store_narrow_tables(model)
-        return model, applied, set_opset(model, self.request.opset)
+        set_opset(model, self.request.opset)
+        return model, applied
 
     def _parity(self, refused: Mapping[str, str], draft: _Draft) -> Parity:
         exact = self._twin(refused, "exact", "float")[0] if self.request.rounds else draft.runs
         has_products = any("dynamic" in record.rule for record in draft.metadata.weights)
         rounded = self._twin(refused, "rounded", "rounded")[0] if has_products else exact
         halved = self.request.halved
-        reference = HalvedModel(self.converted, halved) if halved else self.converted
+        reference = HalvedModel(self.tracer.converted, halved) if halved else self.tracer.converted
         files = DraftFiles(draft.file, draft.metadata.session, draft.runs, exact, rounded)
         if sum(weight.spec.numel for weight in self.weights.values()) > _MANY_FLOATS:
             gc.collect()  # graphs are reference cycles: each that was written or read holds its levels until then
-        return check_parity(files, reference, self.example, self.traced, self.typical)
+        return check_parity(files, reference, self.tracer.example, self.traced, self.typical)
 
 
 def export_file(
@@ -187,19 +187,9 @@ def export_file(
                 for weight in weights.values():
                     read_weight(weight)  # one without ONNX form is found before the long work begins
                 traced = tracer.trace()
-                request = replace(request, sizes=traced.sizes, halved=frozenset(halved_names(converted)))
-                job = _Job(
-                    converted=converted,
-                    weights=weights,
-                    example=example,
-                    traced=traced,
-                    folder=folder,
-                    path=path,
-                    request=request,
-                    verify=verify,
-                )
-                job = job if calibration is None else job.calibrated(calibration)
-                job, draft = _drafted(job, tracer)
+                request = replace(request, halved=frozenset(halved_names(converted)))
+                job = _Job(tracer=tracer, weights=weights, traced=traced, folder=folder, path=path, request=request, verify=verify)
+                job, draft = _drafted(job if calibration is None else job.calibrated(calibration))
             except DiffQError as error:
                 raise ExportError(failure_cause(converted, example, error)) from error
             file_bytes = publish(draft.file, path)
@@ -208,15 +198,15 @@ def export_file(
     return _result(job, draft, file_bytes)
 
 
-def _drafted(job: _Job, tracer: Tracer) -> tuple[_Job, _Draft]:
+def _drafted(job: _Job) -> tuple[_Job, _Draft]:
     """The file with as many dynamic sizes as it is right with."""
     try:
         return job, job.draft()
     except SizeError as error:
-        if tracer.dynamic_shapes is not None:
+        if job.tracer.dynamic_shapes is not None:
             raise ExportError(f"{error}. {SIZE_ADVICE}") from error
         reason = str(error)
-    return _drafted(job.traced_anew(tracer.trace(job.traced.fewer, reason)), tracer)
+    return _drafted(job.with_fewer_sizes(reason))
 
 
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:

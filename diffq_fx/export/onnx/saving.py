@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from diffq_fx.atomic import naming, put_in_place
 from diffq_fx.errors import DiffQError, ExportError
@@ -16,6 +18,8 @@ from diffq_fx.export.onnx.usage import external_locations, find_constants
 
 _PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes that one protobuf file can hold, less some room for what is not a tensor."""
+UNFOLDED = "unfolded/"
+"""So begin the names of the nodes that are computed at every run because :func:`save_unfolded` has it so."""
 
 
 def save_draft(model: ir.Model, folder: Path, path: Path) -> Path:
@@ -38,6 +42,30 @@ def save_draft(model: ir.Model, folder: Path, path: Path) -> Path:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
     return draft
+
+
+def save_unfolded(path: Path, weights: Iterable[str], folder: Path) -> Path:
+    """Write a file anew with the initializers of some weights as the defaults of optional inputs, which are no constants to onnxruntime.
+
+    So they are made in float when they are read, one after the other; to fold them onnxruntime (1.31) needs three to four times their size.
+    Its functions are inlined here: onnxruntime would run what it inlines itself before everything else, and all weights were there at once.
+    The tensors lie outside of the graph, since onnxruntime maps these into memory and copies others twice.
+    """
+    model = ir.load(path)
+    InlinePass()(model)
+    initializers, begins = model.graph.initializers, tuple(f"{weight}." for weight in weights)
+    unfolded = {value for name, value in initializers.items() if name.startswith(begins)}
+    known = {None, *initializers.values()}
+    model.graph.inputs.extend(unfolded)
+    for node in model.graph:
+        if known.issuperset(node.inputs):
+            known.update(node.outputs)
+            if not unfolded.isdisjoint(node.inputs):
+                unfolded.update(node.outputs)
+                node.name = f"{UNFOLDED}{node.outputs[0].name}"
+    folder.mkdir(exist_ok=True)
+    ir.save(model, folder / path.name, external_data="unfolded.data")
+    return folder / path.name
 
 
 def _data_name(path: Path) -> str:

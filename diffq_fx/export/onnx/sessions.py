@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
-EXACT_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "1")
+_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+EXACT = {_LEVEL: "1"}
 """Keeps activations in float inside fused products."""
-_FAST_LEVEL = ("session.qdq_matmulnbits_accuracy_level", "4")
+_FAST = {_LEVEL: "4"}
 """Rounds them to int8, block by block."""
+FREED: Mapping[str, Any] = {"enable_cpu_mem_arena": False, "enable_mem_pattern": False}
+"""Options of a session that give back what a run has taken."""
 
 
 def wanted_entries(layout: str) -> dict[str, str]:
     """The session entries that a file of ours asks for."""
-    return dict([_FAST_LEVEL]) if layout == "onnxruntime" else {}
+    return dict(_FAST) if layout == "onnxruntime" else {}
 
 
 def session_entries(model: "ModelProto") -> dict[str, str]:
@@ -37,7 +40,7 @@ def session_entries(model: "ModelProto") -> dict[str, str]:
     """
     props = {str(entry.key): entry.value for entry in model.metadata_props}  # protobuf gives bytes for what is no text
     entries = {key.removeprefix(PREFIX): value for key, value in props.items() if key.startswith(f"{PREFIX}session.")}
-    if others := sorted(entries.keys() - {EXACT_LEVEL[0]}):
+    if others := sorted(entries.keys() - {_LEVEL}):
         raise ExportError(f"the file asks for the session entry '{others[0]}', which no exported file needs. Export the model again.")
     return entries
 
@@ -88,7 +91,7 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
                 f"session_options: {str(path)!r} rounds activations in its graph (activations={metadata.activations!r}); "
                 'no option undoes that. Export with activations="float" for a file that can run exactly.'
             )
-        entries.update([EXACT_LEVEL])
+        entries |= EXACT
     options = _options(threads, entries)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     return options

@@ -16,11 +16,9 @@ from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.branches import SIZE_ADVICE, branches, input_values, stated_limits, turning_points
 from diffq_fx.export.onnx.causes import left_out, tracing_cause
 from diffq_fx.export.onnx.examples import FORWARD_ERRORS, ExportExample
-from diffq_fx.export.onnx.experts import experts_in_batches
-from diffq_fx.export.onnx.keywords import keywords_named
 from diffq_fx.export.onnx.naming import PAST, InterfaceNames, name_sizes
-from diffq_fx.export.onnx.recurrent import check_recurrent_layers, recurrent_layers_whole
 from diffq_fx.export.onnx.translation import quiet, translate
+from diffq_fx.export.onnx.while_traced import check_recurrent_layers, experts_in_batches, keywords_named, recurrent_layers_whole
 
 _FEW_VALUES = 2**18
 _TIMES_AS_MANY = 16
@@ -171,7 +169,10 @@ class Tracer:
             if place in fixed:
                 raise ExportError(f"the size {place} must be dynamic: {fixed[place]}")
         if self.dynamic_shapes is None and not _has_dynamic_batch(program):
-            remarks = (_static_remark(self.example, reason if dynamic == "nothing" else _FIXED_BATCH), *remarks)
+            batches = ", ".join(str(tensor.shape[0]) for tensor in tensors if tensor.dim())
+            why = reason if dynamic == "nothing" else "the model's own code fixes it, or it cannot repeat"
+            advice = "Give dynamic_shapes where the batch is another size"
+            remarks = (f"the batch, size 0 of the inputs, is static ({batches}): {why}. {advice}", *remarks)
         traced = TracedModel(model, dynamic, sizes, fixed, _other_sizes(sizes, largest), [], remarks)
         stated = stated_limits(self.dynamic_shapes)
         may_be_nothing = {symbol for symbol, name in names.items() if name == PAST}
@@ -200,14 +201,6 @@ class Tracer:
                     why = reason.splitlines()[0] if gave_up else "the model fixes it"
                 fixed[f"{value.name}.{axis}"] = why
         return fixed
-
-
-_FIXED_BATCH = "the model's own code fixes it, or it cannot repeat"
-
-
-def _static_remark(example: ExportExample, reason: str) -> str:
-    sizes = ", ".join(str(tensor.shape[0]) for tensor in example.tensors if tensor.dim())
-    return f"the batch, size 0 of the inputs, is static ({sizes}): {reason}. Give dynamic_shapes where the batch is another size"
 
 
 def _other_sizes(sizes: dict[str, int], largest: dict[str | None, Any]) -> dict[str, int]:

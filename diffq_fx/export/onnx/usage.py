@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from diffq_fx.export.onnx.files import container_bits, dtype_name, external_region
+from onnx_ir import DataType
+
+from diffq_fx.export.onnx.files import external_region
 
 if TYPE_CHECKING:
     from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
@@ -73,15 +75,20 @@ class Constant:
         return [self.tensor] if self.sparse_indices is None else [self.tensor, self.sparse_indices]
 
     @property
+    def dtype(self) -> DataType:
+        """Of the values, or of the bytes that they are packed into."""
+        return DataType(self.tensor.data_type)
+
+    @property
     def holds_levels(self) -> bool:
         """Whether the type is one that quantized values are kept in: an integer of at most 16 bits, or 8-bit float."""
-        name = dtype_name(self.tensor.data_type)
-        return name.startswith(("int", "uint", "float8", "float4")) and container_bits(self.tensor.data_type) <= 16
+        is_small = self.dtype.is_integer() or self.dtype.name.startswith(("FLOAT8", "FLOAT4"))
+        return is_small and self.dtype.bitwidth <= 16
 
     @property
     def is_floating(self) -> bool:
         """Whether the type is floating point."""
-        return dtype_name(self.tensor.data_type).startswith(("float", "bfloat", "double", "complex"))
+        return self.dtype.is_floating_point() or self.dtype in (DataType.COMPLEX64, DataType.COMPLEX128)
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,7 @@ def _claim(owners: list[Constant], part: Part, constants: list[Constant]) -> Non
 def _note_packing(constants: list[Constant], node: "NodeProto") -> None:
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     for constant in constants:
-        if dtype_name(constant.tensor.data_type) == "uint8":
+        if constant.dtype == DataType.UINT8:
             bits = attributes.get("bits", 4)
             constant.packed_bits = bits
             packed = math.prod(constant.shape) * 8 // bits  # MatMulNBits pads the last block of every column

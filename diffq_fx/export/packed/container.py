@@ -111,7 +111,7 @@ class Container:
         self.size = file.seek(0, os.SEEK_END)
         begin = self._read(0, min(self.size, _LENGTH.size + 1))
         self._body = _LENGTH.size + _header_size(begin, self.size)
-        self.entries, self.contents = self._read_header()
+        self.entries, self.described = self._read_header()
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes from ``start`` to ``stop``, counted from the first byte of the first tensor; from any thread."""

@@ -103,7 +103,7 @@ def read_contents(container: Container) -> Contents:
 
     An error if something is missing, not possible, or does not fit; nothing of a declared size has been allocated.
     """
-    value, entries = container.contents, container.entries
+    value, entries = container.described, container.entries
     weight_values = _with_defaults(_list(value, "weights"), value.get("defaults"))
     weights = tuple(_weight_from_json(each) for each in weight_values)
     described = value.get("tensors")

@@ -34,15 +34,12 @@ def find_extents(scales: Floats, widths: NDArray[np.uint8]) -> Floats | None:
     column = np.argmin(widths, 1)[:, None]  # the coarsest scale leaves the fewest candidates
     scale, width = np.take_along_axis(scales, column, 1), np.take_along_axis(widths, column, 1)
     found = np.full_like(scale, np.nan)
-    for candidate in _candidates(scale * (np.exp2(width.astype(scales.dtype)) - 1)):
+    middle = scale * (np.exp2(width.astype(scales.dtype)) - 1)
+    # zero for a range without extent, whose scales are all 1, and the floats that may round to the same scale
+    for candidate in (np.zeros_like(middle), middle, np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf)):
         fits = (scales_of(candidate, widths) == scales).all(1, keepdims=True)
         found = np.where(np.isnan(found) & fits, candidate, found)
     return None if np.isnan(found).any() else found
-
-
-def _candidates(middle: Floats) -> list[Floats]:
-    """Floats that may round to the same scale as ``middle``; zero for a range without extent, whose scales are all 1."""
-    return [np.zeros_like(middle), middle, np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf)]
 
 
 def array_of(tensor: Any) -> NDArray[Any]:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffq_fx.errors import PackedFileError
-from diffq_fx.export.packed.container import Container
 from diffq_fx.export.packed.reader import PackedReader, in_threads, opened
 from diffq_fx.export.packed.shards import DecodedShard, ShardPart
 from diffq_fx.export.packed.unpacking import DecodedPart
@@ -92,7 +91,7 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
 
 def stored_weights_of(data: bytes) -> list[StoredWeight]:
     """The stored weights in the bytes of a packed file; an error as for :func:`load_packed`, which does not name the file."""
-    reader = PackedReader(Container(io.BytesIO(data)))
+    reader = PackedReader(io.BytesIO(data))
     return list(_restored(reader.contents.weights, map(reader.decode, reader.contents.shards)).values())
 
 

@@ -101,7 +101,7 @@ def inspect_packed(path: str | Path) -> PackedInspection:
         share = 0.0 if small is None else (small.stop - small.start) / small.size
         weights = tuple(_weight_report(packed, tally) for packed, tally in zip(contents.weights, tallies, strict=True))
         tensors = tuple(_tensor_report(tensor, share if tensor.is_small else 1.0) for tensor in contents.tensors)
-        return PackedInspection(str(path), VERSION, reader.file_bytes, len(contents.shards), weights, tensors)
+        return PackedInspection(str(path), VERSION, reader.size, len(contents.shards), weights, tensors)
 
 
 def _count_shard(reader: PackedReader, shard: Shard, tallies: list[_Tally]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,18 +33,17 @@ def opened(path: str | Path) -> "Iterator[PackedReader]":
         except (OSError, ValueError) as error:  # a NUL in the name, or text that the system cannot encode
             raise PackedFileError(f"cannot be opened: {getattr(error, 'strerror', None) or 'no file can have this name'}") from error
         with file:
-            yield PackedReader(Container(file))
+            yield PackedReader(file)
     except PackedFileError as error:
         raise PackedFileError(f"{str(path)!r}: {error}.") from error
 
 
-class PackedReader:
-    """The contents of an open file, and its tensors and shards."""
+class PackedReader(Container):
+    """An open file with what its header says of tensors and shards, which it reads."""
 
-    def __init__(self, container: Container) -> None:
-        self._container = container
-        self.contents: Contents = read_contents(container)
-        self.file_bytes = container.size
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.contents: Contents = read_contents(self)
 
     def plain_tensors(self) -> list[tuple[PlainTensor, Tensor]]:
         """Every tensor that is stored as it is; an error if a checksum does not fit."""
@@ -54,7 +53,7 @@ class PackedReader:
             if tensor.is_small:
                 data = small[tensor.start : tensor.stop]
             else:
-                data = self._container.read(tensor.start, tensor.stop)
+                data = self.read(tensor.start, tensor.stop)
                 crc32 = zlib.crc32(data, crc32)
             found.append((tensor, data))
         if crc32 != contents.tensors_crc32:
@@ -80,7 +79,7 @@ class PackedReader:
     @contextmanager
     def _checked(self, start: int, stop: int, crc32: int, name: str) -> Iterator[Source]:
         """Some bytes of the file, decoded while they are read: nothing that they gave counts if their checksum does not fit in the end."""
-        source, failure = Source(self._container.read, start, stop), None
+        source, failure = Source(self.read, start, stop), None
         try:
             yield source
         except PackedFileError as error:

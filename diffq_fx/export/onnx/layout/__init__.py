@@ -1,1 +1,1 @@
-"""Layout rules: the ONNX form of each quantized weight, one rule per file."""
+"""Layout rules: the ONNX form of each quantized weight."""

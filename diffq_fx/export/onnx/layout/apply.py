@@ -11,20 +11,18 @@ from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
 from diffq_fx.export.onnx.layout.convolution import choose_convolutions, emit_filters, fold_batch_norm, form_of_filters
 from diffq_fx.export.onnx.layout.cost import FLOAT
 from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
-from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
-from diffq_fx.export.onnx.layout.fold import emit_folded
+from diffq_fx.export.onnx.layout.emitter import Emitter, make_node, take_place
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.linear import emit_fused, replace_product
-from diffq_fx.export.onnx.layout.look_up import emit_looked_up
 from diffq_fx.export.onnx.layout.plan import WeightPlan, plan_for_onnxruntime, plan_for_qdq, takes_stored
 from diffq_fx.export.onnx.layout.products import Factor, choose_form, emit_factor
-from diffq_fx.export.onnx.layout.qdq import emit_dequantized
 from diffq_fx.export.onnx.layout.records import record_of, record_of_codebook
 from diffq_fx.export.onnx.layout.request import LayoutRequest
 from diffq_fx.export.onnx.layout.rounding import RoundedValue, find_rounded, keep_in_float, round_values
 from diffq_fx.export.onnx.layout.rows import emit_rows
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, read_table
+from diffq_fx.export.onnx.layout.whole import emit_dequantized, emit_folded, emit_looked_up
 from diffq_fx.export.onnx.metadata import WeightRecord
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.codebook import CodebookWeight
@@ -69,7 +67,7 @@ def apply_layout(model: ir.Model, weights: Mapping[str, StoredWeight], request: 
             container = max(table.container_bits, request.min_container)
             looked_up, codes = emit_looked_up(emitter, table, container)
             mark_weight(looked_up, weight.spec.name)
-            _take_over(placeholder, looked_up)
+            take_place(looked_up, placeholder, "placeholder")
             records.append(record_of_codebook(table, codes, container))
     emitter.flush()
     rounded = find_rounded(model.graph, convolutions)
@@ -150,7 +148,7 @@ def _emit(plan: WeightPlan, stored: StoredTable, placeholder: ir.Value, request:
     if _is_read(placeholder):
         folded = emit_folded(stored)
         mark_weight(folded, stored.name)
-        _take_over(placeholder, folded)
+        take_place(folded, placeholder, "placeholder")
         rules.append("fold")
     return list(dict.fromkeys(rules))
 
@@ -162,16 +160,8 @@ def _emit_qdq(plan: WeightPlan, stored: StoredTable, placeholder: ir.Value) -> l
             name = stored.emit.unique(f"{stored.name}.product")
             replace_product(use, [make_node("MatMul", [use.activation, dequantized], name)])
     if _is_read(placeholder):
-        _take_over(placeholder, stored.restore(dequantized))
+        take_place(stored.restore(dequantized), placeholder, "placeholder")
     return ["qdq"]
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that read a placeholder read the weight; an output of the graph keeps its name."""
-    new.shape = old.shape
-    if old.is_graph_output():
-        old.name, new.name = f"{old.name}.placeholder", old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _is_read(value: ir.Value) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import Uses
-from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, only_reader
+from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, only_reader, take_place
 from diffq_fx.export.onnx.layout.products import MAX_INPUTS, Form, choose_form, emit_factor
 from diffq_fx.export.onnx.layout.request import LayoutRequest, Range
 from diffq_fx.export.onnx.layout.rounding import MOVING, grid
@@ -48,11 +48,7 @@ def fold_batch_norm(emitter: Emitter, table: WeightTable, node: ir.Node, halved:
     new_bias = emitter.initializer(f"{table.spec.name}.bias", ((bias - mean) * factor + beta).astype(np.float32))
     node.resize_inputs(3)
     node.replace_input_with(2, new_bias)
-    old, new = norm.outputs[0], node.outputs[0]
-    describe_like(new, old)
-    if old.is_graph_output():
-        old.name, new.name = f"{old.name}.normalized", old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    take_place(node.outputs[0], norm.outputs[0], "normalized")
     emitter.graph.remove(norm, safe=True)
     table = table.per_channel()
     return replace(table, scale=(table.scale * factor[:, None]).astype(np.float32))

@@ -82,6 +82,14 @@ def describe_like(new: ir.Value, old: ir.Value) -> None:
         new.dtype = old.dtype
 
 
+def take_place(new: ir.Value, old: ir.Value, old_name: str) -> None:
+    """Let everything that reads a value read another one; an output of the graph keeps its name, and the old value is called otherwise."""
+    describe_like(new, old)
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.{old_name}", old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
     """A node of the default domain with one output, both called ``output``; missing inputs at the end are left out."""
     given = max(place for place, value in enumerate(inputs, 1) if value is not None)

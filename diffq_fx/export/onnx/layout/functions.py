@@ -9,7 +9,7 @@ without model-local functions (OpenVINO 2026.4) read layout "qdq", or the file a
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -30,15 +30,9 @@ _ORDER = ("levels", "codes", "part", "factor", "codebook", "scale", "zero_point"
 """Inputs of a function by their first words, behind those that are computed; others come last."""
 
 
-class _Marked(NamedTuple):
-    weight: str
-    function: Name
-    given: Mapping[str, tuple[ir.Node, int]]
-
-
 def mark_weight(value: ir.Value, weight: str, function: Name = "DequantizeLinear", **given: tuple[ir.Node, int]) -> None:
     """Note that one node shall give out a value; ``given`` is what the graph computes for it: its name -> a node and which input of it."""
-    value.meta[_MARK] = _Marked(weight, function, given)
+    value.meta[_MARK] = weight, function, given
 
 
 def call_functions(model: ir.Model) -> None:

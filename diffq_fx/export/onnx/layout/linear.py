@@ -63,17 +63,13 @@ def _kernels(table: WeightTable, use: LinearUse, outputs: int, request: LayoutRe
     kernels = []
     bits = table.container_bits
     if request.has_blocks:
-        if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0) and _leaves_no_rest(table):
+        leaves_no_rest = table.factor is None or table.spec.columns % table.block == 0  # else :func:`_without_halves` has no sums of blocks
+        if bits in _NATIVE and use.rows is None and (bits != 2 or outputs % TWO_BIT_ALIGNMENT == 0) and leaves_no_rest:
             kernels.append(Kernel(_NATIVE[bits], _kernel_block(table, bits)))
         kernels.append(Kernel("fused 8", _kernel_block(table, _BYTE)))
     if request.rounds and table.blocks == 1 and table.spec.columns <= MAX_INPUTS:
         kernels.append(Kernel("dynamic int8" if choose_form(table).dtype == ir.DataType.INT8 else "dynamic uint8"))
     return tuple(kernel for kernel in kernels if kernel != _SLOW)
-
-
-def _leaves_no_rest(table: WeightTable) -> bool:
-    """Whether the last block of a row is as long as the others, or nothing needs the sums of blocks (see :func:`_without_halves`)."""
-    return table.factor is None or table.spec.columns % table.block == 0
 
 
 def refusal(table: WeightTable, use: LinearUse) -> str | None:
@@ -115,7 +111,7 @@ def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -
     inputs = [value for value in (levels, scale, zero_point) if value is not None]
     if use.rows is not None or copy:
         inputs = [_own(stored, value, use.rows, copy) for value in inputs]
-    name = use.label(stored.name)
+    name = stored.name if use.rows is None else f"{stored.name}.{use.rows.start}_{use.rows.stop}"
     weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=kernel.block)
     mark_weight(weight, stored.name)
     nodes = [make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{name}.product"))]

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, make_node, only_reader
+from diffq_fx.export.onnx.layout.emitter import Emitter, constant_of, describe_like, make_node, only_reader, take_place
 from diffq_fx.export.onnx.layout.request import Range
 
 MOVING = frozenset(("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"))
 """What gives out numbers that it has read: the same scale before and behind."""
 _PASSING = MOVING | {"Identity", "Slice"}
-"""What onnxruntime may move a DequantizeLinear behind."""
+"""What onnxruntime moves a DequantizeLinear behind, and a QuantizeLinear in front of."""
 _COMPUTING = ("Add", "Mul", "Concat", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool")
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""What onnxruntime makes an integer product of between a DequantizeLinear and a QuantizeLinear."""
 _REDUCTIONS = (("ReduceMin", "min"), ("ReduceMax", "max"))
 _LEVELS = 255
 
@@ -134,15 +135,14 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
     """
     kept: list[tuple[ir.Value, ir.Node, bool]] = []
     for node in emitter.graph:
-        if node.op_type not in _PRODUCTS or node.domain or node in convolutions or _dequantize_of(node.inputs[0]) is None:
+        if node.op_type not in PRODUCTS or node.domain or node in convolutions or dequantize_of(node.inputs[0]) is None:
             continue
-        weight = _dequantize_of(node.inputs[1])
+        weight = dequantize_of(node.inputs[1])
         if node.inputs[0] is not None and weight is not None and (weight.attributes.get_int("block_size", 0) or _is_activation(weight)):
             kept.append((node.inputs[0], node, True))
             continue
-        reader = only_reader(node.outputs[0])
-        last = reader if reader is not None and reader.op_type == "Add" else node  # onnxruntime makes a Gemm of MatMul and Add
-        if _leads_to_integers(last.outputs[0]):
+        last = with_bias(node)
+        if leads_to_integers(last.outputs[0]):
             kept.append((last.outputs[0], last, False))
     lowest = emitter.initializer("lowest", np.finfo(np.float32).min) if kept else None
     for value, node, in_front in kept:
@@ -152,12 +152,18 @@ def keep_in_float(emitter: Emitter, convolutions: Set[ir.Node]) -> None:
         (emitter.graph.insert_before if in_front else emitter.graph.insert_after)(node, [new])
 
 
-def _dequantize_of(value: ir.Value | None) -> ir.Node | None:
+def dequantize_of(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that a value is made by, or was moved from."""
     node = None if value is None else value.producer()
-    while node is not None and node.op_type in _PASSING and node.inputs[0] is not None:
+    while node is not None and node.op_type in _PASSING and not node.domain and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
+    return node if node is not None and node.op_type == "DequantizeLinear" and not node.domain else None
+
+
+def with_bias(product: ir.Node) -> ir.Node:
+    """The Add that alone reads a product, else the product itself: onnxruntime makes a Gemm of MatMul and Add."""
+    reader = only_reader(product.outputs[0])
+    return reader if reader is not None and reader.op_type == "Add" else product
 
 
 def _is_activation(dequantize: ir.Node) -> bool:
@@ -166,12 +172,12 @@ def _is_activation(dequantize: ir.Node) -> bool:
     return producer is not None and producer.op_type == "QuantizeLinear"
 
 
-def _leads_to_integers(value: ir.Value) -> bool:
+def leads_to_integers(value: ir.Value) -> bool:
     """Whether onnxruntime may move the QuantizeLinear of what is made of a value up to the value itself."""
     readers = value.consumers()
     if any(reader.op_type == "QuantizeLinear" for reader in readers):
         return True
-    return any(_leads_to_integers(reader.outputs[0]) for reader in readers if reader.op_type in MOVING | {"Relu", "Clip"})
+    return any(leads_to_integers(reader.outputs[0]) for reader in readers if reader.op_type in _PASSING | {"Relu", "Clip"})
 
 
 def _round(emitter: Emitter, entry: RoundedValue, constants: Sequence[ir.Value]) -> None:
@@ -191,8 +197,7 @@ def _round(emitter: Emitter, entry: RoundedValue, constants: Sequence[ir.Value])
     else:
         graph.insert_after(producer, [levels, restored])
     if entry.readers is None and value.is_graph_output():
-        value.name, output.name = f"{value.name}.exact", value.name
-        value.replace_all_uses_with(output, replace_graph_outputs=True)
+        take_place(output, value, "exact")
         if entry.limits is None:
             levels.replace_input_with(0, value)
     if entry.limits is not None:

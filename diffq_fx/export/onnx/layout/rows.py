@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from diffq_fx.export.onnx.layout.emitter import Attribute, describe_like, integer_type, make_node
+from diffq_fx.export.onnx.layout.emitter import Attribute, integer_type, make_node
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable
@@ -54,6 +54,4 @@ def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
     if dtype != ir.DataType.FLOAT:
         value = add("Cast", value, to=int(dtype))
     mark_weight(value, stored.name, "DequantizeRows", indices=(nodes[0], 1))
-    old = gather.outputs[0]
-    describe_like(value, old)
-    ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, [old], [value])
+    ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, gather.outputs, [value])
