@@ -99,7 +99,7 @@ def _totals_table(inspection: "OnnxInspection") -> Table:
     table = new_table(f"totals; opset {opsets}; IR {inspection.ir_version}{layout}", folded=("what",), right=("tensors", "values", "MiB"))
     if inspection.metadata is not None:
         levels = sum(record.numel for record in inspection.metadata.weights)
-        add_row(table, "quantized, bit-packed as learned", "", str(levels), mib(inspection.learned_payload_bytes))
+        add_row(table, "quantized, bit-packed as learned", "", str(levels), mib(inspection.metadata.payload_bytes))
     for role, text in _ROLES.items():
         tensors = inspection.of_role(role)
         if tensors or role in ("quantized", "float"):

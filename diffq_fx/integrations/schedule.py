@@ -57,9 +57,8 @@ def progress(model: nn.Module) -> dict[str, float]:
     """
     compressions = require_compressions(model, "progress")
     found = {"diffq/mib": model_size(model, exact=True)}
-    footprints = [quantizer.footprint().histogram for compression in compressions for quantizer in compression.quantizers]
-    weights = sum(sum(histogram.values()) for histogram in footprints)
-    found["diffq/bits"] = sum(bits * count for histogram in footprints for bits, count in histogram.items()) / weights
+    footprints = [quantizer.footprint() for compression in compressions for quantizer in compression.quantizers]
+    found["diffq/bits"] = sum(each.payload_bits for each in footprints) / sum(sum(each.histogram.values()) for each in footprints)
     if learned := [compression for compression in compressions if compression.learned]:
         found["diffq/phase"] = float(all(compression.frozen for compression in learned))
         if (worth := learned[0].lambda_per_bit) is not None:

@@ -123,28 +123,30 @@ def _joined(model: nn.Module, reports: dict[str, BitsReport], outside: dict[str,
         values = list(dict.fromkeys(getattr(report, name) for report in reports.values()))
         return values[0] if len(values) == 1 else " + ".join(values) if all(isinstance(value, str) for value in values) else None
 
+    def of_all(name: str) -> list[tuple[str, Any]]:
+        """What all parts have, each with the path of its part."""
+        return [(path, each) for path, report in reports.items() for each in getattr(report, name)]
+
     own = [SkippedWeight(name, tuple(parameter.shape), "in no prepared part") for name, parameter in outside.items()]
-    moved = [replace(s, name=f"{path}.{s.name}") for path, report in reports.items() for s in report.skipped]
-    targets = {path: summary for path, report in reports.items() if (summary := report.target)}
+    moved = [replace(skipped, name=f"{path}.{skipped.name}") for path, skipped in of_all("skipped")]
     return BitsReport(
         model=type(model).__name__,
         stage="prepared" if any(report.stage == "prepared" for report in reports.values()) else "converted",
         **{name: one_of(name) for name in ("method", "scope", "scope_reason", "penalty", "lambda_per_bit", "allocation")},
         weights=tuple(
             replace(weight, name=f"{path}.{weight.name}", aliases=tuple(f"{path}.{alias}" for alias in weight.aliases))
-            for path, report in reports.items()
-            for weight in report.weights
+            for path, weight in of_all("weights")
         ),
         skipped=(*moved, *own),
         rest_bits=sum(report.rest_bits for report in reports.values()) + sum(_FLOAT_BITS * each.numel() for each in outside.values()),
         rest_float_bits=sum(report.rest_float_bits for report in reports.values()) + sum(8 * each.nbytes for each in outside.values()),
         buffer_bits=_buffer_bits(model),
-        settings=tuple(f"{path}: {line}" for path, report in reports.items() for line in report.settings),
+        settings=tuple(f"{path}: {line}" for path, line in of_all("settings")),
         notes=(
-            *(f"target of {path}: {target}" for path, target in targets.items()),
-            *(f"{path}: {note}" for path, report in reports.items() for note in report.notes),
+            *(f"target of {path}: {report.target}" for path, report in reports.items() if report.target),
+            *(f"{path}: {note}" for path, note in of_all("notes")),
         ),
-        curves={f"{path}: {name}": points for path, report in reports.items() for name, points in report.curves.items()},
+        curves={f"{path}: {name}": reports[path].curves[name] for path, name in of_all("curves")},
     )
 
 

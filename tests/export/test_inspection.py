@@ -276,7 +276,7 @@ def test_files_of_ours_tell_the_learned_bits_also_of_split_weights(tmp_path):
     assert found["whole_q"].learned_payload_bytes == (16 + 72) // 8
     assert found["low_q"].learned_bits == {3: 16, 4: 8}
     assert found["high_q"].learned_bits == {6: 8}
-    assert inspection.learned_payload_bytes == (16 + 72 + 48 + 32 + 48) // 8
+    assert inspection.to_dict()["totals"]["learned_payload_bytes"] == (16 + 72 + 48 + 32 + 48) // 8
     assert inspection.metadata == metadata
 
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from onnx import ModelProto
+from onnxruntime import InferenceSession
 
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
@@ -22,10 +24,6 @@ from diffq_fx.export.onnx.sessions import open_session, run_session, session_ent
 from diffq_fx.export.onnx.signatures import TensorSignature, pair_signatures, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations, find_constants
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
-    from onnxruntime import InferenceSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +163,14 @@ def compare_latency(
     )
 
 
-def _bounds_of(models: "Sequence[ModelProto]", names_in_b: Mapping[str, str]) -> dict[str, int]:
+def _bounds_of(models: Sequence[ModelProto], names_in_b: Mapping[str, str]) -> dict[str, int]:
     """The bounds of A's inputs, of what each selects from in either model."""
     found = index_bounds(models)
     return {name: min(rows) for name, other in names_in_b.items() if (rows := [found[key] for key in (name, other) if key in found])}
 
 
 def _differences(
-    sessions: "Sequence[InferenceSession]",
+    sessions: Sequence[InferenceSession],
     inputs: Sequence[Mapping[str, np.ndarray]],
     paths: Sequence[str | Path],
     names_in_b: Mapping[str, str],
@@ -186,12 +184,12 @@ def _differences(
     return tuple(difference_of(name, value, of_b[names_in_b[name]]) for name, value in of_a.items())
 
 
-def _mib(path: str | Path, model: "ModelProto") -> float:
+def _mib(path: str | Path, model: ModelProto) -> float:
     with blaming(path):
         return mib(8 * size_bytes(path, external_locations(find_constants(model))))
 
 
-def _sizes_of_examples(models: "Sequence[ModelProto]", signature: Sequence[TensorSignature]) -> dict[str, int]:
+def _sizes_of_examples(models: Sequence[ModelProto], signature: Sequence[TensorSignature]) -> dict[str, int]:
     """The sizes but the batch that A's inputs leave open, as they were when one of the files was exported."""
     known = {name: size for model in models if (metadata := metadata_of(model)) for name, size in metadata.sizes.items()}
     batches = {entry.shape[0] for entry in signature if entry.shape}

@@ -6,6 +6,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -48,9 +49,11 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
     for number, value in enumerate(first):
         if isinstance(value, int | float | complex | str | bytes):
             return f"output {number} of the {name} is {value!r}, no tensor. Export a wrapper whose forward returns tensors alone."
-    pairs = [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
-    if _differ(pairs):
-        keeps = _differ(_from_one_seed(model, example))
+    if _differ(first, second):
+        with restored_random_state():
+            first = example.map(torch.clone).run(model)
+        with restored_random_state():
+            keeps = _differ(first, example.map(torch.clone).run(model))
         why = "keeps something that the next one reads. Give it" if keeps else "draws random numbers. Give them"
         return f"two runs of the {name} on the same inputs differ: its forward {why} as an input."
     if "NOT_IMPLEMENTED" in str(error) and "torch.bfloat16" in dtypes:
@@ -58,15 +61,8 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
     return str(error)
 
 
-def _from_one_seed(model: nn.Module, example: ExportExample) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    with restored_random_state():
-        first = example.map(torch.clone).run(model)
-    with restored_random_state():
-        second = example.map(torch.clone).run(model)
-    return [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
-
-
-def _differ(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def _differ(first: list[Any], second: list[Any]) -> bool:
+    pairs = [pair for pair in zip(first, second, strict=True) if isinstance(pair[0], torch.Tensor)]
     return any(one.shape != other.shape or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs)
 
 

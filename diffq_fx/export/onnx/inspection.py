@@ -8,7 +8,9 @@ whose encoding may be wasteful. Weights are never decoded.
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, get_args
+
+from onnx import ModelProto
 
 from diffq_fx.export.onnx.files import (
     Region,
@@ -21,9 +23,6 @@ from diffq_fx.export.onnx.files import (
 )
 from diffq_fx.export.onnx.metadata import ExportMetadata, WeightRecord, metadata_of
 from diffq_fx.export.onnx.usage import Constant, external_locations, find_constants
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 Role = Literal["quantized", "scale", "zero_point", "float", "other"]
 
@@ -83,11 +82,6 @@ class OnnxInspection:
     metadata: ExportMetadata | None = None
     """What diffq_fx wrote into the file; None for files of others."""
 
-    @property
-    def learned_payload_bytes(self) -> int | None:
-        """All levels bit-packed at the width that each has learned; None for files of others."""
-        return None if self.metadata is None else self.metadata.payload_bytes
-
     def of_role(self, role: Role) -> tuple[TensorReport, ...]:
         """The tensors of one role, in the order of the file."""
         return tuple(tensor for tensor in self.tensors if tensor.role == role)
@@ -101,12 +95,11 @@ class OnnxInspection:
         entries = asdict(self)
         for entry, tensor in zip(entries["tensors"], self.tensors, strict=True):
             entry["learned_payload_bytes"] = tensor.learned_payload_bytes
-        roles: tuple[Role, ...] = ("quantized", "scale", "zero_point", "float", "other")
         entries["totals"] = {
             "file_bytes": self.file_bytes,
             "graph_bytes": self.file_bytes - sum(tensor.file_bytes for tensor in self.tensors),
-            "learned_payload_bytes": self.learned_payload_bytes,
-            **{f"{role}_payload_bytes": self.payload_bytes(role) for role in roles},
+            "learned_payload_bytes": None if self.metadata is None else self.metadata.payload_bytes,
+            **{f"{role}_payload_bytes": self.payload_bytes(role) for role in get_args(Role)},
             "float_tensors": [tensor.name for tensor in self.of_role("float")],
         }
         return entries
@@ -139,7 +132,7 @@ def inspect_onnx(path: str | Path) -> OnnxInspection:
         return _inspected(model, path)
 
 
-def _inspected(model: "ModelProto", path: str | Path) -> OnnxInspection:
+def _inspected(model: ModelProto, path: str | Path) -> OnnxInspection:
     metadata = metadata_of(model)
     constants = find_constants(model)
     total = size_bytes(path, external_locations(constants))

@@ -6,15 +6,14 @@ mask and any table can take.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
+from onnx import ModelProto
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.signatures import TensorSignature
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 DEFAULT_BOUND = 2
 """Integers whose range the graph does not tell are drawn from 0 to this, exclusive."""
@@ -64,11 +63,8 @@ def _draw(entry: TensorSignature, shape: tuple[int, ...], bound: int | None, gen
     return generator.integers(0, min(bound or DEFAULT_BOUND, largest), shape).astype(dtype)
 
 
-def index_bounds(models: "Iterable[ModelProto]") -> dict[str, int]:
+def index_bounds(models: Iterable[ModelProto]) -> dict[str, int]:
     """The integer inputs that select along an axis of known size -> the smallest such size, over models of the same inputs."""
-    import onnx_ir as ir
-    from onnx_ir.passes.common import InlinePass, ShapeInferencePass
-
     bounds: dict[str, int] = {}
     for proto in models:
         model = ir.from_proto(proto)

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from onnxruntime import InferenceSession
 
 from diffq_fx.errors import DiffQError
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def signature_of(entries: Sequence[Any]) -> list[TensorSignature]:
 
 
 def pair_signatures(
-    sessions: "Sequence[InferenceSession]", paths: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
+    sessions: Sequence[InferenceSession], paths: Sequence[str | Path], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Pair the inputs of two models A and B, and their outputs: by name, and the rest, which have other names, in their order.
 

@@ -9,14 +9,12 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 from onnx_ir import DataType
 
 from diffq_fx.export.onnx.files import external_region
-
-if TYPE_CHECKING:
-    from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 _VIEWS = frozenset("Identity Cast Transpose Reshape Squeeze Unsqueeze Flatten Slice Split Expand Gather Round TopK".split())
 """Operators that move, sort or round the values of their first input and compute nothing with others."""
@@ -51,10 +49,10 @@ class Constant:
 
     name: str
     """Its name; behind the name of the node and of the graph where it belongs to an inner graph or a function."""
-    tensor: "TensorProto"
+    tensor: TensorProto
     """The values; of a sparse tensor the ones that are not zero."""
     shape: tuple[int, ...]
-    sparse_indices: "TensorProto | None" = None
+    sparse_indices: TensorProto | None = None
     readers: dict[str, None] = field(default_factory=dict)
     """Paths of operators up to the one that computes, in the order of the file."""
     scales: list["Constant"] = field(default_factory=list)
@@ -70,7 +68,7 @@ class Constant:
     packed_values: int | None = None
 
     @property
-    def parts(self) -> "list[TensorProto]":
+    def parts(self) -> list[TensorProto]:
         """What the file keeps: the values, and of a sparse tensor their places."""
         return [self.tensor] if self.sparse_indices is None else [self.tensor, self.sparse_indices]
 
@@ -114,7 +112,7 @@ class _Trace:
 _Values = dict[str, tuple[_Trace, ...]]
 
 
-def find_constants(model: "ModelProto") -> list[Constant]:
+def find_constants(model: ModelProto) -> list[Constant]:
     """Find every constant tensor of a model, its readers, its scales and its zero points; external data need not be loaded.
 
     Returns:
@@ -136,11 +134,11 @@ def external_locations(constants: Iterable[Constant]) -> list[str]:
 class _Walk:
     """A walk over a model, and the constants that it finds."""
 
-    def __init__(self, functions: "dict[tuple[str, str], FunctionProto]", ways: Iterator[int]) -> None:
+    def __init__(self, functions: dict[tuple[str, str], FunctionProto], ways: Iterator[int]) -> None:
         self.functions, self.ways = functions, ways
         self.found: list[Constant] = []
 
-    def graph(self, graph: "GraphProto", scope: str, outer: _Values) -> None:
+    def graph(self, graph: GraphProto, scope: str, outer: _Values) -> None:
         values = dict(outer)
         for tensor in graph.initializer:
             self._add(Constant(scope + tensor.name, tensor, tuple(tensor.dims)), tensor.name, values)
@@ -152,7 +150,7 @@ class _Walk:
             for trace in values.get(output.name, ()):
                 trace.end("graph output")
 
-    def nodes(self, graph: "GraphProto | FunctionProto", scope: str, values: _Values) -> None:
+    def nodes(self, graph: GraphProto | FunctionProto, scope: str, values: _Values) -> None:
         for node in graph.node:
             for _ in range(1 + sum(len(values.get(name, ())) for name in node.input)):
                 if next(self.ways) > _MOST_WAYS:
@@ -173,7 +171,7 @@ class _Walk:
             elif node.op_type != "Constant":
                 _visit(node, values)
 
-    def _call(self, node: "NodeProto", function: "FunctionProto", values: _Values) -> None:
+    def _call(self, node: NodeProto, function: FunctionProto, values: _Values) -> None:
         """Follow constants through the body of a function, which counts as one operator to whoever reads the file."""
         body = {formal: values.get(name, ()) for formal, name in zip(function.input, node.input, strict=False)}
         given = {trace.constant: trace for of_one in body.values() for trace in of_one}
@@ -197,24 +195,49 @@ class _Walk:
         values[name] = (_Trace(constant),)
 
 
-def _visit(node: "NodeProto", values: _Values) -> None:
-    """Carry the constants among a node's inputs to its outputs, or end them there."""
-    traces = [values.get(name, ()) for name in node.input]
+def _visit(node: NodeProto, values: _Values) -> None:
+    """Carry the constants among a node's inputs to its outputs, or end them there; note which are the scales and zero points of which."""
+    op, traces = node.op_type, [values.get(name, ()) for name in node.input]
     inputs = [tuple(trace for trace in of_one if trace.stage == "value") for of_one in traces]
-    _pair_with_scales(node, inputs)
-    carried = _carried_positions(node, inputs)
+    for levels, scale, zero_point in _QUANTIZED_INPUTS.get(op, ()):
+        owners = _constants(inputs, levels)
+        _claim(owners, "scale", _constants(inputs, scale))
+        _claim(owners, "zero_point", _constants(inputs, zero_point))
+        if op in ("MatMulNBits", "GatherBlockQuantized"):
+            _note_packing(owners, node)
+    carried, is_dequantized = {0} if op in _VIEWS or op == "DequantizeLinear" else set(), op == "DequantizeLinear"
+    if op == "Concat" and all(inputs):
+        carried = set(range(len(inputs)))
+    elif op in ("Mul", "Sub", "Div") and len(inputs) == 2 and all(inputs):
+        carried, is_dequantized = _spelled_out(op, inputs)
+    is_selected = op == "Gather" and not (len(inputs) > 1 and inputs[1])
     outputs = _scaled_later(node, inputs, traces)
     for position, of_one in enumerate(inputs):
         for trace in of_one:
             if position in carried:
-                outputs.append(_carry(trace, node, inputs))
+                selected, dequantized = trace.is_selected or is_selected, trace.is_dequantized or is_dequantized
+                outputs.append(replace(trace.through(op), is_selected=selected, is_dequantized=dequantized))
             else:
-                trace.end(node.op_type)
+                trace.end(op)
     if outputs:
         values.update(dict.fromkeys(node.output, tuple(outputs)))
 
 
-def _scaled_later(node: "NodeProto", inputs: list[tuple[_Trace, ...]], traces: list[tuple[_Trace, ...]]) -> list[_Trace]:
+def _spelled_out(op: str, inputs: list[tuple[_Trace, ...]]) -> tuple[set[int], bool]:
+    """Follow a dequantization that is spelled out by Cast, Sub, Mul (or Div): the input that goes on, and whether it is levels no more."""
+    if op == "Mul" and all(t.constant.holds_levels for t in inputs[0]) and not any(t.constant.is_floating for t in inputs[1]):
+        _claim(_constants(inputs, 0), "scale", _constants(inputs, 1))  # levels of half-integer zero points are doubled, and stay levels
+        return {0}, False
+    are_floating = [all(t.constant.is_floating for t in of_one) for of_one in inputs]
+    for levels, other in ((0, 1), (1, 0)) if op == "Mul" else ((0, 1),):
+        are_levels = all(t.constant.holds_levels and not t.is_dequantized for t in inputs[levels])
+        if are_levels and (op == "Sub" or are_floating[other]):
+            _claim(_constants(inputs, levels), "zero_point" if op == "Sub" else "scale", _constants(inputs, other))
+            return {levels}, op == "Mul"
+    return ({0}, True) if op == "Mul" and all(are_floating) else (set(), False)
+
+
+def _scaled_later(node: NodeProto, inputs: list[tuple[_Trace, ...]], traces: list[tuple[_Trace, ...]]) -> list[_Trace]:
     """Follow integer products to their scale: ``Mul(Cast(MatMulInteger(activations, levels)), Mul(scale of the activations, scale))``."""
     if node.op_type in ("MatMulInteger", "ConvInteger"):
         return [replace(trace, stage="product") for trace in inputs[1]]
@@ -229,59 +252,6 @@ def _scaled_later(node: "NodeProto", inputs: list[tuple[_Trace, ...]], traces: l
         elif not inputs[one]:
             factors += [replace(trace, stage="factor") for trace in scales]
     return factors
-
-
-def _carry(trace: _Trace, node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> _Trace:
-    carried = trace.through(node.op_type)
-    if node.op_type == "Gather" and not (len(inputs) > 1 and inputs[1]):
-        return replace(carried, is_selected=True)
-    dequantizes = node.op_type in ("DequantizeLinear", "Mul") and not _multiplies_integers(node, inputs)
-    return replace(carried, is_dequantized=True) if dequantizes else carried
-
-
-def _carried_positions(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> set[int]:
-    """Inputs whose constants go on to the output; the others end at this node."""
-    if node.op_type in _VIEWS or node.op_type == "DequantizeLinear" or _multiplies_integers(node, inputs):
-        return {0}
-    if node.op_type == "Concat" and all(inputs):
-        return set(range(len(inputs)))
-    if node.op_type == "Mul" and len(inputs) == 2 and all(inputs) and all(t.constant.is_floating for of_one in inputs for t in of_one):
-        return {0}
-    pair = _eager_dequantization(node, inputs)
-    return set() if pair is None else {pair[0]}
-
-
-def _pair_with_scales(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> None:
-    """Note which constants are the scales and zero points of which."""
-    for levels, scale, zero_point in _QUANTIZED_INPUTS.get(node.op_type, ()):
-        owners = _constants(inputs, levels)
-        _claim(owners, "scale", _constants(inputs, scale))
-        _claim(owners, "zero_point", _constants(inputs, zero_point))
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-            _note_packing(owners, node)
-    if _multiplies_integers(node, inputs):
-        _claim(_constants(inputs, 0), "scale", _constants(inputs, 1))
-    if (pair := _eager_dequantization(node, inputs)) is not None:
-        part: Part = "zero_point" if node.op_type == "Sub" else "scale"
-        _claim(_constants(inputs, pair[0]), part, _constants(inputs, pair[1]))
-
-
-def _eager_dequantization(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> tuple[int, int] | None:
-    """Positions of levels and of what is subtracted or multiplied, where Cast, Sub, Mul (or Div) spell out a dequantization."""
-    if node.op_type not in ("Mul", "Sub", "Div") or len(inputs) != 2 or not all(inputs):
-        return None
-    for levels, other in ((0, 1), (1, 0)) if node.op_type == "Mul" else ((0, 1),):
-        are_levels = all(t.constant.holds_levels and not t.is_dequantized for t in inputs[levels])
-        if are_levels and (node.op_type == "Sub" or all(t.constant.is_floating for t in inputs[other])):
-            return levels, other
-    return None
-
-
-def _multiplies_integers(node: "NodeProto", inputs: list[tuple[_Trace, ...]]) -> bool:
-    """Whether levels are multiplied by whole numbers and stay levels: those of half-integer zero points are doubled."""
-    if node.op_type != "Mul" or len(inputs) != 2 or not all(inputs):
-        return False
-    return all(t.constant.holds_levels for t in inputs[0]) and not any(t.constant.is_floating for t in inputs[1])
 
 
 def _constants(inputs: list[tuple[_Trace, ...]], position: int | None) -> list[Constant]:
@@ -301,7 +271,7 @@ def _claim(owners: list[Constant], part: Part, constants: list[Constant]) -> Non
             (owners[0].scales if part == "scale" else owners[0].zero_points).append(constant)
 
 
-def _note_packing(constants: list[Constant], node: "NodeProto") -> None:
+def _note_packing(constants: list[Constant], node: NodeProto) -> None:
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     for constant in constants:
         if constant.dtype == DataType.UINT8:

@@ -37,6 +37,10 @@ class LinearUse:
         leading = [size for size in known[:-1] if isinstance(size, int)]
         return int(np.prod(leading, dtype=np.int64)) if len(leading) == len(known) - 1 else 1
 
+    def label(self, weight: str) -> str:
+        """A name for what this product reads of a weight."""
+        return weight if self.rows is None else f"{weight}.{self.rows.start}_{self.rows.stop}"
+
     @property
     def is_open(self) -> bool:
         """Whether the graph takes other numbers of rows than the example's."""

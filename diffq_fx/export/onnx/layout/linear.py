@@ -111,7 +111,7 @@ def emit_fused(stored: StoredTable, use: LinearUse, kernel: Kernel, copy: int) -
     inputs = [value for value in (levels, scale, zero_point) if value is not None]
     if use.rows is not None or copy:
         inputs = [_own(stored, value, use.rows, copy) for value in inputs]
-    name = stored.name if use.rows is None else f"{stored.name}.{use.rows.start}_{use.rows.stop}"
+    name = use.label(stored.name)
     weight = stored.emit.op("DequantizeLinear", inputs, f"{name}.dequantized", dtype=ir.DataType.FLOAT, axis=0, block_size=kernel.block)
     mark_weight(weight, stored.name)
     nodes = [make_node("MatMul", [use.activation, weight], stored.emit.unique(f"{name}.product"))]
