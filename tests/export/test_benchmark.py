@@ -10,9 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.benchmark import Quartiles, compare_latency
-from diffq_fx.export.onnx.differences import difference_of
-from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
-from diffq_fx.export.onnx.signatures import TensorSignature, resolve_shapes
+from diffq_fx.export.onnx.sessions import difference_of
+from diffq_fx.export.onnx.signatures import TensorSignature, index_bounds, make_inputs, resolve_shapes
 
 FAST = {"repeats": 3, "threads": 1}
 

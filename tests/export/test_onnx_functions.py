@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from diffq_fx.export import export_onnx, read_metadata
 from diffq_fx.export.onnx import saving
 from diffq_fx.export.onnx.inspection import inspect_onnx
-from diffq_fx.export.onnx.random_inputs import index_bounds
+from diffq_fx.export.onnx.signatures import index_bounds
 
 MIXED = torch.tensor([2, 4, 8, 12])[torch.randint(4, (24, 1))]
 MIXED_ROWS = torch.tensor([2, 4, 8])[torch.arange(512) % 3][:, None]

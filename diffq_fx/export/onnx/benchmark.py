@@ -16,12 +16,10 @@ from onnxruntime import InferenceSession
 
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
-from diffq_fx.export.onnx.differences import OutputDifference, difference_of
 from diffq_fx.export.onnx.files import blaming, load_graph, size_bytes
 from diffq_fx.export.onnx.metadata import metadata_of
-from diffq_fx.export.onnx.random_inputs import index_bounds, make_inputs
-from diffq_fx.export.onnx.sessions import open_session, run_session, session_entries
-from diffq_fx.export.onnx.signatures import TensorSignature, pair_signatures, resolve_shapes, signature_of
+from diffq_fx.export.onnx.sessions import OutputDifference, difference_of, open_session, run_session, session_entries
+from diffq_fx.export.onnx.signatures import TensorSignature, index_bounds, make_inputs, pair_signatures, resolve_shapes, signature_of
 from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
 from diffq_fx.export.onnx.usage import external_locations, find_constants
 

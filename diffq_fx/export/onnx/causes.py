@@ -42,7 +42,7 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
     name = type(model).__name__
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()})
     try:
-        first, second = (example.map(torch.clone).run(model) for _ in range(2))
+        first, second = (example.run(model) for _ in range(2))
     except Exception as refusal:  # noqa: BLE001  the forward is the user's
         given = sorted({str(tensor.dtype) for tensor in example.tensors})
         return f"the {name} (parameters: {', '.join(dtypes)}) does not run on example_inputs ({', '.join(given)}): {_shown(refusal)}"
@@ -51,9 +51,9 @@ def failure_cause(model: nn.Module, example: ExportExample, error: DiffQError) -
             return f"output {number} of the {name} is {value!r}, no tensor. Export a wrapper whose forward returns tensors alone."
     if _differ(first, second):
         with restored_random_state():
-            first = example.map(torch.clone).run(model)
+            first = example.run(model)
         with restored_random_state():
-            keeps = _differ(first, example.map(torch.clone).run(model))
+            keeps = _differ(first, example.run(model))
         why = "keeps something that the next one reads. Give it" if keeps else "draws random numbers. Give them"
         return f"two runs of the {name} on the same inputs differ: its forward {why} as an input."
     if "NOT_IMPLEMENTED" in str(error) and "torch.bfloat16" in dtypes:

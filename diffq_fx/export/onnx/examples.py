@@ -70,9 +70,9 @@ class ExportExample(Example):
         return found
 
     def run(self, model: nn.Module) -> list[Any]:
-        """Call the model without gradients; the leaves of what it returns. A graph of torch.fx prints what it raises, to nobody here."""
+        """The leaves of the output, without gradients. A graph of torch.fx prints what it raises, to nobody here."""
         with torch.no_grad(), silent_stderr():
-            return _compat.tree_leaves(model(*self.args, **self.kwargs))
+            return _compat.tree_leaves(super().run(model))
 
     def on_its_own(self) -> "ExportExample":
         """Tensors that share nothing.

@@ -4,7 +4,7 @@ import gc
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,11 @@ from diffq_fx.export.onnx.layout.rounding import watch
 from diffq_fx.export.onnx.measuring import Stopwatch
 from diffq_fx.export.onnx.metadata import ExportMetadata, ExportResult, to_props
 from diffq_fx.export.onnx.naming import InterfaceNames, check_names
-from diffq_fx.export.onnx.narrowing import HalvedModel, halved_names, store_halves, store_narrow_tables
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.parity import DraftFiles, Parity, SizeError, check_parity
 from diffq_fx.export.onnx.saving import publish, save_draft, save_unfolded
 from diffq_fx.export.onnx.sessions import wanted_entries
-from diffq_fx.export.onnx.slimming import drop_what_is_derived
+from diffq_fx.export.onnx.slimming import HalvedModel, drop_what_is_derived, halved_names, store_narrow
 from diffq_fx.export.onnx.tracing import TracedModel, Tracer
 from diffq_fx.export.onnx.translation import weights_by_initializer
 from diffq_fx.storage import StoredWeight
@@ -90,14 +89,11 @@ class _Job:
         ranges, first = calibrate(file, watched, calibration, self.tracer.example, self.traced.model.graph)
         return replace(self, request=replace(self.request, ranges=ranges), typical=first)
 
-    def draft(self) -> _Draft:
-        """The file; what this onnxruntime turns out to dequantize at every run is folded in a second draft."""
-        draft = self._draft({})
-        return self._draft(dict.fromkeys(draft.dequantized, _NOT_FUSED)) if draft.dequantized else draft
-
-    def _draft(self, refused: Mapping[str, str]) -> _Draft:
-        draft = self._written(refused)
-        return replace(draft, parity=self._parity(refused, draft)) if self.verify else draft
+    def draft(self, refused: Mapping[str, str] | None = None) -> _Draft:
+        """The file; what this onnxruntime turns out to dequantize at every run is folded, as ``refused``, in a second draft."""
+        draft = self._written(refused or {})
+        draft = replace(draft, parity=self._parity(refused or {}, draft)) if self.verify else draft
+        return self.draft(dict.fromkeys(draft.dequantized, _NOT_FUSED)) if draft.dequantized and refused is None else draft
 
     def _written(self, refused: Mapping[str, str]) -> _Draft:
         model, applied = self._laid_out(refused)
@@ -137,8 +133,7 @@ class _Job:
     def _laid_out(self, refused: Mapping[str, str], twin: Twin = None) -> tuple[ir.Model, Applied]:
         model = self.traced.model.clone()
         applied = apply_layout(model, self.weights, replace(self.request, sizes=self.traced.sizes, refused=refused, twin=twin))
-        store_halves(model, self.request.halved)
-        store_narrow_tables(model)
+        store_narrow(model, self.request.halved)
         set_opset(model, self.request.opset)
         return model, applied
 
@@ -210,10 +205,10 @@ def _drafted(job: _Job) -> tuple[_Job, _Draft]:
 
 
 def _result(job: _Job, draft: _Draft, file_bytes: int) -> ExportResult:
-    told: dict[str, Any] = {entry.name: getattr(draft.metadata, entry.name) for entry in fields(draft.metadata)}
-    told.update((name, getattr(draft.parity, name, None)) for name in _MEASURED)
+    measured: dict[str, Any] = {name: getattr(draft.parity, name, None) for name in _MEASURED}
     return ExportResult(
-        **told,
+        **vars(draft.metadata),
+        **measured,
         path=job.path,
         opset=draft.opset,
         file_bytes=file_bytes,

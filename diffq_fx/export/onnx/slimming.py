@@ -1,15 +1,86 @@
-"""Leaves out of a file what every reader finds again by itself: shapes that can be derived, long names of what is gone after loading.
+"""Makes a file smaller by what every reader undoes: smaller types that are cast back, shapes that can be derived, long names.
 
-In a file of 2 to 8 bits a weight this is up to a twentieth of the whole.
+Parameters that are not quantized become float16, tables of integers what they need. Shapes and names of what is gone after loading are, in
+a file of 2 to 8 bits a weight, up to a twentieth of the whole.
 """
 
+from collections.abc import Set
 from itertools import count
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import ShapeInferencePass
+from torch import Tensor, nn
 
+from diffq_fx.convert import CompressionRecord
+from diffq_fx.export.onnx.layout.emitter import Emitter
+from diffq_fx.parts import CHILD, parts_of
+from diffq_fx.storage.packing import narrowed
+
+_MIN_VALUES = 64
+"""A tensor with fewer values would grow by its Cast node."""
 _KEPT_NAMES = ("DequantizeLinear",)
 """A profile of onnxruntime names these: that is how the export knows which weight is dequantized at every run."""
+
+
+def halved_names(converted: nn.Module) -> set[str]:
+    """Names of the float32 parameters to be stored as float16, where that holds them; buffers need the range of float32."""
+    parts = {path: vars(part)[CHILD].method.rest_dtype == "float16" for path, part in parts_of(converted, CompressionRecord).items()}
+    if getattr(converted, "rest_dtype", None) is torch.float16:
+        parts[""] = True
+    prefixes = tuple(f"{path}." if path else "" for path, halves in parts.items() if halves)
+    return {
+        name
+        for name, parameter in converted.named_parameters(remove_duplicate=False)
+        if name.startswith(prefixes)
+        and parameter.dtype == torch.float32
+        and parameter.numel() >= _MIN_VALUES
+        and bool(parameter.half().isfinite().all())
+    }
+
+
+def store_narrow(model: ir.Model, halved: Set[str]) -> None:
+    """Replace initializers by ones of a smaller type and a Cast, in place: float32 ones that are to be ``halved``, and large int64 tables.
+
+    Names that the graph does not have are ignored. Tables of integers are those of relative positions, above all.
+    """
+    emitter, known = Emitter(model.graph), model.graph.initializers
+    for value in [known[name] for name in sorted(halved & known.keys())]:
+        if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
+            _store_as(emitter, value, value.const_value.numpy().astype(np.float16), value.dtype)
+    emitter.flush()
+    for value in list(known.values()):
+        if value.dtype == ir.DataType.INT64 and value.const_value is not None:
+            table = torch.from_numpy(np.array(value.const_value.numpy()))
+            small = narrowed(table)
+            if small.dtype != table.dtype:
+                _store_as(emitter, value, small.numpy(), value.dtype)
+    emitter.flush()
+
+
+def _store_as(emitter: Emitter, value: ir.Value, stored: np.ndarray, dtype: ir.DataType) -> None:
+    name, is_output = str(value.name), value.is_graph_output()
+    cast = emitter.cast(emitter.initializer(f"{name}.{stored.dtype}", stored), dtype)
+    cast.shape = value.shape
+    value.replace_all_uses_with(cast, replace_graph_outputs=True)
+    del emitter.graph.initializers[name]
+    if is_output:
+        cast.name = name
+
+
+class HalvedModel(nn.Module):
+    """A model that computes with some parameters rounded to float16, as its file will; the model itself is not touched."""
+
+    def __init__(self, model: nn.Module, names: Set[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Call the model with the rounded parameters."""
+        rounded: dict[str, Tensor] = {name: p.half().float() for name, p in self.model.named_parameters() if name in self.names}
+        return torch.func.functional_call(self.model, rounded, args, kwargs)
 
 
 def drop_what_is_derived(model: ir.Model) -> None:
