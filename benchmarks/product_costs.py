@@ -25,7 +25,7 @@ from benchmarks._kind import kind_title, processor_kind
 from benchmarks._result import RESULTS, describe_machine, markdown_table, write_result
 from diffq_fx.export.onnx.layout import profiles
 from diffq_fx.export.onnx.layout.cost import FLOAT, Cost, Kernel, Product, Profile, choose, often_paid
-from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
+from diffq_fx.export.onnx.timing import time_in_turns
 
 SQUARES = [(size, size) for size in (32, 64, 128, 256, 512, 1024, 2048)]
 SHAPES = [*SQUARES, (384, 1536), (1536, 384), (128, 1024), (1024, 128), (512, 2048), (2048, 512), (1024, 4096)]
@@ -64,8 +64,7 @@ def measure(limit: float) -> None:
             print(f"{len(missing) - done} cells are left: run it again.")
             return
         runs = [prepare_run(kernel, Product(*shape), threads=1) for kernel in KERNELS]
-        samples = [runs_per_sample(run) for run in runs]
-        times = time_in_turns(runs, samples, turns=TURNS, seconds=SECONDS_PER_CELL)
+        times = time_in_turns(runs, turns=TURNS, seconds=SECONDS_PER_CELL)
         cell = {
             "shape": shape,
             "turns": len(times[0]),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffq_fx.export.onnx.benchmark import Quartiles
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.sessions import open_session, session_entries
-from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
+from diffq_fx.export.onnx.timing import time_in_turns
 from diffq_fx.export.onnx.translation import quiet
 from diffq_fx.report import BitsReport
 
@@ -69,7 +69,7 @@ def measure(contest: Contest) -> list[dict[str, str]]:
         rows.append({"file": name, "MiB": f"{path.stat().st_size / 2**20:.2f}", **scores})
     for batch in BATCHES:
         runs = [partial(session.run, None, feed(session, [each[:batch] for each in contest.inputs])) for session in sessions]
-        times = time_in_turns(runs, [runs_per_sample(run) for run in runs], turns=_TURNS, seconds=_SECONDS)
+        times = time_in_turns(runs, turns=_TURNS, seconds=_SECONDS)
         for row, own in zip(rows, times, strict=True):
             row[f"ms, {batch} {contest.unit}" + "s" * (batch > 1)] = Quartiles.of([1e3 * each for each in own]).text(".3g")
     return rows

@@ -135,13 +135,13 @@ def test_readers_that_have_a_form_of_their_own():
 )
 def test_rows_of_a_product_at_the_example(shape, rows, is_open):
     activation = ir.val("x", ir.DataType.FLOAT, shape)
-    use = LinearUse(None, None, activation, None, True, None)
+    use = LinearUse(None, activation, None, True, None)
     assert (use.num_rows({"N": 7}), use.is_open) == (rows, is_open)
 
 
 def test_a_product_is_named_by_what_it_reads():
-    assert LinearUse(None, None, None, None, True, None).label("w") == "w"
-    assert LinearUse(None, None, None, None, True, range(4, 8)).label("w") == "w.4_8"
+    assert LinearUse(None, None, None, True, None).label("w") == "w"
+    assert LinearUse(None, None, None, True, range(4, 8)).label("w") == "w.4_8"
 
 
 # --- what is added to a graph

@@ -148,7 +148,7 @@ def test_a_smaller_file_may_cost_15_percent_of_the_time(slowness, width, monkeyp
         return Choice(Kernel("fused 4", 64), "", slowness if storage.width is None else 1.0, 1.0)
 
     monkeypatch.setattr("diffq_fx.export.onnx.layout.plan.choose_kernel", choose)
-    use = LinearUse(None, make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, False, None)
+    use = LinearUse(make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, False, None)
     table = read_table(store(torch.randn(64, 64), torch.tensor([[2], [8]]).repeat(32, 1)))
     found = plan_for_onnxruntime(table, Uses((use,), (), (), (), frozenset()), LayoutRequest(machines=None))
     assert found.storage.width == width
@@ -179,7 +179,7 @@ def test_levels_that_do_not_fit_int8_stretch_their_scale():
 )
 def test_weights_that_no_product_can_be_fused_with(bits, settings, transposed, reason):
     table = read_table(store(torch.randn(6, 96), bits, **settings))
-    use = LinearUse(None, make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, transposed, None)
+    use = LinearUse(make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, transposed, None)
     found = refusal(table, use)
     assert (found is None) == (reason is None)
     assert reason is None or re.fullmatch(reason, found)

@@ -20,7 +20,7 @@ from diffq_fx.export.onnx.files import blaming, load_graph, size_bytes
 from diffq_fx.export.onnx.metadata import metadata_of
 from diffq_fx.export.onnx.sessions import OutputDifference, difference_of, open_session, run_session, session_entries
 from diffq_fx.export.onnx.signatures import TensorSignature, index_bounds, make_inputs, pair_signatures, resolve_shapes, signature_of
-from diffq_fx.export.onnx.timing import runs_per_sample, time_in_turns
+from diffq_fx.export.onnx.timing import time_in_turns
 from diffq_fx.export.onnx.usage import external_locations, find_constants
 
 
@@ -140,8 +140,7 @@ def compare_latency(
     both = [inputs, {inputs_in_b[name]: value for name, value in inputs.items()}]
     outputs = _differences(sessions, both, paths, outputs_in_b)
     runs = [partial(session.run, None, each) for session, each in zip(sessions, both, strict=True)]
-    samples = [runs_per_sample(run) for run in runs]
-    a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, samples, turns=repeats, on_progress=on_progress))
+    a_ms, b_ms = ([1e3 * s for s in times] for times in time_in_turns(runs, turns=repeats, on_progress=on_progress))
     return LatencyComparison(
         path_a=str(path_a),
         path_b=str(path_b),

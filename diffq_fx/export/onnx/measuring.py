@@ -22,7 +22,7 @@ from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, one_container
 from diffq_fx.export.onnx.opset import set_opset
 from diffq_fx.export.onnx.sessions import open_session, wanted_entries
-from diffq_fx.export.onnx.timing import Clock, Run, runs_per_sample, time_in_turns
+from diffq_fx.export.onnx.timing import Clock, Run, time_in_turns
 from diffq_fx.export.onnx.translation import BASE_OPSET
 from diffq_fx.storage.packing import container_for
 from diffq_fx.weights import WeightSpec
@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 _SECONDS = 0.15
 """For the turns of one product; most models have less than a dozen different ones."""
-_SAMPLE_SECONDS = 1e-3
 _TURNS = 41
 _LIMIT_SECONDS = 20.0
 """After so long in all, the portable profiles decide about what is not measured yet."""
@@ -77,8 +76,7 @@ class Stopwatch:
     def _measure(self, product: Product, kernels: Sequence[Kernel]) -> dict[Kernel, float]:
         part = _part(product)
         runs = [self._prepare(kernel, part) for kernel in kernels]
-        samples = [runs_per_sample(run, seconds=_SAMPLE_SECONDS, clock=self._clock) for run in runs]
-        times = time_in_turns(runs, samples, turns=_TURNS, seconds=_SECONDS, clock=self._clock)
+        times = time_in_turns(runs, turns=_TURNS, seconds=_SECONDS, clock=self._clock)
         scale = 1e6 * product.rows * product.outputs / (part.rows * part.outputs)
         return {kernel: scale * statistics.median(found) for kernel, found in zip(kernels, times, strict=True)}
 
@@ -124,7 +122,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
         emitter = Emitter(graph)
         table = _random_table(kernel, product, rng)
         stored = StoredTable(emitter, one_container(table, "weight"))
-        use = LinearUse(graph, node, x, None, transposed=False, rows=None)
+        use = LinearUse(node, x, None, transposed=False, rows=None)
         if kernel.block:
             emit_fused(stored, use, kernel, copy=0)
         else:

@@ -15,19 +15,8 @@ _LEAST_TURNS = 3
 """As many turns there are whatever they take: the median of fewer says little."""
 
 
-def runs_per_sample(run: Run, *, seconds: float = _SAMPLE_SECONDS, clock: Clock = time.perf_counter) -> int:
-    """Run until nothing is new, and tell how many runs one sample of so many ``seconds`` takes."""
-    fastest = math.inf
-    for warm_up in range(_WARMUP_RUNS):
-        fastest = min(fastest, _seconds(run, 1, clock))
-        if warm_up and fastest > seconds:
-            break
-    return min(max(1, math.ceil(seconds / fastest)), _MAX_RUNS_PER_SAMPLE)
-
-
 def time_in_turns(
     runs: Sequence[Run],
-    samples: Sequence[int],
     *,
     turns: int,
     seconds: float = math.inf,
@@ -36,9 +25,10 @@ def time_in_turns(
 ) -> list[list[float]]:
     """Time several things in turns, A B C, C B A, A B C, ...: for each the seconds of one run, turn by turn.
 
-    One timing spans so many ``samples`` of each. No further turn begins after so many ``seconds``, once there are three.
+    No further turn begins after so many ``seconds``, once there are three.
     ``on_progress`` is called after every turn with the turns done and ``turns``.
     """
+    samples = [_runs_per_sample(run, clock) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
     start = clock()
     for turn in range(turns):
@@ -49,6 +39,16 @@ def time_in_turns(
         if turn + 1 >= _LEAST_TURNS and clock() - start > seconds:
             break
     return times
+
+
+def _runs_per_sample(run: Run, clock: Clock) -> int:
+    """Run until nothing is new, and tell how many runs one sample takes."""
+    fastest = math.inf
+    for warm_up in range(_WARMUP_RUNS):
+        fastest = min(fastest, _seconds(run, 1, clock))
+        if warm_up and fastest > _SAMPLE_SECONDS:
+            break
+    return min(max(1, math.ceil(_SAMPLE_SECONDS / fastest)), _MAX_RUNS_PER_SAMPLE)
 
 
 def _seconds(run: Run, times: int, clock: Clock) -> float:

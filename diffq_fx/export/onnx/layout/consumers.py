@@ -16,7 +16,6 @@ _REARRANGING = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Sque
 class LinearUse:
     """``activation @ weight[K, N] (+ bias)``: a MatMul or Gemm whose second input is a matrix of the weight's own values."""
 
-    graph: ir.Graph
     node: ir.Node
     activation: ir.Value
     bias: ir.Value | None
@@ -87,7 +86,7 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
         for node, index in value.uses():
             readable = value.shape is not None and len(value.shape) == _MATRIX and node.graph is graph and not node.domain
             steps = _steps(node, value, path, axis) if readable and index == 0 else {}
-            use = _linear_use(graph, node, path) if readable and index == 1 else None
+            use = _linear_use(node, path) if readable and index == 1 else None
             is_whole = path == _Path() and node.graph is graph and not node.domain
             if use is not None:
                 linear.append(use)
@@ -106,16 +105,16 @@ def find_uses(weight: ir.Value, axis: int, graph: ir.Graph) -> Uses:
     return Uses(tuple(linear), tuple(gathers), tuple(convolutions), tuple(dict.fromkeys(others)), frozenset(turned))
 
 
-def _linear_use(graph: ir.Graph, node: ir.Node, path: _Path) -> LinearUse | None:
+def _linear_use(node: ir.Node, path: _Path) -> LinearUse | None:
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or activation is weight:
         return None
     given = node.attributes
     if node.op_type == "MatMul" and activation.shape is not None and len(activation.shape) >= _MATRIX:
-        return LinearUse(graph, node, activation, None, path.transposed, path.rows)
+        return LinearUse(node, activation, None, path.transposed, path.rows)
     if node.op_type == "Gemm" and not given.get_int("transA", 0) and given.get_float("alpha", 1.0) == given.get_float("beta", 1.0) == 1:
         bias = node.inputs[2] if len(node.inputs) > _MATRIX else None
-        return LinearUse(graph, node, activation, bias, path.transposed != bool(given.get_int("transB", 0)), path.rows)
+        return LinearUse(node, activation, bias, path.transposed != bool(given.get_int("transB", 0)), path.rows)
     return None
 
 

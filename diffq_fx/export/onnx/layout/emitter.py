@@ -90,6 +90,12 @@ def take_place(new: ir.Value, old: ir.Value, old_name: str) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def replace_node(old: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put nodes in the place of one of the same graph, the last one's output in that of its own."""
+    if old.graph is not None:
+        ir.convenience.replace_nodes_and_values(old.graph, old, [old], nodes, old.outputs, nodes[-1].outputs)
+
+
 def make_node(op_type: str, inputs: Sequence[ir.Value | None], output: str, **attributes: Attribute) -> ir.Node:
     """A node of the default domain with one output, both called ``output``; missing inputs at the end are left out."""
     given = max(place for place, value in enumerate(inputs, 1) if value is not None)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Product, choose
-from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor, integer_type, make_node, only_reader
+from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor, integer_type, make_node, only_reader, replace_node
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.products import MAX_INPUTS, choose_form
 from diffq_fx.export.onnx.layout.request import BLOCKED_OPSET, LayoutRequest
@@ -172,8 +172,7 @@ def replace_product(use: LinearUse, nodes: list[ir.Node]) -> None:
     if use.bias is not None:
         product = nodes[-1].outputs[0]
         nodes = [*nodes, make_node("Add", [product, use.bias], f"{product.name}.biased")]
-    old, result = use.node.outputs[0], nodes[-1].outputs[0]
-    ir.convenience.replace_nodes_and_values(use.graph, use.node, [use.node], nodes, [old], [result])
+    replace_node(use.node, nodes)
 
 
 def _spell_out_activation(emitter: Emitter, product: ir.Value) -> None:
@@ -185,16 +184,16 @@ def _spell_out_activation(emitter: Emitter, product: ir.Value) -> None:
     reader = only_reader(product)
     if reader is not None and reader.op_type == "Add":
         reader = only_reader(reader.outputs[0])
-    if reader is None or reader.graph is None or reader.op_type not in ("Relu", "Clip"):
+    if reader is None or reader.op_type not in ("Relu", "Clip"):
         return
     if reader.op_type == "Relu":
         bounds = [("Max", emitter.initializer("zero", np.float32(0)))]
     else:
         given = [*reader.inputs[1:], None, None][:2]
         bounds = [(op, bound) for op, bound in zip(("Max", "Min"), given, strict=True) if bound is not None]
-    value, old, new = reader.inputs[0], reader.outputs[0], []
+    value, new = reader.inputs[0], []
     for op_type, bound in bounds:
-        new.append(make_node(op_type, [value, bound], emitter.unique(f"{old.name}.{op_type.lower()}")))
+        new.append(make_node(op_type, [value, bound], emitter.unique(f"{reader.outputs[0].name}.{op_type.lower()}")))
         value = new[-1].outputs[0]
-    if new and value is not None:
-        ir.convenience.replace_nodes_and_values(reader.graph, reader, [reader], new, [old], [value])
+    if new:
+        replace_node(reader, new)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import from_torch_dtype
 
-from diffq_fx.export.onnx.layout.emitter import Attribute, integer_type, make_node
+from diffq_fx.export.onnx.layout.emitter import Attribute, integer_type, make_node, replace_node
 from diffq_fx.export.onnx.layout.functions import mark_weight
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable
@@ -24,8 +24,8 @@ def picks_rows(table: WeightTable) -> bool:
 
 def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
     """Replace a Gather, along axis 0, of a float table, which is a matrix in any form."""
-    indices, graph, table = gather.inputs[1], gather.graph, stored.table
-    if indices is None or graph is None:
+    indices, table = gather.inputs[1], stored.table
+    if indices is None:
         return
     nodes: list[ir.Node] = []
 
@@ -54,4 +54,4 @@ def emit_rows(stored: StoredTable, gather: ir.Node) -> None:
     if dtype != ir.DataType.FLOAT:
         value = add("Cast", value, to=int(dtype))
     mark_weight(value, stored.name, "DequantizeRows", indices=(nodes[0], 1))
-    ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, gather.outputs, [value])
+    replace_node(gather, nodes)
