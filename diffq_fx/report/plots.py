@@ -58,8 +58,7 @@ class Plot:
     circles: Sequence[tuple[float, float, float, str]] = ()
     """Place, radius and what it is."""
     line: Sequence[tuple[float, float]] = ()
-    is_curve: bool = True
-    """Else the line is a reference that the circles are seen against."""
+    """A curve, or where there are circles what they are seen against."""
 
 
 def scatter(named: Sequence[tuple[str, float, float, int]]) -> Plot:
@@ -83,7 +82,6 @@ def scatter(named: Sequence[tuple[str, float, float, int]]) -> Plot:
         y=y,
         circles=circles,
         line=line,
-        is_curve=False,
     )
 
 

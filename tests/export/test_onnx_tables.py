@@ -145,7 +145,7 @@ def test_rows_are_picked_of_a_table_that_no_reader_needs_in_float(monkeypatch):
 @pytest.mark.parametrize(("slowness", "width"), [(1.14, None), (1.16, 8)])
 def test_a_smaller_file_may_cost_15_percent_of_the_time(slowness, width, monkeypatch):
     def choose(storage, *_, shared):
-        return Choice(Kernel("fused 4", 64), "", slowness if storage.width is None else 1.0, 1.0)
+        return Choice(Kernel("fused 4", 64), "", slowness if storage.width is None else 1.0)
 
     monkeypatch.setattr("diffq_fx.export.onnx.layout.plan.choose_kernel", choose)
     use = LinearUse(make_node("MatMul", [ir.val("x"), ir.val("w")], "y"), None, None, False, None)

@@ -61,7 +61,6 @@ class _Entry(NamedTuple):
 
     tensor: GGUFTensor
     shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
     order: NDArray[np.int64] | None
     data: Callable[[], NDArray[Any]]
 
@@ -148,7 +147,8 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
         writer.add_file_type(_file_type(entries))
         if vocabulary is not None:
             vocabulary.add_to(writer)
-        for tensor, shape, kind, _, _ in entries:
+        for tensor, shape, *_ in entries:
+            kind = gguf.GGMLQuantizationType[tensor.type]
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), tensor.file_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -207,7 +207,7 @@ def _quantized(stored: StoredWeight, name: str, is_sideways: bool) -> _Entry:
     bits = stored.footprint().payload_bits / spec.numel
     size = spec.numel // BLOCK * blocked.type.block_bytes
     tensor = GGUFTensor(name, spec.name, blocked.type.name, spec.numel, size, bits)
-    return _Entry(tensor, (spec.rows, spec.columns), gguf.GGMLQuantizationType[blocked.type.name], None, blocked.data)
+    return _Entry(tensor, (spec.rows, spec.columns), None, blocked.data)
 
 
 def _plain(values: Tensor, weight: str, name: str) -> _Entry:
@@ -219,4 +219,4 @@ def _plain(values: Tensor, weight: str, name: str) -> _Entry:
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[exact.dtype]
     tensor = GGUFTensor(name, weight, kind, exact.numel(), exact.nbytes, None)
     as_numpy = exact.view(torch.int16) if exact.dtype == torch.bfloat16 else exact
-    return _Entry(tensor, tuple(exact.shape), gguf.GGMLQuantizationType[kind], None, as_numpy.numpy)
+    return _Entry(tensor, tuple(exact.shape), None, as_numpy.numpy)

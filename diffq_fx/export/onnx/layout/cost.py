@@ -134,10 +134,9 @@ class Choice:
 
     kernel: Kernel
     reason: str
-    slowness: float = 1.0
-    """Its time as a part of that in float, on the machine where it is largest."""
-    float_time: float = 0.0
-    """Microseconds of the float product on the first machine; 0 where no time was asked for."""
+    time: float = 0.0
+    """Microseconds of the float product on the first machine, times the largest part of it that the form takes on any machine; 0 where no
+    time was asked for."""
 
 
 def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machine]) -> Choice:
@@ -161,10 +160,10 @@ def choose(kernels: Sequence[Kernel], product: Product, machines: Sequence[Machi
     taken = [kernel for kernel in kernels if refusals[kernel] is None]
     if not taken:
         least_bad = max(kernels, key=lambda kernel: speeds[kernel])
-        return Choice(FLOAT, f"{product.inputs} inputs and {product.outputs} outputs: {refusals[least_bad]}", float_time=float_time)
+        return Choice(FLOAT, f"{product.inputs} inputs and {product.outputs} outputs: {refusals[least_bad]}", float_time)
     fastest = max(speeds[kernel] for kernel in taken)
     best = next(kernel for kernel in taken if speeds[kernel] >= _TIE * fastest)
-    return Choice(best, _why(best, product, machines), 1 / speeds[best], float_time)
+    return Choice(best, _why(best, product, machines), 1 / speeds[best] * float_time)
 
 
 def _speeds(machine: Machine, kernel: Kernel, product: Product) -> list[float]:

@@ -45,7 +45,7 @@ class WeightPlan:
     @property
     def time(self) -> float:
         """Microseconds of all linear readers, each by the machine where it is slowest beside float."""
-        return sum(choice.slowness * choice.float_time for choice in self.products)
+        return sum(choice.time for choice in self.products)
 
 
 def plan_for_onnxruntime(table: WeightTable, uses: Uses, request: LayoutRequest) -> WeightPlan:
