@@ -13,10 +13,9 @@ import onnx_ir as ir
 
 from diffq_fx.export.onnx.layout.consumers import LinearUse
 from diffq_fx.export.onnx.layout.cost import FLOAT, Kernel, Machine, Machines, Measurement, Product
-from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
 from diffq_fx.export.onnx.layout.linear import emit_fused
-from diffq_fx.export.onnx.layout.products import choose_form, emit_factor
+from diffq_fx.export.onnx.layout.products import choose_form, emit_dynamic, emit_factor
 from diffq_fx.export.onnx.layout.profiles import KINDS, THIS_MACHINE
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable, one_container

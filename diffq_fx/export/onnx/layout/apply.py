@@ -7,15 +7,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.layout.consumers import Uses, find_uses
+from diffq_fx.export.onnx.layout.consumers import Uses, find_uses, replace_product
 from diffq_fx.export.onnx.layout.convolution import choose_convolutions, emit_filters, fold_batch_norm, form_of_filters
 from diffq_fx.export.onnx.layout.cost import FLOAT
-from diffq_fx.export.onnx.layout.dynamic import emit_dynamic
 from diffq_fx.export.onnx.layout.emitter import Emitter, make_node, take_place
 from diffq_fx.export.onnx.layout.functions import mark_weight
-from diffq_fx.export.onnx.layout.linear import emit_fused, replace_product
+from diffq_fx.export.onnx.layout.linear import emit_fused
 from diffq_fx.export.onnx.layout.plan import WeightPlan, plan_for_onnxruntime, plan_for_qdq, takes_stored
-from diffq_fx.export.onnx.layout.products import Factor, choose_form, emit_factor
+from diffq_fx.export.onnx.layout.products import Factor, choose_form, emit_dynamic, emit_factor
 from diffq_fx.export.onnx.layout.records import record_of, record_of_codebook
 from diffq_fx.export.onnx.layout.request import LayoutRequest
 from diffq_fx.export.onnx.layout.rounding import RoundedValue, find_rounded, keep_in_float, round_values

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.emitter import constant_of
+from diffq_fx.export.onnx.layout.emitter import constant_of, make_node, replace_node
 
 _MATRIX = 2
 _REARRANGING = {"Cast", "Concat", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
@@ -45,6 +45,14 @@ class LinearUse:
         """Whether the graph takes other numbers of rows than the example's."""
         shape = self.activation.shape
         return shape is None or not all(isinstance(size, int) for size in shape[:-1])
+
+
+def replace_product(use: LinearUse, nodes: list[ir.Node]) -> None:
+    """Put nodes, the last of which gives the product, and an Add of the bias in the place of a MatMul or Gemm."""
+    if use.bias is not None:
+        product = nodes[-1].outputs[0]
+        nodes = [*nodes, make_node("Add", [product, use.bias], f"{product.name}.biased")]
+    replace_node(use.node, nodes)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Shape legend: M rows, K inputs, N output channels, B block_size.
 import numpy as np
 import onnx_ir as ir
 
-from diffq_fx.export.onnx.layout.consumers import LinearUse
+from diffq_fx.export.onnx.layout.consumers import LinearUse, replace_product
 from diffq_fx.export.onnx.layout.cost import FLOAT, Choice, Kernel, KernelName, Product, choose
 from diffq_fx.export.onnx.layout.emitter import Emitter, integer_tensor, integer_type, make_node, only_reader, replace_node
 from diffq_fx.export.onnx.layout.functions import mark_weight
@@ -165,14 +165,6 @@ def _own(stored: StoredTable, values: ir.Value, rows: range | None, copy: int) -
     rows = range(stored.table.spec.rows) if rows is None else rows
     bounds = [(0, rows.start), (stored.table.spec.columns + copy, rows.stop), (0, 1)]
     return stored.emit.op("Slice", [values, *(stored.emit.sizes(*bound) for bound in bounds)])
-
-
-def replace_product(use: LinearUse, nodes: list[ir.Node]) -> None:
-    """Put nodes, the last of which gives the product, and an Add of the bias in the place of a MatMul or Gemm."""
-    if use.bias is not None:
-        product = nodes[-1].outputs[0]
-        nodes = [*nodes, make_node("Add", [product, use.bias], f"{product.name}.biased")]
-    replace_node(use.node, nodes)
 
 
 def _spell_out_activation(emitter: Emitter, product: ir.Value) -> None:

@@ -1,4 +1,4 @@
-"""Levels for onnxruntime's integer products, in a form that is exact on every processor and for any activations.
+"""onnxruntime's integer products: levels in a form that is exact on every processor and for any activations, and the rule ``dynamic``.
 
 onnxruntime (1.31) multiplies uint8 activations with int8 or uint8 weights. Its kernels for x86 without VNNI add two neighbouring
 uint8 x int8 products in int16, which saturates (vpmaddubsw); its kernels for Arm without dot products add two int8 x int8 products in
@@ -6,6 +6,8 @@ int16, which overflows (smull, smlal). Both are exact for levels within +-64: ``
 widened to int16 before they are multiplied, and summed in int32: any level is exact, but on x86 that takes longer.
 
 So levels of up to 7 bits are moved to the middle of int8, their zero points alike, and levels of 8 bits are multiplied as uint8.
+
+Shape legend: K inputs, N output channels.
 """
 
 from typing import Literal, NamedTuple
@@ -13,6 +15,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from diffq_fx.export.onnx.layout.consumers import LinearUse, replace_product
+from diffq_fx.export.onnx.layout.emitter import Emitter, make_node
+from diffq_fx.export.onnx.layout.functions import mark_weight
+from diffq_fx.export.onnx.layout.request import Twin
 from diffq_fx.export.onnx.layout.stored import StoredTable
 from diffq_fx.export.onnx.layout.table import WeightTable
 
@@ -114,3 +120,53 @@ def _rounded_anew(stored: StoredTable, zero_point: ir.Value) -> tuple[ir.Value, 
     centred = emit.op("Sub", [stored.levels_as(ir.DataType.FLOAT), middle])
     rounded = emit.op("Round", [emit.op("Div", [centred, stretch])])
     return emit.cast(rounded, ir.DataType.INT16), emit.op("Mul", [stored.scale, stretch])
+
+
+def emit_dynamic(stored: StoredTable, factor: Factor, use: LinearUse, twin: Twin = None) -> None:
+    """The rule ``dynamic``: replace a product with a weight that is stored [K, N], one scale per output channel or one in all.
+
+    Its activations are rounded to uint8 at every run; for a twin the product is a float one.
+    ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scales) (-> Add(bias))``, which onnxruntime fuses to DynamicQuantizeMatMul. The
+    levels lie in the file in their own containers and are cast to 8 bits, and joined, when it is loaded. A static range for the
+    activations (QGemm, MatMulIntegerToFloat) was measured to be no faster, so that linear layers never need one.
+    """
+    levels = _some(stored.emit, factor.levels, 1, use.rows)
+    scale = _per_output(stored, factor.scale, use.rows)
+    zero_point = None if factor.zero_point is None else _per_output(stored, factor.zero_point, use.rows)
+    if twin:
+        weight = stored.emit.cast(levels, ir.DataType.FLOAT)
+        if zero_point is not None:
+            weight = stored.emit.op("Sub", [weight, stored.emit.cast(zero_point, ir.DataType.FLOAT)])
+        weight = stored.emit.op("Mul", [weight, scale])
+        rounded = [ir.node("DynamicQuantizeLinear", [use.activation], num_outputs=3)] if twin == "rounded" else []
+        rounded += [make_node("DequantizeLinear", each.outputs, stored.emit.unique(f"{stored.name}.rounded")) for each in rounded]
+        activation = rounded[-1].outputs[0] if rounded else use.activation
+        nodes = [*rounded, make_node("MatMul", [activation, weight], stored.emit.unique(f"{stored.name}.product"))]
+    else:
+        nodes = _integer_nodes(stored, use.activation, levels, zero_point, scale)
+        mark_weight(nodes[-1].outputs[0], stored.name, "DynamicQuantizeMatMul", activation=(nodes[0], 0))
+    replace_product(use, nodes)
+
+
+def _integer_nodes(
+    stored: StoredTable, activation: ir.Value, levels: ir.Value, zero_point: ir.Value | None, scale: ir.Value
+) -> list[ir.Node]:
+    name = stored.emit.unique(f"{stored.name}.product")
+    rounded = ir.node("DynamicQuantizeLinear", [activation], num_outputs=3)
+    rounded_levels, activation_scale, activation_zero_point = rounded.outputs
+    product = make_node("MatMulInteger", [rounded_levels, levels, activation_zero_point, zero_point], f"{name}.int32")
+    unscaled = make_node("Cast", product.outputs, f"{name}.unscaled", to=int(ir.DataType.FLOAT))
+    scales = make_node("Mul", [activation_scale, scale], f"{name}.scale")
+    return [rounded, product, unscaled, scales, make_node("Mul", [unscaled.outputs[0], scales.outputs[0]], name)]
+
+
+def _per_output(stored: StoredTable, values: ir.Value, rows: range | None) -> ir.Value:
+    """Scales or zero points as one line of N values, or of one."""
+    flat = stored.emit.op("Reshape", [values, stored.emit.sizes(-1)])
+    return flat if stored.table.is_per_tensor else _some(stored.emit, flat, 0, rows)
+
+
+def _some(emit: Emitter, values: ir.Value, axis: int, rows: range | None) -> ir.Value:
+    if rows is None:
+        return values
+    return emit.op("Slice", [values, *(emit.sizes(bound) for bound in (rows.start, rows.stop, axis))])
