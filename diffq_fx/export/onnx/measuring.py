@@ -135,7 +135,7 @@ def product_model(kernel: Kernel, product: Product) -> ir.Model:
 def _random_table(kernel: Kernel, product: Product, rng: np.random.Generator) -> WeightTable:
     """Levels over the whole range of a kernel's width, and zero points where it has them."""
     signed = kernel.name == "dynamic int8"
-    bits = int(kernel.name.removeprefix("fused ")) if kernel.block else 7 if signed else 8
+    bits = kernel.bits if kernel.block else 7 if signed else 8
     spec = WeightSpec(name="weight", shape=(product.inputs, product.outputs), axis=1, grid="symmetric" if signed else "affine")
     levels = rng.integers(0, 2**bits, (product.outputs, product.inputs), dtype=np.uint8).astype(np.int32)
     middle = 2 ** (bits - 1)

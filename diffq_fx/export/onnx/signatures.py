@@ -38,13 +38,8 @@ class TensorSignature:
 DEFAULT_BOUND = 2
 """Integers whose range the graph does not tell are drawn from 0 to this, exclusive."""
 
-_NUMPY_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(bool)": "bool",
-    **{f"tensor({kind})": kind for kind in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")},
-}
+_DRAWN = "float float16 double bool int8 uint8 int16 uint16 int32 uint32 int64 uint64".split()
+_NUMPY_TYPES = {f"tensor({name})": ir.DataType[name.upper()].numpy() for name in _DRAWN}
 
 _ID_VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten", "Slice", "Expand"))
 
@@ -124,7 +119,7 @@ def make_inputs(
 def _draw(entry: TensorSignature, shape: tuple[int, ...], bound: int | None, generator: np.random.Generator) -> np.ndarray:
     if entry.type not in _NUMPY_TYPES:
         raise DiffQError(f"cannot draw random values for input {entry}: only tensors of numbers and booleans can be drawn.")
-    dtype = np.dtype(_NUMPY_TYPES[entry.type])
+    dtype = _NUMPY_TYPES[entry.type]
     if dtype.kind == "f":
         return generator.standard_normal(shape).astype(dtype)
     if dtype.kind == "b":
