@@ -4,9 +4,10 @@ Drawn with matplotlib's Figure alone, never pyplot: no display, no global state,
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -14,9 +15,6 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from diffq_fx.budget.size import mib
 from diffq_fx.report.numbers import BitsNumbers, WeightBits, joined
 from diffq_fx.report.tables import named_sizes, percent
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MOST_ROWS = 80
 """Beyond that the picture shows modules in place of weights."""
@@ -89,7 +87,7 @@ def draw(report: BitsNumbers) -> Figure:
     return figure
 
 
-def _draw_sizes(axes: "Axes", report: BitsNumbers) -> None:
+def _draw_sizes(axes: Axes, report: BitsNumbers) -> None:
     """The three sizes as bars, each in its parts."""
     sizes = named_sizes(report)
     longest = max(size.total_mib for size in sizes.values())
@@ -109,7 +107,7 @@ def _draw_sizes(axes: "Axes", report: BitsNumbers) -> None:
     _plain_frame(axes)
 
 
-def _draw_widths(axes: "Axes", rows: Sequence[Row], widths: Sequence[int], *, share: bool) -> None:
+def _draw_widths(axes: Axes, rows: Sequence[Row], widths: Sequence[int], *, share: bool) -> None:
     """Stacked bars, one colour per width; as long as the weight is large, or all of one length to show shares."""
     left = [0.0] * len(rows)
     for width, color in zip(widths, _colors(widths), strict=True):
@@ -118,7 +116,7 @@ def _draw_widths(axes: "Axes", rows: Sequence[Row], widths: Sequence[int], *, sh
         left = [start + length for start, length in zip(left, lengths, strict=True)]
 
 
-def _finish_rows(sizes: "Axes", shares: "Axes", rows: Sequence[Row], rows_inches: float) -> None:
+def _finish_rows(sizes: Axes, shares: Axes, rows: Sequence[Row], rows_inches: float) -> None:
     """Labels, limits and axes of the lower panels."""
     longest = max(row.numel for row in rows)
     for place, row in enumerate(rows):
@@ -137,7 +135,7 @@ def _finish_rows(sizes: "Axes", shares: "Axes", rows: Sequence[Row], rows_inches
         _plain_frame(axes)
 
 
-def _plain_frame(axes: "Axes") -> None:
+def _plain_frame(axes: Axes) -> None:
     axes.tick_params(axis="x", labelsize=_TEXT)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -149,7 +147,7 @@ def _colors(widths: Sequence[int]) -> list[tuple[float, float, float, float]]:
     return [matplotlib.colormaps["viridis_r"](0.02 + 0.96 * (width - low) / (high - low)) for width in widths]
 
 
-def _legend(axes: "Axes", title: str, labels: Sequence[str], colors: Sequence[Any]) -> None:
+def _legend(axes: Axes, title: str, labels: Sequence[str], colors: Sequence[Any]) -> None:
     """A legend right of the axes, its upper end at theirs."""
     axes.legend(
         handles=[Patch(color=color, label=label) for label, color in zip(labels, colors, strict=True)],

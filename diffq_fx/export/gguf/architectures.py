@@ -75,9 +75,8 @@ def _rope_of(config: Any) -> dict[str, Any]:
 
 def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     """Write the sizes and constants of a model."""
-    window = (
-        getattr(config, "sliding_window", None) or config.max_position_embeddings
-    )  # runtimes look back without end: so far it is the same
+    # runtimes look back without end: so far it is the same
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(min(config.max_position_embeddings, window))
     writer.add_embedding_length(config.hidden_size)

@@ -16,19 +16,16 @@ if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
 
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What comes of a damaged file: protobuf and JSON can say anything."""
+
+
 @contextmanager
 def blaming(path: str | Path) -> Iterator[None]:
     """Turn what fails because of what a file says into an error that names the file."""
     try:
         yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:  # protobuf and JSON can say anything
+    except DAMAGE as error:
         raise DiffQError(f"{str(path)!r} is damaged: {error!r}. Export or download it again.") from error
 
 

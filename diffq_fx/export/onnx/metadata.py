@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.files import load_graph
+from diffq_fx.export.onnx.files import DAMAGE, load_graph
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -205,7 +205,7 @@ def from_props(props: Mapping[str, str]) -> ExportMetadata | None:
             fixed_sizes={_text(name): _text(why) for name, why in json.loads(ours.get("fixed_sizes", "{}")).items()},
             weights=tuple(_record(name, entry) for name, entry in json.loads(ours["weights"]).items()),
         )
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:  # JSON can say anything
+    except DAMAGE as error:
         raise ExportError(f"diffq_fx metadata is damaged: {error!r}. Export the model again.") from error
 
 
