@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from diffq_fx import DiffQConfig, convert_diffq, prepare_diffq
 from diffq_fx.errors import ExportError
 from diffq_fx.export import export_onnx, read_metadata, session_options
-from diffq_fx.export.onnx.layout import dynamic
+from diffq_fx.export.onnx.layout import products
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. the bits never moved", "ignore:export_onnx. rounding activations changes")
 
@@ -80,14 +80,14 @@ def test_one_dynamic_product_is_one_kernel(shape, path):
 )
 def test_a_file_that_computes_something_else_as_it_runs_is_refused(node, number, other, path, monkeypatch):
     """Its twin in float is right."""
-    made = dynamic._integer_nodes
+    made = products._integer_nodes
 
     def broken(*args):
         nodes = made(*args)
         nodes[node].replace_input_with(number, other and nodes[other[0]].outputs[other[1]])
         return nodes
 
-    monkeypatch.setattr(dynamic, "_integer_nodes", broken)
+    monkeypatch.setattr(products, "_integer_nodes", broken)
     with pytest.raises(ExportError, match="as the file runs an output differs from PyTorch by .* but multiplied in float"):
         export_onnx(Linear(384, 512, 8).eval(), torch.zeros(32, 384), path, activations="dynamic")
     assert not path.exists()
