@@ -62,7 +62,8 @@ def show(contest: Contest, out: Path, console: Console) -> None:
 
 def measure(contest: Contest) -> list[dict[str, str]]:
     """A row for each file: size, scores, median latency [quartiles] at each size of the batch."""
-    sessions = [session_of(path) for path in contest.files.values()]
+    # as its user runs a file: with the options that it asks for
+    sessions = [open_session(path, 0, session_entries(load_graph(path))) for path in contest.files.values()]
     rows = []
     for (name, path), session in zip(contest.files.items(), sessions, strict=True):
         scores = contest.scores(partial(compute, session))
@@ -73,11 +74,6 @@ def measure(contest: Contest) -> list[dict[str, str]]:
         for row, own in zip(rows, times, strict=True):
             row[f"ms, {batch} {contest.unit}" + "s" * (batch > 1)] = Quartiles.of([1e3 * each for each in own]).text(".3g")
     return rows
-
-
-def session_of(path: Path) -> Any:
-    """A file as its user runs it: with the options that it asks for."""
-    return open_session(path, 0, session_entries(load_graph(path)))
 
 
 def feed(session: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:

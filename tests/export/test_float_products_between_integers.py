@@ -13,6 +13,12 @@ from diffq_fx.export import export_onnx
 from diffq_fx.export.onnx.sessions import open_session
 from diffq_fx.methods import LC, STE, ProductQuantization
 
+
+class Crop(nn.Module):
+    def forward(self, x):
+        return x[:, :, :-1, :-1]
+
+
 MIDDLE = {
     "groups": (lambda: nn.Conv2d(32, 64, 1, groups=4), {"*": STE(bits=4)}),
     "excluded": (lambda: nn.Conv2d(32, 64, 1), {"0.*": STE(bits=4), "4.*": STE(bits=4)}),
@@ -21,6 +27,7 @@ MIDDLE = {
     "codebook": (lambda: nn.Conv2d(32, 64, 1), {"2.*": LC(entries=4), "*": STE(bits=4)}),
     "codebook of blocks": (lambda: nn.Conv2d(32, 64, 1), {"2.*": ProductQuantization(entries=16), "*": STE(bits=4)}),
     "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(32 * 36, 64), nn.Unflatten(1, (64, 1, 1))), {"*": STE(bits=4)}),
+    "cropped": (lambda: nn.Sequential(nn.ConvTranspose2d(32, 64, 3, 2), Crop()), {"*": STE(bits=4)}),
 }
 
 
@@ -52,7 +59,7 @@ def test_no_weight_gets_levels_at_load(name, tmp_path):
     assert all(np.abs(levels.astype(int)).max(initial=0) <= 64 for levels in weights)
 
 
-@pytest.mark.parametrize("name", ["groups", "excluded"])
+@pytest.mark.parametrize("name", ["groups", "excluded", "cropped"])
 def test_the_proof_finds_one(name, tmp_path, monkeypatch):
     monkeypatch.setattr("diffq_fx.export.onnx.layout.apply.keep_in_float", lambda *_: None)
     model, example = model_of(name)
