@@ -160,11 +160,15 @@ class WeightQuantizer(nn.Module, ABC):
     """Where the model keeps the weight."""
     learned_for: Tensor | None
     """A buffer of methods that learn ranges or steps: sums of a weight that does not train while they do, else zeros."""
+    forwards: Tensor | None
+    """A buffer of methods that make something anew after some forwards: how many there were in training."""
 
     def __init__(self, spec: WeightSpec) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("learned_for", None)
+        self.register_buffer("forwards", None)
+        self._forwards = 0  # the same, since to read the buffer would wait for a device
         self._weight_trains: bool | None = None
         self._stand_in: Callable[[], Tensor] | None = None
         self._kept: tuple[Any, Tensor] | None = None
@@ -225,6 +229,17 @@ class WeightQuantizer(nn.Module, ABC):
         if not bool(self.learned_for.any()):
             return False
         return bool((_sums(whole(self.weight)) - self.learned_for).abs().max() > _ROUNDED)
+
+    def count_forward(self) -> int:
+        """Count a forward in training; how many were before it."""
+        self._forwards += 1
+        self.get_buffer("forwards").add_(1)
+        return self._forwards - 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.forwards is not None and not self.forwards.is_meta:
+            self._forwards = round(self.forwards.item())
 
     def trained_values(self) -> list[tuple[str, Tensor]]:
         """What training moves, each with the words for it in a message: the weight, and the quantizer's own parameters."""

@@ -133,7 +133,7 @@ class ProductWeight(WeightQuantizer):
         self.centroids = nn.Parameter(centroids, requires_grad=False)
         self.codes = torch.full((spec.rows, blocks), -1, dtype=torch.int32, device=weight.device)
         self.is_assigned = False  # a forward asks for it, and must not wait for a device
-        self._forwards = 0
+        self.register_buffer("forwards", torch.zeros((), device=weight.device) if config.noise == "exact" else None)
 
     def get_extra_state(self) -> Tensor:
         """The codes."""
@@ -182,12 +182,11 @@ class ProductWeight(WeightQuantizer):
         points = to_blocks(weight, self.spec.axis, self.block_size).float()
         if self.config.noise == "mean":
             return self._weight_of(torch.zeros_like(self.codes), points.mean(0, keepdim=True), weight.dtype)
-        if self._forwards >= self.config.update_every:
+        before = self.count_forward()
+        if before and before % self.config.update_every == 0:
             moved, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=_WARM_ITERATIONS)
             with torch.no_grad():
                 self.centroids.copy_(moved)
-            self._forwards = 0
-        self._forwards += 1
         codes, _ = nearest_vectors(points, self.centroids.detach())
         return self._weight_of(codes.view_as(self.codes), self.centroids.detach(), weight.dtype)
 

@@ -60,17 +60,26 @@ class QuantNoise(FixedBits):
 
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "QuantNoiseWeight":
         """Make the noise node of one weight."""
-        return QuantNoiseWeight(spec, self, weight.device)
+        return QuantNoiseWeight(spec, self, weight)
 
 
 class QuantNoiseWeight(FixedBitsQuantizer):
-    """Rounding of random blocks in training, of all weights in eval; the gradient of the weight is the identity."""
+    """Rounding of random blocks in training, of all weights in eval; the gradient of the weight is the identity.
 
-    def __init__(self, spec: WeightSpec, config: QuantNoise, device: torch.device) -> None:
-        super().__init__(spec, config.bits, device)
+    Buffers:
+        range_low, range_high: float, shape of the spec's ``range_layout``: a "least_error" range, held for some forwards in training; else
+            None.
+    """
+
+    range_low: Tensor | None
+    range_high: Tensor | None
+
+    def __init__(self, spec: WeightSpec, config: QuantNoise, weight: Tensor) -> None:
+        super().__init__(spec, config.bits, weight.device)
         self.config = config
-        self._held: QuantParams | None = None
-        self._forwards = 0
+        holds, like = config.range == "least_error", {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        for name, shape in {"range_low": spec.range_layout.shape, "range_high": spec.range_layout.shape, "forwards": ()}.items():
+            self.register_buffer(name, torch.zeros(shape, **like) if holds else None)
 
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers, two tensors of the spec's ``range_layout``."""
@@ -83,6 +92,10 @@ class QuantNoiseWeight(FixedBitsQuantizer):
         """A range that is held for some forwards may be another one in the backward."""
         return self.config.range == "minmax"
 
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """The width: eval() finds its own range."""
+        return (self.width,)
+
     def training_weight(self, weight: Tensor) -> Tensor:
         """The weight with random blocks rounded, straight-through."""
         source = weight.detach()
@@ -92,13 +105,13 @@ class QuantNoiseWeight(FixedBitsQuantizer):
 
     def _training_params(self, weight: Tensor) -> QuantParams:
         """The grid in training: of this forward, or held for some forwards where finding the range is dear."""
-        rows_OI = to_rows(weight, self.spec.axis)
-        if self.config.range == "minmax":
-            return self.params(rows_OI, self.rounded_bits())
-        if self._held is None or self._forwards >= self.config.range_every or self._held.scale.device != weight.device:
-            self._held, self._forwards = self.params(rows_OI, self.rounded_bits()), 0
-        self._forwards += 1
-        return self._held
+        rows_OI, bits = to_rows(weight, self.spec.axis), self.rounded_bits()
+        if self.range_low is None or self.range_high is None:
+            return self.params(rows_OI, bits)
+        if self.count_forward() % self.config.range_every == 0:
+            for held, found in zip((self.range_low, self.range_high), self.range_of(rows_OI, bits), strict=True):
+                held.copy_(found)
+        return functional.quant_params(self.range_low, self.range_high, bits, self.config.grid)
 
 
 def noised_blocks(spec: WeightSpec, block_size: int, rate: float, device: torch.device) -> Tensor:

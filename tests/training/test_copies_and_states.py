@@ -1,6 +1,7 @@
 """Averages, pickles, loaded states and several ranks train on as the model itself does, whatever the size to hold."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffq_fx import DiffQConfig, convert, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, recompute_weights
-from diffq_fx.methods import LSQ
+from diffq_fx.methods import LSQ, STE, ProductQuantization, QuantNoise
 
 SIZES = {
     "bits": {},
@@ -85,6 +86,35 @@ def test_a_loaded_training_goes_on_bit_by_bit(settings, assign, steps):
     for each, its in ((model, optimizer), (again, other)):
         torch.manual_seed(4)
         train(each, its, 5)
+    assert_same_state(again, model)
+
+
+OTHERS = {
+    "paper": dataclasses.replace(DiffQConfig.paper(), min_size=0),
+    "STE": STE(bits=3),
+    "LSQ": LSQ(bits=3),
+    "Quant-Noise": QuantNoise(bits=3),
+    "Quant-Noise, held range": QuantNoise(bits=3, range="least_error", range_every=4),
+    "codebook": ProductQuantization(entries=16, update_every=4),
+    "codebook, zeros": ProductQuantization(entries=16, noise="proxy"),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
+def test_a_loaded_training_of_another_method_goes_on_bit_by_bit(method):
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(prepare(Net(), X, method).train())
+    model, again = models
+    optimizer = adam(model)
+    train(model, optimizer, 6)
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    other = adam(again)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (again, other)):
+        torch.manual_seed(4)
+        train(each, its, 7)
     assert_same_state(again, model)
 
 
