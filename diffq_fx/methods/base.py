@@ -73,6 +73,12 @@ class Method(ABC):
         if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f'{name}: exclude is a tuple of patterns such as ("*.bias",), got {self.exclude!r}.')
 
+    def refuse_idle(self, setting: str, where: str, *, is_used: bool) -> None:
+        """Refuse a setting that is not the default and has no effect beside the others; ``where`` are those with which it has one."""
+        value = getattr(self, setting)
+        if not is_used and value != type(self).__dataclass_fields__[setting].default:
+            raise ValueError(f"{type(self).__name__}: {setting}={value!r} has no effect: it is for {where}.")
+
 
 def _choices(hint: Any) -> tuple[Any, ...]:
     """What a Literal, or one that may be None, allows; nothing for other types."""

@@ -62,13 +62,14 @@ class LC(Method):
         if isinstance(self.codebook, str):
             if self.codebook not in get_args(CodebookKind):
                 raise ValueError(f"LC: codebook must be one of {get_args(CodebookKind)} or a tuple of numbers, got {self.codebook!r}.")
-            if self.learn_scale:
-                raise ValueError('LC: learn_scale is for entries of your own; "scaled_binary" and "scaled_ternary" learn theirs.')
         else:
             self._check_own()
         check_whole("LC", "entries", self.entries, 1, _MOST_ENTRIES)
         check_whole("LC", "smallest_power", self.smallest_power, 0, 30)
         self.check_common()
+        self.refuse_idle("entries", 'codebook="adaptive"', is_used=self.codebook == "adaptive")
+        self.refuse_idle("smallest_power", 'codebook="powers_of_two"', is_used=self.codebook == "powers_of_two")
+        self.refuse_idle("learn_scale", "entries of your own", is_used=not isinstance(self.codebook, str))
 
     def _check_own(self) -> None:
         own = torch.tensor(self.codebook, dtype=torch.float32)

@@ -81,6 +81,7 @@ class ProductQuantization(Method):
         for setting in ("update_every", "iterations"):
             check_whole(name, setting, getattr(self, setting), 1)
         self.check_common()
+        self.refuse_idle("update_every", 'noise="exact"', is_used=self.noise == "exact")
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, Grid]:

@@ -52,6 +52,7 @@ class QuantNoise(FixedBits):
         check_rate("QuantNoise", self.rate)
         for name in ("block_size", "range_every"):
             check_whole("QuantNoise", name, getattr(self, name), 1)
+        self.refuse_idle("range_every", 'range="least_error"', is_used=self.range == "least_error")
 
     @property
     def layout(self) -> tuple[GroupSize, GroupSize, functional.Grid]:

@@ -43,7 +43,8 @@ def make_method(settings: Settings, steps: int) -> Method | None:
         case "pq":
             return ProductQuantization(entries=entries, rate=settings.noise_rate, noise="proxy", **common)
         case "lc":
-            return LC(codebook=settings.codebook, entries=entries, **common)
+            own = {"entries": entries} if settings.codebook == "adaptive" else {}
+            return LC(codebook=settings.codebook, **own, **common)
 
 
 class Turns:

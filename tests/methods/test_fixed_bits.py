@@ -1,6 +1,7 @@
 """STE, LSQ and scalar Quant-Noise: their formulas, their gradients, and the whole road on real digits."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -497,6 +498,24 @@ def test_setup_optimizer_needs_trainable_bits():
     model = prepare(Named(), TOKENS, LSQ())
     with pytest.raises(ValueError, match="no weight has trainable bits: the model was prepared with LSQ"):
         setup_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LC(codebook="binary", entries=4), 'LC: entries=4 has no effect: it is for codebook="adaptive".'),
+        (lambda: LC(smallest_power=3), 'LC: smallest_power=3 has no effect: it is for codebook="powers_of_two".'),
+        (lambda: LC(codebook="binary", learn_scale=True), "LC: learn_scale=True has no effect: it is for entries of your own."),
+        (lambda: QuantNoise(range_every=5), 'QuantNoise: range_every=5 has no effect: it is for range="least_error".'),
+        (
+            lambda: ProductQuantization(noise="mean", update_every=5),
+            'ProductQuantization: update_every=5 has no effect: it is for noise="exact".',
+        ),
+    ],
+)
+def test_settings_that_have_no_effect(make, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        make()
 
 
 # The whole road, on real digits

@@ -288,7 +288,6 @@ def test_counted_ratio_of_lenet300():
         (lambda: LC(codebook=()), "tuple of finite numbers"),
         (lambda: LC(codebook=(1.0, float("inf"))), "tuple of finite numbers"),
         (lambda: LC(codebook=(0.0,), learn_scale=True), "needs an entry that is not zero"),
-        (lambda: LC(learn_scale=True), "learn_scale is for entries of your own"),
         (lambda: LC(entries=0), "entries must be a whole number from 1 to 65536, got 0"),
         (lambda: LC(smallest_power=-1), "smallest_power must be a whole number from 0 to 30, got -1"),
     ],
