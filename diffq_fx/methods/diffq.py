@@ -14,7 +14,7 @@ from diffq_fx import functional
 from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.budget.entropy import RoundedWeight
 from diffq_fx.errors import PreparationError
-from diffq_fx.functional.groups import to_rows
+from diffq_fx.functional.groups import GroupSize, to_rows
 from diffq_fx.kernels import Noise, RoundInRange, learned_factor, least_error_range
 from diffq_fx.methods.base import SUMS
 from diffq_fx.methods.diffq_settings import DiffQSettings
@@ -49,15 +49,18 @@ class DiffQConfig(DiffQSettings):
     """
 
     @staticmethod
-    def paper(penalty: float | None = 5.0, group_size: int = 8) -> "DiffQConfig":
+    def paper(penalty: float | None = 5.0, group_size: GroupSize = 8, **settings: Any) -> "DiffQConfig":
         """The paper's settings: lambda, groups of 8, Gaussian noise, per-tensor float ranges, 2 to 15 bits from 8.
 
-        Differs from the paper: bits move ten times as fast at the same rate. Give them a tenth of the paper's rate with
-        :func:`~diffq_fx.setup_optimizer`.
+        Differs from the paper: bits move ten times as fast at the same rate (give them a tenth of the paper's with
+        :func:`~diffq_fx.setup_optimizer`); the range is a constant of the step, so no gradient goes through it to the extreme weights;
+        noise has 128 values, quantiles of the Gaussian up to 1.34 steps; no group straddles two output channels; the widths of a weight are
+        coded relative to its smallest one.
 
         Args:
             penalty: lambda, in loss per MiB; None to add it to the loss yourself.
             group_size: weights that share a number of bits.
+            **settings: other settings, such as ``min_bits``, or in place of the paper's.
 
         Returns:
             A config; its models do not export to ONNX (the float grid has no integer zero_point).
@@ -66,19 +69,18 @@ class DiffQConfig(DiffQSettings):
             >>> DiffQConfig.paper().grid
             'float'
         """
-        return DiffQConfig(
-            target_bits=None,
-            penalty=penalty,
-            group_size=group_size,
-            range_per="tensor",
-            grid="float",
-            noise="gaussian",
-            min_bits=2,
-            max_bits=15,
-            init_bits=8,
-            clip_ranges=False,
-            min_size=2622,  # 0.01 MiB of float32
-        )
+        preset = {
+            "target_bits": None,
+            "range_per": "tensor",
+            "grid": "float",
+            "noise": "gaussian",
+            "min_bits": 2,
+            "max_bits": 15,
+            "init_bits": 8,
+            "clip_ranges": False,
+            "min_size": 2622,  # 0.01 MiB of float32
+        }
+        return DiffQConfig(**{**preset, "penalty": penalty, "group_size": group_size, **settings})
 
     @staticmethod
     def for_runtime(runtime: str, **settings: Any) -> "DiffQConfig":

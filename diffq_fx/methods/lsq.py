@@ -32,9 +32,10 @@ class LSQ(FixedBits):
 
     The steps are parameters of the prepared model and train with any optimizer over its ``parameters()``.
 
-    Differs from the paper: the step is learned by its logarithm and starts where the squared rounding error is least. The paper has
-    ``start="mean", learned="step"`` and SGD. Adam moves every parameter by up to its rate, whatever the gradient: at 1e-3 it changes a step
-    of 0.01 by a tenth at once and one of 1 hardly; by its logarithm both change by a hundredth.
+    Differs from the paper: each output channel has a step, which is learned by its logarithm and starts where the squared rounding error is
+    least; activations stay in float. The paper has one step a layer, ``group_size="tensor", start="mean", learned="step"``, and SGD.
+    Adam moves every parameter by up to its rate, whatever the gradient: at 1e-3 it changes a step of 0.01 by a tenth at once and one of 1
+    hardly; by its logarithm both change by a hundredth.
 
     Raises:
         ValueError: a setting is out of its range, with the value found.

@@ -43,6 +43,9 @@ class ProductQuantization(Method):
     entry of the codebook; "mean", ``(1/n) sum_j w_j`` over the n blocks of the weight; "proxy", 0, while the other blocks become
     ``w_i / (1 - p)``. The gradient passes straight through; the weights themselves are never written.
 
+    Differs from the paper: k-means starts at blocks spread evenly over all in order of their norms, and an entry that loses all its blocks
+    goes to the block with the largest error; so nothing is drawn and a run repeats.
+
     Raises:
         ValueError: a setting is out of its range, with the value found.
 
@@ -59,7 +62,7 @@ class ProductQuantization(Method):
     """K: entries of the codebook of each weight."""
     block_size: int | Literal["auto"] = "auto"
     """D: weights along the inputs that one code stands for; a short last block of a row is filled up with zeros. "auto": one kernel for
-    convolutions (9 for 3x3), 4 for pointwise ones, 8 for all others."""
+    convolutions (9 for 3x3), 4 for pointwise ones, 8 for all others; the paper's code has 4 for attention."""
     noise: Literal["exact", "mean", "proxy"] = "exact"
     """What a noised block becomes, see above: its nearest entry, the mean of all blocks, or zero."""
     rate: float = 0.1

@@ -169,7 +169,7 @@ def counted_ratio(model: nn.Module) -> float:
         >>> from diffq_fx.methods import LC
         >>> layers = [torch.nn.Linear(784, 300), torch.nn.Tanh(), torch.nn.Linear(300, 100), torch.nn.Tanh(), torch.nn.Linear(100, 10)]
         >>> model = prepare(torch.nn.Sequential(*layers), torch.zeros(1, 784), LC(entries=2))
-        >>> round(counted_ratio(model), 1)  # LeNet300: 30.5 in the paper
+        >>> round(counted_ratio(model), 1)  # LeNet300
         30.5
     """
     compression = require_compression(model, "counted_ratio")

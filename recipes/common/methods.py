@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ def make_method(settings: Settings, steps: int) -> Method | None:
                 aim = {"penalty": settings.penalty}
             return DiffQConfig(**aim, **common, group_size=group, training_steps=steps)
         case "diffq-paper":
-            return replace(DiffQConfig.paper(settings.penalty, group), **common)  # pyright: ignore[reportArgumentType]
+            return DiffQConfig.paper(settings.penalty, group, **common)
         case "ste":
             return STE(bits=whole, group_size=group, **common)
         case "lsq":

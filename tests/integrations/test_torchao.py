@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("torchao")
 
 from torchao.quantization import FqnToConfig, IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, qat, quantize_
-from torchao.quantization.granularity import PerAxis
+from torchao.quantization.granularity import PerAxis, PerGroup
 
 from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, PreparationError, bits_report, convert, functional, prepare
 from diffq_fx.integrations.torchao import QATConfig, TorchAOWeight, to_torchao, whole_model
@@ -343,3 +343,16 @@ def test_what_cannot_be_mapped_is_named(method, reason):
 def test_a_model_that_is_not_converted():
     with pytest.raises(ConversionError, match="the Linear holds no stored weight"):
         to_torchao(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize(("group_size", "granularity"), [("channel", PerAxis(0)), (32, PerGroup(32))])
+def test_symmetric_ste_has_torchaos_levels(group_size, granularity):
+    """But where a largest weight lies half-way between two levels, as it does by the choice of the scale: rounding decides."""
+    net = nn.Linear(64, 32, bias=False)
+    ours = convert(prepare(net, torch.zeros(1, 64), STE(bits=4, group_size=group_size, grid="symmetric"))).weight_quantized()
+    theirs = nn.Sequential(nn.Linear(64, 32, bias=False))
+    theirs[0].load_state_dict(net.state_dict())
+    quantize_(theirs, IntxWeightOnlyConfig(torch.int4, granularity))
+    groups = net.weight.detach().abs().reshape(-1, 32 if group_size == 32 else 64)
+    largest = (groups == groups.amax(1, keepdim=True)).reshape(32, 64)
+    torch.testing.assert_close(ours[~largest], theirs[0].weight.dequantize()[~largest])

@@ -223,6 +223,12 @@ def test_an_untrained_model_clips_no_weight_from_4_bits_on():
     assert not clipped()
 
 
+def test_the_papers_settings_with_some_of_ones_own():
+    config = DiffQConfig.paper(10, 16, min_bits=1, max_bits=10, min_size=0)
+    assert config == dataclasses.replace(DiffQConfig.paper(10, 16), min_bits=1, max_bits=10, min_size=0)
+    assert DiffQConfig.paper(None, target_bits=3).has_target
+
+
 @pytest.mark.parametrize(("name", "value"), [("min_bits", True), ("max_bits", None), ("init_bits", "four"), ("min_bits", (3,))])
 def test_limits_that_are_no_numbers(name, value):
     with pytest.raises(TypeError, match=f"DiffQConfig: {name} must be a number, got"):

@@ -1,7 +1,6 @@
 """Averages, pickles, loaded states and several ranks train on as the model itself does, whatever the size to hold."""
 
 import copy
-import dataclasses
 import pickle
 
 import pytest
@@ -90,7 +89,7 @@ def test_a_loaded_training_goes_on_bit_by_bit(settings, assign, steps):
 
 
 OTHERS = {
-    "paper": dataclasses.replace(DiffQConfig.paper(), min_size=0),
+    "paper": DiffQConfig.paper(min_size=0),
     "STE": STE(bits=3),
     "LSQ": LSQ(bits=3),
     "Quant-Noise": QuantNoise(bits=3),
