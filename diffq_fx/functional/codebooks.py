@@ -9,12 +9,13 @@ Shape legend: N weights, K entries of the codebook, rising.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffq_fx.functional.clustering import nearest
 from diffq_fx.functional.precision import widened
 
-_SCALES = 24
+_STARTS, _TURNS = 2048, 20
+"""Scales from which a codebook of one's own is fitted, and how often entries and scale take turns."""
 
 
 def scaled_binary(values_N: Tensor) -> Tensor:
@@ -54,39 +55,36 @@ def powers_of_two(smallest: int) -> tuple[float, ...]:
 
 
 def scaled(values_N: Tensor, entries: Sequence[float], start: Tensor | None = None) -> Tensor:
-    """A given codebook times a scale that is learned: nearest entries and ``a = sum(w t) / sum(t^2)`` in turn, from many starts.
+    """A given codebook times a scale that is learned: nearest entries and ``a = sum(w t) / sum(t^2)`` in turn, from many starts at once.
 
-    The scale is positive. ``start``, the scaled codebook before, is tried as well.
+    The scale is positive. ``start``, the scaled codebook before, is tried as well. One sort, then ``O(K log N)`` a start and iteration.
 
     Example:
         >>> scaled(torch.tensor([1.0, 1.0, -2.0]), (-2.0, -1.0, 1.0, 2.0))
         tensor([-2., -1.,  1.,  2.])
     """
-    values = widened(values_N)
+    values = widened(values_N).sort().values
     base = torch.tensor(sorted(entries), dtype=values.dtype, device=values.device)
     largest = values.abs().max() / base.abs().max()
     if not float(largest) > 0:
         return base.to(_entry_dtype(values_N))
-    scales = list((largest * torch.logspace(-2, 0.3, _SCALES, dtype=values.dtype, device=values.device)).unbind())
+    scales_S = largest * torch.logspace(-2, 0.3, _STARTS, dtype=values.dtype, device=values.device)
     if start is not None:
-        scales.append((widened(start).abs().max() / base.abs().max()).clamp(min=torch.finfo(values.dtype).tiny))
-    best_error, best = torch.inf, base * largest
-    for scale in scales:
-        error, found = _refined_scale(values, base, scale)
-        if error < best_error:
-            best_error, best = error, base * found
-    return best.to(_entry_dtype(values_N))
+        before = (widened(start).abs().max() / base.abs().max()).clamp(min=torch.finfo(values.dtype).tiny)
+        scales_S = torch.cat([scales_S, before.reshape(1)])
+    sums, middles = torch.cat([values.new_zeros(1), values.cumsum(0)]), (base[1:] + base[:-1]) / 2
 
+    def products(scales_S: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum(w t)`` and ``sum(t^2)`` for the entries t that are nearest at each scale."""
+        bounds_SK = F.pad(torch.searchsorted(values, scales_S[:, None] * middles), (1, 0))
+        bounds_SK = F.pad(bounds_SK, (0, 1), value=len(values))
+        return sums[bounds_SK].diff() @ base, bounds_SK.diff().to(base.dtype) @ base.square()
 
-def _refined_scale(values: Tensor, base: Tensor, scale: Tensor) -> tuple[float, Tensor]:
-    for _ in range(50):
-        picked = base[nearest(values, base * scale)]
-        better = torch.dot(values, picked) / picked.square().sum().clamp(min=1e-300)
-        if not float(better) > 0 or torch.equal(better, scale):
-            break
-        scale = better
-    chosen = (base * scale)[nearest(values, base * scale)]
-    return float((values - chosen).square().sum()), scale
+    for _ in range(_TURNS):
+        product_S, square_S = products(scales_S)
+        scales_S = torch.where(product_S > 0, product_S / square_S.clamp(min=1e-300), scales_S)
+    product_S, square_S = products(scales_S)
+    return (base * scales_S[(scales_S.square() * square_S - 2 * scales_S * product_S).argmin()]).to(_entry_dtype(values_N))
 
 
 def _entry_dtype(values: Tensor) -> torch.dtype:
