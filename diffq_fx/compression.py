@@ -42,6 +42,7 @@ live: "weakref.WeakSet[Compression]" = weakref.WeakSet()
 
 _allocating = threading.RLock()
 _LEARNED = "learned"
+_LOADED = "above the target: they were final in the state that was loaded, which had another one"
 _UNIFORM = "the same in all groups, as far as the size allows: the learned ones cost more loss, by the first steps or the held-out batches"
 
 NOT_TRAINED = "no optimizer step has moved the bits yet"
@@ -128,8 +129,10 @@ class Compression(TrainingState):
     @property
     def allocation(self) -> str:
         """Which widths became final, in words; empty before, and where there was no choice."""
-        if not self.frozen or not self.learned or self.budget_bits() is None:
+        if not self.frozen or not self.learned or (budget := self.budget_bits()) is None:
             return ""
+        if not self.is_coded and exact_bits(self.groups(), self.width_T()) > budget:
+            return _LOADED
         return _UNIFORM if float(self.uniform_bits) > SURELY else _LEARNED
 
     @property

@@ -1,7 +1,7 @@
 """What one quantized weight takes: the parts of its sizes, whatever its method and its storage are."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Footprint:
     """The narrowest container that holds every value."""
     container_scale_bits: int
     """What stands beside the values in the container."""
+    group_bits: Tensor | None = field(default=None, repr=False, compare=False)
+    """The width of every group, uint8, on the CPU: shape (1, 1) for one of the weight, (rows, 1) for one of each output channel, (rows,
+    blocks) for one of each block; None for a codebook."""
 
     @property
     def packed_bits(self) -> int:
@@ -77,4 +80,5 @@ def grid_footprint(spec: WeightSpec, bits: Tensor) -> Footprint:
         coding_bits=coding,
         container_bits=container,
         container_scale_bits=spec.scale_layout.num_groups * (spec.scale_bits + second),
+        group_bits=width.to(torch.uint8).view(spec.bits_layout.shape),
     )

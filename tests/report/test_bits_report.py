@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import diffq_fx
-from diffq_fx import DiffQConfig, DiffQWarning, PreparationError, bits_report, convert_diffq, model_size, prepare_diffq
+from diffq_fx import DiffQConfig, DiffQWarning, PreparationError, bits_report, convert_diffq, model_size, prepare, prepare_diffq
 from diffq_fx.budget.bit_state import GAIN
 from diffq_fx.functional import logits_from_bits
+from diffq_fx.methods import LC
 from diffq_fx.storage import StoredWeight
 
 MIB_BITS = 8 * 2**20
@@ -40,6 +41,16 @@ def tiny():
     """Two Linear of 4x8 and 2x4: 32 and 8 weights, 4 and 2 biases."""
     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     return set_bits(prepare_diffq(model, torch.zeros(1, 8), free()), [2, 3, 3, 5], [4, 4])
+
+
+def test_the_width_of_every_group():
+    prepared = tiny().train()
+    for model in (prepared, convert(prepared)):
+        assert [weight.group_bits.tolist() for weight in bits_report(model).weights] == [[[2], [3], [3], [5]], [[4], [4]]]
+    set_bits(prepared, [6, 3, 3, 5], [4, 7])  # in training, without a forward in eval()
+    assert [weight.group_bits.flatten().tolist() for weight in bits_report(prepared).weights] == [[6, 3, 3, 5], [4, 7]]
+    (codebook,) = bits_report(prepare(nn.Linear(8, 4), torch.zeros(1, 8), LC(entries=4))).weights
+    assert codebook.group_bits is None
 
 
 class Tied(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffq_fx import DiffQConfig, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, reestimate_batch_norm
+from diffq_fx import DiffQConfig, bits_report, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, reestimate_batch_norm
 from diffq_fx.errors import PreparationError
 from diffq_fx.kernels import extension
 from diffq_fx.methods import STE
@@ -90,6 +90,20 @@ def test_a_copy_keeps_the_frozen_bits(way):
     assert same(widths_of(twin), widths_of(model))
     train(twin, 2)
     assert same(logits_of(twin), logits_of(model))
+
+
+def test_another_target_counts_until_the_bits_are_final_and_then_the_report_says_so():
+    model = make(training_steps=400, target_bits=5)
+    train(model, 25)
+    other = make(training_steps=400)
+    other.load_state_dict(model.state_dict())
+    assert bits_report(other).average_bits_in_all <= 4.2
+    freeze_bits(model)
+    assert bits_report(model).allocation == "learned"
+    other.load_state_dict(model.state_dict())
+    assert bits_report(other).average_bits_in_all > 4.2
+    for found in (other, convert_diffq(other)):
+        assert bits_report(found).allocation == "above the target: they were final in the state that was loaded, which had another one"
 
 
 def test_without_a_plan_the_noise_goes_on_until_the_user_says_so():
