@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, check_group, check_whole
+from diffq_fx.methods.base import Method, check_group, check_whole, straight_through
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -41,7 +41,7 @@ def check_rate(method: str, rate: Any) -> None:
 
 
 class FixedBitsQuantizer(GridQuantizer):
-    """A quantizer with the same width everywhere.
+    """A quantizer with the same width everywhere: true rounding in training and in eval, the gradient of the weight is the identity.
 
     Buffers:
         width: float32, whose average does no harm, shape of the spec's ``bits_layout``; made of the settings, not saved.
@@ -57,6 +57,10 @@ class FixedBitsQuantizer(GridQuantizer):
     def can_make_again(self) -> bool:
         """What it is made of is the weight and the method's parameters alone."""
         return True
+
+    def training_weight(self, weight: Tensor) -> Tensor:
+        """The rounded weight."""
+        return straight_through(weight, self.rounded_weight(weight.detach()))
 
     def rounded_bits(self) -> Tensor:
         """The width of each group."""

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer
 from diffq_fx.weights import WeightSpec
 
@@ -45,14 +44,6 @@ class STE(FixedBits):
         """One width for all, so that coding the widths costs nothing; scales as ``group_size`` says."""
         return "tensor", self.group_size, self.grid
 
-    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "STEWeight":
+    def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> FixedBitsQuantizer:
         """Make the rounding node of one weight."""
-        return STEWeight(spec, self.bits, weight.device)
-
-
-class STEWeight(FixedBitsQuantizer):
-    """True rounding in training and in eval; the gradient of the weight is the identity."""
-
-    def training_weight(self, weight: Tensor) -> Tensor:
-        """The rounded weight."""
-        return straight_through(weight, self.rounded_weight(weight.detach()))
+        return FixedBitsQuantizer(spec, self.bits, weight.device)

@@ -85,7 +85,7 @@ def test_torchaos_own_filter_prepares_each_linear_layer_by_itself():
 def test_fqn_to_config_prepares_parts():
     net = linears()
     quantize_(net, FqnToConfig({"0": QATConfig(LSQ(bits=2)), "2": QATConfig(STE())}), filter_fn=None)
-    assert [type(net[i].compression.quantizers[0]).__name__ for i in (0, 2)] == ["LSQWeight", "STEWeight"]
+    assert [type(net[i].compression.quantizers[0]).__name__ for i in (0, 2)] == ["LSQWeight", "FixedBitsQuantizer"]
 
 
 def test_a_convolution_needs_an_example():

@@ -360,7 +360,7 @@ def test_a_mapping_gives_each_weight_the_first_method_that_matches():
     mapping = {"*embedding*": STE(bits=8), "hidden": LSQ(bits=2), "h*": QuantNoise(bits=3)}
     model = prepare(Named(), TOKENS, mapping)
     kinds = {q.spec.name: type(q).__name__ for q in model.compression.quantizers}
-    assert kinds == {"embedding.weight": "STEWeight", "hidden.weight": "LSQWeight", "head.weight": "QuantNoiseWeight"}
+    assert kinds == {"embedding.weight": "FixedBitsQuantizer", "hidden.weight": "LSQWeight", "head.weight": "QuantNoiseWeight"}
     report = bits_report(convert(model))
     assert {w.name: w.histogram for w in report.weights} == {
         "embedding.weight": {8: 512},
@@ -380,7 +380,7 @@ def test_what_no_pattern_matches_stays_in_float():
 def test_a_tied_weight_is_matched_by_any_of_its_names():
     model = prepare(Consumers(), IDS, {"head": STE(bits=8), "*": LSQ()})
     by_name = {q.spec.name: type(q).__name__ for q in model.compression.quantizers}
-    assert by_name["embed.weight"] == "STEWeight"
+    assert by_name["embed.weight"] == "FixedBitsQuantizer"
 
 
 def test_the_size_target_counts_what_other_methods_take():

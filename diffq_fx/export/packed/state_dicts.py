@@ -17,7 +17,7 @@ from diffq_fx.export.packed.writer import write_packed
 from diffq_fx.file_kinds import foreign_kind
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.ste import STEWeight
+from diffq_fx.methods.fixed import FixedBitsQuantizer
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import WeightSpec
 
@@ -101,7 +101,7 @@ def _read_state_dict(source: Path) -> dict[str, Tensor]:
 def _rounded(weight: Tensor, spec: WeightSpec, bits: int) -> IntegerWeight:
     if not torch.isfinite(weight).all():
         raise PackedFileError(f"weight '{spec.name}' of shape {spec.shape} has values that are not finite.")
-    return STEWeight(spec, bits, weight.device).store(weight)
+    return FixedBitsQuantizer(spec, bits, weight.device).store(weight)
 
 
 def unpack_state_dict(source: Path, target: Path) -> None:
