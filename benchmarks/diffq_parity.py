@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks._result import markdown_table, write_result
 from diffq_fx import DiffQConfig, model_size, prepare_diffq
+from diffq_fx.budget.bit_state import GAIN
 
 GROUP = 8
 
@@ -71,7 +72,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     for weight in ours.compression.quantizers:  # the same bits for both, spread over all widths that both can store
         logits = torch.randn(weight.logits.shape, generator=generator)
-        weight.logits.data.copy_(logits)
+        weight.logits.data.copy_(logits / GAIN)
         their_logits[weight.spec.name].data.copy_(logits.reshape(their_logits[weight.spec.name].shape))
 
     ones = lambda like, *args, **kwargs: torch.ones_like(like)  # noqa: E731
