@@ -188,9 +188,8 @@ class ProductWeight(WeightQuantizer):
             return self._weight_of(torch.zeros_like(self.codes), points.mean(0, keepdim=True), weight.dtype)
         before = self.count_forward()
         if before and before % self.config.update_every == 0:
-            moved, _ = cluster_vectors(points, self.config.entries, start=self.centroids.detach(), iterations=_WARM_ITERATIONS)
             with torch.no_grad():
-                self.centroids.copy_(moved)
+                self.centroids.copy_(_moved(points, self.centroids.detach()))
         codes, _ = nearest_vectors(points, self.centroids.detach())
         return self._weight_of(codes.view_as(self.codes), self.centroids.detach(), weight.dtype)
 
@@ -240,6 +239,17 @@ class ProductWeight(WeightQuantizer):
     def footprint(self) -> Footprint:
         """The parts of the weight's sizes: ``ceil(log2 K) / D`` bits a weight, K D numbers of the codebook."""
         return codebook_footprint(self.codes.numel(), *stored_entries(self.centroids.detach(), self.config.entry_dtype))
+
+
+@torch.library.custom_op("diffq_fx::moved_entries", mutates_args=())
+def _moved(points_ND: Tensor, entries_KD: Tensor) -> Tensor:
+    """Entries that follow the blocks; one node of a compiled graph, since k-means looks at values."""
+    return cluster_vectors(points_ND, len(entries_KD), start=entries_KD, iterations=_WARM_ITERATIONS)[0]
+
+
+@_moved.register_fake
+def _(points_ND: Tensor, entries_KD: Tensor) -> Tensor:
+    return torch.empty_like(entries_KD)
 
 
 def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor | None]:
