@@ -68,19 +68,17 @@ class QuantNoiseWeight(FixedBitsQuantizer):
     """Rounding of random blocks in training, of all weights in eval; the gradient of the weight is the identity.
 
     Buffers:
-        range_low, range_high: float, shape of the spec's ``range_layout``: a "least_error" range, held for some forwards in training; else
-            None.
+        held: float, (2, *shape of the spec's ``range_layout``): a "least_error" range, held for some forwards in training; else None.
     """
 
-    range_low: Tensor | None
-    range_high: Tensor | None
+    held: Tensor | None
 
     def __init__(self, spec: WeightSpec, config: QuantNoise, weight: Tensor) -> None:
         super().__init__(spec, config.bits, weight.device)
         self.config = config
-        holds, like = config.range == "least_error", {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        for name, shape in {"range_low": spec.range_layout.shape, "range_high": spec.range_layout.shape, "forwards": ()}.items():
-            self.register_buffer(name, torch.zeros(shape, **like) if holds else None)
+        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        for name, shape in {"held": (2, *spec.range_layout.shape), "forwards": ()}.items():
+            self.register_buffer(name, torch.zeros(shape, **like) if config.range == "least_error" else None)
 
     def range_of(self, rows_OI: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Range that the grid covers, two tensors of the spec's ``range_layout``."""
@@ -107,12 +105,12 @@ class QuantNoiseWeight(FixedBitsQuantizer):
     def _training_params(self, weight: Tensor) -> QuantParams:
         """The grid in training: of this forward, or held for some forwards where finding the range is dear."""
         rows_OI, bits = to_rows(weight, self.spec.axis), self.rounded_bits()
-        if self.range_low is None or self.range_high is None:
+        if self.held is None:
             return self.params(rows_OI, bits)
         if self.count_forward() % self.config.range_every == 0:
-            for held, found in zip((self.range_low, self.range_high), self.range_of(rows_OI, bits), strict=True):
-                held.copy_(found)
-        return functional.quant_params(self.range_low, self.range_high, bits, self.config.grid)
+            self.held.copy_(torch.stack(self.range_of(rows_OI, bits)))
+        low, high = self.held
+        return functional.quant_params(low, high, bits, self.config.grid)
 
 
 def noised_blocks(spec: WeightSpec, block_size: int, rate: float, device: torch.device) -> Tensor:
