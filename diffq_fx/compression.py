@@ -89,6 +89,7 @@ class Compression(TrainingState):
         self._groups: FlatGroups | None = None
         self._allocated: tuple[int, float] | None = None
         self._passes = 0
+        self._stepped: set[int] = set()  # the first weights of the optimizers that have stepped since the latest step that counts
         device = self.steps.device
         sums = torch.zeros(len(learned), 6, dtype=widest_float(device), device=device) if learned and self.config.has_target else None
         self.register_buffer("pressure_sums", sums)
@@ -137,8 +138,8 @@ class Compression(TrainingState):
 
     @property
     def in_noise(self) -> bool:
-        """Whether the training has begun and is before the phase with final bits that the settings ask for."""
-        return bool(self.learned) and 0 < self.known.steps and not self.frozen and self.config.freeze_step is not None
+        """Whether the training has begun and all of it, in an average too, is before the final bits that the settings ask for."""
+        return bool(self.learned) and 0 < self.known.steps and not bool(self.bits_frozen) and self.config.freeze_step is not None
 
     @property
     def sensitivity(self) -> dict[str, float]:
@@ -214,6 +215,12 @@ class Compression(TrainingState):
             or any(id(registry.get(name)) in ids for registry, name in places)
             or any(id(parameter) in ids for quantizer in self.quantizers for parameter in quantizer.parameters())
         )
+
+    def begins_round(self, first: int) -> bool:
+        """Whether a step of an optimizer, whose first weight this is, counts: of several that step in turn one does, whichever they are."""
+        begins = not self._stepped or first in self._stepped
+        self._stepped = {first} if begins else {*self._stepped, first}
+        return begins
 
     @property
     def lambda_per_bit(self) -> Tensor | None:

@@ -189,6 +189,11 @@ def _warn_untrained(compression: Compression) -> None:
             "parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
         )
         return
+    if (share := float(compression.bits_frozen)) and not compression.frozen:
+        _warn(
+            f"the model is an average, {1 - share:.0%} of it from the noise phase: its widths and ranges are found anew, and not those "
+            "that training ended with. Average over fewer steps, or begin the average once the bits are final (model.compression.frozen)."
+        )
     if compression.in_noise:
         steps, final = compression.known.steps, compression.config.freeze_step
         _warn(

@@ -217,11 +217,13 @@ class DiffQWeight(GridQuantizer):
 
     def training_weight(self, weight: Tensor) -> Tensor:
         """``w + step(b) * n``; once the bits are final, the rounded weight with the gradient straight through."""
-        if self.shared is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.shared.trained_since = True
-            if self.frozen:
-                self.note_learned_for(weight)
-        return self._rounded_for_training(weight) if self.frozen else self.noise(weight, self.logits, self.clip)
+        noted = self.shared if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
+        if noted is not None and self.frozen:
+            self.note_learned_for(weight)
+        read = self._rounded_for_training(weight) if self.frozen else self.noise(weight, self.logits, self.clip)
+        if noted is not None:
+            noted.was_read(read)
+        return read
 
     def span_in_training(self, weight: Tensor) -> Tensor:
         """The length of the range that the steps of the noise divide, shape of the spec's ``range_layout``."""

@@ -46,11 +46,28 @@ class TrainingState(nn.Module):
         for name, value in starts.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
         self._known, self._known_from = Known(), self._versions()
-        self.trained_since = False  # whether a weight was read in training since an optimizer's latest step, of whatever it holds
+        self.trained_since = False  # whether weights were read for training since an optimizer's latest step, of whatever it holds
+        self._awaits_gradient = False
 
     @abstractmethod
     def follow(self, reader: nn.Module) -> None:
         """Bring the widths of all weights up to date with their logits, before ``reader`` rounds its weight."""
+
+    def was_read(self, weight: Tensor) -> None:
+        """Take note of a weight that is read in training: where it asks for a gradient, once that comes (a critic may train on outputs)."""
+        if not weight.requires_grad:
+            self.trained_since = True  # beside adapters, which may be all that trains
+        elif not self._awaits_gradient:
+            self._awaits_gradient = True
+            weight.register_hook(self._gradient_came)
+
+    def _gradient_came(self, _: Tensor) -> None:
+        self.trained_since = True
+
+    def next_step(self) -> bool:
+        """Whether the model has trained since the latest step; from now on the next one is asked for."""
+        trained, self.trained_since, self._awaits_gradient = self.trained_since, False, False
+        return trained
 
     @property
     def known(self) -> Known:

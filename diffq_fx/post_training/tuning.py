@@ -127,6 +127,9 @@ def tune(
             group["lr"] = rate * min(share / _WARM_UP + 0.1, 1) * (1 + math.cos(math.pi * share)) / 2
         optimizer.zero_grad()
         wanted.distance(model, next(examples)).backward()
+        for parameter in model.parameters():  # a table with sparse gradients stays as it is: the data has few of its rows
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = None
         try:
             with masters.stand_in():
                 optimizer.step()

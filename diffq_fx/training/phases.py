@@ -39,11 +39,8 @@ class Held(NamedTuple):
     """Learned ranges that it holds and that have not trained yet, once they are about to."""
     kept: list[Tensor]
     """Final logits, in one row: neither momentum nor decay is to move them."""
-
-    @property
-    def counts(self) -> bool:
-        """Of several optimizers one counts the steps."""
-        return self.weights[0] == 0
+    counts: bool
+    """Whether its step is one of the training: of several optimizers one counts."""
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ IDLE_BITS = (
     "prepare_diffq(get_peft_model(...), ...), or call freeze_bits(model) first, for adapters on final bits."
 )
 
+_NOT_TO_TRAIN = "If it is not to train in these steps, as a generator while its critic does, call it under torch.no_grad()."
+
 
 @dataclass(eq=False)
 class _Step:
@@ -61,7 +63,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     frame, stack = sys._getframe(1), _steps.stack
     stack[:] = [step for step in stack if _runs(step.frame, frame)]
     parameters = {*itertools.chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)}
-    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters)))
+    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters, stack)))
     stack.append(step)
     _refuse_idle_bits(parameters)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -118,8 +120,8 @@ def _prepare(step: _Step, *, again: bool) -> None:
         step.prepared.add(held.compression)
 
 
-def _holdings(parameters: set[int]) -> Iterator[Held]:
-    """What an optimizer with these parameters, by their ids, holds of each prepared model."""
+def _holdings(parameters: set[int], around: Sequence[_Step]) -> Iterator[Held]:
+    """What an optimizer with these parameters, by their ids, holds of each prepared model; ``around``: the steps that its own is within."""
     for compression in list(live):
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
@@ -128,15 +130,16 @@ def _holdings(parameters: set[int]) -> Iterator[Held]:
         begin = not parameters.isdisjoint(map(id, clips)) and ranges_begin(compression)
         ranges = [clip for clip in clips if clip is not None and id(clip) in parameters] if begin else []
         if weights or coded or ranges:
-            yield Held(compression, weights, logits, coded, ranges, [])
+            outer = [held.counts for step in around for held in step.held if held.compression is compression and held.weights]
+            counts = bool(weights) and (outer[0] if outer else compression.begins_round(weights[0]))
+            yield Held(compression, weights, logits, coded, ranges, [], counts)
 
 
 def _refuse_idle_bits(parameters: set[int]) -> None:
     """End a training whose steps tell nothing of the bits: they ask for no gradient, or the optimizer works on copies of the parameters."""
     for compression in list(live):
-        if not compression.trained_since:
+        if not compression.next_step():
             continue
-        compression.trained_since = False
         asks, final = compression.asks_for_gradients, compression.frozen
         held = not parameters.isdisjoint(map(id, compression.logits))
         if held and not (asks or final or any(quantizer.weight.requires_grad for quantizer in compression.learned)):
@@ -146,7 +149,7 @@ def _refuse_idle_bits(parameters: set[int]) -> None:
         if compression.foreign_steps >= _PATIENCE:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
-                f"its bits do not move, and its size is not held.\n  {_FLAT if asks else IDLE_BITS}"
+                f"its bits do not move, and its size is not held.\n  {_FLAT if asks else IDLE_BITS} {_NOT_TO_TRAIN}"
             )
 
 

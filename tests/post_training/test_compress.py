@@ -667,6 +667,25 @@ def test_one_copy_of_the_weights_is_left_once_it_is_prepared(monkeypatch: pytest
     assert alive == [before + 1]
 
 
+class Tables(Net):
+    """Two tables before a classifier; the gradient of one is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items, self.users = nn.EmbeddingBag(40, 8, sparse=True), nn.Embedding(20, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.cat([self.items(ids), self.users(ids[:, 0] % 20)], 1))
+
+
+def test_a_table_with_sparse_gradients_stays_as_it_is() -> None:
+    model = make(Tables)
+    converted = compress(model, [torch.randint(40, (12, 3)) for _ in range(4)], DiffQConfig(target_bits=6), steps=6)
+    assert torch.equal(converted.get_parameter("items.weight"), model.get_parameter("items.weight"))
+    assert "users.weight" in {weight.name for weight in bits_report(converted).weights}
+    assert not torch.equal(converted.get_parameter("last.bias"), model.get_parameter("last.bias"))
+
+
 def test_endless_batches_are_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless():
         while True:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffq_fx import DiffQConfig, convert, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, recompute_weights
+from diffq_fx import DiffQConfig, DiffQWarning, convert, convert_diffq, freeze_bits, model_size, prepare, prepare_diffq, recompute_weights
 from diffq_fx.methods import LSQ, STE, ProductQuantization, QuantNoise
 
 SIZES = {
@@ -175,6 +175,16 @@ def test_a_copy_trains_as_the_model_and_counts_what_is_its_own(settings, way):
     before = model_size(twin, exact=True)
     twin.get_buffer("inner.offset").normal_()
     assert (model_size(twin, exact=True) > before) == (settings.get("size_of") == "packed_file")
+
+
+def test_a_moving_average_that_is_in_part_of_the_noise_phase_says_so():
+    model = make(training_steps=30)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    train(model, adam(model), 30, after=lambda: ema.update_parameters(model))
+    with pytest.warns(DiffQWarning, match="the model is an average, 5% of it from the noise phase: its widths"):
+        converted = convert_diffq(ema)
+    assert torch.equal(converted(X), ema.eval()(X))
+    assert not converted.compression.in_noise
 
 
 @every_size

@@ -160,6 +160,24 @@ def test_sharpness_aware_minimization_counts_one_step_and_presses_once():
         torch.testing.assert_close(found, each, rtol=0.1, atol=0.0)  # the loss has a small part beside it
 
 
+@pytest.mark.parametrize("first", ["frozen", "seldom", "often", "later"])
+def test_of_several_optimizers_the_one_that_steps_most_often_counts(first):
+    model = make(training_steps=60)
+    layers = [adam(model.get_submodule(name)) for name in "02"]
+    every = {"frozen": [0, 1], "seldom": [5, 1], "often": [1, 5], "later": [1, 1]}[first]
+    for step in range(30):
+        x = torch.randn(8, 16)
+        cross_entropy(model(x), x[:, :4].argmax(1)).backward()
+        for own, turn in zip(layers, every, strict=True):
+            if first == "later" and own is layers[0] and step < 15:
+                continue
+            if turn and step % turn == 0:
+                own.step()
+        model.zero_grad()
+    assert int(model.compression.steps) == 30
+    assert model.compression.frozen
+
+
 def test_an_exception_within_a_step_leaves_nothing_behind():
     model, expected = make(), make()
     optimizer = Outer(adam(model))

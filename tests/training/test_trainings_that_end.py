@@ -73,6 +73,20 @@ def test_steps_between_which_the_model_does_not_train_count_as_none():
         other.step()
 
 
+def test_a_critic_may_train_for_long_on_what_a_model_in_training_puts_out():
+    model, critic = make(), nn.Linear(4, 1)
+    other = torch.optim.Adam(critic.parameters(), 1e-2)
+    for _ in range(10):
+        critic(model(torch.randn(8, 8)).detach()).mean().backward()
+        other.step()
+    for _ in range(4):
+        critic(model(torch.randn(8, 8))).mean().backward()
+        other.step()
+    critic(model(torch.randn(8, 8))).mean().backward()
+    with pytest.raises(DiffQError, match=r"call it under torch.no_grad\(\)"):
+        other.step()
+
+
 def test_a_step_inside_backward_is_refused_under_a_target():
     model = make()
     for parameter in model.parameters():
