@@ -47,6 +47,10 @@ _UNIFORM = "the same in all groups, as far as the size allows: the learned ones 
 
 NOT_TRAINED = "no optimizer step has moved the bits yet"
 """A note of the report."""
+NO_OPTIMIZER = (
+    "Build the optimizer from the prepared model's parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
+)
+"""What to do where no optimizer holds the bits."""
 
 
 class Compression(TrainingState):
@@ -86,6 +90,7 @@ class Compression(TrainingState):
         self.price = 0.0  # squared steps that a bit is worth where weights are about to be rounded by their code as well
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
+        self.steps_without_bits = 0  # the same, of optimizers that hold none of the bits
         self._groups: FlatGroups | None = None
         self._allocated: tuple[int, float] | None = None
         self._passes = 0

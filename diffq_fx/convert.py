@@ -11,7 +11,7 @@ from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
-from diffq_fx.compression import NOT_TRAINED, Compression
+from diffq_fx.compression import NO_OPTIMIZER, NOT_TRAINED, Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import WeightQuantizer
@@ -172,7 +172,7 @@ def _names_now(root: nn.Module, compression: Compression) -> dict[int, tuple[str
     if lost:
         raise ConversionError(
             f"convert: the {type(root).__name__} is not the model that was prepared any more: weight {'; weight '.join(lost)}.\n"
-            "  Put the layer back that was prepared, or change the float model first, and prepare and train it then."
+            "  Convert before the layers are changed, or change the float model first, and prepare and train it then."
         )
     return names
 
@@ -185,8 +185,8 @@ def _parameter_at(root: nn.Module, name: str) -> nn.Parameter | None:
 def _warn_untrained(compression: Compression) -> None:
     if not int(compression.steps):
         _warn(
-            "the bits never moved: no optimizer that holds them has made a step. Build the optimizer from the prepared model's "
-            "parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
+            f"the bits never moved: no optimizer that holds them has made a step. {NO_OPTIMIZER} "
+            "A copy with averaged parameters needs the buffers of the model that trained, too."
         )
         return
     if (share := float(compression.bits_frozen)) and not compression.frozen:

@@ -1,5 +1,6 @@
 """prepare: float model in, the same model with a quantizer between every weight and what reads it out."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -257,8 +258,12 @@ def _check_target(compression: Compression, caller: str) -> None:
     if smallest <= budget - compression.known.bits_saved <= largest:
         return
     if config.target_mib is not None:
-        asked, unit = f"target_mib={config.target_mib}", "MiB, scales and what is not quantized included"
-        low, high = (mib(size + compression.rest_bits + compression.fixed_bits()) for size in (smallest, largest))
+        rest = compression.rest_bits + compression.fixed_bits()
+        asked, unit = f"target_mib={config.target_mib}", f"MiB, scales included, and {mib(rest):.4g} MiB for the rest"
+        if compression.skipped:
+            most = max(compression.skipped, key=lambda each: math.prod(each.shape))
+            unit += f" (the largest is {most.name} {most.shape}: {most.reason})"
+        low, high = (mib(size + rest) for size in (smallest, largest))
     else:
         asked, unit = f"target_bits={config.target_bits}", "bits a weight, scales included"
         low, high = smallest / weights, largest / weights

@@ -145,7 +145,7 @@ def _reason_to_skip(owner: nn.Module, names: Sequence[str], parameter: Tensor, m
         if owner.max_norm is not None:
             return "max_norm makes the forward rewrite the weight itself"
         if owner.sparse:
-            return "sparse=True: its gradient is a sparse tensor"
+            return "sparse=True: its gradient is a sparse tensor; with sparse=False it is quantized"
     return ""
 
 

@@ -154,6 +154,10 @@ def test_target_below_what_min_bits_reaches():
         config=DiffQConfig(target_bits=1.5),
     )
     refuses(ValueError, r"target_mib=1e-05 cannot be reached.* MiB", net(), config=DiffQConfig(target_mib=1e-5))
+    tables = nn.Sequential(nn.Embedding(4096, 64, sparse=True), nn.Linear(64, 8))
+    message = r"the 512 weights take from \S+ to \S+ MiB, .* 1 MiB for the rest \(the largest is 0.weight \(4096, 64\): .* with sparse=False it is"
+    with pytest.raises(ValueError, match=message):
+        prepare_diffq(tables, torch.zeros(2, 3, dtype=torch.int64), DiffQConfig(target_mib=0.1))
 
 
 def test_target_above_what_max_bits_and_float_take():

@@ -7,6 +7,7 @@ after each step of any optimizer. Where the gradients are made by a closure, it 
 import itertools
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from diffq_fx import _compat
-from diffq_fx.compression import Compression, live
-from diffq_fx.errors import DiffQError
+from diffq_fx.compression import NO_OPTIMIZER, Compression, live
+from diffq_fx.errors import DiffQError, DiffQWarning
 from diffq_fx.training.phases import Held, after_step, before_step, ranges_begin, shorten_code
 
 _PATIENCE = 50
@@ -150,6 +151,14 @@ def _refuse_idle_bits(parameters: set[int]) -> None:
             raise DiffQError(
                 f"{_PATIENCE} optimizer steps in a row held no parameter of a prepared model that trains between them: "
                 f"its bits do not move, and its size is not held.\n  {_FLAT if asks else IDLE_BITS} {_NOT_TO_TRAIN}"
+            )
+        compression.steps_without_bits = 0 if held or final else compression.steps_without_bits + 1
+        if compression.steps_without_bits == _PATIENCE:
+            warnings.warn(
+                f"{_PATIENCE} optimizer steps in a row held none of the bits of a prepared model that trains between them: "
+                f"they do not move, and the noise does not end. {NO_OPTIMIZER}",
+                DiffQWarning,
+                stacklevel=4,  # the line that calls step
             )
 
 

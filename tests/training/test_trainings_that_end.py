@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffq_fx import DiffQConfig, DiffQError, DivergenceError, PreparationError, _compat, prepare_diffq
+from diffq_fx import DiffQConfig, DiffQError, DiffQWarning, DivergenceError, PreparationError, _compat, prepare_diffq, setup_optimizer
 from diffq_fx.training import steps
 
 
@@ -47,12 +47,21 @@ def test_flat_copies_are_refused():
     assert optimizer.state[flat]["step"] == 4  # the refused step was not made
 
 
-def test_an_optimizer_of_a_part_of_the_model_is_not_refused():
+@pytest.mark.parametrize("names", [["2.bias"], ["0.weight", "0.bias", "2.weight", "2.bias"]])
+def test_an_optimizer_without_the_bits_is_warned_of_once(names):
     model = make()
-    optimizer = torch.optim.Adam([model.get_parameter("2.bias")], 1e-2)
-    for _ in range(8):
-        backward(model)
-        optimizer.step()
+    optimizer = torch.optim.Adam([model.get_parameter(name) for name in names], 1e-2)
+
+    def train():
+        for _ in range(8):
+            backward(model)
+            optimizer.step()
+
+    with pytest.warns(DiffQWarning, match=r"5 optimizer steps in a row held none of the bits .* add the bits to yours") as found:
+        train()
+    assert [warning.filename for warning in found] == [__file__]
+    setup_optimizer(optimizer, model)
+    train()
 
 
 def test_two_models_that_train_in_turns_are_not_refused():
