@@ -8,8 +8,10 @@ So no rename stops ``import diffq_fx``. Not here: attributes of Module, Tensor a
 import copy
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, cast
 from unittest import mock
 
@@ -43,6 +45,7 @@ _forward_hooks = _private("torch.nn.modules.module", "_global_forward_hooks")
 _backward_pre_hooks = _private("torch.nn.modules.module", "_global_backward_pre_hooks")
 _backward_hooks = _private("torch.nn.modules.module", "_global_backward_hooks")
 _check = _private("torch", "_check")
+_disable_dynamo = _private("torch._compile", "_disable_dynamo")
 _graph_task = _private("torch._C", "_current_graph_task_id")
 
 
@@ -75,6 +78,19 @@ def in_function_transform(unknown: bool) -> bool:
 def in_backward() -> bool:
     """Whether this runs inside a backward pass. False if torch does not tell: then what cannot work there ends in torch's own error."""
     return _graph_task is not None and _graph_task() != -1
+
+
+def leave_to_python(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile out of a function, as ``torch.compiler.disable`` does, which is slow to import and so waits for the first call."""
+    return function if _disable_dynamo is None else _disable_dynamo(function)
+
+
+def caller() -> FrameType:
+    """The frame that called the function which asks, without what :func:`leave_to_python` puts between them."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch._compile", "torch._dynamo")):
+        frame = frame.f_back
+    return frame
 
 
 def in_dispatch_mode() -> bool:

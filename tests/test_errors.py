@@ -199,6 +199,15 @@ def test_setup_optimizer_moves_the_bits_once():
         assert sum(len(group["params"]) for group in optimizer.param_groups) == count
 
 
+def test_setup_optimizer_keeps_the_names_of_the_parameters():
+    prepared = prepare_diffq(net(), X, DiffQConfig(target_bits=5))
+    optimizer = setup_optimizer(torch.optim.AdamW(prepared.named_parameters()), prepared)
+    named = dict(prepared.named_parameters())
+    for group in optimizer.param_groups:
+        assert all(named[name] is p for name, p in zip(group["param_names"], group["params"], strict=True))
+    assert optimizer.param_groups[1]["param_names"] == ["0.weight_quantizer.logits", "2.weight_quantizer.logits"]
+
+
 def test_lazy_and_meta_weights():
     refuses(PreparationError, "on the meta device", nn.Linear(4, 4, device="meta"), torch.zeros(1, 4))
     refuses(PreparationError, "not initialized yet: run the model once", nn.LazyLinear(4), torch.zeros(1, 4))

@@ -1,5 +1,7 @@
 """Give the bits a parameter group of their own: optional, for those who want their own rate for them."""
 
+import itertools
+
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
@@ -45,8 +47,11 @@ def setup_optimizer(optimizer: Optimizer, model: nn.Module, *, bits_lr: float = 
             f"setup_optimizer: the {type(optimizer).__name__} holds no parameter of this model. "
             "Build it from the prepared model's parameters()."
         )
+    names = {id(p): name for name, p in model.named_parameters()} if "param_names" in optimizer.param_groups[0] else {}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ours]
+        kept = [id(p) not in ours for p in group["params"]]
+        group.update({key: list(itertools.compress(group[key], kept)) for key in ("params", "param_names") if key in group})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    optimizer.add_param_group({"params": bits, "lr": bits_lr, "weight_decay": 0.0})
+    own = [(names[id(logits)], logits) for logits in bits] if names else bits
+    optimizer.add_param_group({"params": own, "lr": bits_lr, "weight_decay": 0.0})
     return optimizer

@@ -5,7 +5,6 @@ after each step of any optimizer. Where the gradients are made by a closure, it 
 """
 
 import itertools
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +60,12 @@ _steps = _Steps()
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if not live:
         return None
-    frame, stack = sys._getframe(1), _steps.stack
+    frame, stack = _compat.caller(), _steps.stack
     stack[:] = [step for step in stack if _runs(step.frame, frame)]
     parameters = {*itertools.chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)}
     step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters, stack)))
     stack.append(step)
-    _refuse_idle_bits(parameters)
+    _look_at_idle_bits(parameters, frame.f_back or frame)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not callable(closure):
         _prepare(step, again=False)
@@ -136,8 +135,11 @@ def _holdings(parameters: set[int], around: Sequence[_Step]) -> Iterator[Held]:
             yield Held(compression, weights, logits, coded, ranges, [], counts)
 
 
-def _refuse_idle_bits(parameters: set[int]) -> None:
-    """End a training whose steps tell nothing of the bits: they ask for no gradient, or the optimizer works on copies of the parameters."""
+def _look_at_idle_bits(parameters: set[int], where: FrameType) -> None:
+    """End a training whose steps tell nothing of the bits: they ask for no gradient, or the optimizer works on copies of the parameters.
+
+    Warn of one whose optimizer holds other parameters of the model alone, at the line that calls its step, ``where``.
+    """
     for compression in list(live):
         if not compression.next_step():
             continue
@@ -154,12 +156,11 @@ def _refuse_idle_bits(parameters: set[int]) -> None:
             )
         compression.steps_without_bits = 0 if held or final else compression.steps_without_bits + 1
         if compression.steps_without_bits == _PATIENCE:
-            warnings.warn(
+            message = (
                 f"{_PATIENCE} optimizer steps in a row held none of the bits of a prepared model that trains between them: "
-                f"they do not move, and the noise does not end. {NO_OPTIMIZER}",
-                DiffQWarning,
-                stacklevel=4,  # the line that calls step
+                f"they do not move, and the noise does not end. {NO_OPTIMIZER}"
             )
+            warnings.warn_explicit(message, DiffQWarning, where.f_code.co_filename, where.f_lineno)
 
 
 def _changes_nothing(optimizer: Optimizer) -> bool:
@@ -174,5 +175,5 @@ def _changes_nothing(optimizer: Optimizer) -> bool:
     return not any(bool(gradient.any()) for gradient in gradients)
 
 
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)
+register_optimizer_step_pre_hook(_compat.leave_to_python(_before))  # a step may be compiled, and the values of the bits choose what is done
+register_optimizer_step_post_hook(_compat.leave_to_python(_after))

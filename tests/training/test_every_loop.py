@@ -178,6 +178,24 @@ def test_of_several_optimizers_the_one_that_steps_most_often_counts(first):
     assert model.compression.frozen
 
 
+@pytest.mark.parametrize("aim", ["target", "container, final bits"])
+def test_a_compiled_step_trains_as_the_plain_one(aim):
+    def by_compiler(optimizer, loss):
+        optimizer.zero_grad()
+        loss().backward()
+        compiled()
+
+    model, expected = make(**AIMS[aim]), make(**AIMS[aim])
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    train(expected, torch.optim.SGD(expected.parameters(), 1e-2), plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):  # what is traced of the hooks is compiled anew for other values of the bits
+        train(model, optimizer, by_compiler)
+    torch._dynamo.reset()
+    assert_same(model, expected)
+
+
 def test_an_exception_within_a_step_leaves_nothing_behind():
     model, expected = make(), make()
     optimizer = Outer(adam(model))
