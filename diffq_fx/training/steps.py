@@ -63,7 +63,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
     frame, stack = _compat.caller(), _steps.stack
     stack[:] = [step for step in stack if _runs(step.frame, frame)]
     parameters = {*itertools.chain.from_iterable(map(id, group["params"]) for group in optimizer.param_groups)}
-    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters, stack)))
+    step = _Step(optimizer, frame, () if _changes_nothing(optimizer) else list(_holdings(parameters)))
     stack.append(step)
     _look_at_idle_bits(parameters, frame.f_back or frame)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -120,8 +120,8 @@ def _prepare(step: _Step, *, again: bool) -> None:
         step.prepared.add(held.compression)
 
 
-def _holdings(parameters: set[int], around: Sequence[_Step]) -> Iterator[Held]:
-    """What an optimizer with these parameters, by their ids, holds of each prepared model; ``around``: the steps that its own is within."""
+def _holdings(parameters: set[int]) -> Iterator[Held]:
+    """What an optimizer with these parameters, by their ids, holds of each prepared model."""
     for compression in list(live):
         logits = compression.logits
         weights = [i for i, each in enumerate(logits) if id(each) in parameters]
@@ -130,9 +130,7 @@ def _holdings(parameters: set[int], around: Sequence[_Step]) -> Iterator[Held]:
         begin = not parameters.isdisjoint(map(id, clips)) and ranges_begin(compression)
         ranges = [clip for clip in clips if clip is not None and id(clip) in parameters] if begin else []
         if weights or coded or ranges:
-            outer = [held.counts for step in around for held in step.held if held.compression is compression and held.weights]
-            counts = bool(weights) and (outer[0] if outer else compression.begins_round(weights[0]))
-            yield Held(compression, weights, logits, coded, ranges, [], counts)
+            yield Held(compression, weights, logits, coded, ranges, [], bool(weights) and compression.begins_round(weights[0]))
 
 
 def _look_at_idle_bits(parameters: set[int], where: FrameType) -> None:
