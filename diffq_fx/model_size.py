@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.arguments import check_flags
 from diffq_fx.budget.size import MIB_BITS, mib
 from diffq_fx.compression import Compression, require_compressions
 from diffq_fx.parts import CHILD, parameters_outside, parts_of
@@ -43,6 +44,7 @@ def model_size(model: nn.Module, *, exact: bool = False) -> Tensor | float:
         >>> 2290 < size <= 2304
         True
     """
+    check_flags("model_size", exact=exact)
     own = vars(model).get(CHILD)
     compressions = [own] if isinstance(own, Compression) else require_compressions(model, "model_size")
     other_bits = 0

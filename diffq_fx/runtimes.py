@@ -80,7 +80,7 @@ def runtime_named(name: str) -> Runtime:
         >>> runtime_named("gguf").preset()["widths"]
         (4, 5, 8)
     """
-    if name not in RUNTIMES:
+    if name not in tuple(RUNTIMES):  # what cannot be hashed, too
         with_choice = tuple(each for each, runtime in RUNTIMES.items() if len(runtime.preset()["widths"]) > 1)
         raise ValueError(f"DiffQConfig: runtime must be one of {with_choice}, got {name!r}.")
     return RUNTIMES[name]

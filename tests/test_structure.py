@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "diffq_fx"
 ORDER = (
-    "errors _compat atomic file_kinds threads functional weights kernels sharded budget storage parts runtimes methods example selection passes capture compression "
+    "errors _compat arguments atomic file_kinds threads functional weights kernels sharded budget storage parts runtimes methods example selection passes capture compression "
     "unfit model_size training hub prepare convert post_training report export integrations demo cli __init__ __main__"
 ).split()
 """From the ground up: each imports what stands before it."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
+from diffq_fx.arguments import as_path, check_flags
 from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import ExportError, missing
 from diffq_fx.example import in_eval
@@ -74,7 +75,9 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
     Example: docs/how-to/onnxruntime-genai.md has one from a float model to generated tokens.
     """
     builder = _builder()
-    with new_folder(Path(folder), ExportError) as draft:
+    check_flags("export_genai", exact=exact)
+    target = as_path("export_genai", "folder", folder)
+    with new_folder(target, ExportError) as draft:
         (given := draft.parent / "olive").mkdir()
         with naming(folder, ExportError):
             olive = write_olive(model, given, tokenizer, "export_genai")
@@ -87,7 +90,7 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
             with naming(folder, ExportError):
                 _round_inputs(draft / _FILE)
         size = sum(path.stat().st_size for path in draft.glob(f"{_FILE}*"))
-    return GenAIFolder(Path(folder), olive.held, olive.in_float, size)
+    return GenAIFolder(target, olive.held, olive.in_float, size)
 
 
 def refuse_unknown(model: nn.Module, tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from diffq_fx.arguments import check_flags
 from diffq_fx.convert import convert
 from diffq_fx.errors import missing
 from diffq_fx.integrations.schedule import begin, keep_losses, progress
@@ -41,6 +42,7 @@ class DiffQCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
     converted: nn.Module | None = None
 
     def __init__(self, convert_at_end: bool = False) -> None:
+        check_flags("DiffQCallback", convert_at_end=convert_at_end)
         self.convert_at_end = convert_at_end
         self._settings: Any = None
         self._resumed: Any = None

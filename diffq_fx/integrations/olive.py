@@ -17,6 +17,7 @@ from typing import Any, cast
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffq_fx.arguments import as_path
 from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import DiffQError, DiffQWarning, ExportError, missing
 from diffq_fx.export.packed.writer import model_contents
@@ -76,8 +77,9 @@ def save_olive(model: nn.Module, folder: str | Path, tokenizer: Any) -> OliveFol
 
     Example: docs/how-to/onnxruntime-genai.md.
     """
-    with new_folder(Path(folder), ExportError) as draft, naming(folder, ExportError):
-        return replace(write_olive(model, draft, tokenizer, "save_olive"), path=Path(folder))
+    target = as_path("save_olive", "folder", folder)
+    with new_folder(target, ExportError) as draft, naming(folder, ExportError):
+        return replace(write_olive(model, draft, tokenizer, "save_olive"), path=target)
 
 
 def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> OliveFolder:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffq_fx.arguments import check_flags
 from diffq_fx.convert import convert
 from diffq_fx.errors import missing
 from diffq_fx.integrations.schedule import begin, keep_losses, progress
@@ -42,6 +43,7 @@ class DiffQTrainerCallback(TrainerCallback, ExportableState):
     converted: nn.Module | None = None
 
     def __init__(self, convert_at_end: bool = False) -> None:
+        check_flags(_NAME, convert_at_end=convert_at_end)
         self.convert_at_end = convert_at_end
         self.settings: Any = None
 

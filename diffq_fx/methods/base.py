@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffq_fx import _compat
+from diffq_fx.arguments import check_flags, check_whole
 from diffq_fx.errors import DiffQError, PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
@@ -64,11 +65,13 @@ class Method(ABC):
         """
 
     def check_common(self) -> None:
-        """Refuse what no method can work with, and what is none of the choices of a Literal, by name and value; for ``__post_init__``."""
+        """Refuse what no method can work with, and what a Literal or a bool cannot be, by name and value; for ``__post_init__``."""
         name = type(self).__name__
         for setting, hint in get_type_hints(type(self)).items():
             if (choices := _choices(hint)) and (value := getattr(self, setting)) not in choices:
                 raise ValueError(f"{name}: {setting} must be one of {choices}, got {value!r}.")
+            if hint is bool:
+                check_flags(name, **{setting: getattr(self, setting)})
         check_whole(name, "min_size", self.min_size, 0)
         if not isinstance(self.exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f'{name}: exclude is a tuple of patterns such as ("*.bias",), got {self.exclude!r}.')
@@ -86,21 +89,6 @@ def _choices(hint: Any) -> tuple[Any, ...]:
         return get_args(hint)
     first, *others = get_args(hint) or (None,)
     return (*get_args(first), None) if get_origin(first) is Literal and others == [type(None)] else ()
-
-
-def check_whole(method: str, setting: str, value: Any, least: int, most: int | None = None) -> None:
-    """Refuse what is no whole number within its limits.
-
-    Example:
-        >>> check_whole("LC", "entries", 2.5, 1)
-        Traceback (most recent call last):
-        ...
-        ValueError: LC: entries must be a whole number of at least 1, got 2.5.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{method}: {setting} must be a whole number {limits}, got {value!r}.")
 
 
 def check_group(method: str, setting: str, size: Any, names: tuple[str, ...] = ("tensor", "channel")) -> None:

@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 import torch
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.budget.flat_groups import WidthLimits
 from diffq_fx.functional import Grid
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, check_group, check_whole
+from diffq_fx.methods.base import Method, check_group
 from diffq_fx.runtimes import refuse_settings
 from diffq_fx.storage.packing import CONTAINER_BITS
 
@@ -98,8 +99,6 @@ class DiffQSettings(Method):
                 scale_dtype=self.scale_dtype,
                 size_of=self.size_of,
             )
-        if not isinstance(self.clip_ranges, bool):
-            raise TypeError(f"DiffQConfig: clip_ranges must be True or False, got {self.clip_ranges!r}.")
         if self.training_steps is not None:
             check_whole("DiffQConfig", "training_steps", self.training_steps, 1)
         if self.widths is not None or self.size_of == "onnx_file":  # no noise of widths that rounding cannot choose

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, check_group, check_whole, straight_through
+from diffq_fx.methods.base import Method, check_group, straight_through
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.weights import WeightSpec
 

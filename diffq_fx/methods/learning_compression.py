@@ -10,12 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import levels, nearest
 from diffq_fx.functional.codebooks import powers_of_two, scaled, scaled_binary, scaled_ternary
 from diffq_fx.functional.groups import GroupSize, to_rows
-from diffq_fx.methods.base import Method, WeightQuantizer, check_whole
+from diffq_fx.methods.base import Method, WeightQuantizer
 from diffq_fx.methods.mapping import unique
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint
 from diffq_fx.storage.footprint import Footprint

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, WeightQuantizer, check_whole, straight_through
+from diffq_fx.methods.base import Method, WeightQuantizer, straight_through
 from diffq_fx.methods.fixed import check_rate
 from diffq_fx.methods.quant_noise import noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffq_fx import functional
+from diffq_fx.arguments import check_whole
 from diffq_fx.functional import QuantParams
 from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.kernels import least_error_range
-from diffq_fx.methods.base import check_whole, straight_through
+from diffq_fx.methods.base import straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer, check_rate
 from diffq_fx.weights import WeightSpec
 

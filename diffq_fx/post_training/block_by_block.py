@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffq_fx import _compat
+from diffq_fx.arguments import check_flags
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import DiffQError
 from diffq_fx.example import Example
@@ -61,6 +62,7 @@ def compress_blocks(
         >>> [type(weight).__name__ for weight in (converted[0].weight, converted[1][1].weight_quantized)]
         ['Parameter', 'IntegerWeight']
     """
+    check_flags(_CALLER, progress=progress)
     limits = limits_of(steps, minutes, time.monotonic())
     paths = [path for path, _ in model.named_modules() if fnmatchcase(path, blocks) and path.count(".") == blocks.count(".")]
     if not paths:

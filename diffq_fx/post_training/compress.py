@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffq_fx.arguments import check_flags, check_whole
 from diffq_fx.capture.copies import copy_replacing, copy_sharing_parameters
 from diffq_fx.compression import Compression
 from diffq_fx.convert import convert
 from diffq_fx.errors import PreparationError
 from diffq_fx.example import restored_random_state
-from diffq_fx.methods.base import Method, check_whole
+from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.methods.mapping import MethodChoice
 from diffq_fx.methods.ste import STE
@@ -99,6 +100,7 @@ def compress(
     began = time.monotonic()
     choice = _choice(config)
     limits = limits_of(steps, minutes, began)
+    check_flags(CALLER, progress=progress)
     refuse_kind(CALLER, kind)
     refuse_unfit(model, CALLER)
     if teacher is not None and not isinstance(teacher, nn.Module):

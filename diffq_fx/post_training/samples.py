@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.example import in_eval, restored_random_state
-from diffq_fx.methods.base import check_whole
 
 _CALLER = "own_samples"
 

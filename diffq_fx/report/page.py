@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from diffq_fx.arguments import as_path
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
@@ -184,7 +185,7 @@ class Page:
 
     def save(self, path: str | Path) -> Path:
         """Write the page; an older file survives until the new one is complete."""
-        path, page = Path(path), self.html().encode()
+        path, page = as_path("save_page", "path", path), self.html().encode()
         with replaced_atomically(path, DiffQError) as file:
             file.write(page)
         return path

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffq_fx.arguments import as_path
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.errors import DiffQError
 from diffq_fx.report.numbers import BitsNumbers
@@ -54,7 +55,7 @@ class BitsReport(BitsNumbers):
             ValueError: an unknown suffix.
             DiffQError: the path cannot be written.
         """
-        path = Path(path)
+        path = as_path("save_picture", "path", path)
         path = path if path.suffix else path.with_suffix(".png")
         drawn = BytesIO()
         self.figure().savefig(drawn, format=path.suffix[1:].lower(), dpi=150)

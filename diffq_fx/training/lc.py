@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffq_fx.arguments import check_flags
 from diffq_fx.compression import require_compression
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.learning_compression import LCWeight, shared_groups
@@ -123,6 +124,7 @@ def lc_step(model: nn.Module, *, next_mu: float, augmented: bool = True) -> floa
         >>> 0 < lc_step(prepared, next_mu=1e-2) < 1
         True
     """
+    check_flags("lc_step", augmented=augmented)
     if not next_mu >= 0:
         raise ValueError(f"lc_step: next_mu must not be negative, got {next_mu}.")
     quantizers = lc_weights(model, "lc_step")
@@ -228,6 +230,7 @@ class LCLoop:
         progress: Callable[[LCProgress], None] | None = None,
     ) -> None:
         lc_weights(model, "LCLoop")
+        check_flags("LCLoop", augmented=augmented)
         self.schedule = list(geometric_schedule() if schedule is None else schedule)
         rising = all(a <= b for a, b in zip(self.schedule, self.schedule[1:], strict=False))
         if not self.schedule or not all(mu > 0 for mu in self.schedule) or not rising:

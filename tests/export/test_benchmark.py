@@ -286,7 +286,7 @@ def test_files_that_cannot_be_loaded_are_named(tmp_path, weight):
 
 @pytest.mark.parametrize(("field", "value"), [("repeats", 0), ("threads", -1)])
 def test_impossible_settings_are_refused(tmp_path, field, value):
-    with pytest.raises(ValueError, match=f"{field} must be at least .*, got {value}"):
+    with pytest.raises(ValueError, match=f"compare_latency: {field} must be a whole number of at least .*, got {value}"):
         compare_latency(tmp_path / "a", tmp_path / "b", **{field: value})
 
 

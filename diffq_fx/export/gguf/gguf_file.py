@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffq_fx.arguments import as_path
 from diffq_fx.atomic import draft_folder, naming, put_in_place, refuse_same_file
 from diffq_fx.errors import ExportError, PackedFileError
 from diffq_fx.export.gguf.architectures import HEAD, Architecture, add_sizes, architecture_of, file_names, rope_factors, row_order
@@ -104,7 +105,7 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
     if not isinstance(tokenizer, str | Path | None):
         raise TypeError(f"export_gguf: tokenizer must be the folder that tokenizer.save_pretrained wrote, got {type(tokenizer).__name__}.")
     with _errors_of_export():
-        return _export(unwrapped(model), Path(path), None if tokenizer is None else Path(tokenizer), name)
+        return _export(unwrapped(model), as_path("export_gguf", "path", path), None if tokenizer is None else Path(tokenizer), name)
 
 
 def refuse_unknown(model: nn.Module, tokenizer: str | Path | None) -> None:

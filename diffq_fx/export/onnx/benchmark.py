@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto
 from onnxruntime import InferenceSession
 
+from diffq_fx.arguments import check_whole
 from diffq_fx.budget.size import mib
 from diffq_fx.errors import DiffQError
 from diffq_fx.export.onnx.files import blaming, load_graph, size_bytes
@@ -126,8 +127,7 @@ def compare_latency(
         DiffQError: A file is not ONNX, cannot be run, or the two do not take the same inputs and give the same outputs.
     """
     for name, value, least in (("repeats", repeats, 1), ("threads", threads, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+        check_whole("compare_latency", name, value, least)
     paths = (path_a, path_b)
     models = [load_graph(path) for path in paths]
     size_a, size_b = map(_mib, paths, models)

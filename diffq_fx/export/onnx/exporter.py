@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from diffq_fx import _compat
+from diffq_fx.arguments import as_path, check_flags
 from diffq_fx.convert import convert
 from diffq_fx.errors import DiffQWarning, ExportError
 from diffq_fx.example import in_eval
@@ -136,6 +137,8 @@ def export_onnx(
         (21, 64, {4: 128})
     """
     _compat.check_torch_translates_operators()
+    path = as_path("export_onnx", "path", path)
+    check_flags("export_onnx", cache=cache, verify=verify)
     layout, min_container = layout_and_container(runtime, layout, min_container)
     check_options(layout, activations, target, min_container, calibration, cache=cache, sizes_given=dynamic_shapes is not None)
     if opset is not None and not isinstance(opset, int):
@@ -155,7 +158,7 @@ def export_onnx(
         result = export_file(
             converted,
             example_inputs,
-            Path(path),
+            path,
             request,
             calibration=calibration,
             dynamic_shapes=dynamic_shapes,

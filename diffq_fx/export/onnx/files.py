@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from diffq_fx.arguments import as_path
 from diffq_fx.errors import DiffQError
 from diffq_fx.file_kinds import foreign_kind, looks_like_safetensors
 
@@ -39,13 +40,14 @@ def load_graph(path: str | Path) -> "ModelProto":
     import onnx
     from google.protobuf.message import DecodeError
 
+    path = as_path("an ONNX file", "path", path)
     named = repr(str(path))
     if kind := foreign_kind(path):
         raise DiffQError(f"{named} {kind}; an ONNX file is wanted.")
-    if looks_like_safetensors(Path(path)):
+    if looks_like_safetensors(path):
         raise DiffQError(f"{named} is a safetensors file: it holds weights and no graph, and does not run by itself. Give an ONNX file.")
     try:
-        content = Path(path).read_bytes()
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(f"there is no file {named}.") from error
     except (OSError, ValueError) as error:  # a name with a null byte is a ValueError

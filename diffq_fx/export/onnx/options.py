@@ -30,8 +30,8 @@ def layout_and_container(
         >>> layout_and_container("openvino", None, None), layout_and_container("openvino", None, 8), layout_and_container(None, "qdq", None)
         (('qdq', 4), ('qdq', 8), ('qdq', 2))
     """
-    if runtime is not None and runtime not in RUNTIMES:
-        other = f" Its files are written by {runtimes.RUNTIMES[runtime].writer}." if runtime in runtimes.RUNTIMES else ""
+    if runtime is not None and runtime not in tuple(RUNTIMES):  # what cannot be hashed, too
+        other = f" Its files are written by {runtimes.RUNTIMES[runtime].writer}." if runtime in tuple(runtimes.RUNTIMES) else ""
         raise ValueError(f"runtime must be one of {tuple(RUNTIMES)} or None, got {runtime!r}.{other}")
     preset = _DEFAULTS if runtime is None else RUNTIMES[runtime]
     given = {name: value for name, value in (("layout", layout), ("min_container", min_container)) if value is not None}

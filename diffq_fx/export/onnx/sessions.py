@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from diffq_fx import _compat
+from diffq_fx.arguments import check_flags, check_whole
 from diffq_fx.errors import DiffQError, ExportError
 from diffq_fx.export.onnx.files import load_graph
 from diffq_fx.export.onnx.metadata import PREFIX, metadata_of
@@ -80,8 +81,8 @@ def session_options(path: str | Path, *, exact: bool = False, threads: int = 0) 
     """
     import onnxruntime
 
-    if threads < 0:
-        raise ValueError(f"threads must be at least 0, got {threads}.")
+    check_flags("session_options", exact=exact)
+    check_whole("session_options", "threads", threads, 0)
     model = load_graph(path)
     metadata = metadata_of(model)
     if metadata is None:

@@ -4,6 +4,7 @@ First comes everything that can fail, then everything that changes a model.
 """
 
 import io
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,12 +76,12 @@ def load_packed(first: Any, path: str | Path | None = None, /, *, names: Collect
     """
     into_model = isinstance(first, nn.Module)
     source = path if into_model else first
-    if not isinstance(source, str | Path) or (not into_model and path is not None) or (into_model and names is not None):
+    if not isinstance(source, str | os.PathLike) or (not into_model and path is not None) or (into_model and names is not None):
         given = ", ".join(type(each).__name__ for each in (first, path) if each is not None)
         raise TypeError(f"load_packed: expected (path), (path, names=...) or (model, path), got ({given}).")
     _check_names(names)
     try:
-        with opened(source) as reader:
+        with opened(Path(source)) as reader:
             if not into_model:
                 return _load_tensors(reader, names)
             _fill_model(unwrapped(first), reader)

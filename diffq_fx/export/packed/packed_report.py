@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffq_fx.arguments import as_path
 from diffq_fx.export.packed.container import VERSION
 from diffq_fx.export.packed.dtypes import FLOAT_TYPES, TENSOR_TYPES
 from diffq_fx.export.packed.header import PlainTensor
@@ -89,9 +90,7 @@ def inspect_packed(path: str | Path) -> PackedInspection:
         PackedFileError: the file is missing, damaged, or not a packed file.
         TypeError: the path is of another type.
     """
-    if not isinstance(path, str | Path):
-        raise TypeError(f"inspect_packed: path must be a str or a Path, got {type(path).__name__}.")
-    with opened(path) as reader:
+    with opened(as_path("inspect_packed", "path", path)) as reader:
         contents = reader.contents
         tallies = [_Tally(packed) for packed in contents.weights]
         for shard in contents.shards:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from diffq_fx.arguments import as_path
 from diffq_fx.atomic import replaced_atomically
 from diffq_fx.budget.entropy import SMALL_BYTES
 from diffq_fx.compression import Compression
@@ -63,14 +64,13 @@ def save_packed(model: nn.Module, path: str | Path, compression: PackedCompressi
         raise ValueError(f'save_packed: compression must be "entropy" or "bits", got {compression!r}.')
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_packed: model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not isinstance(path, str | Path):
-        raise TypeError(f"save_packed: path must be a str or a Path, got {type(path).__name__}.")
+    path = as_path("save_packed", "path", path)
     try:
         weights, rest = model_contents(model)
         write_packed([stored for _, stored in weights], rest, path, entropy=compression == "entropy")
     except PackedFileError as error:
         raise PackedFileError(f"save_packed: {error}.") from error
-    return Path(path)
+    return path
 
 
 def model_contents(model: nn.Module) -> tuple[list[tuple[StoredWeight, StoredWeight]], NamedTensors]:
