@@ -17,12 +17,14 @@ from diffq_fx.capture.scope import ScopedModule, not_for_others
 from diffq_fx.convert import convert
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError, missing
 from diffq_fx.functional.groups import from_rows
-from diffq_fx.methods.base import Method
+from diffq_fx.methods.base import Method, WeightQuantizer
+from diffq_fx.methods.fixed import FixedBitsQuantizer
 from diffq_fx.methods.mapping import MethodChoice
+from diffq_fx.parts import CHILD
 from diffq_fx.prepare import prepare_as
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.footprint import Footprint
-from diffq_fx.weights import STORED_SUFFIX, owner_of
+from diffq_fx.weights import STORED_SUFFIX, WeightSpec, owner_of
 
 try:
     from torchao.core.config import AOBaseConfig
@@ -119,14 +121,12 @@ def _quantize(module: nn.Module, config: QATConfig) -> nn.Module:
             raise PreparationError(
                 f"QATConfig: a {type(module).__name__} needs example_inputs: give QATConfig(method, example_inputs) what it is called with."
             )
-        _become(module, prepare_as("QATConfig", module, example, cast("Method", config.method), "module"))
+        prepared = prepare_as("QATConfig", module, example, cast("Method", config.method), "module")
+        _warn_of({each.spec.name: why for each in vars(prepared)[CHILD].quantizers if (why := _reason_against_prepared(each))}, "will stay")
+        _become(module, prepared)
     else:
         result = to_torchao(convert(module), activations=config.activations)
-        if result.kept:
-            why = "; ".join(f"{name}: {reason}" for name, reason in result.kept.items())
-            warnings.warn(
-                f"QATConfig: weights for which torchao has no form stay as diffq_fx stores them. {why}", DiffQWarning, stacklevel=2
-            )
+        _warn_of(result.kept, "stay")
         _give_classes_back(result.model)
         _become(module, result.model)
         if "transformers.modeling_utils" in sys.modules:
@@ -134,6 +134,18 @@ def _quantize(module: nn.Module, config: QATConfig) -> nn.Module:
 
             tell(module)
     return module
+
+
+def _warn_of(reasons: Mapping[str, str], stay: str) -> None:
+    """Name the weights that torchao has no form for."""
+    if reasons:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        warnings.warn(
+            f"QATConfig: weights for which torchao has no form {stay} as diffq_fx stores them. {why}. save_pretrained writes no model that "
+            "has both; it writes what diffq_fx.prepare and diffq_fx.convert make.",
+            DiffQWarning,
+            stacklevel=3,
+        )
 
 
 @register_quantize_module_handler(FakeQuantization)
@@ -253,22 +265,31 @@ def to_torchao(converted: nn.Module, *, activations: Activations = "float") -> T
 
 def _integers_or_reason(stored: StoredWeight) -> IntegerWeight | str:
     """The integers that torchao's tensor can hold, or why it cannot."""
-    others = sorted({*stored.spec.consumer.split(", ")} - _READERS)
-    if others:
-        return f"read by {', '.join(others)}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
-    if stored.spec.dtype not in _DTYPES:
-        return f"{stored.spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
     integers = stored.as_integers()
     if not isinstance(integers, IntegerWeight):
         return "a codebook that is not integers times one scale"
-    bits, layout = int(integers.bits.max()), integers.spec.scale_layout
+    return _reason_against(integers.spec, int(integers.bits.max())) or integers
+
+
+def _reason_against_prepared(quantizer: WeightQuantizer) -> str:
+    """Why torchao will have no form for a weight, as far as that is known before the training; empty if it may have one."""
+    return _reason_against(quantizer.spec, int(quantizer.rounded_bits().max()) if isinstance(quantizer, FixedBitsQuantizer) else 0)
+
+
+def _reason_against(spec: WeightSpec, bits: int) -> str:
+    """Why torchao's tensor cannot hold integers of so many bits; empty if it can."""
+    layout, others = spec.scale_layout, sorted({*spec.consumer.split(", ")} - _READERS)
+    if others:
+        return f"read by {', '.join(others)}; torchao's integer tensor supports {', '.join(sorted(_READERS))}"
+    if spec.dtype not in _DTYPES:
+        return f"{spec.dtype}; torchao's integer tensor has {', '.join(str(dtype) for dtype in _DTYPES)}"
     if bits > _WIDEST:
         return f"{bits} bits; torchao's integer tensor has 1 to {_WIDEST}"
-    if layout.kind == "block" and (len(integers.spec.shape) > 2 or integers.spec.axis != 0):
-        return f"blocks of {layout.block} in a weight of shape {integers.spec.shape}; torchao's blocks lie along one axis of a matrix"
+    if layout.kind == "block" and (len(spec.shape) > 2 or spec.axis != 0):
+        return f"blocks of {layout.block} in a weight of shape {spec.shape}; torchao's blocks lie along one axis of a matrix"
     if layout.columns % layout.block:
         return f"blocks of {layout.block} do not divide its {layout.columns} inputs; torchao has whole blocks alone"
-    return integers
+    return ""
 
 
 def _reason_against_int8(stored: IntegerWeight) -> str:

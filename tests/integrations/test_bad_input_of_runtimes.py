@@ -57,7 +57,8 @@ def to_torchao(model, path, tokenizer):
     from diffq_fx.integrations.torchao import QATConfig, whole_model
 
     plain = causal("Llama")
-    quantize_(plain, QATConfig({"*embed*": STE(bits=12), "*": HELD}, IDS, step="prepare"), whole_model)
+    with pytest.warns(DiffQWarning, match=r"embed_tokens\.weight: 12 bits"):
+        quantize_(plain, QATConfig({"*embed*": STE(bits=12), "*": HELD}, IDS, step="prepare"), whole_model)
     with pytest.warns(DiffQWarning, match=r"embed_tokens\.weight: 12 bits"):
         quantize_(plain.eval(), QATConfig(step="convert"), whole_model)
     plain.save_pretrained(path)

@@ -72,3 +72,15 @@ def test_weights_for_which_torchao_has_no_form_are_named_by_save_pretrained(tmp_
         model = trained({"*embed*": STE(bits=12), "*": STE(bits=4)})
     with pytest.raises(PackedFileError, match="save_pretrained: "):
         model.save_pretrained(tmp_path / "folder")
+
+
+def test_what_torchao_has_no_form_for_is_named_before_the_training():
+    """GPT-2's projections are no linear layers of torch, and its tied embedding has too many bits here."""
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=67, n_embd=32, n_layer=1, n_head=2))
+    with pytest.warns(DiffQWarning, match="will stay as diffq_fx stores them") as told:
+        quantize_(model, QATConfig({"*wte*": STE(bits=12), "*": STE(bits=4)}, IDS, step="prepare"), whole_model)
+    said = str(told[0].message)
+    assert "transformer.wte.weight: 12 bits" in said
+    assert "attn.c_attn.weight: read by addmm" in said
+    assert "wpe" not in said
+    assert "save_pretrained writes no model that has both" in said
