@@ -248,6 +248,13 @@ def _place_of(model: nn.Module, name: str) -> Place:
     return (owner._parameters if attribute in owner._parameters else owner._buffers), attribute
 
 
+def _what_moves_sizes(compression: Compression) -> str:
+    runtimes = {each.runtime: None for each in compression.method.methods if isinstance(each, DiffQConfig) and each.runtime is not None}
+    if runtimes:
+        return f"Of a DiffQConfig, widths and range_per move them as far as {' and '.join(map(repr, runtimes))} can hold."
+    return "Of a DiffQConfig, min_bits, max_bits and larger groups (group_size, range_per) move them."
+
+
 def _check_target(compression: Compression, caller: str) -> None:
     """Refuse a target that no choice of widths within the limits reaches."""
     budget = compression.budget_bits()
@@ -271,5 +278,5 @@ def _check_target(compression: Compression, caller: str) -> None:
     raise ValueError(
         f"{caller}: {asked} cannot be reached with widths {widths} bits: the {weights} weights take"
         f" from {low:.4g} to {high:.4g} {unit}.\n"
-        "  Change the target, min_bits or max_bits, or use larger groups (group_size, range_per) for smaller scales."
+        f"  Give a target between these. {_what_moves_sizes(compression)}"
     )

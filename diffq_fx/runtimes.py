@@ -21,6 +21,8 @@ class Runtime:
     """What shares a scale in :meth:`preset`."""
     blocked_matrices: bool = False
     """Whether it has matrices alone, each of one width and in whole blocks."""
+    float_layers: bool = True
+    """Whether matrices in the layers of a decoder may be floats."""
     scale_dtypes: tuple[str, ...] = ("float16", "float32")
     same_width: str | None = None
     """Weights that it fuses where they have one width."""
@@ -56,6 +58,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         widths=_CONTAINERS,
         blocks=_BLOCKS,
         blocked_matrices=True,
+        float_layers=False,
         same_width="same_input",
         writer="diffq_fx.integrations.genai.export_genai",
     ),
@@ -86,10 +89,34 @@ def runtime_named(name: str) -> Runtime:
     return RUNTIMES[name]
 
 
+def how_to_prepare(name: str) -> str:
+    """What to prepare with, in words, for levels and scales that a runtime holds.
+
+    Example:
+        >>> how_to_prepare("gguf")
+        'Prepare with DiffQConfig.for_runtime("gguf"), or STE(group_size=32, grid="symmetric", scale_dtype="float16") of up to 8 bits'
+    """
+    runtime = RUNTIMES[name]
+    (grid, widths), (scale_dtype, *others) = next(iter(runtime.widths.items())), runtime.scale_dtypes
+    scales = "" if others else f', scale_dtype="{scale_dtype}"'
+    fixed = f'STE(group_size={runtime.block}, grid="{grid}"{scales})'
+    return f'Prepare with DiffQConfig.for_runtime("{name}"), or {fixed} of up to {widths[-1]} bits'
+
+
 def refuse_settings(
-    name: str, *, grid: Grid, widths: tuple[int, ...], group_size: GroupSize, range_size: GroupSize, scale_dtype: str, size_of: str
+    name: str,
+    *,
+    grid: Grid,
+    widths: tuple[int, ...],
+    limits: Mapping[str, float],
+    group_size: GroupSize,
+    range_size: GroupSize,
+    scale_dtype: str,
+    size_of: str,
 ) -> None:
     """Refuse settings of which a runtime cannot hold the weights as they are learned.
+
+    ``limits`` are those of the widths that were given beside them.
 
     Raises:
         ValueError: says the runtime, what it has, and what was found.
@@ -105,22 +132,30 @@ def refuse_settings(
     for setting, (found, has) in allowed.items():
         if found not in has:
             raise ValueError(f"DiffQConfig: the runtime {name!r} has {setting} of {' or '.join(map(repr, has))}, got {found!r}.")
-    if not set(widths) <= set(has := runtime.widths[grid]):
-        raise ValueError(f"DiffQConfig: the runtime {name!r} has widths of {has} on the {grid} grid, got {widths}.")
+    asked = {str(widths): widths} | {f"{limit}={bits:g}": (bits,) for limit, bits in limits.items()}
+    for found, bits in asked.items():
+        if not set(bits) <= set(has := runtime.widths[grid]):
+            raise ValueError(f"DiffQConfig: the runtime {name!r} has widths of {has} on the {grid} grid, got {found}.")
 
 
 def reason_against(name: str, spec: WeightSpec) -> str:
-    """Why a runtime cannot hold this weight; empty if it can.
+    """Why a runtime cannot hold this weight, and what to do; empty if it can.
 
     Example:
         >>> reason_against("gguf", WeightSpec(name="w", shape=(8, 100), axis=0, group_size="tensor", range_size=32))
-        "the runtime 'gguf' has whole blocks of 32 inputs, and its rows have 100"
+        "the runtime 'gguf' has whole blocks of 32 inputs, and its rows have 100. Leave it in float by exclude=('w',)"
     """
     runtime, block = RUNTIMES[name], spec.range_layout.block
+    instead = f"Leave it in float by exclude=({spec.name!r},)"
+    if not runtime.float_layers:
+        instead += ' if it is an embedding or a head, else use the runtime "onnxruntime" and export_onnx'
     if not runtime.blocked_matrices:
         return ""
     if len(spec.shape) != 2:
-        return f'the runtime {name!r} has matrices alone, no experts in one tensor and no kernels of convolutions ("onnxruntime" has them)'
+        has = 'matrices alone, no experts in one tensor and no kernels of convolutions ("onnxruntime" has them)'
+        return f"the runtime {name!r} has {has}. {instead}"
     if spec.columns % block or (spec.range_layout.kind != "block" and spec.columns not in runtime.blocks):
-        return f"the runtime {name!r} has whole blocks of {spec.range_size} inputs, and its rows have {spec.columns}"
+        fitting = [size for size in runtime.blocks if isinstance(size, int) and spec.columns % size == 0]
+        instead = f"Give the DiffQConfig range_per={fitting[-1]}" if fitting else instead
+        return f"the runtime {name!r} has whole blocks of {spec.range_size} inputs, and its rows have {spec.columns}. {instead}"
     return ""

@@ -63,6 +63,7 @@ def compress(
     target_mib: Annotated[float | None, typer.Option("--mib", help="Size of the whole model in MiB.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, new or empty.")] = Path("diffq-fx-compressed"),
     format: Annotated[Format | None, typer.Option(help="By default hf for a folder, packed for a function.", show_default=False)] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names that stay in float; may be repeated.")] = None,
     minutes: Annotated[float, typer.Option(help="Most minutes of the compression, about.")] = 10.0,
     steps: Annotated[int | None, typer.Option(help="Most steps of distillation; 300 by default, 0 for none.")] = None,
     with_page: Annotated[bool, typer.Option("--report", help="Write report.html too.")] = False,
@@ -75,7 +76,7 @@ def compress(
     from diffq_fx import bits_report
     from diffq_fx import compress as compressed
 
-    config = _config(target_bits, target_mib, format)
+    config = _config(target_bits, target_mib, format, tuple(exclude or ()))
     refuse_same_file(out, [target] if data is None else [target, data], DiffQError)
     with new_folder(out, DiffQError) as draft:
         source = _from_folder(Path(target), data) if os.path.exists(target) else _from_function(target, data)
@@ -94,17 +95,17 @@ def compress(
     return Answer(answer, [report, *lines], failed=" ".join(failed.values()))
 
 
-def _config(bits: float | None, mib: float | None, format: Format | None) -> "DiffQConfig":
+def _config(bits: float | None, mib: float | None, format: Format | None, exclude: tuple[str, ...]) -> "DiffQConfig":
     from diffq_fx import DiffQConfig
 
     if bits is not None and mib is not None:
         raise ValueError(f"--bits {bits:g} and --mib {mib:g} are two sizes. Give one of them.")
     if format in _RUNTIMES:
         usual = _RUNTIMES[format] if mib is None else None
-        return DiffQConfig.for_runtime(format, target_bits=usual if bits is None else bits, target_mib=mib)
+        return DiffQConfig.for_runtime(format, target_bits=usual if bits is None else bits, target_mib=mib, exclude=exclude)
     if mib is None:
-        return DiffQConfig(target_bits=4 if bits is None else bits)
-    return DiffQConfig(target_bits=None, target_mib=mib, size_of="onnx_file" if format == "onnx" else "widths")
+        return DiffQConfig(target_bits=4 if bits is None else bits, exclude=exclude)
+    return DiffQConfig(target_bits=None, target_mib=mib, size_of="onnx_file" if format == "onnx" else "widths", exclude=exclude)
 
 
 def _from_folder(folder: Path, data: Path | None) -> _Source:

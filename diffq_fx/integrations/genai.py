@@ -6,6 +6,9 @@ import json
 import math
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -15,18 +18,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
 from diffq_fx.arguments import as_path, check_flags
 from diffq_fx.atomic import naming, new_folder
-from diffq_fx.errors import ExportError, missing
+from diffq_fx.errors import DiffQWarning, ExportError, first_line, missing
 from diffq_fx.example import in_eval
 from diffq_fx.integrations.olive import HEAD, OliveFolder, check_names, tokenizer_for, write_olive
 from diffq_fx.integrations.olive_weight import HeldWeight
 
 _FILE, _SETTINGS = "model.onnx", "genai_config.json"
+_OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _TENSORS = ("qweight", "scales", "qzeros")
 _FULL_FLOAT, _INPUTS_OF_8_BITS = 1, 4
 """MatMulNBits: accuracy_level of inputs that stay float32, and of those that the runtime rounds."""
@@ -72,6 +77,9 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
         ImportError: there is no onnxruntime-genai.
         TypeError: neither a tokenizer nor a folder.
 
+    Warns:
+        DiffQWarning: the runtime cannot read the tokenizer, or containers are much larger than what was learned.
+
     Example: docs/how-to/onnxruntime-genai.md has one from a float model to generated tokens.
     """
     builder = _builder()
@@ -82,10 +90,12 @@ def export_genai(model: nn.Module, folder: str | Path, tokenizer: Any, *, exact:
         with naming(folder, ExportError):
             olive = write_olive(model, given, tokenizer, "export_genai")
         _build(builder, olive, draft, type(model).__name__)
-        with naming(folder, ExportError):
-            _give_rows_to_embedding(draft / _FILE)
-        _check_levels(draft / _FILE, olive)
-        _check_logits(draft, model)
+        with _reading_what_was_built():
+            with naming(folder, ExportError):
+                _give_rows_to_embedding(draft / _FILE)
+            _check_levels(draft / _FILE, olive)
+            tokens = _tokens_to_check(json.loads((draft / _SETTINGS).read_text())["model"], getattr(model.config, "sliding_window", None))
+        _check_run(draft, model, tokens)
         if not exact:
             with naming(folder, ExportError):
                 _round_inputs(draft / _FILE)
@@ -123,13 +133,23 @@ def _build(builder: Path, olive: OliveFolder, target: Path, architecture: str) -
     folders = ["-i", olive.path, "-o", target, "-c", olive.path.parent / "cache"]
     command = [sys.executable, builder, *folders, "-p", "int4", "-e", "cpu", "--extra_options", *extra]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (target / _FILE).is_file():
+    expected = (_FILE, _SETTINGS, *(name for name in _OF_TOKENIZER if (olive.path / name).is_file()))
+    lacking = ", ".join(name for name in expected if not (target / name).is_file())
+    if done.returncode or lacking:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit status {done.returncode}")
-        said = last.replace(str(olive.path), architecture)
+        said = last.replace(str(olive.path), architecture) if done.returncode else f"It wrote no {lacking}"
         raise ExportError(
             f"export_genai: the model builder of {_runtime()} failed. {said.removesuffix('.')}. Where it lacks the architecture or a "
             f"setting of it, use {_ANOTHER_WAY}."
         )
+
+
+@contextmanager
+def _reading_what_was_built() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, DecodeError) as error:
+        raise ExportError(f"export_genai: what the model builder of {_runtime()} wrote is damaged. {first_line(error)}") from error
 
 
 def _give_rows_to_embedding(path: Path) -> None:
@@ -176,15 +196,16 @@ def _check_levels(path: Path, olive: OliveFolder) -> None:
         raise ExportError(f"export_genai: the file of {_runtime()} lacks the levels of {', '.join(map(repr, left))}.")
 
 
-def _check_logits(folder: Path, model: nn.Module) -> None:
-    """Compare the runtime's logits with the model's in float32: the builder has its own form of each architecture."""
+def _check_run(folder: Path, model: nn.Module, tokens: NDArray[np.int32]) -> None:
+    """Compare the runtime's logits with the model's in float32, since the builder has its own form of each architecture."""
     whole: Any = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
-    tokens = _tokens_to_check(json.loads((folder / _SETTINGS).read_text())["model"], getattr(whole.config, "sliding_window", None))
+    runtime: Any = importlib.import_module("onnxruntime_genai")  # its names are made at run time
     try:
-        theirs = _logits_of_runtime(folder, tokens)
+        loaded = runtime.Model(str(folder))
+        theirs = _logits_of_runtime(runtime, loaded, tokens)
     except Exception as error:  # the runtime raises bare ones too
         error.__traceback__ = None  # its frames hold the runtime's model
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = _first_line_of(error).replace(f"{folder}/", "")
         raise ExportError(
             f"export_genai: {_runtime()} cannot run what its builder made of a {type(model).__name__}: {said.removesuffix('.')}. "
             f"Use {_ANOTHER_WAY}."
@@ -198,6 +219,15 @@ def _check_logits(folder: Path, model: nn.Module) -> None:
             f"export_genai: {_runtime()} computes something else than this {type(model).__name__}: over {len(tokens)} tokens its logits "
             f"differ by {difference:.2g} of their norm, and {_TOLERANCE:g} is allowed. Use {_ANOTHER_WAY}."
         )
+    try:
+        runtime.Tokenizer(loaded)
+    except (OSError, RuntimeError, ValueError) as error:
+        said = f"{_runtime()} cannot read this tokenizer ({_first_line_of(error)}): it gets tokens from the folder, and no texts."
+        warnings.warn(f"export_genai: {said}", DiffQWarning, stacklevel=3)
+
+
+def _first_line_of(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _tokens_to_check(settings: dict[str, Any], window: int | None) -> NDArray[np.int32]:
@@ -208,10 +238,8 @@ def _tokens_to_check(settings: dict[str, Any], window: int | None) -> NDArray[np
     return np.random.default_rng(0).choice(usual, min(max(count, _CHECKED_TOKENS), settings["context_length"])).astype(np.int32)
 
 
-def _logits_of_runtime(folder: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+def _logits_of_runtime(runtime: Any, model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
     """Of each token; the last two are given one by one, as in a generation."""
-    runtime: Any = importlib.import_module("onnxruntime_genai")  # its names are made at run time
-    model = runtime.Model(str(folder))
     search = runtime.GeneratorParams(model)
     search.set_search_options(max_length=len(tokens), do_sample=False)
     generator = runtime.Generator(model, search)

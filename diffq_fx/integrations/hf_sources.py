@@ -98,7 +98,13 @@ def batches_of(data: Path, model: PreTrainedModel, folder: Path) -> tuple[list[d
         raise DiffQError(f"--data '{data}' is neither a text in UTF-8 nor a .safetensors or .npy file.") from error
     if not lines:
         raise DiffQError(f"--data '{data}' holds no text.")
-    return _batches_of_texts(lines, data, model, folder)
+    batches, told = _batches_of_texts(lines, data, model, folder)
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and (largest := max(int(batch["input_ids"].max()) for batch in batches)) >= rows:
+        raise DiffQError(
+            f"the tokenizer of '{folder}' gives the token {largest} and the model has {rows}: it is another model's tokenizer."
+        )
+    return batches, told
 
 
 @contextmanager
@@ -149,8 +155,8 @@ def _batches_of_texts(lines: Sequence[str], data: Path, model: PreTrainedModel, 
         ], f"{min(len(windows), _MOST_BATCHES)} windows of {length} tokens"
     if len(lines) < _FEWEST:
         raise DiffQError(f"--data '{data}' is too short: {len(lines)} lines of text, and {_FEWEST} are the least.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # the attention mask hides what it is
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     rows, taken = _rows(len(lines)), inspect.signature(model.forward).parameters
     lines = lines[: rows * _MOST_BATCHES]
     batches = [

@@ -21,6 +21,7 @@ from diffq_fx.arguments import as_path
 from diffq_fx.atomic import naming, new_folder
 from diffq_fx.errors import DiffQError, DiffQWarning, ExportError, missing
 from diffq_fx.export.packed.writer import model_contents
+from diffq_fx.export.tokens import number_of_tokens, refuse_more_tokens
 from diffq_fx.integrations.olive_weight import HeldWeight, olive_weight
 from diffq_fx.storage import StoredWeight
 
@@ -119,14 +120,12 @@ def tokenizer_for(model: nn.Module, tokenizer: Any, caller: str) -> Any:
             f"{caller}: tokenizer must be the model's tokenizer of transformers, or a folder with one, got {type(tokenizer).__name__}: "
             "the runtime's folder holds it. The folder that the model came from has one."
         )
-    if isinstance(tokenizer, str | Path):
-        try:
+    try:
+        if isinstance(tokenizer, str | Path):
             tokenizer = read_tokenizer(Path(tokenizer), "Put its files there, or give the tokenizer itself")
-        except DiffQError as error:
-            raise ExportError(f"{caller}: {error}") from error
-    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    if tokens > (size := model.config.get_text_config().vocab_size):
-        raise ExportError(f"{caller}: the tokenizer has {tokens} tokens and the model's embedding {size}: it is another model's tokenizer.")
+        refuse_more_tokens(1 + max(tokenizer.get_vocab().values(), default=-1), number_of_tokens(model))
+    except DiffQError as error:
+        raise ExportError(f"{caller}: {str(error).removesuffix('.')}.") from error
     return tokenizer
 
 

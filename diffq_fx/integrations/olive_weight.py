@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from diffq_fx.errors import ExportError
 from diffq_fx.export.onnx.layout.table import read_table
-from diffq_fx.runtimes import RUNTIMES
+from diffq_fx.runtimes import RUNTIMES, how_to_prepare
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.packing import pack_levels
 
-_FEWEST, *_, _MOST = (int(size) for size in RUNTIMES["onnxruntime-genai"].blocks)
+_RUNTIME = "onnxruntime-genai"
+_FEWEST, *_, _MOST = (int(size) for size in RUNTIMES[_RUNTIME].blocks)
 """Inputs that share a scale."""
 _WIDEST = 8
 
@@ -60,11 +61,11 @@ def olive_weight(stored: StoredWeight) -> OliveWeight:
     if len(spec.shape) != 2:
         raise ExportError(f"weight {name!r} has the shape {spec.shape}; the format has matrices alone.")
     if (container := table.kernel_bits) > _WIDEST:
-        raise ExportError(f"weight {name!r}: {table.widest}; the format has up to {_WIDEST} bits. Prepare with max_bits={_WIDEST}.")
+        raise ExportError(f"weight {name!r}: {table.widest}; the format has up to {_WIDEST} bits. {how_to_prepare(_RUNTIME)}.")
     if (group := math.gcd(layout.block, layout.columns, _MOST)) < _FEWEST:
         raise ExportError(
             f"weight {name!r} has {layout.columns} inputs and a scale for {layout.block} of them; the format has scales for {_FEWEST}, 32, "
-            f"64 or {_MOST}, which must divide both."
+            f"64 or {_MOST}, which must divide both. {how_to_prepare(_RUNTIME)}."
         )
     half = 2 ** (container - 1)
     scale, levels = torch.from_numpy(table.scale), torch.from_numpy(table.levels)

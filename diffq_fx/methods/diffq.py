@@ -115,7 +115,7 @@ class DiffQConfig(DiffQSettings):
     def make_quantizer(self, spec: WeightSpec, weight: Tensor) -> "DiffQWeight":
         """Make the noise node of one weight."""
         if self.runtime is not None and (reason := reason_against(self.runtime, spec)):
-            raise PreparationError(f"weight {spec.name!r} of shape {spec.shape}: {reason}. Leave it in float by exclude=({spec.name!r},).")
+            raise PreparationError(f"weight {spec.name!r} of shape {spec.shape}: {reason}.")
         return DiffQWeight(spec, self, weight)
 
 

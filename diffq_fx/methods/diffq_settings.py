@@ -90,10 +90,12 @@ class DiffQSettings(Method):
         self._check_same_width()
         if self.runtime is not None:
             _, ranges, grid = self.layout
+            limits = ("min_bits", self.min_bits, (1, self._least_bits)), ("max_bits", self.max_bits, (8,))  # and what nobody gave
             refuse_settings(
                 self.runtime,
                 grid=grid,
                 widths=self.limits.widths,
+                limits={limit: bits for limit, bits, own in limits if bits not in own},
                 group_size=self.group_size,
                 range_size=ranges,
                 scale_dtype=self.scale_dtype,
@@ -102,7 +104,7 @@ class DiffQSettings(Method):
         if self.training_steps is not None:
             check_whole("DiffQConfig", "training_steps", self.training_steps, 1)
         if self.widths is not None or self.size_of == "onnx_file":  # no noise of widths that rounding cannot choose
-            object.__setattr__(self, "min_bits", max(self.min_bits, min(self.limits.widths[0], self.start_bits - 1)))
+            object.__setattr__(self, "min_bits", self._least_bits)
 
     def _check_aims(self) -> None:
         if isinstance(self.target_bits, _NotGiven):
@@ -189,6 +191,11 @@ class DiffQSettings(Method):
             object.__setattr__(self, "same_width", tuple(tuple(own) for own in asked))
         if self.group_size != "tensor":
             raise ValueError(f'DiffQConfig: same_width needs group_size="tensor", one width a weight, got group_size={self.group_size!r}.')
+
+    @property
+    def _least_bits(self) -> float:
+        """``min_bits`` where rounding cannot choose every width."""
+        return max(self.min_bits, min(self.limits.widths[0], self.start_bits - 1))
 
     @property
     def start_bits(self) -> float:

@@ -115,6 +115,14 @@ def test_a_function_gives_a_packed_file_and_the_report(tmp_path):
     assert load_packed("diffq-fx-compressed/packed.safetensors")["0.weight"].shape == (64, 64)
 
 
+def test_weights_that_are_excluded_stay_in_float():
+    result = invoke("mine:ready", "--exclude", "0.weight", "--exclude", "nothing", *QUICK)
+    assert (result.exit_code, "exclude pattern 'nothing' matches no parameter" in result.stderr) == (2, True), result.stderr
+    result = invoke("mine:ready", "--exclude", "0.weight", "--json", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert [weight["name"] for weight in json.loads(result.stdout)["report"]["weights"]] == ["2.weight"]
+
+
 def test_all_formats_a_page_and_json_alone_on_stdout(tmp_path):
     result = invoke("mine:ready", "--format", "all", "--report", "--out", "new", "--json", *QUICK)
     assert result.exit_code == 0, result.stderr
@@ -347,6 +355,7 @@ def test_a_decoder_as_a_file_for_llama_cpp(decoders):
     result = invoke(make("Llama"), "--data", texts, "--out", "smaller", "--format", "gguf", "--bits", 4, *QUICK)
     assert (result.exit_code, os.path.exists("smaller")) == (2, False)
     assert "target_bits=4" in result.stderr
+    assert "Give a target between these" in result.stderr
 
 
 def test_a_decoder_as_a_folder_for_onnxruntime_genai(decoders):
@@ -374,7 +383,7 @@ def test_what_a_runtime_cannot_hold_is_said_before_the_compression(decoders, mod
         assert says in result.stderr
 
 
-def test_a_language_model_reads_windows_and_others_padded_texts(models):
+def test_a_language_model_reads_windows_and_others_padded_texts(models, changed):
     from diffq_fx.integrations.hf_sources import batches_of, load_float
 
     texts, (llama, bert) = models / "texts.txt", (models / "llama", models / "bert")
@@ -386,6 +395,10 @@ def test_a_language_model_reads_windows_and_others_padded_texts(models):
     assert told == "60 texts"
     assert [len(batch["input_ids"]) for batch in batches] == [7] * 8 + [4]
     assert all(int((batch["attention_mask"] == 0).sum()) == int((batch["input_ids"] == 0).sum()) for batch in batches)
+    without = changed("bert")  # neither a token to pad with nor one that ends a text
+    (without / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}))
+    same, _ = batches_of(texts, load_float(bert), without)
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(batches, same, strict=True) for name in one)
     np.save("ids.npy", np.arange(48, dtype=">i4").reshape(24, 2))
     rows, told = batches_of(Path("ids.npy"), load_float(bert), bert)
     assert told == "24 rows of input_ids"
@@ -471,6 +484,14 @@ def test_data_that_is_wrong(models, changed):
         result = invoke(models / name, "--data", data)
         assert result.exit_code == 2, result.exception
         assert message in result.stderr
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(models, changed, transformers):
+    folder = changed("llama", without=("model.safetensors",))
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**BODY | {"vocab_size": 40}, num_key_value_heads=1)).save_pretrained(folder)
+    result = invoke(folder, "--data", models / "texts.txt")
+    assert (result.exit_code, os.path.exists("diffq-fx-compressed")) == (2, False)
+    assert "gives the token 62 and the model has 40: it is another model's tokenizer." in result.stderr
 
 
 def test_a_text_does_not_say_what_a_decoder_reads(models, changed, transformers):

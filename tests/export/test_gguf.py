@@ -213,6 +213,12 @@ def test_a_model_that_a_file_cannot_hold_leaves_none(case, path):
     assert not os.listdir(path.parent)
 
 
+def test_a_number_of_tokens_that_the_config_has_otherwise(path):
+    (model := rounded(decoder("llama"))).config.vocab_size += 1
+    with pytest.raises(ExportError, match=r"^export_gguf: the config has vocab_size=\d+ and the model's embedding \d+ tokens\. Set config"):
+        export_gguf(model, path, tokenizer=None)
+
+
 def test_a_tensor_without_a_place_is_met_before_the_compression():
     with pytest.raises(ExportError, match="^export_gguf: .*has no place in the file"):
         refuse_unknown(decoder("qwen3", attention_bias=True), None)
@@ -242,7 +248,7 @@ def change(folder, **changes):
 NO_TOKENIZER = {
     "missing": (
         lambda folder: shutil.rmtree(folder),
-        r"has no tokenizer.json. Give the folder that tokenizer.save_pretrained wrote, or None",
+        r"has no tokenizer.json. Give the folder that tokenizer.save_pretrained wrote. export_gguf",
     ),
     "damaged": (lambda folder: (folder / "tokenizer.json").write_text("{"), "is no tokenizer that can be read: JSONDecodeError"),
     "empty": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer that can be read: KeyError: 'model'"),

@@ -102,13 +102,13 @@ def test_bytes_of_a_block_are_those_of_the_package():
     ("weight", "says"),
     [
         (lambda: stored(4, "symmetric", shape=(6, 100)), r"'layer.weight' has rows of 100 inputs.*blocks of 32. Exclude it"),
-        (lambda: stored(4, "symmetric", range_size=16), r"has a scale for each 16 inputs, and GGUF one for 32. Prepare with range_per=32"),
+        (lambda: stored(4, "symmetric", range_size=16), r"has a scale for each 16 inputs, and GGUF one for 32. Prepare with .*for_runtime"),
         (lambda: stored(4, "symmetric", range_size=48), r"has a scale for each 48 inputs"),
         (lambda: stored(4, "symmetric", scale=0.1), r'18 of its 18 scales are no float16 values, first 0.1000.*scale_dtype="float16"'),
         (lambda: stored(4, "symmetric", scale=1e6), r"18 of its 18 scales are no float16 values, first 1000000.0"),
         (
             lambda: stored(9, "symmetric"),
-            r"needs integers from -256 to 255 times its scales; Q8_0, .*-128 to 127. Prepare with.*max_bits=8",
+            r"needs integers from -256 to 255 times its scales; Q8_0, .*-128 to 127. Prepare with.*of up to 8 bits",
         ),
         (lambda: stored(8, "affine", zero=0), r'needs integers from 0 to 255 .*grid="symmetric"'),
         (lambda: stored(8, "float"), r"integers from 0 to 255 times its scales; Q5_1, .* has 0 to 31"),

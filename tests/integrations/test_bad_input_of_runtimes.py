@@ -108,7 +108,7 @@ def there(path):
 ONNX, GGUF, OLIVE, GENAI = (("export_onnx", to_onnx), ("export_gguf", to_gguf), ("save_olive", to_olive), ("export_genai", to_genai))
 NO_CACHE = "no decoder of transformers that generates with a cache"
 NO_TOKENIZER = "has no tokenizer"
-WIDE = "the widest channel has 9; the format has up to 8 bits. Prepare with max_bits=8"
+WIDE = r"the widest channel has 9; the format has up to 8 bits. Prepare with .*for_runtime.* of up to 8 bits\.$"
 THERE = "is there already. Give the name of a new folder"
 CASES = [
     (ONNX, "no cache", None, "the BertForMaskedLM has no cache: its forward takes no 'past_key_values'"),

@@ -30,8 +30,8 @@ HELD = STE(bits=4)
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    words = {f"t{index}": index for index in range(94)} | {"<s>": 94, "</s>": 95}
-    made = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    letters = {chr(33 + index): index for index in range(94)} | {"<s>": 94, "</s>": 95}
+    made = Tokenizer(models.BPE(letters, []))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
@@ -307,12 +307,25 @@ def test_a_runtime_that_is_not_installed_is_named_with_its_extra(llama, tokenize
     assert not any(tmp_path.iterdir())
 
 
+COPIED = "import os, shutil; shutil.copytree(FOLDER, target, dirs_exist_ok=True)"
 BROKEN_BUILDERS = {
     "fails": (
         "raise NotImplementedError(f'The {source} model is not currently supported.')",
         "failed. NotImplementedError: The LlamaForCausalLM model",
     ),
-    "writes nothing": ("", "failed. exit status 0"),
+    "writes nothing": ("", "failed. It wrote no model.onnx, genai_config.json, tokenizer.json, tokenizer_config.json. Where it lacks"),
+    **{
+        f"leaves out {name}": (f"{COPIED}; os.remove(target + '/{name}')", f"failed. It wrote no {name}")
+        for name in ("model.onnx", "genai_config.json", "tokenizer.json")
+    },
+    **{
+        f"leaves {name} half": (
+            f"{COPIED}; path = target + '/{name}'; os.truncate(path, os.path.getsize(path) // 2)",
+            "is damaged. .*Error: ",
+        )
+        for name in ("model.onnx", "model.onnx.data", "genai_config.json")
+    },
+    "leaves out levels": (f"{COPIED}; os.remove(target + '/model.onnx.data')", "is damaged. FileNotFoundError: "),
     "computes otherwise": (
         "import onnx, shutil; shutil.copytree(FOLDER, target, dirs_exist_ok=True); made = target + '/model.onnx'; "
         "model = onnx.load(made, load_external_data=False); "
@@ -348,3 +361,34 @@ def test_a_builder_that_fails_or_changes_the_model_leaves_no_folder(name, runtim
     assert [path.name for path in tmp_path.iterdir()] == ["builder.py"]
     with pytest.raises(ExportError, match="^export_genai: a LlamaModel is no decoder"):
         export_genai(llama.model, tmp_path / "folder", tokenizer)
+
+
+NUMBERS = {
+    "vocab_size above": (
+        lambda model: setattr(model.config, "vocab_size", 128),
+        "the config has vocab_size=128 and the model's embedding 96",
+    ),
+    "vocab_size below": (
+        lambda model: setattr(model.config, "vocab_size", 80),
+        "the config has vocab_size=80 and the model's embedding 96",
+    ),
+    "head": (lambda model: setattr(model.lm_head, "out_features", 95), "the config has vocab_size=96 and the model's head 95 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_tokens_that_differ_are_said_before_anything_is_written(name, tokenizer, tmp_path):
+    change, says = NUMBERS[name]
+    change(model := decoder())
+    with pytest.raises(ExportError, match=f"^save_olive: {says}"):
+        save_olive(model, tmp_path / "folder", tokenizer)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_the_runtime_cannot_read_is_said(runtime, llama, tmp_path):
+    words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(96)}, unk_token="t0"))
+    with pytest.warns(
+        DiffQWarning, match=r"export_genai: onnxruntime-genai.* cannot read this tokenizer \(.*it gets tokens from the folder"
+    ):
+        export_genai(llama, tmp_path / "folder", transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0"))

@@ -91,6 +91,9 @@ def test_a_preset_beside_a_fixed_width():
         ("openvino", {"widths": (2, 4)}, r"the runtime 'openvino' has widths of \(4, 8\)"),
         ("onnxruntime-genai", {"range_per": "channel"}, "has range_per of 16 or 32 or 64 or 128, got 'channel'"),
         ("onnxruntime", {"widths": (2, 3)}, r"the runtime 'onnxruntime' has widths of \(2, 4, 8\)"),
+        ("gguf", {"min_bits": 3}, r"has widths of \(4, 5, 8\) on the symmetric grid, got min_bits=3"),
+        ("gguf", {"max_bits": 16}, r"has widths of \(4, 5, 8\) on the symmetric grid, got max_bits=16"),
+        ("onnxruntime", {"min_bits": 3, "widths": (4, 8)}, r"has widths of \(2, 4, 8\) on the affine grid, got min_bits=3"),
         ("web", {"range_per": 24}, "the runtime 'web' has range_per of 16 or 32"),
     ],
     ids=str,
@@ -101,8 +104,34 @@ def test_what_a_runtime_cannot_hold_is_refused(runtime, settings, message):
 
 
 def test_a_change_of_a_preset_is_refused_too():
-    with pytest.raises(ValueError, match="the runtime 'gguf' has widths of"):
-        dataclasses.replace(DiffQConfig.for_runtime("gguf"), widths=(6, 8))
+    for change in ({"widths": (6, 8)}, {"min_bits": 3.0}):
+        with pytest.raises(ValueError, match="the runtime 'gguf' has widths of"):
+            dataclasses.replace(DiffQConfig.for_runtime("gguf"), **change)
+
+
+@pytest.mark.parametrize("runtime", LEARNING)
+@pytest.mark.parametrize("settings", [{}, {"init_bits": 4.5}, {"min_bits": 4, "widths": (4, 8)}, {"max_bits": 8}], ids=str)
+def test_limits_that_a_runtime_has_stay_through_a_change(runtime, settings):
+    config = DiffQConfig.for_runtime(runtime, **settings)
+    assert dataclasses.replace(config, target_bits=6).limits == config.limits
+
+
+def test_advice_where_a_target_cannot_be_reached_can_be_followed():
+    with pytest.raises(ValueError, match=r"take from 4\.5.* to 8\.5") as error:
+        prepare_diffq(net(), X, DiffQConfig.for_runtime("gguf", target_bits=4))
+    said = str(error.value).splitlines()[1].strip()
+    assert said == "Give a target between these. Of a DiffQConfig, widths and range_per move them as far as 'gguf' can hold."
+    with pytest.raises(ValueError, match=r"Give a target between these\. Of a DiffQConfig, min_bits, max_bits and larger groups"):
+        prepare_diffq(net(), X, DiffQConfig(target_bits=1.01))
+
+
+def test_advice_for_a_weight_names_what_this_runtime_has():
+    with pytest.raises(PreparationError, match=r"whole blocks of 32 inputs, and its rows have 48\. Give the DiffQConfig range_per=16\.$"):
+        prepare_diffq(net(48), torch.zeros(1, 48), DiffQConfig.for_runtime("onnxruntime-genai", target_bits=6))
+    with pytest.raises(PreparationError, match=r"rows have 100.*if it is an embedding or a head, else use the runtime \"onnxruntime\""):
+        prepare_diffq(net(100), torch.zeros(1, 100), DiffQConfig.for_runtime("onnxruntime-genai", target_bits=6))
+    with pytest.raises(PreparationError, match=r"rows have 48\. Leave it in float by exclude=\('0.weight',\)\.$"):
+        prepare_diffq(net(48), torch.zeros(1, 48), DiffQConfig.for_runtime("gguf", target_bits=6))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffq_fx.errors import ExportError
 from diffq_fx.functional.groups import rows_of
+from diffq_fx.runtimes import how_to_prepare
 from diffq_fx.storage import IntegerWeight
 from diffq_fx.storage.packing import unpack_rows
 
@@ -81,14 +82,12 @@ class BlockedWeight:
         if spec.columns % BLOCK:
             raise ExportError(f"{name} has rows of {spec.columns} inputs, which are no whole blocks of {BLOCK}. Exclude it from prepare")
         if layout.kind == "block" and layout.block % BLOCK:
-            raise ExportError(
-                f"{name} has a scale for each {layout.block} inputs, and GGUF one for {BLOCK}. Prepare with range_per={BLOCK}"
-            )
+            raise ExportError(f"{name} has a scale for each {layout.block} inputs, and GGUF one for {BLOCK}. {how_to_prepare('gguf')}")
         for what, values in (("scale", stored.scale), ("offset", stored.offset)):
             if values is not None and len(wrong := values[~_is_half(values)]):
                 raise ExportError(
                     f"{name}: {len(wrong)} of its {values.numel()} {what}s are no float16 values, first {wrong[0].item()!r}. "
-                    'Prepare with scale_dtype="float16"'
+                    + how_to_prepare("gguf")
                 )
         self.type = self._smallest_type()
 
@@ -102,7 +101,7 @@ class BlockedWeight:
             widest = TYPES[-1] if self._stored.offset is None else TYPES[-2]
             raise ExportError(
                 f"weight {self._stored.spec.name!r} needs integers from {lowest} to {highest} times its scales; {widest.name}, the widest "
-                f'type for its grid, has {widest.lowest} to {widest.highest}. Prepare with grid="symmetric" and max_bits=8'
+                f"type for its grid, has {widest.lowest} to {widest.highest}. {how_to_prepare('gguf')}"
             )
         return possible[0]
 

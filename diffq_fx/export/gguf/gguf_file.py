@@ -20,6 +20,7 @@ from diffq_fx.export.gguf.architectures import HEAD, Architecture, add_sizes, ar
 from diffq_fx.export.gguf.blocks import BLOCK, BlockedWeight
 from diffq_fx.export.gguf.vocabulary import READ, Vocabulary, vocabulary_of
 from diffq_fx.export.packed.writer import model_contents
+from diffq_fx.export.tokens import number_of_tokens
 from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.packing import in_smallest_type
@@ -127,8 +128,9 @@ def _errors_of_export() -> Iterator[None]:
 
 
 def _known(model: nn.Module, tokenizer: Path | None) -> tuple[Architecture, Vocabulary | None]:
-    config: Any = getattr(model, "config", None)
-    return architecture_of(config), None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size)
+    architecture = architecture_of(getattr(model, "config", None))
+    size = number_of_tokens(model)
+    return architecture, None if tokenizer is None else vocabulary_of(tokenizer, size)
 
 
 def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | None) -> GGUFResult:

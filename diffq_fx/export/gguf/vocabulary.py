@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import gguf
 
 from diffq_fx.errors import ExportError
+from diffq_fx.export.tokens import refuse_more_tokens
 
 TOKENIZER_FILE = "tokenizer.json"
 READ = (TOKENIZER_FILE, "tokenizer_config.json", "config.json", "chat_template.jinja", "chat_template.json", "merges.txt")
@@ -28,6 +29,7 @@ _SENTENCEPIECE = (
     {"type": "Metaspace", "replacement": "▁", "split": False},
 )
 """What a tokenizer of SentencePiece's kind does before its merges, in the words of tokenizer.json."""
+_WITHOUT = "export_gguf(..., tokenizer=None) writes the weights alone"
 _PADDING, _NO_SCORE = "[PAD{}]", -1000.0
 
 
@@ -70,9 +72,7 @@ def vocabulary_of(folder: Path, size: int) -> Vocabulary:
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise ExportError(
-            f"'{folder}' has no {TOKENIZER_FILE}. Give the folder that tokenizer.save_pretrained wrote, or None for the weights alone"
-        )
+        raise ExportError(f"'{folder}' has no {TOKENIZER_FILE}. Give the folder that tokenizer.save_pretrained wrote. {_WITHOUT}")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         pre = _pre_tokenizer_of(described)
@@ -94,9 +94,9 @@ def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
     """What runtimes call the way in which words are cut; None for SentencePiece's."""
     model, normalizers, steps = described["model"], _steps(described, "normalizer"), _steps(described, "pre_tokenizer")
     if model["type"] != "BPE":
-        raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone: give tokenizer=None")
+        raise ExportError(f"the tokenizer is a {model['type']}, and a GGUF file of a decoder holds BPE alone. {_WITHOUT}")
     if not model["merges"]:
-        raise ExportError("the tokenizer has no merges, and runtimes read no BPE without any: give tokenizer=None")
+        raise ExportError(f"the tokenizer has no merges, and runtimes read no BPE without any. {_WITHOUT}")
     takes_whole_words = bool(model.get("ignore_merges"))
     if model.get("byte_fallback"):
         unknown = [each for each in (*normalizers, *steps) if not any(known.items() <= each.items() for known in _SENTENCEPIECE)]
@@ -106,11 +106,9 @@ def _pre_tokenizer_of(described: dict[str, Any]) -> str | None:
         name = _name_of_cuts(steps, takes_whole_words)
     unknown += [{key: model[key]} for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(key)]
     if unknown:
-        raise ExportError(f"the tokenizer changes texts by {json.dumps(unknown)[:300]}, which runtimes do not: give tokenizer=None")
+        raise ExportError(f"the tokenizer changes texts by {json.dumps(unknown)[:300]}, which runtimes do not. {_WITHOUT}")
     if takes_whole_words and name != "llama-bpe":
-        raise ExportError(
-            "the tokenizer ignores merges for words that are tokens, which runtimes do for Llama 3's alone: give tokenizer=None"
-        )
+        raise ExportError(f"the tokenizer ignores merges for words that are tokens, which runtimes do for Llama 3's alone. {_WITHOUT}")
     return name
 
 
@@ -129,7 +127,7 @@ def _name_of_cuts(steps: list[dict[str, Any]], takes_whole_words: bool) -> str:
                 return name
     raise ExportError(
         f"the tokenizer cuts words in a way that has no name here: {json.dumps(steps)[:300]}. Known are those of "
-        f"gpt-2, smollm, {', '.join(_NAMES.values())}: give tokenizer=None for a file of weights alone"
+        f"gpt-2, smollm, {', '.join(_NAMES.values())}. {_WITHOUT}"
     )
 
 
@@ -152,8 +150,7 @@ def _tokens_of(described: dict[str, Any], size: int) -> list[_Token]:
         if (known := tokens.get(added["id"])) is None or known.kind != gguf.TokenType.UNKNOWN:
             kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
             tokens[added["id"]] = _Token(added["content"], kind)
-    if len(tokens) > size:
-        raise ExportError(f"the tokenizer has {max(tokens) + 1} tokens and the model's embedding {size}: it is another model's tokenizer")
+    refuse_more_tokens(max(tokens) + 1, size)
     return [tokens[index] for index in range(size)]
 
 
