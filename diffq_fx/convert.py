@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
@@ -23,6 +23,10 @@ from diffq_fx.passes.runner import run_passes
 from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, owner_of
+
+_FAR_OFF, _TIMES_THE_BEST = 0.25, 2.0
+"""By how much of its norm rounding with a learned range changes a weight, and how many times what a range of least error does, where the
+weight is not that which was trained."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def _convert_part(root: nn.Module, compression: Compression, names: dict[int, tu
             quantizer.refuse_not_finite(weights[id(quantizer)])
         compression.allocate()
         stored = [_stored(q, weights[id(q)], names[id(q)]) for q in compression.quantizers]
+        _warn_of_ranges(compression.quantizers, weights, stored)
         kernels.release()
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta")) for weight in weights.values()}
     try:
@@ -205,6 +210,28 @@ def _warn_untrained(compression: Compression) -> None:
             "no pressure on the size ever reached this model: the config has no target and no penalty, and model_size(model) was "
             "never part of a loss. Set target_bits, target_mib or penalty, or add penalty * model_size(model) to the loss."
         )
+
+
+def _warn_of_ranges(quantizers: Iterable[WeightQuantizer], weights: Mapping[int, nn.Parameter], stored: Iterable[StoredWeight]) -> None:
+    """Name weights that trained, are frozen now as PEFT leaves them, and are far from what their learned ranges hold."""
+    found = []
+    for quantizer, made in zip(quantizers, stored, strict=True):
+        weight = weights[id(quantizer)]
+        if quantizer.learned_for is None or bool(quantizer.learned_for.any()) or weight.requires_grad:
+            continue  # only PEFT freezes a weight that has trained
+        if (off := _distance(made(), weight)) < _FAR_OFF:
+            continue
+        if off > _TIMES_THE_BEST * (best := _distance(quantizer.rounded_anew(weight), weight)):
+            found.append(f"{made.spec.name!r} by {off:.0%} of its norm, and by {best:.0%} with a range that is sought for it")
+    if found:
+        _warn(
+            f"learned ranges do not fit {len(found)} of the weights, as after an adapter was merged into weights that had trained: "
+            f"rounding changes {found[0]}. Merge adapters into the float model, and prepare and train that."
+        )
+
+
+def _distance(rounded: Tensor, weight: Tensor) -> float:
+    return float((rounded.float() - weight.float()).norm() / weight.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _warn(message: str) -> None:

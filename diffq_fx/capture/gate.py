@@ -66,6 +66,8 @@ def _outcome(model: nn.Module, example: Example, mode: Any, parameters: Mapping[
 
 def _gradients(output: Any, leaves: Mapping[str, Tensor]) -> _Gradients | str:
     """The gradients of a loss that weighs every element of the output differently; what the backward raises is an outcome too."""
+    if not leaves:  # a model that is frozen, and whose inputs are integers
+        return {}
     generator, outputs = torch.Generator().manual_seed(1), [each for each in _tensors_within(output) if each.requires_grad]
     weights = [torch.randn(each.shape, generator=generator, dtype=torch.float32).to(each) for each in outputs]
     try:

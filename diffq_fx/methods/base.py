@@ -164,6 +164,7 @@ class WeightQuantizer(nn.Module, ABC):
         self.register_buffer("forwards", None)
         self._forwards = 0  # the same, since to read the buffer would wait for a device
         self._weight_trains: bool | None = None
+        self._seeks_anew = False
         self._stand_in: Callable[[], Tensor] | None = None
         self._kept: tuple[Any, Tensor] | None = None
 
@@ -218,6 +219,8 @@ class WeightQuantizer(nn.Module, ABC):
 
     def is_learned_for_another(self) -> bool:
         """Whether the weight has other values than that for which a range or a step was learned, which then no longer fits."""
+        if self._seeks_anew:
+            return True
         if self.learned_for is None or self._weight_trains or self.weight.requires_grad or torch.compiler.is_compiling():
             return False  # without a look at values, for which a GPU makes a forward wait
         if not bool(self.learned_for.any()):
@@ -234,6 +237,14 @@ class WeightQuantizer(nn.Module, ABC):
         super()._load_from_state_dict(*args, **kwargs)
         if self.forwards is not None and not self.forwards.is_meta:
             self._forwards = round(self.forwards.item())
+
+    def rounded_anew(self, weight: Tensor) -> Tensor:
+        """The weight as :meth:`rounded_weight` would make it with no range or step learned."""
+        self._seeks_anew = True
+        try:
+            return self.rounded_weight(weight)
+        finally:
+            self._seeks_anew = False
 
     def trained_values(self) -> list[tuple[str, Tensor]]:
         """What training moves, each with the words for it in a message: the weight, and the quantizer's own parameters."""

@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 import peft
 import transformers
 
-from diffq_fx import ConversionError, DiffQConfig, convert, prepare, prepare_diffq
-from diffq_fx.methods import STE
+from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, convert, prepare, prepare_diffq
+from diffq_fx.methods import LSQ, STE
 
 IDS = {"input_ids": torch.randint(67, (2, 7), generator=torch.Generator().manual_seed(0))}
 
@@ -99,3 +99,27 @@ def test_the_bits_are_learned_beside_an_adapter():
     train(model, steps=4)
     assert model.compression.frozen
     assert torch.equal(run(convert(model)), run(model))
+
+
+@pytest.mark.parametrize("method", [LSQ(bits=4), DiffQConfig(target_bits=5, training_steps=4)], ids=lambda method: type(method).__name__)
+def test_a_ready_made_adapter_that_does_not_fit_the_learned_ranges_is_said(method):
+    """The base has trained itself, so nothing remembers what it was when its ranges were learned."""
+    model = prepare(llama(), IDS, method)
+    train(model, steps=8)
+    convert(model)  # a warning would be an error
+    merged = with_lora(model)
+    for name, parameter in merged.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    merged = merged.merge_and_unload()
+    with pytest.warns(
+        DiffQWarning, match=r"ranges do not fit \d of the weights.*self_attn\.[qv]_proj\.weight' by \d+% of its norm, and by \d%"
+    ) as told:
+        convert(merged)
+    assert told[0].filename == __file__
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_prepared():
+    model = prepare_diffq(llama().requires_grad_(False), IDS, DiffQConfig(target_bits=5))
+    assert {parameter.requires_grad for name, parameter in model.named_parameters() if name.endswith(".weight")} == {False}
+    assert all(quantizer.logits.requires_grad for quantizer in model.compression.learned)
