@@ -130,6 +130,10 @@ class Window(Stateful):
     layer = SimpleNamespace(keys=torch.zeros(2, 1, 1, 8), values=torch.zeros(2, 1, 1, 8))
 
 
+class WithEncoder(Stateful):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+
 class Picky(Stateful):
     def forward(self, input_ids, past_key_values=None, use_cache=None):
         raise ValueError("You have to specify decoder_input_ids")
@@ -145,6 +149,13 @@ IDS = tokens(2, 6)
         (Stateful, IDS, {}, ExportError, "the Stateful has no cache: use_cache=True makes it return no 'past_key_values'. Leave cache"),
         (WithStates, IDS, {}, ExportError, "layer 0 of the cache of the WithStates does not hold keys and values of every token"),
         (Window, IDS, {}, ExportError, "layer 0 of the cache of the Window does not hold keys and values of every token"),
+        (
+            WithEncoder,
+            IDS,
+            {},
+            ExportError,
+            "the WithEncoder has an encoder, whose keys and values no decoder's cache has. Leave cache out",
+        ),
         (Picky, IDS, {}, ExportError, "the Picky does not run on the first 2 tokens of example_inputs: You have to specify decoder_"),
         (Stateful, tokens(2, 4), {}, ExportError, r"'input_ids' of shape \(batch, 5 or more\), got \[2, 4\]"),
         (Stateful, torch.randn(2, 6, 8), {}, ExportError, r"'input_ids' of shape \(batch, 5 or more\), got \[2, 6, 8\]"),

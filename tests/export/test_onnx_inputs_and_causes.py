@@ -253,7 +253,7 @@ class Holder(nn.Module):
     [
         (Holder(Three()), (2, 9, 32), r"scaled_dot_product_attention\.default in 'inner' \(Three\): AssertionError: only 4D query"),
         (Holder(Untranslated()), (2, 8, 8), r"_linalg_svd\.default in 'inner' \(Untranslated\) has no translation to ONNX"),
-        (WithCache(), (2, 8), r"cannot trace the WithCache: it returns a cache of keys and values\. Give cache=True .* use_cache=False"),
+        (WithCache(), (2, 8), r"cannot trace the WithCache: it returns a cache of keys and values\. Add use_cache=False .* cache=True"),
         (Keyword("class"), (2, 8), r"the name 'class\.[\w.]+' holds a keyword of Python, which torch\.onnx cannot write\. Rename"),
         (Holder(Keyword("None")), (2, 8), r"the name 'inner\.None\.[\w.]+' holds a keyword of Python"),
     ],

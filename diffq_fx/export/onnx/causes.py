@@ -24,8 +24,8 @@ _MOST_CHARACTERS = 300
 _CACHES = (
     (
         r"Found <class '.*Cache'> in output",
-        "it returns a cache of keys and values. Give cache=True for a file that takes and returns its tensors, "
-        "or add use_cache=False to example_inputs (a dict of keyword arguments).",
+        "it returns a cache of keys and values. Add use_cache=False to example_inputs (a dict of keyword arguments), or give cache=True "
+        "for a decoder whose file takes and returns its tensors.",
     ),
     (
         r"Unsupported input type <class '.*Cache'>",
