@@ -92,7 +92,7 @@ def write_olive(model: nn.Module, folder: Path, tokenizer: Any, caller: str) -> 
         check_names((names[0] for names, _ in rest), type(model).__name__, are_floats=True)
         held, tensors, in_float = _matrices([stored for _, stored in weights], decoder.config, caller)
     except DiffQError as error:
-        raise ExportError(f"{caller}: {error}") from error
+        raise ExportError(f"{caller}: {str(error).removesuffix('.')}.") from error
     tensors |= {names[0]: tensor for names, tensor in rest}
     described = copy.deepcopy(decoder.config)
     say_nothing(described)
@@ -137,7 +137,7 @@ def _matrices(weights: list[StoredWeight], config: Any, caller: str) -> tuple[di
     learned = here = 0
     for stored in weights:
         if EMBEDDING in stored.spec.names:
-            tensors[EMBEDDING] = stored()
+            tensors[EMBEDDING] = copy.deepcopy(stored).float()()  # half precision would round the product of level and scale
         if set(stored.spec.names) == {EMBEDDING}:
             in_float.append(EMBEDDING)
             continue

@@ -13,6 +13,7 @@ from diffq_fx.arguments import check_flags
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.errors import DiffQError
 from diffq_fx.example import Example
+from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import Method
 from diffq_fx.methods.diffq import DiffQConfig
 from diffq_fx.post_training.batches import Calibration
@@ -85,6 +86,7 @@ def compress_blocks(
             own.set_submodule(path, block)
             with torch.no_grad():
                 chains = [(_first(call.run(block)), rests) for call, (_, rests) in zip(calls, chains, strict=True)]
+    tell_libraries(own)
     return own
 
 

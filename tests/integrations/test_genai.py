@@ -392,3 +392,13 @@ def test_a_tokenizer_that_the_runtime_cannot_read_is_said(runtime, llama, tmp_pa
         DiffQWarning, match=r"export_genai: onnxruntime-genai.* cannot read this tokenizer \(.*it gets tokens from the folder"
     ):
         export_genai(llama, tmp_path / "folder", transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_with_an_embedding_of_its_own(dtype, runtime, tokenizer, tmp_path):
+    """The embedding is a float in the folder: the product of level and scale, which half precision would round."""
+    made = transformers.AutoModelForCausalLM.from_config(decoder(tie_word_embeddings=False).config, dtype=dtype)
+    model = convert(prepare(made, IDS, {"*embed*": STE(bits=8), "*": HELD}))
+    export_genai(model, tmp_path / "folder", tokenizer, exact=True)
+    assert greedy_of(runtime, tmp_path / "folder") == greedy(copy.deepcopy(model).float())

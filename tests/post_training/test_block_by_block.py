@@ -1,5 +1,7 @@
 """compress_blocks: each block as compress does it, on what the compressed blocks before it give; and batches of the model's own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,3 +135,19 @@ def test_a_decoder_on_its_own_samples() -> None:
 def test_own_samples_refuse(model: nn.Module | None, settings: dict[str, int], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=f"own_samples: {says}"):
         own_samples(model or decoder(), **settings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_is_saved_with_its_blocks(tied: bool, tmp_path: Path) -> None:
+    """save_pretrained wrote names that from_pretrained does not know, and it filled the layers with random numbers."""
+    import diffq_fx.integrations.transformers  # noqa: F401
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied))
+    inputs = [{**each, "use_cache": False} for each in own_samples(model, count=4, tokens=8)]
+    compressed = compress_blocks(model, inputs, "model.layers.*", DiffQConfig(target_bits=6), steps=0, progress=False)
+    compressed.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs[0]).logits, compressed(**inputs[0]).logits)
+    assert bits_report(loaded).packed_size == bits_report(compressed).packed_size
