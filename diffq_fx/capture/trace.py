@@ -230,9 +230,10 @@ def _state_of(model: nn.Module) -> dict[str, list[Any]]:
     """What a forward may change on a model, by name: each attribute, what a list, dict or set in it holds, and a tensor's version."""
     state = {}
     for path, module in model.named_modules():
-        registries = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        own = vars(module)
+        registries = {name: own[name] for name in ("_parameters", "_buffers", "_modules")}
         entries = [entry for registry in registries.values() for entry in registry.items()]
-        for name, value in (*entries, *((name, value) for name, value in vars(module).items() if name not in registries)):
+        for name, value in (*entries, *((name, value) for name, value in own.items() if name not in registries)):
             held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value) if isinstance(value, list) else []
             held += [frozenset(value)] if isinstance(value, set) else []
             held += [value._version] if isinstance(value, Tensor) and not value.is_inference() else []

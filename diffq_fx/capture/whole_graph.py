@@ -66,7 +66,9 @@ class CapturedModel(fx.GraphModule):
         refuse_new_class(type(self), type(self).__mro__[1])  # fx makes a class for each GraphModule
         copied = memo[id(self)] = _empty(self.original_class, self.taken_over)
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
-        copied.graph = copy.deepcopy(self.graph)
+        copied._graph = copy.deepcopy(self.graph)
+        copied._graph.owning_module = copied
+        type(copied).forward = type(self).forward  # its code is the same
         return copied
 
     def __reduce__(self) -> Any:
