@@ -86,7 +86,7 @@ class Compression(TrainingState):
         self.scope_reason = ""
         self.notes: tuple[str, ...] = ()
         self.history = History()
-        self.rest_at_least = 0  # bits that what is not quantized counts at least: once its constants are tuned, they are none
+        self.scales_ranges = True  # so that a coded size holds while weights train on; after compensation another scale would undo it
         self.price = 0.0  # squared steps that a bit is worth where weights are about to be rounded by their code as well
         self.penalized = False  # whether model_size was ever part of a loss
         self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
@@ -253,7 +253,7 @@ class Compression(TrainingState):
         kept = [each.half() if halves and each.dtype == torch.float32 else each for each in parameters]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return rest_in_file(kept) + sum(8 * buffer.nbytes for buffer in buffers)
-        return max(rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])]), self.rest_at_least)
+        return rest_in_file([in_smallest_type(each.detach()) for each in tables_once([*kept, *buffers])])
 
     def fixed_bits(self) -> int:
         """Size of the weights whose method has no trainable bits."""

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassResult
 
 from diffq_fx.budget.size import mib
 from diffq_fx.capture.copies import copy_sharing_parameters, passing_copy
@@ -168,13 +169,15 @@ def _first_faithful(
 
 
 def _prepare_model_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> nn.Module:
-    captured = capture_model(model, example, selection)
-    run_passes(captured, [partial(annotate_weights, selection=selection)])
-    read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
-    if unread := [spec.name for spec in selection.specs.values() if spec.name not in read]:
-        raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
-    _add_quantizers(captured, selection, choice)
-    return run_passes(captured, [insert_quantizers, verify_prepared])
+    def add_quantizers(captured: fx.GraphModule) -> PassResult:
+        read = {node.meta[META_KEY].name for node in captured.graph.nodes if META_KEY in node.meta}
+        if unread := [spec.name for spec in selection.specs.values() if spec.name not in read]:
+            raise CaptureError(f"the example's graph does not read {', '.join(unread)}")
+        _add_quantizers(captured, selection, choice)
+        return PassResult(captured, False)
+
+    passes = [partial(annotate_weights, selection=selection), add_quantizers, insert_quantizers, verify_prepared]
+    return run_passes(capture_model(model, example, selection), passes)
 
 
 def _prepare_module_scope(model: nn.Module, example: Example, selection: Selection, choice: MethodChoice) -> nn.Module:

@@ -205,6 +205,8 @@ def _first_difference(prepared: nn.Module, twin: nn.Module, readable: Mapping[st
             found = _outcome(twin, example, mode, parameters)
         except Exception as err:  # the user's forward may raise anything  # noqa: BLE001
             return f"in {mode} the model fails: {type(err).__name__}: {err}"
+        if (use := vars(twin).get("graph_use")) and use.ended_by:
+            return f"in {mode} {use.ended_by} by a module that the graph calls, and the forward reads it, which a graph would freeze"
         if past := _read_past(found["the output"], {id(prepared.get_parameter(name)): name for name in readable}):
             return f"in {mode} weight {past!r} is read from the model that was given, by a copy of it: a function or a global holds it"
         for what, value in expected.items():

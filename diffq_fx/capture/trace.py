@@ -161,28 +161,25 @@ def trace_in_both_modes(model: nn.Module, selection: Selection, reads: Reads) ->
     """Trace a model in train and in eval mode, and in another state of torch; return the graph if it is one and the same, and its tracer.
 
     Tracing runs on a copy that shares the parameters, and that no trace may change; ``reads`` records what Python reads meanwhile.
-    A forward that has not asked for its mode in train is not traced in eval.
+    A forward that is not seen to ask for its mode is traced twice, once in each mode; one that is, in each mode in each state.
 
     Raises:
         CaptureError: says why a graph would not be faithful.
     """
     watched, tracer = reads.watch(copy_sharing_parameters(model)), _WeightTracer(selection, reads)
     graph, code = _traced(watched.train(), tracer, nullcontext)
-    for state, training in ((nullcontext, False), (_other_state, True), (_other_state, False)):
-        if not training and not _may_know_its_mode(watched, reads):
-            continue
-        if _traced(watched.train(training), _WeightTracer(selection, reads), state)[1] != code:
-            where = "in train() than in eval()" if state is nullcontext else "under torch.autocast or torch.no_grad, or in inference mode"
-            raise CaptureError(f"the forward does something else {where}, which one graph cannot")
+
+    def is_another(training: bool, state: Callable[[], AbstractContextManager[None]]) -> bool:
+        return _traced(watched.train(training), _WeightTracer(selection, reads), state)[1] != code
+
+    differs = is_another(False, _other_state)  # both at once, since a mode that was read in some other way was not seen
+    if differs or any("training" in names for names in reads.names.values()):
+        what = "the forward does something else {}, which one graph cannot"
+        if is_another(False, nullcontext):
+            raise CaptureError(what.format("in train() than in eval()"))
+        if differs or is_another(True, _other_state):
+            raise CaptureError(what.format("under torch.autocast or torch.no_grad, or in inference mode"))
     return graph, tracer
-
-
-def _may_know_its_mode(model: nn.Module, reads: Reads) -> bool:
-    asked = any(not names.isdisjoint(("training", "__dict__")) for names in reads.names.values())
-    return asked or any(
-        getattr(module.train, "__func__", None) is not nn.Module.train or type(module).__setattr__ is not nn.Module.__setattr__
-        for module in model.modules()
-    )
 
 
 @contextmanager
@@ -233,9 +230,10 @@ def _state_of(model: nn.Module) -> dict[str, list[Any]]:
     """What a forward may change on a model, by name: each attribute, what a list, dict or set in it holds, and a tensor's version."""
     state = {}
     for path, module in model.named_modules():
-        registries = {name: getattr(module, name) for name in ("_parameters", "_buffers", "_modules")}
+        own = vars(module)
+        registries = {name: own[name] for name in ("_parameters", "_buffers", "_modules")}
         entries = [entry for registry in registries.values() for entry in registry.items()]
-        for name, value in (*entries, *((name, value) for name, value in vars(module).items() if name not in registries)):
+        for name, value in (*entries, *((name, value) for name, value in own.items() if name not in registries)):
             held = [*value.keys(), *value.values()] if isinstance(value, dict) else list(value) if isinstance(value, list) else []
             held += [frozenset(value)] if isinstance(value, set) else []
             held += [value._version] if isinstance(value, Tensor) and not value.is_inference() else []

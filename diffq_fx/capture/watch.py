@@ -42,6 +42,11 @@ def _children(module: nn.Module) -> dict[str, nn.Module | None]:
     return {name: child for name, child in module._modules.items() if not name.endswith((QUANTIZER_SUFFIX, STORED_SUFFIX))}
 
 
+def runs_foreign_code(module: nn.Module) -> bool:
+    """Whether a call of a module runs code that is not torch's."""
+    return type(module).__module__.partition(".")[0] != "torch" or "forward" in vars(module) or any(vars(module)[kind] for kind in HOOKS)
+
+
 @dataclass
 class GraphUse:
     """Whether a model's graph still stands for its forward."""
@@ -58,6 +63,8 @@ class GraphUse:
     """Modules that the graph does not call: no hook on them would fire."""
     weights_within: str = ""
     """What was read and holds weights to quantize, such as a list: the original forward would find the float ones in it."""
+    may_change_within: bool = False
+    """Whether a module that the graph calls could change what was read, so that it is compared after the graph too."""
     on_classes: dict[tuple[type, str], tuple[Any, ...]] = field(default_factory=dict)
     """What was read and belongs to a class, methods included; an object that can change in place by what it held."""
     _flat: tuple[list[Any], ...] = ()

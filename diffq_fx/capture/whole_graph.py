@@ -17,7 +17,7 @@ from diffq_fx.capture.copies import copy_sharing_parameters
 from diffq_fx.capture.readers import reading_modules
 from diffq_fx.capture.scope import TakenOver, class_body, python_forward, refuse_new_class, refuse_ties, take_over, takeovers
 from diffq_fx.capture.trace import CodeTracer, trace_in_both_modes
-from diffq_fx.capture.watch import HOOKS, GraphUse, Reads
+from diffq_fx.capture.watch import HOOKS, GraphUse, Reads, runs_foreign_code
 from diffq_fx.errors import CaptureError, PreparationError
 from diffq_fx.example import Example
 from diffq_fx.selection import Selection
@@ -46,7 +46,9 @@ class CapturedModel(fx.GraphModule):
         def forward(self: "CapturedModel", *args: Any, **kwargs: Any) -> Any:
             refuse_ties(self)
             if self.uses_graph and not _compat.has_global_hooks():
-                return of_the_graph(self, *args, **kwargs)
+                output = of_the_graph(self, *args, **kwargs)
+                if not self.graph_use.may_change_within or self.uses_graph:  # else the graph has computed with what was read before
+                    return output
             if self.graph_use.weights_within:
                 change = self.graph_use.ended_by or "a hook was registered for all modules"
                 raise PreparationError(
@@ -64,7 +66,9 @@ class CapturedModel(fx.GraphModule):
         refuse_new_class(type(self), type(self).__mro__[1])  # fx makes a class for each GraphModule
         copied = memo[id(self)] = _empty(self.original_class, self.taken_over)
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_graph"})
-        copied.graph = copy.deepcopy(self.graph)
+        copied._graph = copy.deepcopy(self.graph)
+        copied._graph.owning_module = copied
+        type(copied).forward = type(self).forward  # its code is the same
         return copied
 
     def __reduce__(self) -> Any:
@@ -147,6 +151,8 @@ def capture_model(model: nn.Module, example: Example, selection: Selection) -> C
             take_over(module, found[path])
     within = (each.name for each in use.changeable if any(id(part) in selection.specs for part in each.contents))
     use.weights_within = next(within, "")
+    called = {private.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
+    use.may_change_within = any(runs_foreign_code(each) for module in called for each in module.modules())
     return _become(private, graph, found.get("", TakenOver()), use)
 
 

@@ -1,4 +1,4 @@
-"""Run passes over one graph: lint, recompile, log what changed, and say which pass broke what."""
+"""Run passes over one graph: lint, log what changed, say which pass broke what, and recompile at the end."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
         PassError: a pass failed or left a broken graph; names the pass and those that ran before it.
     """
     done: list[str] = []
+    is_changed = False
     for each in passes:
         name = getattr(each, "__name__", None) or getattr(getattr(each, "func", None), "__name__", type(each).__name__)
         before = len(gm.graph.nodes)
@@ -27,7 +28,7 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
             result = each(gm)
             if result.modified:
                 result.graph_module.graph.lint()
-                result.graph_module.recompile()
+                is_changed = True
         except DiffQError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as err:
@@ -35,6 +36,8 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[Pass]) -> fx.GraphModule:
         gm = result.graph_module
         _log.debug("%s: modified=%s, %d -> %d nodes", name, result.modified, before, len(gm.graph.nodes))
         done.append(name)
+    if is_changed:
+        gm.recompile()
     return gm
 
 

@@ -27,7 +27,7 @@ from diffq_fx.post_training.limits import Limits
 from diffq_fx.post_training.progress import ProgressBar
 from diffq_fx.post_training.reference import FloatOutputs
 from diffq_fx.post_training.round_weights import round_weights
-from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, rest_when_tuned, tune
+from diffq_fx.post_training.tuning import Tuned, quantize_in_eval, tune
 from diffq_fx.prepare import prepare_as
 from diffq_fx.threads import TRACING
 from diffq_fx.training.output_loss import Kind, refuse_kind
@@ -57,9 +57,10 @@ def compress(
 
     The bits go where the float model's outputs depend on the weights most, under the noise of DiffQ (arXiv:2104.09987). Then the columns
     of each weight are rounded one after another, later ones making up for the error of earlier ones (GPTQ, arXiv:2210.17323). Last,
-    weights, ranges, norms and biases are tuned by distillation: the outputs are to be those of the float model, by KL divergence where
-    they look like scores of classes, else by their relative squared error. A part of the batches is held out; the state that agrees best
-    on these is kept, that before anything moved among them, and the tuning ends when they stop improving.
+    weights, ranges, norms and biases (these not with ``target_mib`` of a packed file, where their digits would take bits from weights) are
+    tuned by distillation: the outputs are to be those of the float model, by KL divergence where they look like scores of classes, else by
+    their relative squared error. A part of the batches is held out; the state that agrees best on these is kept, that before anything moved
+    among them, and the tuning ends when they stop improving.
 
     The model is left as it was, interrupted or not; hooks on it are copied with it, and fire. Within ``torch.autocast`` its forwards
     have that type, which may be several times as fast; sums, ranges and rounding are float32.
@@ -153,7 +154,7 @@ class _OwnState:
 
 def _compress_prepared(model: nn.Module, wanted: FloatOutputs, data: Calibration, limits: Limits, bar: ProgressBar) -> None:
     compression: Compression = vars(model)[CHILD]
-    compression.rest_at_least = rest_when_tuned(compression) if compression.is_coded and limits.steps else 0
+    compression.scales_ranges = False
     best = Best(model.eval(), wanted, data, limits)
     best.look()  # at plain rounding with the same bits everywhere: nothing that is worse is kept
     seek_bits(model, compression, wanted, data, limits, bar)

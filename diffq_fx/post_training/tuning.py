@@ -25,8 +25,6 @@ _WEIGHT_RATE = 0.002
 """Adam's rate for a weight, in steps of its grid."""
 _REST_RATE = 3e-4
 """For the norms, biases and all that stays in float, in parts of their root mean square."""
-_MOVE = 1e-2
-"""How far they may have moved in the end."""
 _RANGE_RATE = 3e-5
 _WARM_UP = 0.1
 _LOOKS = 10
@@ -77,19 +75,6 @@ class Masters:
             for (parameter, master), half in zip(self._masters, halves, strict=True):
                 parameter.grad = None
                 parameter.data = half.copy_(master)
-
-
-@torch.no_grad()
-def rest_when_tuned(compression: Compression) -> int:
-    """Bits that what is not quantized takes in a coded file once it has moved: what is constant now, or has few digits, then has all."""
-    rest = [each for registry, name in compression.rest if (each := registry.get(name)) is not None and each.requires_grad]
-    values = [each.clone() for each in rest]
-    for each in rest:
-        each.add_(torch.randn_like(each) * _MOVE * _size(each))
-    bits = compression.rest_bits_now()
-    for each, value in zip(rest, values, strict=True):
-        each.copy_(value)
-    return bits
 
 
 def tune(
@@ -148,9 +133,14 @@ def tune(
 
 
 def _groups(model: nn.Module, compression: Compression) -> list[dict[str, object]]:
-    """A rate for each parameter: how far it may go is told by the grid of a weight, and by the size of what stays in float."""
+    """A rate for each parameter: how far it may go is told by the grid of a weight, and by the size of what stays in float.
+
+    What stays in float does not move where its code is part of the size to hold: moved, constants and numbers of few digits have all of
+    theirs, and weights would have fewer bits.
+    """
     groups: list[dict[str, object]] = []
-    known: set[int] = set()
+    is_in_the_code = compression.is_coded and compression.config.target_mib is not None
+    known = {id(registry[name]) for registry, name in compression.rest} if is_in_the_code else set[int]()
 
     def add(parameters: Sequence[Tensor], rate: float) -> None:
         groups.append({"params": list(parameters), "lr": rate})

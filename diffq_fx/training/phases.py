@@ -119,7 +119,7 @@ def after_step(held: Held) -> None:
                 state.groups.even_out(dict(enumerate(state.logits)))
                 if budget is not None:
                     pressure.shift_to(state, compression.budget_bits() or budget)
-    elif held.counts and not compression.rest_at_least and _measures_now(compression):  # another scale would undo compensation
+    elif held.counts and compression.scales_ranges and _measures_now(compression):
         hold_coded_size(compression)
     if held.counts:
         _count_step(compression)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 import types
 import warnings
 from collections import deque
@@ -102,6 +103,42 @@ def test_a_change_in_place_is_followed(change):
         assert other.uses_graph
         change(other)
         assert torch.equal(other(X), before * 2)
+
+
+class Tells(nn.Module):
+    """No weight is in it: a graph calls it."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.positive = kept, False
+
+    def forward(self, x):
+        self.positive = self.kept[0] = bool(x.detach().sum() > 0)
+        return x * 1
+
+
+class ReadsWhatIsTold(nn.Module):
+    def __init__(self, read):
+        super().__init__()
+        self.linear, self.kept, self.read = nn.Linear(16, 8), [False], read
+        self.tells = Tells(self.kept)
+
+    def forward(self, x):
+        y = self.linear(self.tells(x))
+        return y if self.read(self) else -y
+
+
+@pytest.mark.parametrize("read", [lambda model: model.tells.positive, lambda model: model.kept[0]], ids=["attribute", "list"])
+def test_what_a_module_within_the_graph_tells_the_forward_after_it(read):
+    """In the example nothing changes; where it does, the graph had taken the other branch."""
+    x = -X.abs()
+    model = prepare_diffq(ReadsWhatIsTold(read), x, CONFIG).eval()
+    assert model.compression.scope == "model"
+    weight = model.linear.weight_quantizer(model.linear.weight)
+    for inputs, sign in ((x, -1), (-x, 1), (x, -1)):
+        torch.testing.assert_close(model(inputs), sign * nn.functional.linear(inputs, weight, model.linear.bias))
+    other = prepare_diffq(ReadsWhatIsTold(read), -x, CONFIG)
+    assert re.search("(positive was set|kept was changed in place) by a module that the graph calls", other.compression.scope_reason)
 
 
 def test_the_reason_why_a_graph_is_not_used_any_more():

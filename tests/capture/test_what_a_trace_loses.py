@@ -328,6 +328,16 @@ class ReadsTheDict(Net):
         return x if vars(self)["training"] else x.clamp(-3, 3)
 
 
+class ReadsPastTheClass(Net):
+    def between(self, x):
+        return x if object.__getattribute__(self, "training") else x.clamp(-3, 3)
+
+
+class AsksForBoth(Net):
+    def between(self, x):
+        return x if self.training or torch.is_inference_mode_enabled() else x.clamp(-3, 3)
+
+
 class TellsOthers(Net):
     mode: ClassVar[dict] = {}
 
@@ -347,15 +357,17 @@ class AsksForInference(Net):
 @pytest.mark.parametrize(
     ("make", "modes", "refused"),
     [
-        (Net, [True, True], None),
-        (ReadsTheDict, [True, False], r"in train\(\) than in eval"),
-        (TellsOthers, [True, False], r"in train\(\) than in eval"),
-        (AsksForInference, [True, True], "or in inference mode"),
-        (AsksWithoutGrad, [True, True, False], r"under torch\.autocast or torch\.no_grad"),
-        (SetsInTrain, [True, False], r"in train\(\) than in eval"),
+        (Net, [True, False], None),
+        (ReadsTheDict, [True, False, False], r"in train\(\) than in eval"),
+        (ReadsPastTheClass, [True, False, False], r"in train\(\) than in eval"),
+        (TellsOthers, [True, False, False], r"in train\(\) than in eval"),
+        (AsksForBoth, [True, False, False], r"in train\(\) than in eval"),
+        (AsksForInference, [True, False, False], "or in inference mode"),
+        (AsksWithoutGrad, [True, False, False], r"under torch\.autocast or torch\.no_grad"),
+        (SetsInTrain, [True, False, False], r"in train\(\) than in eval"),
     ],
 )
-def test_eval_is_traced_too_where_the_mode_could_be_known(make, modes, refused, monkeypatch):
+def test_every_mode_is_traced_and_a_difference_is_named(make, modes, refused, monkeypatch):
     seen, traced = [], trace._traced
     monkeypatch.setattr(trace, "_traced", lambda module, *args: seen.append(module.training) or traced(module, *args))
     with pytest.raises(CaptureError, match=refused) if refused else contextlib.nullcontext():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
+from diffq_fx import DiffQWarning
 from diffq_fx.export import export_onnx, read_metadata
 from diffq_fx.export.onnx import tracing
 from diffq_fx.export.onnx.examples import ExportExample
@@ -151,8 +152,25 @@ def test_what_is_squeezed_where_a_size_is_not_one_stays_as_it_is(function, path)
 )
 def test_what_computes_the_condition_of_an_assertion_is_left_out_with_it(check, path):
     model, x = Before(lambda x: (check(x), x.mul_(2), x)[2]).eval(), torch.randn(3, 5, 16)
-    export_onnx(model, x[:2].clone(), path)
+    with warnings.catch_warnings(action="ignore"):
+        export_onnx(model, x[:2].clone(), path)
     assert_same(run_exact(path, x.clone()), model(x.clone()))
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_a_line_that_asserts_is_named_and_what_torch_asserts_is_not(scalar, path):
+    class Asserting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear(16, 16, 4)
+
+        def forward(self, x, numbers):
+            torch._check(numbers.max().item() < 100) if scalar else torch._assert_async(numbers.max() < 100)
+            return self.layer(x)[:, : int(numbers.min())]
+
+    with pytest.warns(DiffQWarning, match="the file does not check what the forward asserts"):
+        (remark,) = export_onnx(Asserting().eval(), (torch.randn(2, 16), torch.tensor([4, 2])), path).remarks
+    assert re.search(r"asserts: export/test_onnx_lengths\.py:\d+: torch\._check\([^;]*$", remark)
 
 
 def test_keywords_that_the_signature_does_not_name(path):

@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from stored_models import assert_same, run_exact
+from stored_models import Linear, assert_same, run_exact
 from torch import nn
 from torch._decomp import decomposition_table, decompositions
 
@@ -69,3 +69,20 @@ def test_an_lstm_with_projections_is_refused_by_name(tmp_path):
     with pytest.raises(ExportError, match=r"lstm: an LSTM with projections \(proj_size=4, hidden_size=8\)"):
         export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_packed_sequences_are_named_and_what_to_do(enforce_sorted, path):
+    class Packing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer = Linear(16, 16, 4), nn.LSTM(16, 16, batch_first=True)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(self.first(x), lengths.cpu(), batch_first=True, enforce_sorted=enforce_sorted)
+            return self.layer(packed)[1][0]
+
+    with pytest.raises(
+        ExportError, match=r"it packs sequences .*Export a forward that gives .* padded batch(.|\n)*at .*test_onnx_recurrent"
+    ):
+        export_onnx(Packing().eval(), (torch.randn(2, 7, 16), torch.tensor([7, 4])), path)

@@ -151,17 +151,23 @@ class TestResult:
         [(nn.BatchNorm1d, 0.0), (nn.LayerNorm, torch.linspace(0.5, 2, 128).bfloat16().float())],
         ids=["constant", "few digits"],
     )
-    def test_a_coded_size_is_met_though_tuning_makes_what_is_not_quantized_longer(
+    def test_a_coded_size_is_met_and_tuning_spends_nothing_on_what_is_not_quantized(
         self, norm: type[nn.Module], value: float | Tensor, tmp_path: Path
     ) -> None:
         torch.manual_seed(1)
         model, target = nn.Sequential(nn.Linear(16, 128), norm(128), nn.ReLU(), nn.Linear(128, 64)), 0.0065
         for module in (model[0], model[1]):
             module.bias.data[:] = value
-        converted = run(model, config=DiffQConfig(target_mib=target, size_of="packed_file"), steps=20)
-        save_packed(converted, tmp_path / "file")
-        assert 0.94 < (tmp_path / "file").stat().st_size / 2**20 / target < 1.01
-        assert converted[1].bias.unique().numel() == 128
+        distances = []
+        for steps in (0, 40):
+            converted = run(model, config=DiffQConfig(target_mib=target, size_of="packed_file"), steps=steps)
+            distances.append(float(re.findall(r"(\S+) after \d+ steps", converted.compression.notes[-1])[0]))
+            save_packed(converted, tmp_path / "file")
+            assert 0.94 < (tmp_path / "file").stat().st_size / 2**20 / target < 1.02
+        assert distances[1] < distances[0]
+        assert torch.equal(converted[1].bias, model[1].bias)
+        free = run(model, config=DiffQConfig(target_bits=4, size_of="packed_file"), steps=40)
+        assert not torch.equal(free[1].bias, model[1].bias), "there it takes no bits from the weights"
 
     @pytest.mark.parametrize("settings", [{}, {"size_of": "packed_file"}], ids=str)
     def test_is_never_worse_than_rounding_to_nearest(self, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:

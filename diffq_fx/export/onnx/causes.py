@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import rnn
 
 import diffq_fx
 from diffq_fx.errors import DiffQError
@@ -18,6 +19,7 @@ from diffq_fx.export.onnx.examples import ExportExample
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NODE = re.compile(r"translating node %(\w+) .*?target=torch\.ops\.([\w.]+)")
+_FRAME = re.compile(r'File "(.+)", line (\d+), in .*\n\s*(.+)')
 _MISSING = "No ONNX function found"
 _MOST_LINES = 3
 _MOST_CHARACTERS = 300
@@ -32,6 +34,11 @@ _CACHES = (
         "a cache of keys and values is no tensor. Leave it out of example_inputs and give cache=True, if the model is one of transformers; "
         "else export a wrapper that takes the cache's tensors and makes the cache in its forward.",
     ),
+)
+
+_PACKED = (
+    "it packs sequences (torch.nn.utils.rnn), which have no form in ONNX. Export a forward that gives the recurrent layer a padded batch: "
+    "in one direction each row's outputs are the same up to its length, and its last state is the output there."
 )
 
 
@@ -68,6 +75,11 @@ def _differ(first: list[Any], second: list[Any]) -> bool:
 
 def tracing_cause(error: Exception) -> str:
     """Why torch.export fails, and what to do where that is known."""
+    if any(
+        frame.f_code.co_filename == rnn.__file__ or any(isinstance(each, rnn.PackedSequence) for each in frame.f_locals.values())
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ):
+        return _PACKED + _line_of_the_model(error)
     return next((advice for pattern, advice in _CACHES if re.search(pattern, str(error))), _shown(error) + _line_of_the_model(error))
 
 
@@ -85,8 +97,18 @@ def _line_of_the_model(error: Exception) -> str:
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
         if file.exists() and file.parent != Path(traceback.__file__).parent and not any(each in file.parents for each in theirs):
-            return f"\n  at {'/'.join(file.parts[-2:])}:{frame.lineno}: {frame.line}"
+            return f"\n  at {_place(frame.filename, frame.lineno)}: {frame.line}"
     return ""
+
+
+def line_of(node: fx.Node) -> str:
+    """The line of the forward that made a node of a traced graph; empty where torch does not tell."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{_place(*found[-1][:2])}: {found[-1][2]}" if found else ""
+
+
+def _place(file: str, line: int | str | None) -> str:
+    return f"{'/'.join(Path(file).parts[-2:])}:{line}"
 
 
 def translation_cause(error: Exception, program: torch.export.ExportedProgram) -> str:

@@ -16,7 +16,7 @@ from onnxscript.values import Op, Opset
 from torch import nn
 
 from diffq_fx.errors import ExportError
-from diffq_fx.export.onnx.causes import translation_cause
+from diffq_fx.export.onnx.causes import line_of, translation_cause
 from diffq_fx.export.onnx.examples import FORWARD_ERRORS
 from diffq_fx.export.onnx.layout.apply import PLACEHOLDER_DOMAIN
 from diffq_fx.parts import stored_weights
@@ -43,16 +43,16 @@ def translate(program: torch.export.ExportedProgram, converted: nn.Module) -> tu
         ExportError: torch.onnx cannot follow the model.
     """
     _number_levels(program, converted)
-    _leave_assertions_out(program)
+    remarks = _leave_assertions_out(program)
     try:
-        return _to_onnx(program, optimize=True), ()
+        return _to_onnx(program, optimize=True), remarks
     except (torch.onnx.errors.OnnxExporterError, *FORWARD_ERRORS) as error:
         cause = translation_cause(error, program)
         try:
             model = _to_onnx(program, optimize=False)
         except (torch.onnx.errors.OnnxExporterError, *FORWARD_ERRORS):
             raise ExportError(f"torch.onnx cannot translate the {type(converted).__name__}: {cause}") from error
-        return model, (f"the graph is not optimized by torch.onnx, which fails on it ({cause})",)
+        return model, (*remarks, f"the graph is not optimized by torch.onnx, which fails on it ({cause})")
 
 
 def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) -> None:
@@ -67,11 +67,20 @@ def _number_levels(program: torch.export.ExportedProgram, converted: nn.Module) 
             holder[name] = mark.to(tensors[name].device)  # torch.onnx runs the graph once more, without values
 
 
-def _leave_assertions_out(program: torch.export.ExportedProgram) -> None:
-    """Take assertions out of the graph, and what computes their conditions alone: torch.onnx would translate it."""
+def _leave_assertions_out(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Take assertions out of the graph, and what computes their conditions alone: torch.onnx would translate it.
+
+    Returns:
+        A remark that names those of the model; torch adds others.
+    """
+    lines: dict[str, None] = {}
     for node in [node for node in program.graph.nodes if str(node.target).startswith(_ASSERTIONS)]:
+        line = line_of(node)
+        if "_assert_async" in str(node.target) or "assert" in line or "_check" in line:
+            lines[line or str(node.args[0])] = None
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
+    return (f"the file does not check what the forward asserts: {'; '.join(lines)}",) if lines else ()
 
 
 def _to_onnx(program: torch.export.ExportedProgram, *, optimize: bool) -> ir.Model:
