@@ -139,10 +139,14 @@ def _look_at_idle_bits(parameters: set[int], where: FrameType) -> None:
     Warn of one whose optimizer holds other parameters of the model alone, at the line that calls its step, ``where``.
     """
     for compression in list(live):
+        held = not parameters.isdisjoint(map(id, compression.logits))
+        if held:  # also where another optimizer has stepped first after the same backward
+            compression.steps_without_bits = 0
+        if compression.foreign_steps and compression.has_one_of(parameters):
+            compression.foreign_steps = 0
         if not compression.next_step():
             continue
         asks, final = compression.asks_for_gradients, compression.frozen
-        held = not parameters.isdisjoint(map(id, compression.logits))
         if held and not (asks or final or any(quantizer.weight.requires_grad for quantizer in compression.learned)):
             raise DiffQError(f"an optimizer holds the bits of a prepared model, of which neither bits nor weights train.\n  {IDLE_BITS}")
         idle = (asks or not final) and not compression.has_one_of(parameters)  # on a base with final bits adapters may train

@@ -72,6 +72,20 @@ def test_two_models_that_train_in_turns_are_not_refused():
         (own if step % 4 == 0 else other).step()
 
 
+@pytest.mark.parametrize("first", ["head", "weights"])
+def test_the_optimizer_of_the_bits_may_be_the_second_to_step(first, recwarn):
+    model, head = make(), nn.Linear(4, 1)
+    bits = list(model.compression.logits)
+    others = [each for each in model.parameters() if all(each is not own for own in bits)]
+    groups = (head.parameters(), model.parameters()) if first == "head" else (others, bits)
+    optimizers = [torch.optim.Adam(each, 1e-2) for each in groups]
+    for _ in range(10):
+        head(model(torch.randn(8, 8))).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not [each for each in recwarn if issubclass(each.category, DiffQWarning)]
+
+
 def test_steps_between_which_the_model_does_not_train_count_as_none():
     model, critic = make(), nn.Linear(4, 1)
     other = torch.optim.Adam(critic.parameters(), 1e-2)
