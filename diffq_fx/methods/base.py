@@ -143,6 +143,12 @@ def _sums(weight: Tensor) -> Tensor:
     return (signed[:, 0] - signed[:, 1]).sum(0) / values.norm().clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def count_forward(forwards: Tensor, saved: Tensor) -> int:
+    """Count a forward in training; how many were before it. For operators: torch.compile would make code for each number."""
+    saved.add_(1)
+    return int(forwards.add_(1)) - 1
+
+
 class WeightQuantizer(nn.Module, ABC):
     """The node on one weight of a prepared model: weight in, the weight that the layer computes with out.
 
@@ -162,7 +168,7 @@ class WeightQuantizer(nn.Module, ABC):
         self.spec = spec
         self.register_buffer("learned_for", None)
         self.register_buffer("forwards", None)
-        self._forwards = 0  # the same, since to read the buffer would wait for a device
+        self._forwards = torch.zeros((), device="cpu")  # the same, since to read the buffer would wait for a device
         self._weight_trains: bool | None = None
         self._seeks_anew = False
         self._stand_in: Callable[[], Tensor] | None = None
@@ -227,16 +233,15 @@ class WeightQuantizer(nn.Module, ABC):
             return False
         return bool((_sums(whole(self.weight)) - self.learned_for).abs().max() > _ROUNDED)
 
-    def count_forward(self) -> int:
-        """Count a forward in training; how many were before it."""
-        self._forwards += 1
-        self.get_buffer("forwards").add_(1)
-        return self._forwards - 1
+    @property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """What :func:`count_forward` takes."""
+        return self._forwards, self.get_buffer("forwards")
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.forwards is not None and not self.forwards.is_meta:
-            self._forwards = round(self.forwards.item())
+            self._forwards.fill_(round(self.forwards.item()))
 
     def rounded_anew(self, weight: Tensor) -> Tensor:
         """The weight as :meth:`rounded_weight` would make it with no range or step learned."""

@@ -19,7 +19,7 @@ from diffq_fx.errors import PreparationError
 from diffq_fx.functional import Grid
 from diffq_fx.functional.clustering import cluster_vectors, nearest_vectors
 from diffq_fx.functional.groups import GroupSize
-from diffq_fx.methods.base import Method, WeightQuantizer, straight_through
+from diffq_fx.methods.base import Method, WeightQuantizer, count_forward, straight_through
 from diffq_fx.methods.fixed import check_rate
 from diffq_fx.methods.quant_noise import noised_blocks
 from diffq_fx.storage.codebook import CodebookWeight, codebook_footprint, codebook_values, look_up_rows, to_blocks
@@ -187,10 +187,7 @@ class ProductWeight(WeightQuantizer):
         points = to_blocks(weight, self.spec.axis, self.block_size).float()
         if self.config.noise == "mean":
             return self._weight_of(torch.zeros_like(self.codes), points.mean(0, keepdim=True), weight.dtype)
-        before = self.count_forward()
-        if before and before % self.config.update_every == 0:
-            with torch.no_grad():
-                self.centroids.copy_(_moved(points, self.centroids.detach()))
+        _follow(points, self.centroids, *self.counts, self.config.update_every)
         codes, _ = nearest_vectors(points, self.centroids.detach())
         return self._weight_of(codes.view_as(self.codes), self.centroids.detach(), weight.dtype)
 
@@ -242,15 +239,17 @@ class ProductWeight(WeightQuantizer):
         return codebook_footprint(self.codes.numel(), *stored_entries(self.centroids.detach(), self.config.entry_dtype))
 
 
-@torch.library.custom_op("diffq_fx::moved_entries", mutates_args=())
-def _moved(points_ND: Tensor, entries_KD: Tensor) -> Tensor:
-    """Entries that follow the blocks; one node of a compiled graph, since k-means looks at values."""
-    return cluster_vectors(points_ND, len(entries_KD), start=entries_KD, iterations=_WARM_ITERATIONS)[0]
+@torch.library.custom_op("diffq_fx::follow_blocks", mutates_args=("entries_KD", "forwards", "saved"))
+def _follow(points_ND: Tensor, entries_KD: Tensor, forwards: Tensor, saved: Tensor, every: int) -> None:
+    """Let the entries follow the blocks once in so many forwards; one node of a compiled graph, since k-means looks at values."""
+    before = count_forward(forwards, saved)
+    if before and before % every == 0:
+        entries_KD.copy_(cluster_vectors(points_ND, len(entries_KD), start=entries_KD, iterations=_WARM_ITERATIONS)[0])
 
 
-@_moved.register_fake
-def _(points_ND: Tensor, entries_KD: Tensor) -> Tensor:
-    return torch.empty_like(entries_KD)
+@_follow.register_fake
+def _(points_ND: Tensor, entries_KD: Tensor, forwards: Tensor, saved: Tensor, every: int) -> None:
+    pass
 
 
 def stored_entries(entries_KD: Tensor, entry_dtype: str) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ This is its scalar form; the noise of product quantization is a setting of
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from diffq_fx import functional
 from diffq_fx.arguments import check_whole
 from diffq_fx.functional import QuantParams
-from diffq_fx.functional.groups import GroupLayout, GroupSize, from_rows, to_rows
+from diffq_fx.functional.groups import GroupKind, GroupLayout, GroupSize, from_rows, to_rows
 from diffq_fx.kernels import least_error_range
-from diffq_fx.methods.base import straight_through
+from diffq_fx.methods.base import count_forward, straight_through
 from diffq_fx.methods.fixed import FixedBits, FixedBitsQuantizer, check_rate
 from diffq_fx.weights import WeightSpec
 
@@ -108,10 +108,38 @@ class QuantNoiseWeight(FixedBitsQuantizer):
         rows_OI, bits = to_rows(weight, self.spec.axis), self.rounded_bits()
         if self.held is None:
             return self.params(rows_OI, bits)
-        if self.count_forward() % self.config.range_every == 0:
-            self.held.copy_(torch.stack(self.range_of(rows_OI, bits)))
+        ranges, scales = self.spec.range_layout, self.spec.scale_layout
+        where = (ranges.kind, ranges.block, scales.kind, scales.block)
+        _hold(rows_OI, bits, self.held, *self.counts, self.config.range_every, *where, self.config.grid)
         low, high = self.held
         return functional.quant_params(low, high, bits, self.config.grid)
+
+
+@torch.library.custom_op("diffq_fx::hold_range", mutates_args=("held", "forwards", "saved"))
+def _hold(
+    rows_OI: Tensor,
+    bits: Tensor,
+    held: Tensor,
+    forwards: Tensor,
+    saved: Tensor,
+    every: int,
+    range_kind: str,
+    range_block: int,
+    scale_kind: str,
+    scale_block: int,
+    grid: str,
+) -> None:
+    """Find the range of least error once in so many forwards; one node of a compiled graph."""
+    if count_forward(forwards, saved) % every == 0:
+        rows, columns = rows_OI.shape
+        ranges = GroupLayout(rows, columns, cast("GroupKind", range_kind), range_block)
+        scales = GroupLayout(rows, columns, cast("GroupKind", scale_kind), scale_block)
+        held.copy_(torch.stack(least_error_range(rows_OI, ranges, bits, scales, cast("functional.Grid", grid))))
+
+
+@_hold.register_fake
+def _(rows_OI, bits, held, forwards, saved, every, range_kind, range_block, scale_kind, scale_block, grid) -> None:  # noqa: ANN001
+    pass
 
 
 def noised_blocks(spec: WeightSpec, block_size: int, rate: float, device: torch.device) -> Tensor:
