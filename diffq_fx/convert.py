@@ -218,7 +218,7 @@ def _warn_of_ranges(quantizers: Iterable[WeightQuantizer], weights: Mapping[int,
     for quantizer, made in zip(quantizers, stored, strict=True):
         weight = weights[id(quantizer)]
         if quantizer.learned_for is None or bool(quantizer.learned_for.any()) or weight.requires_grad:
-            continue  # only PEFT freezes a weight that has trained
+            continue  # no learned range, or one that is_learned_for_another() looks at, or no merge since the weight trained
         if (off := _distance(made(), weight)) < _FAR_OFF:
             continue
         if off > _TIMES_THE_BEST * (best := _distance(quantizer.rounded_anew(weight), weight)):
