@@ -222,7 +222,7 @@ class DiffQWeight(GridQuantizer):
             self.note_learned_for(weight)
         read = self._rounded_for_training(weight) if self.frozen else self.noise(weight, self.logits, self.clip)
         if noted is not None:
-            noted.was_read(read)
+            noted.was_read(self.spec.name, read)
         return read
 
     def span_in_training(self, weight: Tensor) -> Tensor:

@@ -47,18 +47,18 @@ class TrainingState(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
         self._known, self._known_from = Known(), self._versions()
         self.trained_since = False  # whether weights were read for training since an optimizer's latest step, of whatever it holds
-        self._awaits_gradient = False
+        self._awaited = ""  # the weight whose gradient tells: one a forward is enough
 
     @abstractmethod
     def follow(self, reader: nn.Module) -> None:
         """Bring the widths of all weights up to date with their logits, before ``reader`` rounds its weight."""
 
-    def was_read(self, weight: Tensor) -> None:
+    def was_read(self, name: str, weight: Tensor) -> None:
         """Take note of a weight that is read in training: where it asks for a gradient, once that comes (a critic may train on outputs)."""
         if not weight.requires_grad:
             self.trained_since = True  # beside adapters, which may be all that trains
-        elif not self._awaits_gradient:
-            self._awaits_gradient = True
+        elif self._awaited in ("", name):  # read again, it is of another forward: the one before may have no backward
+            self._awaited = name
             weight.register_hook(self._gradient_came)
 
     def _gradient_came(self, _: Tensor) -> None:
@@ -66,7 +66,7 @@ class TrainingState(nn.Module):
 
     def next_step(self) -> bool:
         """Whether the model has trained since the latest step; from now on the next one is asked for."""
-        trained, self.trained_since, self._awaits_gradient = self.trained_since, False, False
+        trained, self.trained_since, self._awaited = self.trained_since, False, ""
         return trained
 
     @property

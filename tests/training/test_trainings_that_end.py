@@ -54,6 +54,7 @@ def test_an_optimizer_without_the_bits_is_warned_of_once(names):
 
     def train():
         for _ in range(8):
+            model(torch.randn(8, 8))  # a forward without a backward, such as one for a log
             backward(model)
             optimizer.step()
 
