@@ -47,8 +47,8 @@ class CapturedModel(fx.GraphModule):
             refuse_ties(self)
             if self.uses_graph and not _compat.has_global_hooks():
                 output = of_the_graph(self, *args, **kwargs)
-                if not self.graph_use.may_change_within or self.uses_graph:  # else the graph has computed with what was read before
-                    return output
+                if not self.graph_use.may_change_within or self.uses_graph:
+                    return output  # else the graph computed with what was read before, and this one call is made twice
             if self.graph_use.weights_within:
                 change = self.graph_use.ended_by or "a hook was registered for all modules"
                 raise PreparationError(

@@ -76,7 +76,7 @@ def _leave_assertions_out(program: torch.export.ExportedProgram) -> tuple[str, .
     lines: dict[str, None] = {}
     for node in [node for node in program.graph.nodes if str(node.target).startswith(_ASSERTIONS)]:
         line = line_of(node)
-        if "_assert_async" in str(node.target) or "assert" in line or "_check" in line:
+        if "_assert_async" in str(node.target) or "assert" in line or "torch._check" in line:
             lines[line or str(node.args[0])] = None
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
