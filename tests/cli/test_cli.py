@@ -164,7 +164,7 @@ def test_errors_are_one_message_and_exit_code_2(tmp_path, float_file):
         ("inspect", tmp_path / "missing.onnx"): "there is no file",
         ("inspect", garbage): "is not an ONNX file, or was cut short",
         ("bench", float_file, garbage): "is not an ONNX file, or was cut short",
-        ("bench", float_file, float_file, "--repeats", "0"): "repeats must be at least 1, got 0",
+        ("bench", float_file, float_file, "--repeats", "0"): "repeats must be a whole number of at least 1, got 0",
         ("bench", float_file, float_file, "--dim", "width"): "--dim takes NAME=SIZE, such as length=128, got 'width'",
         ("bench", float_file, float_file, "--dim", "width=3"): "dims names width, which no input leaves open",
     }
