@@ -254,7 +254,7 @@ def _place_of(model: nn.Module, name: str) -> Place:
 def _what_moves_sizes(compression: Compression) -> str:
     runtimes = {each.runtime: None for each in compression.method.methods if isinstance(each, DiffQConfig) and each.runtime is not None}
     if runtimes:
-        return f"Of a DiffQConfig, widths and range_per move them as far as {' and '.join(map(repr, runtimes))} can hold."
+        return f"They are those of {' and '.join(map(repr, runtimes))}, for its widths and the inputs that share a scale (range_per)."
     return "Of a DiffQConfig, min_bits, max_bits and larger groups (group_size, range_per) move them."
 
 

@@ -37,6 +37,11 @@ class Runtime:
         own: dict[str, Any] = {"group_size": "tensor", "range_per": self.block, "scale_dtype": self.scale_dtypes[0]}
         return {**own, "grid": first, "widths": widths, "same_width": self.same_width}
 
+    def default_target(self, grid: Grid) -> float | None:
+        """Bits a weight in reach of :meth:`preset`, a little above the narrowest width and its scales; None where the usual ones are."""
+        narrowest, numbers = self.widths[grid][0], 1 if grid == "symmetric" else 2
+        return None if narrowest < 4 else narrowest + 16 * numbers / 32 + 0.5
+
 
 _CONTAINERS: Mapping[Grid, tuple[int, ...]] = {"affine": (2, 4, 8), "symmetric": (2, 4, 8)}
 _WIDER: Mapping[Grid, tuple[int, ...]] = {"affine": (4, 8), "symmetric": (4, 8)}

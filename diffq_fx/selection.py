@@ -161,6 +161,11 @@ def _check_values(name: str, parameter: Tensor, caller: str, scale_type: torch.d
                 f"{caller}: weight {name!r} has a value of size {largest:.4g}, and scales of {scale_type} reach "
                 f'{torch.finfo(scale_type).max:.0f}. Use scale_dtype="float32".'
             )
+        if 0 < largest < (least := torch.finfo(scale_type).smallest_normal / 8):
+            raise PreparationError(
+                f"{caller}: weight {name!r} has no value larger than {largest:.2g}, and scales of {scale_type} are too coarse below "
+                f'{least:.2g}. Use scale_dtype="float32", or leave it in float with exclude=({name!r},).'
+            )
         return
     bad = ~torch.isfinite(parameter.detach())
     first = [int(i) for i in bad.nonzero()[0]]

@@ -20,7 +20,7 @@ from diffq_fx.methods.base import SUMS
 from diffq_fx.methods.diffq_settings import DiffQSettings
 from diffq_fx.methods.grid import GridQuantizer
 from diffq_fx.methods.training_state import TrainingState
-from diffq_fx.runtimes import reason_against, runtime_named
+from diffq_fx.runtimes import RUNTIMES, reason_against, runtime_named
 from diffq_fx.sharded import whole
 from diffq_fx.weights import WeightSpec
 
@@ -88,7 +88,8 @@ class DiffQConfig(DiffQSettings):
 
         Args:
             runtime: "onnxruntime", "web", "openvino", "onnxruntime-genai" or "gguf".
-            **settings: other settings, such as a target, or of the preset: ``widths``, ``range_per``, ``grid``, ...
+            **settings: other settings, such as a target, or of the preset: ``widths``, ``range_per``, ``grid``, ... Without a target it is
+                4 bits a weight, or where the narrowest width is 4, 5 ("gguf") or 5.5 (its float grid, "openvino").
 
         Returns:
             A config; it refuses what the runtime cannot hold, and so do configs made of it with :func:`dataclasses.replace`.
@@ -107,6 +108,9 @@ class DiffQConfig(DiffQSettings):
             ValueError: DiffQConfig: the runtime 'gguf' has widths of (4, 5, 8) on the symmetric grid, got (3, 4).
         """
         preset = runtime_named(runtime).preset(settings.get("grid"))
+        target = RUNTIMES[runtime].default_target(preset["grid"])
+        if target is not None and settings.keys().isdisjoint(("target_bits", "target_mib", "penalty")):
+            preset["target_bits"] = target
         if len(preset["widths"]) == 1:
             (bits,) = preset["widths"]
             raise ValueError(f"DiffQConfig: the runtime {runtime!r} has {bits} bits alone and no width to learn. Use STE(bits={bits}).")

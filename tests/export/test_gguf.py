@@ -160,7 +160,9 @@ def test_a_model_in_half_precision_keeps_its_other_matrices_in_it(path):
 def test_a_file_in_the_way_is_replaced_whole(made, path):
     path.write_bytes(b"old")
     model, _, first = made("llama")
+    state = torch.get_rng_state()
     assert export_gguf(nn.DataParallel(model), str(path), tokenizer=None, name="mine").file_bytes > 1000
+    assert torch.equal(torch.get_rng_state(), state)
     assert gguf.GGUFReader(path).fields["general.name"].contents() == "mine"
     assert os.listdir(path.parent) == [path.name]
     assert {tensor.name for tensor in first.tensors} == {*values_of(path)}
@@ -211,6 +213,29 @@ def test_a_model_that_a_file_cannot_hold_leaves_none(case, path):
     with pytest.raises(ExportError, match=f"^export_gguf: .*{says}"):
         export_gguf(model, path, tokenizer=None)
     assert not os.listdir(path.parent)
+
+
+def _of_fewer_layers(model):
+    model.model.layers = model.model.layers[:1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_of_fewer_layers, r"the config says that there is a tensor 'model\.layers\.1\..*', and the model has none"),
+        (lambda model: setattr(model.model.layers[0].self_attn, "scaling", 1.0), "computes something else: its logits differ by"),
+        (lambda model: setattr(model.model.layers[0].input_layernorm, "variance_epsilon", 0.5), "computes something else"),
+        (lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.GELU()), "computes something else"),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(0.1), "computes something else"),
+    ],
+    ids=["layers", "scaling", "epsilon", "activation", "frequencies"],
+)
+def test_a_model_that_its_config_does_not_tell_of_leaves_no_file(change, said, path):
+    model = decoder("llama")
+    change(model)
+    with pytest.raises(ExportError, match=said):
+        export_gguf(rounded(model), path, tokenizer=None)
+    assert not path.exists()
 
 
 def test_a_number_of_tokens_that_the_config_has_otherwise(path):

@@ -114,6 +114,22 @@ def test_scales_of_all_sizes(size, grid):
     assert (rounded - rows).abs().max() <= (0.52 * 1.7 / 15 + 2**-11 + 1 / 15 * (grid == "symmetric")) * size + 16 * coarse
 
 
+def test_a_weight_that_float16_scales_are_too_coarse_for_is_refused():
+    layer = nn.Linear(64, 64)
+    nn.init.uniform_(layer.weight, -1e-6, 1e-6)
+    method = STE(bits=4, group_size=32, scale_dtype="float16")
+    with pytest.raises(
+        PreparationError, match=r"weight 'weight' has no value larger than 1e-06, and scales of torch.float16 are too coarse"
+    ):
+        prepare(layer, torch.zeros(1, 64), method)
+    with torch.no_grad():
+        layer.weight.mul_(10)
+    stored = convert(prepare(layer, torch.zeros(1, 64), method))
+    assert stored(torch.eye(64)).isfinite().all()
+    nn.init.zeros_(layer.weight)
+    prepare(layer, torch.zeros(1, 64), method)
+
+
 def test_a_weight_that_float16_scales_do_not_reach_is_refused():
     layer = nn.Linear(64, 4)
     with torch.no_grad():

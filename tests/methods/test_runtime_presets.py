@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffq_fx import DiffQConfig, PreparationError, convert, prepare, prepare_diffq
+from diffq_fx import DiffQConfig, PreparationError, bits_report, convert, prepare, prepare_diffq
 from diffq_fx.export.onnx.options import RUNTIMES as ONNX_RUNTIMES
 from diffq_fx.export.onnx.options import layout_and_container
 from diffq_fx.methods import STE
@@ -116,11 +116,19 @@ def test_limits_that_a_runtime_has_stay_through_a_change(runtime, settings):
     assert dataclasses.replace(config, target_bits=6).limits == config.limits
 
 
+@pytest.mark.parametrize(("runtime", "settings"), [*((name, {}) for name in LEARNING), ("gguf", {"grid": "float"})])
+def test_a_preset_without_a_target_has_one_in_reach(runtime, settings):
+    config = DiffQConfig.for_runtime(runtime, training_steps=2, **settings)
+    prepared = prepare_diffq(net(), X, config)
+    assert bits_report(prepared).average_bits_in_all <= config.target_bits <= 5.5
+    assert DiffQConfig.for_runtime(runtime, target_mib=1.0, **settings).target_bits is None
+
+
 def test_advice_where_a_target_cannot_be_reached_can_be_followed():
     with pytest.raises(ValueError, match=r"take from 4\.5.* to 8\.5") as error:
         prepare_diffq(net(), X, DiffQConfig.for_runtime("gguf", target_bits=4))
     said = str(error.value).splitlines()[1].strip()
-    assert said == "Give a target between these. Of a DiffQConfig, widths and range_per move them as far as 'gguf' can hold."
+    assert said == "Give a target between these. They are those of 'gguf', for its widths and the inputs that share a scale (range_per)."
     with pytest.raises(ValueError, match=r"Give a target between these\. Of a DiffQConfig, min_bits, max_bits and larger groups"):
         prepare_diffq(net(), X, DiffQConfig(target_bits=1.01))
 

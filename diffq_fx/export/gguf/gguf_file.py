@@ -1,5 +1,6 @@
 """export_gguf: a converted decoder of transformers in, one GGUF file out, whose blocks have the model's own levels."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from diffq_fx.arguments import as_path
 from diffq_fx.atomic import draft_folder, naming, put_in_place, refuse_same_file
 from diffq_fx.errors import ExportError, PackedFileError
+from diffq_fx.example import in_eval
 from diffq_fx.export.gguf.architectures import HEAD, Architecture, add_sizes, architecture_of, file_names, rope_factors, row_order
 from diffq_fx.export.gguf.blocks import BLOCK, BlockedWeight
 from diffq_fx.export.gguf.vocabulary import READ, Vocabulary, vocabulary_of
@@ -25,6 +27,11 @@ from diffq_fx.parts import unwrapped
 from diffq_fx.storage import IntegerWeight, StoredWeight
 from diffq_fx.storage.packing import in_smallest_type
 from diffq_fx.weights import first_not_finite
+
+_CHECKED = 16
+"""Tokens that a model and what its config says are compared with."""
+_ROUNDED, _ROUNDED_HALF = 1e-3, 5e-2
+"""Relative differences of logits up to which they are the same."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,9 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
         What was written, with the type and the size of each tensor.
 
     Raises:
-        ExportError: the model is prepared or was never converted; its architecture is not known, or its config says what a file cannot;
-            a weight fits no type; a tensor is not finite; the tokenizer is missing or of a kind that files cannot hold; the file cannot be
-            written or is one that is read. There is no file then, or the old one.
+        ExportError: the model is prepared or was never converted; its architecture is not known, or its config says what a file cannot
+            or something else than the model computes; a weight fits no type; a tensor is not finite; the tokenizer is missing or of a kind
+            that files cannot hold; the file cannot be written or is one that is read. There is no file then, or the old one.
 
     Example:
         >>> import os, tempfile
@@ -105,6 +112,8 @@ def export_gguf(model: nn.Module, path: str | Path, *, tokenizer: str | Path | N
     """
     if not isinstance(tokenizer, str | Path | None):
         raise TypeError(f"export_gguf: tokenizer must be the folder that tokenizer.save_pretrained wrote, got {type(tokenizer).__name__}.")
+    if not isinstance(name, str | None):
+        raise TypeError(f"export_gguf: name must be a text or None, got {name!r}.")
     with _errors_of_export():
         return _export(unwrapped(model), as_path("export_gguf", "path", path), None if tokenizer is None else Path(tokenizer), name)
 
@@ -137,6 +146,7 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
     architecture, vocabulary = _known(model, tokenizer)
     config: Any = model.config
     entries = _entries(model, architecture, config)
+    _check_config(model, config)
     if tokenizer is not None:
         refuse_same_file(path, [tokenizer / each for each in READ], ExportError)
     with (
@@ -162,6 +172,32 @@ def _export(model: nn.Module, path: Path, tokenizer: Path | None, name: str | No
         writer.close()
         put_in_place(folder / "draft", path)
     return GGUFResult(path, tuple(entry.tensor for entry in entries), path.stat().st_size)
+
+
+@torch.no_grad()
+def _check_config(model: nn.Module, config: Any) -> None:
+    """Compare a model with one that is made of its config alone, as runtimes make theirs: nothing else of its modules is in the file."""
+    from transformers import AutoModelForCausalLM
+
+    weights, rest = model_contents(model)
+    values = {name: stored() for _, stored in weights for name in stored.spec.names} | {
+        name: each for names, each in rest for name in names
+    }
+    example = next(iter(values.values()))
+    with torch.random.fork_rng(devices=[]):  # first it has random weights
+        made: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(example.device, example.dtype).eval()
+    if lacking := made.load_state_dict(values, strict=False).missing_keys:
+        raise ExportError(
+            f"the config says that there is a tensor {lacking[0]!r}, and the model has none. Change the config with the model"
+        )
+    ids = torch.arange(_CHECKED, device=example.device)[None] * 37 % config.vocab_size
+    with in_eval(model):
+        ours, theirs = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, made))
+    if not (off := float((ours - theirs).norm() / theirs.norm())) <= (_ROUNDED if example.dtype == torch.float32 else _ROUNDED_HALF):
+        raise ExportError(
+            f"a {type(made).__name__} of this config and these weights computes something else: its logits differ by {off:.2g} of "
+            "their norm. A module was changed, and its config was not: runtimes know the config alone"
+        )
 
 
 def _file_type(entries: list[_Entry]) -> gguf.LlamaFileType:
