@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 import peft
 import transformers
 
-from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, convert, prepare, prepare_diffq
+from diffq_fx import ConversionError, DiffQConfig, DiffQWarning, ExportError, convert, prepare, prepare_diffq
+from diffq_fx.export import export_onnx
 from diffq_fx.methods import LSQ, STE
 
 IDS = {"input_ids": torch.randint(67, (2, 7), generator=torch.Generator().manual_seed(0))}
@@ -58,6 +59,19 @@ def test_adapters_under_a_prepared_model_stay_in_float():
     converted = convert(model)
     assert torch.equal(run(converted), expected)
     assert len([name for name, _ in converted.named_parameters() if "lora_" in name]) == 4
+
+
+def test_integers_and_adapters_are_saved_apart(tmp_path):
+    converted = convert(prepare(with_lora(llama()), IDS, STE(bits=4)))
+    expected = run(converted)
+    with pytest.raises(
+        ExportError, match=r"the PeftModelForCausalLM has no cache: .* Export its get_base_model\(\), which has the adapters"
+    ):
+        export_onnx(converted, {"input_ids": IDS["input_ids"]}, tmp_path / "model.onnx", cache=True)
+    converted.save_pretrained(tmp_path / "adapters")
+    converted.unload().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(run(peft.PeftModel.from_pretrained(base, tmp_path / "adapters")), expected)
 
 
 def test_an_unmerged_adapter_around_a_prepared_model_is_converted_with_it():

@@ -32,7 +32,8 @@ def in_mid_text(model: nn.Module, example: ExportExample) -> ExportExample:
     """
     name, signature = type(model).__name__, inspect.signature(model.forward)
     if CACHE not in signature.parameters:
-        raise ExportError(f"cache=True, but the {name} has no cache: its forward takes no {CACHE!r}. Leave cache out.")
+        advice = "Export its get_base_model(), which has the adapters too" if hasattr(model, "peft_config") else "Leave cache out"
+        raise ExportError(f"cache=True, but the {name} has no cache: its forward takes no {CACHE!r}. {advice}.")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ExportError(
             f"cache=True, but the {name} has an encoder, whose keys and values no decoder's cache has. Leave cache out, and add "
