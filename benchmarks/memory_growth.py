@@ -132,7 +132,7 @@ def main() -> None:
                     f"{grown[name]:+.1f}",
                 ]
             )
-    grown["export_onnx"] -= grown[TORCH_EXPORT]
+    grown["export_onnx"] -= grown.pop(TORCH_EXPORT)
     header = ("MiB after tenths", "times", *map(str, range(1, 11)), "grown since the first tenth")
     print(write_result("memory_growth", f"Memory over {steps:,} steps", markdown_table(header, rows), ["torch"]).read_text())
     if max(grown.values()) > MOST_MIB:
