@@ -45,13 +45,6 @@ _LEARNED = "learned"
 _LOADED = "above the target: they were final in the state that was loaded, which had another one"
 _UNIFORM = "the same in all groups, as far as the size allows: the learned ones cost more loss, by the first steps or the held-out batches"
 
-NOT_TRAINED = "no optimizer step has moved the bits yet"
-"""A note of the report."""
-NO_OPTIMIZER = (
-    "Build the optimizer from the prepared model's parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
-)
-"""What to do where no optimizer holds the bits."""
-
 
 class Compression(TrainingState):
     """What a prepared model knows about its own compression; the model holds it as its child ``compression``.
@@ -89,12 +82,9 @@ class Compression(TrainingState):
         self.scales_ranges = True  # so that a coded size holds while weights train on; after compensation another scale would undo it
         self.price = 0.0  # squared steps that a bit is worth where weights are about to be rounded by their code as well
         self.penalized = False  # whether model_size was ever part of a loss
-        self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
-        self.steps_without_bits = 0  # the same, of optimizers that hold none of the bits
         self._groups: FlatGroups | None = None
         self._allocated: tuple[int, float] | None = None
         self._passes = 0
-        self._stepped: set[int] = set()  # the first weights of the optimizers that have stepped since the latest step that counts
         device = self.steps.device
         sums = torch.zeros(len(learned), 6, dtype=widest_float(device), device=device) if learned and self.config.has_target else None
         self.register_buffer("pressure_sums", sums)
@@ -220,12 +210,6 @@ class Compression(TrainingState):
             or any(id(registry.get(name)) in ids for registry, name in places)
             or any(id(parameter) in ids for quantizer in self.quantizers for parameter in quantizer.parameters())
         )
-
-    def begins_round(self, first: int) -> bool:
-        """Whether a step of an optimizer, whose first weight this is, counts: of several that step in turn one does, whichever they are."""
-        begins = not self._stepped or first in self._stepped
-        self._stepped = {first} if begins else {*self._stepped, first}
-        return begins
 
     @property
     def lambda_per_bit(self) -> Tensor | None:

@@ -11,7 +11,7 @@ from diffq_fx import kernels
 from diffq_fx.capture.copies import copy_replacing
 from diffq_fx.capture.scope import ScopedModule, tied_since
 from diffq_fx.capture.whole_graph import CapturedModel
-from diffq_fx.compression import NO_OPTIMIZER, NOT_TRAINED, Compression
+from diffq_fx.compression import Compression
 from diffq_fx.errors import ConversionError, DiffQWarning, PreparationError
 from diffq_fx.hub import tell_libraries
 from diffq_fx.methods.base import WeightQuantizer
@@ -22,6 +22,7 @@ from diffq_fx.passes.quantizer_nodes import replace_quantizers, verify_converted
 from diffq_fx.passes.runner import run_passes
 from diffq_fx.sharded import is_sharded
 from diffq_fx.storage import IntegerWeight, StoredWeight
+from diffq_fx.training.steps import NO_OPTIMIZER, NOT_TRAINED
 from diffq_fx.weights import QUANTIZER_SUFFIX, STORED_SUFFIX, SkippedWeight, owner_of
 
 _FAR_OFF, _TIMES_THE_BEST = 0.25, 2.0

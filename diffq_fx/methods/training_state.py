@@ -48,6 +48,9 @@ class TrainingState(nn.Module):
         self._known, self._known_from = Known(), self._versions()
         self.trained_since = False  # whether weights were read for training since an optimizer's latest step, of whatever it holds
         self._awaited = ""  # the weight whose gradient tells: one a forward is enough
+        self.foreign_steps = 0  # steps in a row, with training between them, of optimizers that hold no parameter of the model
+        self.steps_without_bits = 0  # the same, of optimizers that hold none of the bits
+        self._stepped: set[int] = set()  # the first weights of the optimizers that have stepped since the latest step that counts
 
     @abstractmethod
     def follow(self, reader: nn.Module) -> None:
@@ -68,6 +71,12 @@ class TrainingState(nn.Module):
         """Whether the model has trained since the latest step; from now on the next one is asked for."""
         trained, self.trained_since, self._awaited = self.trained_since, False, ""
         return trained
+
+    def begins_round(self, first: int) -> bool:
+        """Whether a step of an optimizer, whose first weight this is, counts: of several that step in turn one does, whichever they are."""
+        begins = not self._stepped or first in self._stepped
+        self._stepped = {first} if begins else {*self._stepped, first}
+        return begins
 
     @property
     def known(self) -> Known:

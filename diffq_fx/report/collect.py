@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffq_fx.budget.size import mib
-from diffq_fx.compression import NOT_TRAINED, Compression
+from diffq_fx.compression import Compression
 from diffq_fx.convert import CompressionRecord
 from diffq_fx.errors import PreparationError
 from diffq_fx.methods.base import Method, WeightQuantizer
@@ -19,6 +19,7 @@ from diffq_fx.report.numbers import WeightBits
 from diffq_fx.report.views import BitsReport
 from diffq_fx.storage import StoredWeight
 from diffq_fx.storage.packing import narrowed, tables_once
+from diffq_fx.training.steps import NOT_TRAINED
 from diffq_fx.weights import SkippedWeight
 
 _FLOAT_BITS = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from diffq_fx import _compat
-from diffq_fx.compression import NO_OPTIMIZER, Compression, live
+from diffq_fx.compression import Compression, live
 from diffq_fx.errors import DiffQError, DiffQWarning
 from diffq_fx.training.phases import Held, after_step, before_step, ranges_begin, shorten_code
 
@@ -26,6 +26,12 @@ _FLAT = (
     "Build the optimizer from the prepared model's parameters(). Optimizers over flat copies of these, such as DeepSpeed's ZeRO, are not "
     "supported: use FSDP2 (fully_shard) or DistributedDataParallel."
 )
+NOT_TRAINED = "no optimizer step has moved the bits yet"
+"""A note of the report."""
+NO_OPTIMIZER = (
+    "Build the optimizer from the prepared model's parameters(), or add the bits to yours with setup_optimizer(optimizer, model)."
+)
+"""What to do where no optimizer holds the bits."""
 IDLE_BITS = (
     "The bits have requires_grad=False, as get_peft_model leaves all that it wraps. Prepare the model that has the adapters, "
     "prepare_diffq(get_peft_model(...), ...), or call freeze_bits(model) first, for adapters on final bits."
